@@ -1,0 +1,1 @@
+"""pdserve: large language model serving with prefill and decode on different nodes."""

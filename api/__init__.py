@@ -1,0 +1,1 @@
+"""HTTP surfaces and text: OpenAI, native and admin routes, tokenization, streaming."""

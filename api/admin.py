@@ -1,0 +1,283 @@
+"""The control routes: health, facts, load, cache, weights, workers. For a cluster, or for one node."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..messages.node import NodeEntry
+from ..messages.sampling import SamplingParams
+from ..runtime.errors import RequestError
+from .generation import AdminReply, ClusterAdmin, GenerateSpec, Generator, ModelCard, WorkerStatus
+from .in_flight import InFlightRequests, new_request_id
+from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
+
+PROBE_TIMEOUT_S = 20.0
+METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class RegisterRequest(msgspec.Struct, kw_only=True):
+    """A node's registration. Without ``entry`` it is learned from the URL's /server_info."""
+
+    url: str
+    entry: NodeEntry | None = None
+
+
+class AbortRequest(msgspec.Struct, kw_only=True):
+    rid: str | None = None
+    abort_all: bool = False
+
+
+class UpdateWeightsRequest(msgspec.Struct, kw_only=True):
+    model_path: str
+    weight_version: str | None = None
+    abort_all_requests: bool = False
+    force: bool = False  # one node alone, against the rest of its cluster
+
+
+class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "pdserve"
+    root: str
+    parent: None = None
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    object: str = "list"
+    data: list[ModelEntry]
+
+
+# Fields that SGLang's clients send along and that have no bearing here.
+REGISTER_RULES = FieldRules(
+    harmless=frozenset({"worker_type", "bootstrap_port", "api_key", "labels", "priority", "model_id"})
+)
+ABORT_RULES = FieldRules(harmless=frozenset({"abort_message", "finished_reason"}))
+WEIGHT_RULES = FieldRules(
+    harmless=frozenset({"load_format", "flush_cache", "is_async", "torch_empty_cache", "token_step"}),
+    inert={"keep_pause": (False,), "recapture_cuda_graph": (False,), "manifest": ({},)},
+)
+
+
+def json_response(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def reply_response(reply: AdminReply) -> Response:
+    """SGLang's form: 200 or 400, with the outcome in the body."""
+    return json_response({"success": reply.success, "message": reply.message}, 200 if reply.success else 400)
+
+
+def model_entry(card: ModelCard) -> ModelEntry:
+    return ModelEntry(id=card.name, created=card.created, root=card.path, max_model_len=card.max_model_len)
+
+
+def model_info(card: ModelCard, weight_version: str) -> dict[str, Any]:
+    return {
+        "model_path": card.path,
+        "tokenizer_path": card.path,
+        "served_model_name": card.name,
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": weight_version,
+        "model_type": card.model_type,
+        "architectures": card.architectures,
+        "vocab_size": card.vocab_size,
+        "max_model_len": card.max_model_len,
+    }
+
+
+def flush_timeout_s(http: Request) -> float:
+    text = http.query_params.get("timeout", "0")
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = -1.0
+    if not 0 <= timeout_s <= 3600:
+        raise bad_value("timeout", f"`timeout` must be 0 to 3600 seconds, got {text!r}.")
+    return timeout_s
+
+
+def worker_load(status: WorkerStatus) -> dict[str, Any]:
+    load = status.load
+    return {
+        "url": status.entry.url,
+        "role": status.entry.role,
+        "dp_rank": 0,
+        "num_reqs": load.num_running_reqs + load.num_waiting_reqs,
+        "num_tokens": load.num_used_pages * load.page_size + load.num_queued_tokens,
+        **msgspec.structs.asdict(load),
+    }
+
+
+def _worker_body(status: WorkerStatus) -> dict[str, Any]:
+    return {
+        "id": status.entry.incarnation,
+        "worker_type": status.entry.role,
+        "is_healthy": status.healthy,
+        "is_ready": status.ready,
+        "lease_s": status.lease_s,
+        "ready_peers": status.ready_peers,
+        "refused_peers": status.refused_peers,
+        "load": msgspec.structs.asdict(status.load),
+        **msgspec.structs.asdict(status.entry),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterRoutes:
+    """Handlers of a router's control routes."""
+
+    card: ModelCard
+    admin: ClusterAdmin
+    generator: Generator
+    in_flight: InFlightRequests
+    limits: Limits
+    version: str
+
+    # ---- health ---------------------------------------------------------------------------------
+
+    async def health(self, _: Request) -> Response:
+        """This process is alive."""
+        return json_response({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """Requests are accepted: not draining, and at least one pair of nodes is ready."""
+        is_ready, reason = self.admin.readiness()
+        if self.in_flight.is_draining:
+            is_ready, reason = False, "draining"
+        if is_ready:
+            return json_response({"status": "ready"})
+        raise RequestError(reason, status=503, code="not_ready", error_type="service_unavailable")
+
+    async def health_generate(self, _: Request) -> Response:
+        """One real token through a pair of nodes."""
+        spec = GenerateSpec(
+            request_id=f"health-{new_request_id()}",
+            prompt_ids=(0,),
+            sampling=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+            timeout_s=PROBE_TIMEOUT_S,
+        )
+        started_s = time.perf_counter()
+        try:
+            generation = await self.generator.generate(spec)
+            async for _ in generation:
+                pass
+        except RequestError as error:
+            raise RequestError(
+                f"No token came: {error.message}",
+                status=503,
+                code=error.code,
+                error_type="service_unavailable",
+            ) from error
+        return json_response({"status": "ok", "latency_s": time.perf_counter() - started_s})
+
+    async def version_info(self, _: Request) -> Response:
+        return json_response({"version": self.version})
+
+    # ---- facts ----------------------------------------------------------------------------------
+
+    async def models(self, _: Request) -> Response:
+        return json_response(ModelList(data=[model_entry(self.card)]))
+
+    async def model(self, http: Request) -> Response:
+        wanted = http.path_params["model_id"]
+        if wanted != self.card.name:
+            raise RequestError(
+                f"The model `{wanted}` does not exist.",
+                status=404,
+                param="model",
+                code="model_not_found",
+                error_type="not_found_error",
+            )
+        return json_response(model_entry(self.card))
+
+    async def server_info(self, _: Request) -> Response:
+        return json_response({**await self.admin.server_info(), "version": self.version})
+
+    async def model_info(self, _: Request) -> Response:
+        return json_response(model_info(self.card, self.admin.weight_version()))
+
+    async def weight_version(self, _: Request) -> Response:
+        return json_response({"weight_version": self.admin.weight_version()})
+
+    async def load(self, _: Request) -> Response:
+        return json_response([worker_load(status) for status in self.admin.workers()])
+
+    async def loads(self, _: Request) -> Response:
+        loads = [worker_load(status) for status in self.admin.workers()]
+        return json_response({"timestamp": time.time(), "version": self.version, "loads": loads})
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(await self.admin.metrics_text(), media_type=METRICS_MEDIA_TYPE)
+
+    async def request_state(self, http: Request) -> Response:
+        """What each generation of a request does now, for how long, and what it waits for."""
+        request_id = http.path_params["request_id"]
+        generation_ids = self.in_flight.generations_of(request_id)
+        states = [await self.admin.request_state(generation_id) for generation_id in generation_ids]
+        known = [
+            {"id": generation_id, **state}
+            for generation_id, state in zip(generation_ids, states, strict=True)
+            if state is not None
+        ]
+        if not known:
+            raise RequestError(
+                f"No request {request_id!r} is in flight.",
+                status=404,
+                code="request_not_found",
+                error_type="not_found_error",
+            )
+        return json_response(known[0] if len(generation_ids) == 1 else {"requests": known})
+
+    # ---- control --------------------------------------------------------------------------------
+
+    async def workers(self, _: Request) -> Response:
+        workers = [_worker_body(status) for status in self.admin.workers()]
+        return json_response({"workers": workers, "total": len(workers)})
+
+    async def register_worker(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self.limits))
+        body = parse_request(raw, RegisterRequest, REGISTER_RULES)
+        return reply_response(await self.admin.register_worker(body.url.rstrip("/"), body.entry))
+
+    async def remove_worker(self, http: Request) -> Response:
+        wanted = http.path_params["worker"].rstrip("/")
+        urls = {status.entry.incarnation: status.entry.url for status in self.admin.workers()}
+        reply = await self.admin.remove_worker(urls.get(wanted, wanted))
+        return json_response(
+            {"success": reply.success, "message": reply.message}, 200 if reply.success else 404
+        )
+
+    async def flush_cache(self, http: Request) -> Response:
+        return reply_response(await self.admin.flush_cache(flush_timeout_s(http)))
+
+    async def abort_request(self, http: Request) -> Response:
+        """Idempotent: a request that is not there (any more) is no error."""
+        body = parse_request(parse_object(await read_body(http, self.limits)), AbortRequest, ABORT_RULES)
+        if not body.abort_all and not body.rid:
+            raise RequestError("Give `rid` or `abort_all`.", param="rid", code="missing_parameter")
+        if body.abort_all:
+            replies = [await self.admin.abort_requests("", True)]
+        else:
+            generation_ids = self.in_flight.generations_of(body.rid or "")
+            replies = [
+                await self.admin.abort_requests(generation_id, False) for generation_id in generation_ids
+            ]
+        message = "; ".join(reply.message for reply in replies if reply.message)
+        return json_response({"success": all(reply.success for reply in replies), "message": message})
+
+    async def update_weights(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self.limits))
+        body = parse_request(raw, UpdateWeightsRequest, WEIGHT_RULES)
+        if body.abort_all_requests:
+            await self.admin.abort_requests("", True)
+        reply = await self.admin.update_weights_from_disk(body.model_path, body.weight_version)
+        return reply_response(reply)

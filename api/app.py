@@ -1,0 +1,120 @@
+"""Puts a router's HTTP surface together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from .admin import (
+    AbortRequest,
+    ClusterRoutes,
+    ModelEntry,
+    ModelList,
+    RegisterRequest,
+    UpdateWeightsRequest,
+)
+from .generation import ClusterAdmin, Generator, ModelCard
+from .http_metrics import HttpMetrics
+from .in_flight import InFlightRequests
+from .mounting import GET, POST, VERSION, Lifespan, Operation, make_app
+from .native import Native
+from .native_types import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    NativeOutput,
+    NativeRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+)
+from .openai_chat import ChatCompletions
+from .openai_completions import Completions
+from .openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
+from .openapi import Bodies
+from .text_run import Serving
+from .tokenization import Tokenizer
+from .tokens import TokenRoutes
+from .validation import GenerationDefaults, Limits
+
+
+def build_router_app(
+    *,
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    generation_defaults: GenerationDefaults,
+    generator: Generator,
+    admin: ClusterAdmin,
+    registry: CollectorRegistry,
+    in_flight: InFlightRequests,
+    api_keys: Collection[str] = (),
+    limits: Limits | None = None,
+    lifespan: Lifespan | None = None,
+) -> FastAPI:
+    """The whole surface of a router.
+
+    The HTTP metrics are registered with `registry`; ``/metrics`` is what `admin.metrics_text` returns, which
+    must include them. `in_flight.drain()` closes the door for new requests (`server.serve` does it).
+    """
+    limits = limits or Limits()
+    serving = Serving(
+        card=card,
+        tokenizer=tokenizer,
+        generator=generator,
+        defaults=generation_defaults,
+        limits=limits,
+        metrics=HttpMetrics(registry, card.name),
+        in_flight=in_flight,
+        weight_version=admin.weight_version,
+    )
+    completions = Completions(serving)
+    chat = ChatCompletions(serving)
+    native = Native(serving)
+    tokens = TokenRoutes(card=card, tokenizer=tokenizer, limits=limits)
+    cluster = ClusterRoutes(
+        card=card, admin=admin, generator=generator, in_flight=in_flight, limits=limits, version=VERSION
+    )
+
+    operations = [
+        Operation(
+            POST,
+            ("/v1/completions",),
+            completions.handle,
+            Bodies(CompletionRequest, Completion, streams=True),
+        ),
+        Operation(
+            POST, ("/v1/chat/completions",), chat.handle, Bodies(ChatRequest, ChatCompletion, streams=True)
+        ),
+        Operation(
+            ("POST", "PUT"), ("/generate",), native.handle, Bodies(NativeRequest, NativeOutput, streams=True)
+        ),
+        Operation(
+            POST, ("/tokenize", "/v1/tokenize"), tokens.tokenize, Bodies(TokenizeRequest, TokenizeAnswer)
+        ),
+        Operation(
+            POST,
+            ("/detokenize", "/v1/detokenize"),
+            tokens.detokenize,
+            Bodies(DetokenizeRequest, DetokenizeAnswer),
+        ),
+        Operation(GET, ("/v1/models",), cluster.models, Bodies(answer=ModelList)),
+        Operation(GET, ("/v1/models/{model_id:path}",), cluster.model, Bodies(answer=ModelEntry)),
+        Operation(GET, ("/health", "/ping", "/live", "/liveness"), cluster.health),
+        Operation(GET, ("/ready", "/readiness"), cluster.ready),
+        Operation(GET, ("/health_generate",), cluster.health_generate),
+        Operation(GET, ("/version",), cluster.version_info),
+        Operation(GET, ("/server_info", "/get_server_info"), cluster.server_info),
+        Operation(GET, ("/model_info", "/get_model_info"), cluster.model_info),
+        Operation(GET, ("/get_weight_version",), cluster.weight_version),
+        Operation(GET, ("/get_load",), cluster.load),
+        Operation(GET, ("/v1/loads",), cluster.loads),
+        Operation(GET, ("/metrics",), cluster.metrics),
+        Operation(GET, ("/requests/{request_id:path}",), cluster.request_state),
+        Operation(GET, ("/workers",), cluster.workers),
+        Operation(POST, ("/workers",), cluster.register_worker, Bodies(RegisterRequest)),
+        Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker),
+        Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache),
+        Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest)),
+        Operation(POST, ("/update_weights_from_disk",), cluster.update_weights, Bodies(UpdateWeightsRequest)),
+    ]
+    return make_app(operations, api_keys=api_keys, lifespan=lifespan)

@@ -1,0 +1,125 @@
+"""Log-probabilities in the shapes of OpenAI, vLLM and SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..messages.sampling import TokenLogprob
+from .native_types import NativeLogprob
+from .openai_types import (
+    ChatLogprobs,
+    ChatTokenLogprob,
+    ChatTopLogprob,
+    CompletionLogprobs,
+    PromptLogprobs,
+    VllmLogprob,
+)
+from .tokenization import Tokenizer
+
+_LOWEST = -9999.0  # JSON has no infinity
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob | None],
+    offsets: Sequence[int],
+    num_top: int,
+) -> CompletionLogprobs:
+    """Parallel lists. Every dict holds the chosen token beside the most likely ones; null where there is no
+    logprob (the first prompt token)."""
+    return CompletionLogprobs(
+        tokens=[tokenizer.token_text(token_id) for token_id in token_ids],
+        token_logprobs=[None if entry is None else _finite(entry.logprob) for entry in logprobs],
+        top_logprobs=[
+            None if entry is None else _candidates(tokenizer, entry, num_top) for entry in logprobs
+        ],
+        text_offset=list(offsets),
+    )
+
+
+def _candidates(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str, float]:
+    candidates: dict[str, float] = {}
+    for token_id, logprob in (*entry.top[:num_top], (entry.token_id, entry.logprob)):
+        candidates.setdefault(tokenizer.token_text(token_id), _finite(logprob))
+    return candidates
+
+
+def concatenated(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+        text_offset=first.text_offset + second.text_offset,
+    )
+
+
+def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
+    return ChatLogprobs(
+        content=[
+            ChatTokenLogprob(
+                token=tokenizer.token_text(entry.token_id),
+                logprob=_finite(entry.logprob),
+                bytes=list(tokenizer.token_bytes(entry.token_id)),
+                top_logprobs=[
+                    ChatTopLogprob(
+                        token=tokenizer.token_text(token_id),
+                        logprob=_finite(logprob),
+                        bytes=list(tokenizer.token_bytes(token_id)),
+                    )
+                    for token_id, logprob in entry.top
+                ],
+            )
+            for entry in logprobs
+        ]
+    )
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None], num_top: int
+) -> PromptLogprobs:
+    """vLLM's form: one dict per prompt token, from token id to candidate; the first is null."""
+    return [None if entry is None else _ranked(tokenizer, entry, num_top) for entry in logprobs]
+
+
+def _ranked(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str, VllmLogprob]:
+    ranked = {
+        str(token_id): VllmLogprob(
+            logprob=_finite(logprob), rank=rank, decoded_token=tokenizer.token_text(token_id)
+        )
+        for rank, (token_id, logprob) in enumerate(entry.top[:num_top], 1)
+    }
+    chosen = VllmLogprob(
+        logprob=_finite(entry.logprob), rank=None, decoded_token=tokenizer.token_text(entry.token_id)
+    )
+    ranked.setdefault(str(entry.token_id), chosen)
+    return ranked
+
+
+def native_logprobs(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob | None],
+    *,
+    with_text: bool,
+) -> list[NativeLogprob]:
+    """SGLang's triples; the logprob is null where there is none."""
+    return [
+        (
+            None if entry is None else _finite(entry.logprob),
+            token_id,
+            tokenizer.token_text(token_id) if with_text else None,
+        )
+        for token_id, entry in zip(token_ids, logprobs, strict=True)
+    ]
+
+
+def native_top_logprobs(tokenizer: Tokenizer, entry: TokenLogprob, *, with_text: bool) -> list[NativeLogprob]:
+    return [
+        (_finite(logprob), token_id, tokenizer.token_text(token_id) if with_text else None)
+        for token_id, logprob in entry.top
+    ]

@@ -1,0 +1,282 @@
+"""POST or PUT /generate: SGLang's own endpoint, which benchmarks and RL trainers speak."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, assert_never
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .answering import respond
+from .detokenizer import TextDelta, TextOptions, joined
+from .generation import GenerateSpec
+from .http_metrics import RequestMeter
+from .logprobs import native_logprobs, native_top_logprobs
+from .native_types import MetaInfo, NativeFinish, NativeOutput, NativeRequest, NativeSampling
+from .sse import event
+from .text_run import Serving, TextJob, TextRun
+from .validation import (
+    NATIVE_RULES,
+    NATIVE_SAMPLING_RULES,
+    SamplingFields,
+    bad_type,
+    bad_value,
+    check_model,
+    check_prompt,
+    check_range,
+    parse_object,
+    parse_request,
+    parse_stops,
+    read_body,
+    resolve_max_tokens,
+    sampling_params,
+)
+
+
+class Native:
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def handle(self, http: Request) -> Response:
+        serving = self._serving
+        serving.in_flight.check_open()
+        raw = parse_object(await read_body(http, serving.limits))
+        body = parse_request(raw, NativeRequest, NATIVE_RULES)
+        meter = serving.metrics.meter(streamed=body.stream)
+        check_model(body.model, serving.card)
+        prompts, is_batch = await self._prompts(body)
+        samplings = _samplings(body, len(prompts))
+        request_id, rids = self._ids(http, body, len(prompts))
+        jobs = [
+            self._job(body, rid, prompt, sampling)
+            for rid, prompt, sampling in zip(rids, prompts, samplings, strict=True)
+        ]
+        is_list = is_batch or any(sampling.n > 1 for sampling in samplings)
+        answer = _NativeAnswer(serving, body, jobs, is_list=is_list, meter=meter)
+        return await respond(
+            http,
+            answer,
+            jobs,
+            request_id=request_id,
+            stream=body.stream,
+            in_flight=serving.in_flight,
+        )
+
+    def _ids(self, http: Request, body: NativeRequest, num_prompts: int) -> tuple[str, list[str]]:
+        """The request's id, and one for each prompt."""
+        choose_id = self._serving.in_flight.choose_id
+        if isinstance(body.rid, list):
+            if len(set(body.rid)) != num_prompts:
+                raise bad_value("rid", f"`rid` must be {num_prompts} different ids, one per prompt.")
+            rids = [choose_id(rid, http.state.request_id) for rid in body.rid]
+            return rids[0], rids
+        chosen = choose_id(body.rid, http.state.request_id)
+        if num_prompts == 1:
+            return chosen, [chosen]
+        return chosen, [f"{chosen}-{position}" for position in range(num_prompts)]
+
+    async def _prompts(self, body: NativeRequest) -> tuple[list[tuple[int, ...]], bool]:
+        """The prompts' ids, and whether they were given as a batch."""
+        if (body.text is None) == (body.input_ids is None):
+            raise bad_value("text", "Give either `text` or `input_ids`.")
+        param = "text" if body.input_ids is None else "input_ids"
+        prompts: list[tuple[int, ...]] = []
+        if body.input_ids is None:
+            given = body.text or ""
+            for text in [given] if isinstance(given, str) else given:
+                prompts.append(tuple(await self._serving.tokenizer.encode_async(text)))
+            is_batch = isinstance(given, list)
+        else:
+            flat = [item for item in body.input_ids if isinstance(item, int)]
+            nested = [tuple(item) for item in body.input_ids if isinstance(item, list)]
+            if flat and nested:
+                raise bad_type("input_ids", "`input_ids` must not mix ids and lists of ids.")
+            is_batch = not flat
+            prompts = nested or [tuple(flat)]
+        limit = self._serving.limits.max_prompts
+        if not 1 <= len(prompts) <= limit:
+            raise bad_value(param, f"`{param}` takes 1 to {limit} prompts, got {len(prompts)}.")
+        for prompt in prompts:
+            check_prompt(prompt, self._serving.card, param)
+        return prompts, is_batch
+
+    def _job(
+        self, body: NativeRequest, rid: str, prompt_ids: tuple[int, ...], sampling: NativeSampling
+    ) -> TextJob:
+        serving = self._serving
+        check_range("n", sampling.n, 1, serving.limits.max_choices)
+        check_range("top_logprobs_num", body.top_logprobs_num, 0, serving.limits.max_logprobs)
+        check_range("logprob_start_len", body.logprob_start_len, -1, len(prompt_ids) - 1)
+        num_logprobs = body.top_logprobs_num if body.return_logprob else None
+        scores_prompt = body.return_logprob and body.logprob_start_len >= 0
+        options = TextOptions(
+            stops=parse_stops(sampling.stop),
+            include_stop=sampling.no_stop_trim,
+            skip_special_tokens=sampling.skip_special_tokens,
+            min_tokens=sampling.min_new_tokens,
+        )
+        fields = SamplingFields(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sampling.seed if sampling.sampling_seed is None else sampling.sampling_seed,
+            repetition_penalty=sampling.repetition_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            logit_bias=sampling.logit_bias,
+            stop_token_ids=sampling.stop_token_ids,
+            ignore_eos=sampling.ignore_eos,
+            min_tokens=sampling.min_new_tokens,
+            min_tokens_name="min_new_tokens",
+        )
+        spec = GenerateSpec(
+            request_id=rid,
+            prompt_ids=prompt_ids,
+            sampling=sampling_params(
+                fields,
+                serving.defaults,
+                serving.card,
+                max_tokens=resolve_max_tokens(
+                    sampling.max_new_tokens, None, len(prompt_ids), serving.card, "max_new_tokens"
+                ),
+                num_logprobs=num_logprobs,
+                num_prompt_logprobs=num_logprobs if scores_prompt else None,
+                prompt_logprobs_start=max(0, body.logprob_start_len),
+            ),
+            num_choices=sampling.n,
+            stream=body.stream or bool(options.stops),
+            priority=body.priority,
+        )
+        return TextJob(spec, options)
+
+
+def _samplings(body: NativeRequest, num_prompts: int) -> list[NativeSampling]:
+    """One for each prompt: its own, or the same for all."""
+    given: Sequence[Mapping[str, Any]] = (
+        body.sampling_params
+        if isinstance(body.sampling_params, list)
+        else [body.sampling_params] * num_prompts
+    )
+    if len(given) != num_prompts:
+        raise bad_value(
+            "sampling_params", f"`sampling_params` has {len(given)} entries for {num_prompts} prompts."
+        )
+    return [parse_request(one, NativeSampling, NATIVE_SAMPLING_RULES) for one in given]
+
+
+class _NativeAnswer:
+    def __init__(
+        self,
+        serving: Serving,
+        body: NativeRequest,
+        jobs: Sequence[TextJob],
+        *,
+        is_list: bool,
+        meter: RequestMeter,
+    ) -> None:
+        self._tokenizer = serving.tokenizer
+        self._body = body
+        self._jobs = jobs
+        self._is_list = is_list
+        self._meter = meter
+        self._run = TextRun(serving, jobs)
+        keys = [(prompt, choice) for prompt, job in enumerate(jobs) for choice in range(job.spec.num_choices)]
+        self._index = {key: index for index, key in enumerate(keys)}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Every event holds all so far, or, if wanted, only what is new."""
+        so_far: dict[tuple[int, int], TextDelta] = {}
+        num_tokens: Counter[tuple[int, int]] = Counter()
+        async with aclosing(self._run.deltas()) as deltas:
+            async for prompt, delta in deltas:
+                key = (prompt, delta.choice)
+                self._meter.add_chunk(key, len(delta.token_ids), delta.finish_reason)
+                is_first = key not in num_tokens
+                num_tokens[key] += len(delta.token_ids)
+                if self._body.incremental_streaming_output:
+                    shown = delta
+                else:
+                    shown = so_far[key] = joined([so_far[key], delta]) if key in so_far else delta
+                    is_first = True
+                output = self._output(prompt, shown, num_tokens[key], with_input=is_first)
+                if self._is_list:
+                    output = msgspec.structs.replace(output, index=self._index[key])
+                yield event(msgspec.json.encode(output))
+        self._meter.answered(self._run.usage().prompt_tokens)
+
+    async def whole(self) -> bytes:
+        parts: dict[tuple[int, int], list[TextDelta]] = defaultdict(list)
+        async with aclosing(self._run.deltas()) as deltas:
+            async for prompt, delta in deltas:
+                parts[prompt, delta.choice].append(delta)
+        outputs: list[NativeOutput] = []
+        for key in self._index:
+            delta = joined(parts[key])
+            num_tokens = len(delta.token_ids)
+            self._meter.add_chunk(key, num_tokens, delta.finish_reason)
+            outputs.append(self._output(key[0], delta, num_tokens, with_input=True))
+        self._meter.answered(self._run.usage().prompt_tokens)
+        return msgspec.json.encode(outputs if self._is_list else outputs[0])
+
+    def _output(self, prompt: int, delta: TextDelta, num_tokens: int, *, with_input: bool) -> NativeOutput:
+        spec = self._jobs[prompt].spec
+        info = self._run.info(prompt)
+        with_text = self._body.return_text_in_logprobs
+        logprobs: dict[str, Any] = {}
+        if self._body.return_logprob:
+            logprobs["output_token_logprobs"] = native_logprobs(
+                self._tokenizer, delta.token_ids, delta.logprobs, with_text=with_text
+            )
+            logprobs["input_token_logprobs"] = []
+            if self._body.top_logprobs_num:
+                logprobs["output_top_logprobs"] = [
+                    native_top_logprobs(self._tokenizer, entry, with_text=with_text)
+                    for entry in delta.logprobs
+                ]
+                logprobs["input_top_logprobs"] = []
+        if with_input and spec.sampling.num_prompt_logprobs is not None:
+            scored_ids = spec.prompt_ids[spec.sampling.prompt_logprobs_start :]
+            logprobs["input_token_logprobs"] = native_logprobs(
+                self._tokenizer, scored_ids, info.prompt_logprobs, with_text=with_text
+            )
+            if self._body.top_logprobs_num:
+                logprobs["input_top_logprobs"] = [
+                    None
+                    if entry is None
+                    else native_top_logprobs(self._tokenizer, entry, with_text=with_text)
+                    for entry in info.prompt_logprobs
+                ]
+        return NativeOutput(
+            text=delta.text,
+            output_ids=delta.token_ids,
+            meta_info=MetaInfo(
+                id=spec.request_id,
+                finish_reason=_finish(delta, num_tokens),
+                prompt_tokens=len(spec.prompt_ids),
+                completion_tokens=num_tokens,
+                cached_tokens=info.num_cached_tokens,
+                weight_version=info.weight_version or self._run.weight_version,
+                e2e_latency=UNSET if delta.finish_reason is None else self._meter.elapsed_s(),
+                **logprobs,
+            ),
+        )
+
+
+def _finish(delta: TextDelta, num_tokens: int) -> NativeFinish | None:
+    match delta.finish_reason:
+        case None:
+            return None
+        case "stop":
+            return NativeFinish(type="stop", matched=UNSET if delta.matched is None else delta.matched)
+        case "length":
+            return NativeFinish(type="length", length=num_tokens)
+        case "abort":
+            return NativeFinish(type="abort", message="Aborted.", status_code=None, err_type=None)
+        case _:
+            assert_never(delta.finish_reason)

@@ -1,0 +1,295 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .answering import respond
+from .detokenizer import TextDelta, joined
+from .errors import unsupported
+from .generation import GenerateSpec
+from .http_metrics import RequestMeter
+from .in_flight import bare_id
+from .logprobs import chat_logprobs, prompt_logprobs
+from .openai_requests import (
+    SYSTEM_FINGERPRINT,
+    Envelope,
+    checked_logprobs,
+    choose_request_id,
+    includes_usage,
+    num_choices,
+    openai_sampling,
+    stop_reason,
+    text_options,
+    usage_in_every_chunk,
+)
+from .openai_types import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatRequest,
+    PromptLogprobs,
+    TimelineBody,
+    Usage,
+)
+from .sse import event
+from .text_run import Serving, TextJob, TextRun
+from .tokenization import Tokenizer
+from .validation import (
+    OPENAI_RULES,
+    bad_type,
+    bad_value,
+    check_model,
+    check_prompt,
+    parse_object,
+    parse_request,
+    read_body,
+    resolve_max_tokens,
+)
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
+_ROLE_DELTA = ChatDelta(role="assistant", content="")
+
+
+def normalized_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each message with a known role and its content as one text; other fields are the template's affair."""
+    if not messages:
+        raise bad_value("messages", "`messages` is empty.")
+    return [_normalized(message, f"messages[{position}]") for position, message in enumerate(messages)]
+
+
+def _normalized(message: Mapping[str, Any], param: str) -> dict[str, Any]:
+    role = message.get("role")
+    if role not in _ROLES:
+        raise bad_value(f"{param}.role", f"`role` must be one of {', '.join(_ROLES)}, got {role!r}.")
+    for name in _UNSUPPORTED_IN_MESSAGES:
+        if message.get(name):
+            raise unsupported(f"{param}.{name}")
+    given = {name: value for name, value in message.items() if value is not None}
+    return {**given, "content": _text(message.get("content"), f"{param}.content")}
+
+
+def _text(content: object, param: str) -> str:
+    """A message's text: as it is, or its text parts, one a line."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_type(param, "`content` must be a text or a list of text parts.")
+    texts: list[str] = []
+    for position, part in enumerate(content):
+        here = f"{param}[{position}]"
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise unsupported(f"{here}.type", f"{part['type']!r}; only text parts are")
+        text = part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str):
+            raise bad_type(here, "A part of `content` must be an object with `type` and `text`.")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+async def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    add_special_tokens: bool,
+    template_kwargs: Mapping[str, Any],
+) -> list[int]:
+    """Messages to prompt ids through the chat template. To continue the final message excludes a new one."""
+    prompt = tokenizer.apply_chat_template(
+        normalized_messages(messages),
+        add_generation_prompt=add_generation_prompt and not continue_final_message,
+        continue_final_message=continue_final_message,
+        template_kwargs=template_kwargs,
+    )
+    return await tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)
+
+
+class ChatCompletions:
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def handle(self, http: Request) -> Response:
+        serving = self._serving
+        serving.in_flight.check_open()
+        raw = parse_object(await read_body(http, serving.limits))
+        body = parse_request(raw, ChatRequest, OPENAI_RULES)
+        meter = serving.metrics.meter(streamed=body.stream)
+        check_model(body.model, serving.card)
+        prompt_ids = await encode_chat(
+            serving.tokenizer,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            add_special_tokens=body.add_special_tokens,
+            template_kwargs=body.chat_template_kwargs,
+        )
+        check_prompt(prompt_ids, serving.card, "messages")
+        request_id = choose_request_id(http, body, serving)
+        envelope = Envelope(f"chatcmpl-{bare_id(request_id)}", serving.card.name)
+        job = self._job(body, prompt_ids, envelope.id)
+        answer = _ChatAnswer(serving, body, job, envelope, meter)
+        return await respond(
+            http, answer, [job], request_id=request_id, stream=body.stream, in_flight=serving.in_flight
+        )
+
+    def _job(self, body: ChatRequest, prompt_ids: Sequence[int], answer_id: str) -> TextJob:
+        serving = self._serving
+        top_logprobs = checked_logprobs("top_logprobs", body.top_logprobs, serving)
+        if top_logprobs and not body.logprobs:
+            raise bad_value("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        options = text_options(body)
+        spec = GenerateSpec(
+            request_id=answer_id,
+            prompt_ids=tuple(prompt_ids),
+            sampling=openai_sampling(
+                body,
+                serving,
+                max_tokens=resolve_max_tokens(wanted, None, len(prompt_ids), serving.card, name),
+                num_logprobs=(top_logprobs or 0) if body.logprobs else None,
+                num_prompt_logprobs=checked_logprobs("prompt_logprobs", body.prompt_logprobs, serving),
+            ),
+            num_choices=num_choices(body, serving),
+            stream=body.stream or bool(options.stops),
+            priority=body.priority,
+        )
+        return TextJob(spec, options)
+
+
+class _ChatAnswer:
+    def __init__(
+        self,
+        serving: Serving,
+        body: ChatRequest,
+        job: TextJob,
+        envelope: Envelope,
+        meter: RequestMeter,
+    ) -> None:
+        self._tokenizer = serving.tokenizer
+        self._card = serving.card
+        self._body = body
+        self._prompt_ids = job.spec.prompt_ids
+        self._envelope = envelope
+        self._meter = meter
+        self._run = TextRun(serving, [job])
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        every_usage = usage_in_every_chunk(self._body)
+        begun: set[int] = set()
+        async with aclosing(self._run.deltas()) as deltas:
+            async for _, delta in deltas:
+                if delta.choice not in begun:
+                    yield self._role_event(delta.choice, is_first=not begun)
+                    begun.add(delta.choice)
+                self._meter.add_chunk(delta.choice, len(delta.token_ids), delta.finish_reason)
+                yield self._event([self._chunk_choice(delta)], self._run.usage() if every_usage else UNSET)
+        usage = self._run.usage()
+        self._meter.answered(usage.prompt_tokens)
+        if includes_usage(self._body) or self._body.timeline:
+            yield self._event([], usage if includes_usage(self._body) else UNSET, is_last=True)
+
+    async def whole(self) -> bytes:
+        parts: dict[int, list[TextDelta]] = defaultdict(list)
+        async with aclosing(self._run.deltas()) as deltas:
+            async for _, delta in deltas:
+                parts[delta.choice].append(delta)
+        choices = []
+        for number, pieces in sorted(parts.items()):
+            delta = joined(pieces)
+            self._meter.add_chunk(number, len(delta.token_ids), delta.finish_reason)
+            choices.append(self._choice(delta))
+        usage = self._run.usage()
+        self._meter.answered(usage.prompt_tokens)
+        return msgspec.json.encode(
+            ChatCompletion(
+                id=self._envelope.id,
+                created=self._envelope.created,
+                model=self._envelope.model,
+                system_fingerprint=SYSTEM_FINGERPRINT,
+                choices=choices,
+                usage=usage,
+                weight_version=self._run.weight_version,
+                prompt_token_ids=self._prompt_token_ids(),
+                prompt_logprobs=self._prompt_logprobs(),
+                timeline=self._timeline(),
+            )
+        )
+
+    def _role_event(self, choice: int, *, is_first: bool) -> bytes:
+        chunk = ChatChunk(
+            id=self._envelope.id,
+            created=self._envelope.created,
+            model=self._envelope.model,
+            system_fingerprint=SYSTEM_FINGERPRINT,
+            choices=[ChatChunkChoice(index=choice, delta=_ROLE_DELTA)],
+            prompt_token_ids=self._prompt_token_ids() if is_first else UNSET,
+            prompt_logprobs=self._prompt_logprobs() if is_first else UNSET,
+        )
+        return event(msgspec.json.encode(chunk))
+
+    def _event(
+        self, choices: list[ChatChunkChoice], usage: Usage | UnsetType, *, is_last: bool = False
+    ) -> bytes:
+        ends_choice = any(choice.finish_reason is not None for choice in choices)
+        chunk = ChatChunk(
+            id=self._envelope.id,
+            created=self._envelope.created,
+            model=self._envelope.model,
+            system_fingerprint=SYSTEM_FINGERPRINT,
+            choices=choices,
+            usage=usage,
+            weight_version=self._run.weight_version if ends_choice else UNSET,
+            timeline=self._timeline() if is_last else UNSET,
+        )
+        return event(msgspec.json.encode(chunk))
+
+    def _chunk_choice(self, delta: TextDelta) -> ChatChunkChoice:
+        return ChatChunkChoice(
+            index=delta.choice,
+            delta=ChatDelta(content=delta.text or UNSET),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish_reason,
+            stop_reason=stop_reason(delta, self._card),
+            token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
+        )
+
+    def _choice(self, delta: TextDelta) -> ChatChoice:
+        return ChatChoice(
+            index=delta.choice,
+            message=ChatMessage(content=delta.text),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish_reason,
+            stop_reason=stop_reason(delta, self._card),
+            token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
+        )
+
+    def _logprobs(self, delta: TextDelta) -> ChatLogprobs | None:
+        return chat_logprobs(self._tokenizer, delta.logprobs) if self._body.logprobs else None
+
+    def _prompt_token_ids(self) -> tuple[int, ...] | UnsetType:
+        return self._prompt_ids if self._body.return_token_ids else UNSET
+
+    def _prompt_logprobs(self) -> PromptLogprobs | UnsetType:
+        num_top = self._body.prompt_logprobs
+        if num_top is None:
+            return UNSET
+        return prompt_logprobs(self._tokenizer, self._run.info(0).prompt_logprobs, num_top)
+
+    def _timeline(self) -> TimelineBody | UnsetType:
+        return self._run.timeline() if self._body.timeline else UNSET

@@ -1,0 +1,306 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .answering import respond
+from .detokenizer import TextDelta, empty_delta, joined, text_decoder
+from .errors import unsupported
+from .generation import GenerateSpec
+from .http_metrics import RequestMeter
+from .in_flight import bare_id
+from .logprobs import completion_logprobs, concatenated, prompt_logprobs
+from .openai_requests import (
+    SYSTEM_FINGERPRINT,
+    Envelope,
+    checked_logprobs,
+    choose_request_id,
+    includes_usage,
+    num_choices,
+    openai_sampling,
+    stop_reason,
+    text_options,
+    usage_in_every_chunk,
+)
+from .openai_types import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    PromptLogprobs,
+    TimelineBody,
+    Usage,
+)
+from .sse import event
+from .text_run import Serving, TextJob, TextRun
+from .validation import (
+    OPENAI_RULES,
+    bad_type,
+    bad_value,
+    check_model,
+    check_prompt,
+    parse_object,
+    parse_request,
+    read_body,
+    resolve_max_tokens,
+)
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: tuple[int, ...]
+    text: str | None  # None: given as token ids
+
+
+class Completions:
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def handle(self, http: Request) -> Response:
+        serving = self._serving
+        serving.in_flight.check_open()
+        raw = parse_object(await read_body(http, serving.limits))
+        body = parse_request(raw, CompletionRequest, OPENAI_RULES)
+        meter = serving.metrics.meter(streamed=body.stream)
+        check_model(body.model, serving.card)
+        prompts = await self._prompts(body)
+        request_id = choose_request_id(http, body, serving)
+        envelope = Envelope(f"cmpl-{bare_id(request_id)}", serving.card.name)
+        jobs = self._jobs(body, prompts, envelope.id)
+        answer = _CompletionAnswer(serving, body, prompts, jobs, envelope, meter)
+        return await respond(
+            http, answer, jobs, request_id=request_id, stream=body.stream, in_flight=serving.in_flight
+        )
+
+    async def _prompts(self, body: CompletionRequest) -> list[Prompt]:
+        """A text, a list of texts, token ids, or a list of those."""
+        given = body.prompt
+        if isinstance(given, list) and all(isinstance(item, int) for item in given):
+            given = [[item for item in given if isinstance(item, int)]]
+        items = [given] if isinstance(given, str) else given
+        limit = self._serving.limits.max_prompts
+        if not 1 <= len(items) <= limit:
+            raise bad_value("prompt", f"`prompt` takes 1 to {limit} prompts, got {len(items)}.")
+        if len({type(item) for item in items}) > 1:
+            raise bad_type("prompt", "`prompt` must not mix texts and token ids.")
+        prompts: list[Prompt] = []
+        for item in items:
+            if isinstance(item, str):
+                ids = await self._serving.tokenizer.encode_async(
+                    item, add_special_tokens=body.add_special_tokens
+                )
+                prompts.append(Prompt(tuple(ids), item))
+            elif isinstance(item, list):
+                prompts.append(Prompt(tuple(item), None))
+            check_prompt(prompts[-1].token_ids, self._serving.card, "prompt")
+        return prompts
+
+    def _jobs(self, body: CompletionRequest, prompts: Sequence[Prompt], answer_id: str) -> list[TextJob]:
+        serving = self._serving
+        choices = num_choices(body, serving)
+        if body.best_of not in (None, choices):
+            raise unsupported("best_of", "only the value of `n`")
+        num_logprobs = checked_logprobs("logprobs", body.logprobs, serving)
+        wanted = [checked_logprobs("prompt_logprobs", body.prompt_logprobs, serving)]
+        if body.echo:
+            wanted.append(num_logprobs)
+        num_prompt_logprobs = max((number for number in wanted if number is not None), default=None)
+        if body.max_tokens == 0:
+            _check_scoring(body)
+        max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
+        options = text_options(body)
+        specs = [
+            GenerateSpec(
+                request_id=answer_id if len(prompts) == 1 else f"{answer_id}-{position}",
+                prompt_ids=prompt.token_ids,
+                sampling=openai_sampling(
+                    body,
+                    serving,
+                    max_tokens=resolve_max_tokens(
+                        max_tokens, DEFAULT_MAX_TOKENS, len(prompt.token_ids), serving.card, "max_tokens"
+                    ),
+                    num_logprobs=num_logprobs,
+                    num_prompt_logprobs=num_prompt_logprobs,
+                ),
+                num_choices=choices,
+                stream=body.stream or bool(options.stops),
+                priority=body.priority,
+            )
+            for position, prompt in enumerate(prompts)
+        ]
+        return [TextJob(spec, options) for spec in specs]
+
+
+def _check_scoring(body: CompletionRequest) -> None:
+    """``max_tokens`` 0 asks for nothing but the prompt itself."""
+    if not body.echo and body.prompt_logprobs is None:
+        raise bad_value("max_tokens", "`max_tokens` may be 0 only with `echo` or `prompt_logprobs`.")
+    if body.n != 1:
+        raise bad_value("n", "`n` must be 1 when `max_tokens` is 0.")
+
+
+class _CompletionAnswer:
+    def __init__(
+        self,
+        serving: Serving,
+        body: CompletionRequest,
+        prompts: Sequence[Prompt],
+        jobs: Sequence[TextJob],
+        envelope: Envelope,
+        meter: RequestMeter,
+    ) -> None:
+        self._tokenizer = serving.tokenizer
+        self._card = serving.card
+        self._body = body
+        self._prompts = prompts
+        self._jobs = jobs
+        self._envelope = envelope
+        self._meter = meter
+        self._run = TextRun(serving, jobs)
+        self._begun: set[tuple[int, int]] = set()  # (prompt, choice) whose first chunk is out
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        every_usage = usage_in_every_chunk(self._body)
+        async with aclosing(self._deltas()) as deltas:
+            async for prompt, delta in deltas:
+                self._meter.add_chunk((prompt, delta.choice), len(delta.token_ids), delta.finish_reason)
+                choice = self._choice(prompt, delta)
+                yield self._event([choice], self._run.usage() if every_usage else UNSET)
+        usage = self._run.usage()
+        self._meter.answered(usage.prompt_tokens)
+        if includes_usage(self._body) or self._body.timeline:
+            yield self._event([], usage if includes_usage(self._body) else UNSET, is_last=True)
+
+    async def whole(self) -> bytes:
+        parts: dict[tuple[int, int], list[TextDelta]] = defaultdict(list)
+        async with aclosing(self._deltas()) as deltas:
+            async for prompt, delta in deltas:
+                parts[prompt, delta.choice].append(delta)
+        choices = []
+        for (prompt, number), pieces in sorted(parts.items()):
+            delta = joined(pieces)
+            self._meter.add_chunk((prompt, number), len(delta.token_ids), delta.finish_reason)
+            choices.append(self._choice(prompt, delta))
+        usage = self._run.usage()
+        self._meter.answered(usage.prompt_tokens)
+        return msgspec.json.encode(
+            self._completion(choices, usage, self._run.weight_version, self._timeline())
+        )
+
+    def _deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
+        if self._body.max_tokens != 0:
+            return self._run.deltas()
+        if self._jobs[0].spec.sampling.num_prompt_logprobs is not None:
+            return self._run.scores()
+        return self._echoes()
+
+    async def _echoes(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
+        """Nothing but the prompts is asked for: no node is needed."""
+        for prompt in range(len(self._prompts)):
+            yield prompt, empty_delta("length")
+
+    def _event(
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType, *, is_last: bool = False
+    ) -> bytes:
+        ends_choice = any(choice.finish_reason is not None for choice in choices)
+        weight_version = self._run.weight_version if ends_choice else UNSET
+        timeline = self._timeline() if is_last else UNSET
+        return event(msgspec.json.encode(self._completion(choices, usage, weight_version, timeline)))
+
+    def _timeline(self) -> TimelineBody | UnsetType:
+        return self._run.timeline() if self._body.timeline else UNSET
+
+    def _completion(
+        self,
+        choices: list[CompletionChoice],
+        usage: Usage | UnsetType,
+        weight_version: str | UnsetType,
+        timeline: TimelineBody | UnsetType,
+    ) -> Completion:
+        return Completion(
+            id=self._envelope.id,
+            created=self._envelope.created,
+            model=self._envelope.model,
+            system_fingerprint=SYSTEM_FINGERPRINT,
+            choices=choices,
+            usage=usage,
+            weight_version=weight_version,
+            timeline=timeline,
+        )
+
+    def _choice(self, prompt: int, delta: TextDelta) -> CompletionChoice:
+        body = self._body
+        is_first = (prompt, delta.choice) not in self._begun
+        self._begun.add((prompt, delta.choice))
+        echo = self._echo(prompt) if is_first and body.echo else ""
+        return CompletionChoice(
+            index=prompt * body.n + delta.choice,
+            text=echo + delta.text,
+            logprobs=self._logprobs(prompt, delta, is_first=is_first),
+            finish_reason=delta.finish_reason,
+            stop_reason=stop_reason(delta, self._card),
+            token_ids=delta.token_ids if body.return_token_ids else UNSET,
+            prompt_token_ids=(
+                self._prompts[prompt].token_ids if is_first and body.return_token_ids else UNSET
+            ),
+            prompt_logprobs=self._prompt_logprobs(prompt) if is_first else UNSET,
+        )
+
+    def _echo(self, prompt: int) -> str:
+        text = self._prompts[prompt].text
+        if text is not None:
+            return text
+        return self._tokenizer.decode(
+            self._prompts[prompt].token_ids, skip_special_tokens=self._body.skip_special_tokens
+        )
+
+    def _logprobs(self, prompt: int, delta: TextDelta, *, is_first: bool) -> CompletionLogprobs | None:
+        num_top = self._body.logprobs
+        if num_top is None:
+            return None
+        start = len(self._echo(prompt)) if self._body.echo else 0
+        generated = completion_logprobs(
+            self._tokenizer,
+            delta.token_ids,
+            delta.logprobs,
+            [start + offset for offset in delta.text_offsets],
+            num_top,
+        )
+        if not (is_first and self._body.echo):
+            return generated
+        token_ids = self._prompts[prompt].token_ids
+        echoed = completion_logprobs(
+            self._tokenizer,
+            token_ids,
+            self._run.info(prompt).prompt_logprobs,
+            self._offsets(token_ids),
+            num_top,
+        )
+        return concatenated(echoed, generated)
+
+    def _offsets(self, token_ids: Sequence[int]) -> list[int]:
+        """Where the text of each prompt token begins."""
+        decoder = text_decoder(self._tokenizer, skip_special_tokens=self._body.skip_special_tokens)
+        offsets: list[int] = []
+        num_chars = 0
+        for token_id in token_ids:
+            offsets.append(num_chars)
+            num_chars += len(decoder.push(token_id))
+        return offsets
+
+    def _prompt_logprobs(self, prompt: int) -> PromptLogprobs | UnsetType:
+        num_top = self._body.prompt_logprobs
+        if num_top is None:
+            return UNSET
+        return prompt_logprobs(self._tokenizer, self._run.info(prompt).prompt_logprobs, num_top)

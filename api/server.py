@@ -1,0 +1,85 @@
+"""uvicorn, with a drain that keeps the listener open."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from .in_flight import InFlightRequests
+
+log = logging.getLogger(__name__)
+
+_DRAIN_POLL_S = 0.05
+
+
+class _Server(uvicorn.Server):
+    """The first SIGTERM or SIGINT drains, the second ends at once."""
+
+    def __init__(self, config: uvicorn.Config, stop: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stop = stop
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._stop.is_set():
+            self.should_exit = True
+            self.force_exit = True
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+
+class _AbortsAreMeant(logging.Filter):
+    """EventStream ends a failed stream by leaving it incomplete; uvicorn reports that as a bug of the app."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "returned without completing response" not in record.getMessage()
+
+
+async def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    in_flight: InFlightRequests | None = None,
+    drain_timeout_s: float = 30.0,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until a signal (or `stop`), then drain: new requests get 503, those in flight end first.
+
+    The listener stays open while draining, so that readiness probes and late clients get an answer.
+    """
+    stop = stop or asyncio.Event()
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        access_log=False,
+        server_header=False,
+        log_config=None,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    server = _Server(config, stop)
+    logging.getLogger("uvicorn.error").addFilter(_AbortsAreMeant())
+    draining = asyncio.create_task(_drain(server, stop, in_flight, drain_timeout_s))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        draining.cancel()
+        await asyncio.wait({draining})
+
+
+async def _drain(
+    server: uvicorn.Server, stop: asyncio.Event, in_flight: InFlightRequests | None, timeout_s: float
+) -> None:
+    await stop.wait()
+    if in_flight is not None:
+        in_flight.drain()
+        log.info("draining: %d requests in flight", len(in_flight))
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while len(in_flight) and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(_DRAIN_POLL_S)
+    server.should_exit = True

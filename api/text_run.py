@@ -1,0 +1,166 @@
+"""The generations of one HTTP request while they run, as text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+
+from msgspec import UNSET, UnsetType
+
+from ..messages.timeline import Span
+from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta, joined
+from .generation import ChoiceDelta, GenerateSpec, Generation, GenerationInfo, Generator, ModelCard
+from .http_metrics import HttpMetrics
+from .in_flight import InFlightRequests
+from .openai_types import PromptTokensDetails, SpanBody, TimelineBody, Usage
+from .tokenization import Tokenizer
+from .validation import GenerationDefaults, Limits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """What every generating surface is given."""
+
+    card: ModelCard
+    tokenizer: Tokenizer
+    generator: Generator
+    defaults: GenerationDefaults
+    limits: Limits
+    metrics: HttpMetrics
+    in_flight: InFlightRequests
+    weight_version: Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class TextJob:
+    """One prompt, and how its text is wanted."""
+
+    spec: GenerateSpec
+    options: TextOptions
+
+
+class TextRun:
+    """One generation per prompt, with ``num_choices`` choices each. ``deltas`` runs them.
+
+    A prompt's facts (``info``) are there from its first delta on, and complete when ``deltas`` has ended.
+    """
+
+    def __init__(self, serving: Serving, jobs: Sequence[TextJob]) -> None:
+        self._serving = serving
+        self._jobs = jobs
+        self._generations: dict[int, Generation] = {}  # prompt -> its generation, once it has started
+        self.num_completion_tokens = 0
+
+    def info(self, prompt: int) -> GenerationInfo:
+        return self._generations[prompt].info
+
+    @property
+    def weight_version(self) -> str:
+        """The version of the weights that answered (the latest, should they have changed between prompts)."""
+        versions = [generation.info.weight_version for generation in self._generations.values()]
+        return next(filter(None, reversed(versions)), self._serving.weight_version())
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
+        """(prompt, delta) as tokens come, each choice's in order. A delta without new text is held back and
+        given together with the next. However this ends, nothing goes on running."""
+        detokenizers = [
+            [Detokenizer(self._serving.tokenizer, job.options) for _ in range(job.spec.num_choices)]
+            for job in self._jobs
+        ]
+        held: dict[tuple[int, int], list[TextDelta]] = {}
+        async with contextlib.aclosing(self._arrivals()) as arrivals:
+            async for prompt, delta in arrivals:
+                detokenizer = detokenizers[prompt][delta.choice]
+                if detokenizer.is_finished:
+                    continue
+                shown = detokenizer.push(delta)
+                if shown.finish_reason is not None and delta.finish_reason is None:
+                    self._generations[prompt].stop_choice(delta.choice)
+                self.num_completion_tokens += len(shown.token_ids)
+                key = (prompt, delta.choice)
+                if shown.text or shown.finish_reason is not None:
+                    earlier = held.pop(key, None)
+                    yield prompt, shown if earlier is None else joined([*earlier, shown])
+                elif shown.token_ids:
+                    held.setdefault(key, []).append(shown)
+
+    async def scores(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
+        """For specs of one token that only serve the prompt's logprobs: (prompt, an empty delta) each."""
+        async with contextlib.aclosing(self._arrivals()) as arrivals:
+            async for prompt, delta in arrivals:
+                if delta.finish_reason is not None:
+                    yield prompt, empty_delta("length")
+
+    def _arrivals(self) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
+        return self._run(0) if len(self._jobs) == 1 else self._run_all()
+
+    async def _run(self, prompt: int) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
+        generation = await self._serving.generator.generate(self._jobs[prompt].spec)
+        self._generations[prompt] = generation
+        try:
+            async for delta in generation:
+                yield prompt, delta
+        finally:
+            generation.cancel()
+
+    async def _run_all(self) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
+        arrivals: asyncio.Queue[tuple[int, ChoiceDelta] | asyncio.Task[None]] = asyncio.Queue()
+
+        async def forward(prompt: int) -> None:
+            async with contextlib.aclosing(self._run(prompt)) as deltas:
+                async for delta in deltas:
+                    arrivals.put_nowait(delta)
+
+        running = {asyncio.create_task(forward(prompt)) for prompt in range(len(self._jobs))}
+        for task in running:
+            task.add_done_callback(arrivals.put_nowait)
+        try:
+            while running:
+                arrival = await arrivals.get()
+                if isinstance(arrival, asyncio.Task):
+                    running.remove(arrival)
+                    arrival.result()
+                else:
+                    yield arrival
+        finally:
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+
+    def usage(self) -> Usage:
+        num_prompt_tokens = sum(len(job.spec.prompt_ids) for job in self._jobs)
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=self.num_completion_tokens,
+            total_tokens=num_prompt_tokens + self.num_completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(self._num_cached_tokens()),
+        )
+
+    def _num_cached_tokens(self) -> int:
+        return sum(generation.info.num_cached_tokens for generation in self._generations.values())
+
+    def timeline(self) -> TimelineBody:
+        spans = [
+            (prompt, span)
+            for prompt, generation in self._generations.items()
+            for span in generation.info.spans
+        ]
+        spans.sort(key=lambda entry: entry[1].start_unix_s)
+        origin_s = spans[0][1].start_unix_s if spans else 0.0
+        is_batch = len(self._jobs) > 1
+        return TimelineBody(
+            spans=[_span_body(span, origin_s, prompt if is_batch else UNSET) for prompt, span in spans]
+        )
+
+
+def _span_body(span: Span, origin_s: float, prompt: int | UnsetType) -> SpanBody:
+    return SpanBody(
+        name=span.name,
+        start_s=span.start_unix_s - origin_s,
+        duration_s=span.duration_s,
+        num_bytes=span.num_bytes or UNSET,
+        prompt=prompt,
+    )

@@ -1,0 +1,184 @@
+"""Text to token ids and back, as a Hugging Face tokenizer does it, over ``tokenizers`` alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders
+
+from ..runtime.errors import RequestError, StartupError
+from .chat_template import ChatTemplate
+
+# Encoding runs at about 1 MB/s; what is longer than this goes to a thread so that streams do not stutter.
+_INLINE_CHARS = 2_000
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_SPECIAL_TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary, and back."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shifted = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(shifted)}
+
+
+_BYTE_OF_CHAR = _byte_level_alphabet()
+
+
+class Tokenizer:
+    """One model's tokenizer with its chat template. Read-only, so threads may share it."""
+
+    def __init__(
+        self,
+        backend: RustTokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat = None if chat_template is None else ChatTemplate(chat_template, special_tokens or {})
+        self.special_tokens = dict(special_tokens or {})
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        # Every token of a byte-level vocabulary is a fixed run of bytes, whatever stands around it.
+        self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where there are any."""
+        folder = Path(directory)
+        vocabulary = folder / "tokenizer.json"
+        if not vocabulary.is_file():
+            raise StartupError(f"{folder} has no tokenizer.json: name a Hugging Face checkpoint's folder")
+        config = _read_json(folder / "tokenizer_config.json")
+        return cls(
+            RustTokenizer.from_file(str(vocabulary)),
+            special_tokens=_special_tokens(config),
+            chat_template=_chat_template(folder, config),
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Like ``encode``; a long text is encoded in a thread (the tokenizer releases the GIL)."""
+        if len(text) <= _INLINE_CHARS:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_string(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for an id that has none."""
+        return self._backend.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token adds to a text."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(self.token_string(token_id))
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """The token's own text; ``bytes:\\xe4\\xbd`` for a piece of a character, so names stay distinct."""
+        known = self._texts.get(token_id)
+        if known is None:
+            known = self._texts[token_id] = _printable(self.token_bytes(token_id))
+        return known
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Whether this is one byte of a byte-fallback vocabulary, which decodes only as part of its run."""
+        return _BYTE_TOKEN.fullmatch(self.token_string(token_id)) is not None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        if self._chat is None:
+            raise RequestError(
+                "The model has no chat template; use /v1/completions.",
+                code="no_chat_template",
+                param="messages",
+            )
+        return self._chat.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+
+    def _spell(self, token: str) -> bytes:
+        if self.is_byte_level:
+            if all(char in _BYTE_OF_CHAR for char in token):
+                return bytes(_BYTE_OF_CHAR[char] for char in token)
+            return token.encode()  # an added token, spelled as it is
+        byte = _BYTE_TOKEN.fullmatch(token)
+        if byte:
+            return bytes.fromhex(byte[1])
+        return token.replace("▁", " ").encode()
+
+
+def _printable(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Name → token, of those that tokenizer_config.json sets (as a string, or as an added token's fields)."""
+    tokens: dict[str, str] = {}
+    for name in _SPECIAL_TOKEN_NAMES:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or the config's template: a string, or a list of named ones."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None

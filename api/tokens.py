@@ -1,0 +1,61 @@
+"""/tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .admin import json_response
+from .generation import ModelCard
+from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
+from .openai_chat import encode_chat
+from .tokenization import Tokenizer
+from .validation import TOKEN_RULES, Limits, bad_value, check_model, parse_object, parse_request, read_body
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRoutes:
+    card: ModelCard
+    tokenizer: Tokenizer
+    limits: Limits
+
+    async def tokenize(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self.limits))
+        body = parse_request(raw, TokenizeRequest, TOKEN_RULES)
+        check_model(body.model, self.card)
+        if (body.prompt is None) == (body.messages is None):
+            raise bad_value("prompt", "Give either `prompt` or `messages`.")
+        if body.messages is not None:
+            token_ids = await encode_chat(
+                self.tokenizer,
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                add_special_tokens=bool(body.add_special_tokens),
+                template_kwargs=body.chat_template_kwargs,
+            )
+        else:
+            token_ids = await self.tokenizer.encode_async(
+                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+            )
+        strings = [self.tokenizer.token_string(token_id) for token_id in token_ids]
+        return json_response(
+            TokenizeAnswer(
+                count=len(token_ids),
+                max_model_len=self.card.max_model_len,
+                tokens=token_ids,
+                token_strs=strings if body.return_token_strs else None,
+            )
+        )
+
+    async def detokenize(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self.limits))
+        body = parse_request(raw, DetokenizeRequest, TOKEN_RULES)
+        check_model(body.model, self.card)
+        for token_id in body.tokens:
+            if not 0 <= token_id < self.card.vocab_size:
+                raise bad_value("tokens", f"Token id {token_id} is outside the vocabulary.")
+        text = self.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+        return json_response(DetokenizeAnswer(prompt=text))

@@ -1,0 +1,373 @@
+"""From a request's body to a GenerateSpec: every bound and every default, in one place.
+
+A field that we do not know, or whose value we cannot honour, is refused by name when it would change the
+answer; only what is known to be harmless is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+
+from ..messages.sampling import SamplingParams
+from ..runtime.errors import RequestError
+from .errors import unsupported
+from .generation import ModelCard
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+GREEDY_BELOW_TEMPERATURE = 1e-5  # where dividing logits by it would overflow
+MAX_STOPS = 16
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIASES = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bounds of a single HTTP request."""
+
+    max_body_bytes: int = 32 << 20
+    max_prompts: int = 1024
+    max_choices: int = 128
+    max_logprobs: int = 20
+
+
+class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request that does not say gets: from the checkpoint's generation_config.json."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> GenerationDefaults:
+        file = Path(directory) / "generation_config.json"
+        if not file.is_file():
+            return cls()
+        config = json.loads(file.read_text(encoding="utf-8"))
+        known = {name: config[name] for name in cls.__struct_fields__ if config.get(name) is not None}
+        return msgspec.convert(known, cls)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldRules:
+    """Fields beyond a request's own: ``harmless`` whatever they hold, ``inert`` only with these values."""
+
+    harmless: frozenset[str]
+    inert: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    refuse_unknown: bool = True
+
+
+_EMPTY: tuple[object, ...] = ("", [], {}, False)
+
+# Written by routers in front of us, or bookkeeping of the caller's.
+_HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "session_id",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prediction",
+        "parallel_tool_calls",
+        "separate_reasoning",
+        "stream_reasoning",
+        "spaces_between_special_tokens",
+        "stream_interval",
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "log_metrics",
+        "background",
+        "no_logs",
+    }
+)
+OPENAI_RULES = FieldRules(
+    harmless=_HARMLESS,
+    inert={
+        "suffix": ("",),
+        "use_beam_search": (False,),
+        "length_penalty": (1, 1.0),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "lora_path": ("",),
+        "return_hidden_states": (False,),
+        "return_routed_experts": (False,),
+        "echo": (False,),
+        "best_of": (1,),
+    },
+)
+NATIVE_RULES = FieldRules(
+    harmless=_HARMLESS,
+    inert=dict.fromkeys(
+        (
+            "input_embeds",
+            "image_data",
+            "audio_data",
+            "video_data",
+            "lora_path",
+            "session_params",
+            "return_hidden_states",
+            "return_routed_experts",
+            "return_entropy",
+            "return_bytes",
+            "token_ids_logprob",
+        ),
+        _EMPTY,
+    ),
+    refuse_unknown=False,  # SGLang's clients send fields of many versions
+)
+NATIVE_SAMPLING_RULES = FieldRules(
+    harmless=_HARMLESS,
+    inert=dict.fromkeys(
+        ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params"), _EMPTY
+    ),
+)
+TOKEN_RULES = FieldRules(harmless=_HARMLESS)
+
+
+# ---- bodies -----------------------------------------------------------------------------------------
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The whole body. Raises RequestError (413) as soon as it is too large."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limits.max_body_bytes:
+            raise RequestError(
+                f"The body is larger than {limits.max_body_bytes} bytes.", status=413, code="body_too_large"
+            )
+    return bytes(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise RequestError("The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def parse_request(value: Mapping[str, Any], request_type: type[S], rules: FieldRules) -> S:
+    """`value` as a `request_type`. Raises RequestError that names the field."""
+    own_fields: Collection[str] = {field.name for field in msgspec.structs.fields(request_type)}
+    given: dict[str, Any] = {}
+    for name, content in value.items():
+        if content is None:
+            continue
+        if name in own_fields:
+            given[name] = _without_nulls(content)
+        elif name in rules.inert:
+            if content not in rules.inert[name]:
+                raise unsupported(name)
+        elif rules.refuse_unknown and name not in rules.harmless:
+            raise unsupported(name, "unknown field")
+    try:
+        return msgspec.convert(given, request_type)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from None
+
+
+def _without_nulls(content: Any) -> Any:  # noqa: ANN401 (any JSON)
+    """Nulls inside option objects mean defaults, too; a list's nulls are left for the type check."""
+    if isinstance(content, dict):
+        return {name: inner for name, inner in content.items() if inner is not None}
+    return content
+
+
+def _invalid(message: str) -> RequestError:
+    """From msgspec's ``Expected `int`, got `str` - at `$.stop[0]```."""
+    missing = re.search(r"missing required field `(\w+)`", message)
+    if missing:
+        return RequestError(f"`{missing[1]}` is required.", param=missing[1], code="missing_parameter")
+    what, _, path = message.partition(" - at `")
+    param = path.rstrip("`").removeprefix("$").removeprefix(".") or None
+    return RequestError(f"`{param}`: {what}." if param else f"{what}.", param=param, code="invalid_type")
+
+
+# ---- values -----------------------------------------------------------------------------------------
+
+
+def bad_value(param: str, message: str) -> RequestError:
+    return RequestError(message, param=param, code="invalid_value")
+
+
+def bad_type(param: str, message: str) -> RequestError:
+    return RequestError(message, param=param, code="invalid_type")
+
+
+def check_model(model: str | None, card: ModelCard) -> None:
+    if model and model != card.name:
+        raise RequestError(
+            f"The model `{model}` does not exist; this server has `{card.name}`.",
+            status=404,
+            param="model",
+            code="model_not_found",
+            error_type="not_found_error",
+        )
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise bad_value(name, f"`{name}` must be between {low:g} and {high:g}, got {value}.")
+
+
+def check_prompt(prompt_ids: Sequence[int], card: ModelCard, param: str) -> None:
+    if not prompt_ids:
+        raise bad_value(param, "The prompt is empty.")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= card.vocab_size:
+        wrong = next(token_id for token_id in prompt_ids if not 0 <= token_id < card.vocab_size)
+        raise bad_value(param, f"Token id {wrong} is outside the vocabulary of {card.vocab_size} tokens.")
+    if len(prompt_ids) >= card.max_model_len:
+        raise RequestError(
+            f"The prompt has {len(prompt_ids)} tokens; the model's context of {card.max_model_len} tokens "
+            "must hold it and at least one more.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def resolve_max_tokens(
+    wanted: int | None, default: int | None, num_prompt: int, card: ModelCard, name: str
+) -> int:
+    """`wanted`, which must fit the context, or `default` (None: the rest) as far as it fits."""
+    rest = card.max_model_len - num_prompt
+    if wanted is None:
+        return rest if default is None else min(default, rest)
+    if wanted < 1:
+        raise bad_value(name, f"`{name}` must be at least 1, got {wanted}.")
+    if wanted > rest:
+        raise RequestError(
+            f"The model's context is {card.max_model_len} tokens; the prompt has {num_prompt} and `{name}` "
+            f"asks for {wanted} more.",
+            param=name,
+            code="context_length_exceeded",
+        )
+    return wanted
+
+
+def parse_stops(stop: str | list[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS:
+        raise bad_value("stop", f"`stop` takes at most {MAX_STOPS} strings, got {len(stops)}.")
+    if "" in stops:
+        raise bad_value("stop", "`stop` must not hold an empty string.")
+    return stops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingFields:
+    """The sampling fields that all endpoints share, under the names that the client used."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    logit_bias: Mapping[str, float]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    min_tokens: int
+    min_tokens_name: str = "min_tokens"
+
+
+def sampling_params(
+    wanted: SamplingFields,
+    defaults: GenerationDefaults,
+    card: ModelCard,
+    *,
+    max_tokens: int,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None,
+    prompt_logprobs_start: int = 0,
+) -> SamplingParams:
+    temperature = _or(wanted.temperature, defaults.temperature)
+    if temperature < 0:
+        raise bad_value("temperature", f"`temperature` must not be negative, got {temperature}.")
+    top_p = _or(wanted.top_p, defaults.top_p)
+    if not 0 < top_p <= 1:
+        raise bad_value("top_p", f"`top_p` must be above 0 and at most 1, got {top_p}.")
+    top_k = defaults.top_k if wanted.top_k is None else wanted.top_k
+    if top_k < -1:
+        raise bad_value("top_k", f"`top_k` must be -1 or 0 (all), or positive, got {top_k}.")
+    min_p = _or(wanted.min_p, defaults.min_p)
+    check_range("min_p", min_p, 0, 1)
+    repetition_penalty = _or(wanted.repetition_penalty, defaults.repetition_penalty)
+    if repetition_penalty <= 0:
+        raise bad_value(
+            "repetition_penalty", f"`repetition_penalty` must be positive, got {repetition_penalty}."
+        )
+    frequency_penalty = _or(wanted.frequency_penalty, 0.0)
+    check_range("frequency_penalty", frequency_penalty, -2, 2)
+    presence_penalty = _or(wanted.presence_penalty, 0.0)
+    check_range("presence_penalty", presence_penalty, -2, 2)
+    if wanted.min_tokens < 0 or wanted.min_tokens > max_tokens:
+        name = wanted.min_tokens_name
+        raise bad_value(name, f"`{name}` must be between 0 and the {max_tokens} tokens at most generated.")
+    return SamplingParams(
+        temperature=0.0 if temperature < GREEDY_BELOW_TEMPERATURE else temperature,
+        top_p=top_p,
+        top_k=max(top_k, 0),
+        min_p=min_p,
+        seed=secrets.randbits(64) if wanted.seed is None else wanted.seed % 2**64,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias=_logit_bias(wanted.logit_bias, card),
+        stop_token_ids=_stop_token_ids(wanted.stop_token_ids, card),
+        ignore_eos=wanted.ignore_eos,
+        min_tokens=wanted.min_tokens,
+        max_tokens=max_tokens,
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+        prompt_logprobs_start=prompt_logprobs_start,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _logit_bias(biases: Mapping[str, float], card: ModelCard) -> dict[int, float]:
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise bad_value("logit_bias", f"`logit_bias` takes at most {MAX_LOGIT_BIASES} tokens.")
+    checked: dict[int, float] = {}
+    for key, bias in biases.items():
+        if not re.fullmatch(r"\d{1,18}", key) or int(key) >= card.vocab_size:
+            raise bad_value("logit_bias", f"`logit_bias`: {key!r} is no token id below {card.vocab_size}.")
+        if not -100 <= bias <= 100:
+            raise bad_value("logit_bias", f"`logit_bias` must be between -100 and 100, got {bias}.")
+        checked[int(key)] = bias
+    return checked
+
+
+def _stop_token_ids(token_ids: Sequence[int], card: ModelCard) -> tuple[int, ...]:
+    if len(token_ids) > MAX_STOP_TOKEN_IDS:
+        raise bad_value("stop_token_ids", f"`stop_token_ids` takes at most {MAX_STOP_TOKEN_IDS} ids.")
+    for token_id in token_ids:
+        if not 0 <= token_id < card.vocab_size:
+            raise bad_value("stop_token_ids", f"Token id {token_id} is outside the vocabulary.")
+    return tuple(dict.fromkeys(token_ids))

@@ -1,0 +1,23 @@
+"""`pdserve bench …`: mounted by the root command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import serve
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `bench` and its commands."""
+    summary = "measure any OpenAI-compatible server"
+    parser = subparsers.add_parser("bench", help=summary, description=summary)
+    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+    serve_summary = "TTFT, ITL, throughput and goodput under an open or closed loop"
+    serve_parser = commands.add_parser("serve", help=serve_summary, description=serve_summary)
+    serve.add_arguments(serve_parser)
+    serve_parser.set_defaults(run_bench=serve.main)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the parsed command; raises StartupError where the arguments are unusable."""
+    return int(args.run_bench(args))

@@ -1,0 +1,227 @@
+"""The commands: `pdserve up | router | prefill | decode | bench | doctor`, and one binary per role.
+
+Each role's modules are imported only in the process of that role: a router never loads torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from .runtime.config import add_flags, forwarded_flags, node_config, resolve, router_config
+from .runtime.errors import StartupError
+from .runtime.listen import bind_http, http_url, inherit_http
+from .runtime.logs import configure_logging
+from .runtime.process import die_with_parent
+from .runtime.supervisor import Child, Supervisor
+
+_READY_TIMEOUT_S = 600.0
+_NODE_GRACE_S = 15.0
+_ROLES: tuple[Literal["router", "prefill", "decode"], ...] = ("router", "prefill", "decode")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`pdserve COMMAND …`"""
+    parser = argparse.ArgumentParser(
+        prog="pdserve", description="Serve a large language model with prefill and decode on different nodes."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="a router, prefill and decode nodes on this machine")
+    add_flags(up, frozenset(_ROLES))
+    for kind in ("prefill", "decode"):
+        up.add_argument(
+            f"--num-{kind}", type=int, metavar="N", default=1, help=f"{kind} nodes to start (default: 1)"
+        )
+    for role in _ROLES:
+        _add_role_arguments(commands.add_parser(role, help=f"one {role}"), role)
+    if argv is None:
+        argv = sys.argv[1:]
+    if argv[:1] == ["bench"]:  # its modules take a third of a second to import
+        from .bench.cli import add_parser
+
+        add_parser(commands)
+    else:
+        commands.add_parser("bench", help="measure TTFT, ITL and goodput of any OpenAI-compatible server")
+    doctor = commands.add_parser("doctor", help="what works on this machine, and what listens where")
+    doctor.add_argument("--url", action="append", default=[], help="a running router or node to look at too")
+    front = commands.add_parser("node-front", help="a node's own HTTP (started by its scheduler)")
+    _add_front_arguments(front)
+
+    given = vars(parser.parse_args(argv))
+    return _run(str(given.pop("command")), given)
+
+
+def main_router() -> int:
+    """`pdserve-router …`"""
+    return _role_main("router")
+
+
+def main_prefill() -> int:
+    """`pdserve-prefill …`"""
+    return _role_main("prefill")
+
+
+def main_decode() -> int:
+    """`pdserve-decode …`"""
+    return _role_main("decode")
+
+
+def _role_main(role: str) -> int:
+    parser = argparse.ArgumentParser(prog=f"pdserve-{role}", description=f"One {role} of a pdserve cluster.")
+    _add_role_arguments(parser, role)
+    return _run(role, vars(parser.parse_args()))
+
+
+def _run(command: str, given: dict[str, Any]) -> int:
+    runs: dict[str, Callable[[dict[str, Any]], int]] = {
+        "up": _up,
+        "router": _router,
+        "prefill": lambda given: _node("prefill", given),
+        "decode": lambda given: _node("decode", given),
+        "bench": _bench,
+        "doctor": _doctor,
+        "node-front": _node_front,
+    }
+    try:
+        return runs[command](given)
+    except StartupError as error:
+        print(f"pdserve {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_role_arguments(parser: argparse.ArgumentParser, role: str) -> None:
+    add_flags(parser, frozenset({role}))
+    # Given by `pdserve up`, which bound the socket: the port is known before this process has started.
+    parser.add_argument("--listen-fd", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def _listener(given: Mapping[str, Any], host: str, port: int) -> socket.socket:
+    if given.get("listen_fd") is not None:
+        die_with_parent()
+        return inherit_http(given["listen_fd"])
+    return bind_http(host, port)
+
+
+# ---- one process per role ---------------------------------------------------------------------------
+
+
+def _router(given: dict[str, Any]) -> int:
+    config = router_config(given)
+    configure_logging("router", config.log_level, config.log_format)
+    from .router.main import run_router
+
+    return run_router(config, _listener(given, config.host, config.port))
+
+
+def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
+    config = node_config(role, given)
+    configure_logging(role, config.log_level, config.log_format)
+    listener = _listener(given, config.host, config.port)
+    if role == "prefill":
+        from .prefill.main import run_prefill
+
+        return run_prefill(config, listener)
+    from .decode.main import run_decode
+
+    return run_decode(config, listener)
+
+
+def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--role", required=True)
+    parser.add_argument("--zmq-address", required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--router", action="append", default=[])
+    parser.add_argument("--api-key", action="append", default=[])
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
+
+
+def _node_front(given: dict[str, Any]) -> int:
+    configure_logging(f"{given['role']}-front", given["log_level"], given["log_format"])
+    die_with_parent()
+    from .api.node_front import run_node_front
+
+    return run_node_front(
+        zmq_address=given["zmq_address"],
+        listener=inherit_http(given["listen_fd"]),
+        url=given["url"],
+        router_urls=tuple(given["router"]),
+        api_keys=tuple(given["api_key"]),
+    )
+
+
+def _bench(given: dict[str, Any]) -> int:
+    from .bench.cli import run
+
+    return run(argparse.Namespace(**given))
+
+
+def _doctor(given: dict[str, Any]) -> int:
+    from .doctor import run_doctor
+
+    return run_doctor(tuple(given["url"]))
+
+
+# ---- a whole cluster on this machine ----------------------------------------------------------------
+
+
+def _up(given: dict[str, Any]) -> int:
+    config = router_config(given)
+    configure_logging("up", config.log_level, config.log_format)
+    is_colocated = bool(resolve("decode", given)["colocated"])
+    num_prefill = 0 if is_colocated else given["num_prefill"]
+    num_decode = given["num_decode"]
+    if num_decode < 1 or (num_prefill < 1 and not is_colocated):
+        raise StartupError("--num-prefill and --num-decode must be 1 or more (or use --colocated)")
+
+    listener = bind_http(config.host, config.port)
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    url = http_url(loopback, listener)
+    children = [_router_child(given, listener)]
+    num_threads = max(1, (os.cpu_count() or 1) // (num_prefill + num_decode))
+    children += [_node_child("prefill", i, given, url, num_threads) for i in range(num_prefill)]
+    children += [_node_child("decode", i, given, url, num_threads) for i in range(num_decode)]
+
+    with Supervisor(children) as supervisor:
+        if not supervisor.wait_until(lambda: _answers(f"{url}/ready"), _READY_TIMEOUT_S):
+            return 0
+        print(f"pdserve is ready at {url}", flush=True)
+        return supervisor.run()
+
+
+def _router_child(given: Mapping[str, Any], listener: socket.socket) -> Child:
+    flags = forwarded_flags(given, "router", dropped=("host", "port"))
+    arguments = ["router", *flags, "--listen-fd", str(listener.fileno())]
+    grace_s = float(resolve("router", given)["drain_timeout"]) + 5.0
+    return Child("router", arguments, grace_s, pass_fds=(listener.fileno(),))
+
+
+def _node_child(
+    role: Literal["prefill", "decode"],
+    index: int,
+    given: Mapping[str, Any],
+    router_url: str,
+    num_threads: int,
+) -> Child:
+    flags = forwarded_flags(given, role, dropped=("port",))
+    if resolve(role, given)["num_threads"] is None:
+        flags += ["--num-threads", str(num_threads)]
+    return Child(f"{role} {index}", [role, *flags, "--port", "0", "--router", router_url], _NODE_GRACE_S)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2.0) as response:
+            return int(response.status) == 200
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,1 @@
+"""The scheduler parts that the prefill and decode binaries share."""

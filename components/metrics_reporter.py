@@ -1,0 +1,142 @@
+"""The node's Prometheus metrics, ``pd_*``, labelled by model_name and role.
+
+Names follow promtool: base units, counters end in ``_total``. The reporter keeps a registry of its own, so
+several can live in one process. Gauges and token counters come from the NodeLoad that pairing reads too;
+they are as exact as that is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..messages.node import NodeLoad, Role
+from .page_allocator import PageCounts
+
+RoomOutcome: TypeAlias = Literal["done", "busy", "failed", "aborted"]
+StepKind: TypeAlias = Literal["prefill", "decode", "mixed"]
+
+_LABELS = ("model_name", "role")
+_STEP_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_TRANSFER_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class MetricsReporter:
+    """Takes what happened, renders the exposition text. The clock and the HTTP route are elsewhere."""
+
+    def __init__(self, model_name: str, role: Role) -> None:
+        self._labels = (model_name, role)
+        self._registry = CollectorRegistry()
+        self._last_load = NodeLoad()
+
+        self._num_running_reqs = self._gauge("pd_num_running_reqs", "Requests in the running batch.")
+        self._num_queue_reqs = self._gauge("pd_num_queue_reqs", "Requests waiting on this node.")
+        self._num_queued_tokens = self._gauge(
+            "pd_num_queued_tokens", "Prompt tokens that were accepted and are not computed yet."
+        )
+        self._num_prefill_inflight = self._gauge(
+            "pd_num_prefill_inflight_queue_reqs", "Prefill: requests whose pages are on the wire."
+        )
+        self._num_decode_prealloc = self._gauge(
+            "pd_num_decode_prealloc_queue_reqs", "Decode: requests that wait for pages."
+        )
+        self._num_decode_transfer = self._gauge(
+            "pd_num_decode_transfer_queue_reqs", "Decode: requests whose pages are being computed or written."
+        )
+        self._token_usage = self._gauge(
+            "pd_token_usage", "Share of the KV cache that requests use, 0 to 1, evictable pages not counted."
+        )
+        self._kv_cache_usage = self._gauge("pd_kv_cache_usage_perc", "The same as pd_token_usage; 1 is full.")
+        self._num_pages = Gauge(
+            "pd_num_pages", "KV pages by state.", (*_LABELS, "state"), registry=self._registry
+        )
+        self._cache_hit_rate = self._gauge(
+            "pd_cache_hit_rate", "Share of prompt tokens since start that the prefix cache held, 0 to 1."
+        )
+
+        self._prompt_tokens = self._counter("pd_prompt_tokens", "Prompt tokens computed.")
+        self._cached_tokens = self._counter("pd_cached_tokens", "Prompt tokens that the prefix cache spared.")
+        self._generation_tokens = self._counter("pd_generation_tokens", "Output tokens sampled.")
+
+        self._transfer_bytes = self._counter("pd_kv_transfer_bytes", "KV bytes of finished hand-offs.")
+        self._transfer_seconds = Histogram(
+            "pd_kv_transfer_seconds",
+            "Duration of a hand-off from the first write submitted to the last one in place.",
+            _LABELS,
+            buckets=_TRANSFER_BUCKETS_S,
+            registry=self._registry,
+        ).labels(*self._labels)
+        self._transfer_speed = self._gauge(
+            "pd_kv_transfer_speed_bytes_per_second", "Bytes over duration of the last hand-off."
+        )
+        self._rooms = Counter("pd_rooms", "Rooms by outcome.", (*_LABELS, "outcome"), registry=self._registry)
+        self._step_seconds = Histogram(
+            "pd_step_seconds",
+            "Duration of a forward step.",
+            (*_LABELS, "kind"),
+            buckets=_STEP_BUCKETS_S,
+            registry=self._registry,
+        )
+
+    def observe_load(self, load: NodeLoad) -> None:
+        """Take over gauges and token totals. Call it with the current load right before `render`."""
+        self._num_running_reqs.set(load.num_running_reqs)
+        self._num_queue_reqs.set(load.num_waiting_reqs)
+        self._num_queued_tokens.set(load.num_queued_tokens)
+        usage = load.num_used_pages / load.num_total_pages if load.num_total_pages else 0.0
+        self._token_usage.set(usage)
+        self._kv_cache_usage.set(usage)
+
+        last, self._last_load = self._last_load, load
+        self._prompt_tokens.inc(load.num_prompt_tokens_computed - last.num_prompt_tokens_computed)
+        self._cached_tokens.inc(load.num_cached_prompt_tokens - last.num_cached_prompt_tokens)
+        self._generation_tokens.inc(load.num_generated_tokens - last.num_generated_tokens)
+        num_prompt_tokens = load.num_prompt_tokens_computed + load.num_cached_prompt_tokens
+        self._cache_hit_rate.set(
+            load.num_cached_prompt_tokens / num_prompt_tokens if num_prompt_tokens else 0.0
+        )
+
+    def observe_pages(self, pages: PageCounts) -> None:
+        """Take over the pages' states."""
+        self._set_pages("free", pages.free)
+        self._set_pages("exposed", pages.exposed)
+        self._set_pages("private", pages.private)
+        self._set_pages("shared", pages.shared)
+        self._set_pages("quarantined", pages.quarantined)
+
+    def observe_queues(
+        self, *, num_prefill_inflight: int = 0, num_decode_prealloc: int = 0, num_decode_transfer: int = 0
+    ) -> None:
+        """Take over the lengths of the queues that only one of the two roles has."""
+        self._num_prefill_inflight.set(num_prefill_inflight)
+        self._num_decode_prealloc.set(num_decode_prealloc)
+        self._num_decode_transfer.set(num_decode_transfer)
+
+    def count_step(self, kind: StepKind, duration_s: float) -> None:
+        """A forward step is done."""
+        self._step_seconds.labels(*self._labels, kind).observe(duration_s)
+
+    def count_transfer(self, num_bytes: int, duration_s: float) -> None:
+        """A hand-off's last write is in place."""
+        self._transfer_bytes.inc(num_bytes)
+        self._transfer_seconds.observe(duration_s)
+        if duration_s > 0:
+            self._transfer_speed.set(num_bytes / duration_s)
+
+    def count_room(self, outcome: RoomOutcome) -> None:
+        """A room is closed."""
+        self._rooms.labels(*self._labels, outcome).inc()
+
+    def render(self) -> str:
+        """The Prometheus text exposition of all metrics."""
+        return generate_latest(self._registry).decode()
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, _LABELS, registry=self._registry).labels(*self._labels)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, _LABELS, registry=self._registry).labels(*self._labels)
+
+    def _set_pages(self, state: str, num_pages: int) -> None:
+        self._num_pages.labels(*self._labels, state).set(num_pages)

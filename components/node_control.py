@@ -1,0 +1,106 @@
+"""Answers the control calls that prefill and decode nodes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeAlias, assert_never
+
+import msgspec
+
+from ..messages.node import (
+    CommitWeights,
+    DiscardWeights,
+    FlushCache,
+    GetMetrics,
+    GetServerInfo,
+    MetricsReply,
+    NodeLoad,
+    PrepareWeights,
+)
+from .flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
+from .metrics_reporter import MetricsReporter
+from .node_status import NodeStatus
+from .weight_updater import Answer, C, Prepared, WeightUpdater
+
+ControlMessage: TypeAlias = (
+    FlushCache | PrepareWeights | CommitWeights | DiscardWeights | GetServerInfo | GetMetrics
+)
+
+
+@dataclass(slots=True)
+class ControlResult(Generic[C]):
+    """Replies to send, and the weights to swap in when a commit was answered with yes."""
+
+    replies: list[tuple[bytes, msgspec.Struct]] = field(default_factory=list)
+    swap: Prepared[C] | None = None
+
+
+class NodeControl(Generic[C]):
+    """`drop_cache` empties the prefix cache and says whether it could."""
+
+    def __init__(
+        self,
+        *,
+        status: NodeStatus,
+        flush: FlushWrapper,
+        weights: WeightUpdater[C],
+        metrics: MetricsReporter,
+        drop_cache: Callable[[], bool],
+    ) -> None:
+        self._status = status
+        self._flush = flush
+        self._weights = weights
+        self._metrics = metrics
+        self._drop_cache = drop_cache
+
+    def handle(
+        self, link: bytes, message: ControlMessage, now: float, *, load: NodeLoad, idle: bool
+    ) -> ControlResult[C]:
+        """`idle`: nothing runs, waits or is being handed off here (quarantine left out)."""
+        result: ControlResult[C] = ControlResult()
+        match message:
+            case FlushCache():
+                self._decide(self._flush.handle(message, link, now, idle), result)
+            case PrepareWeights():
+                self._answer(self._weights.prepare(link, message), result)
+            case CommitWeights():
+                answer, result.swap = self._weights.commit(link, message, idle=idle)
+                self._answer(answer, result)
+            case DiscardWeights():
+                self._answer(self._weights.discard(link, message), result)
+            case GetServerInfo():
+                result.replies.append((link, self._status.server_info(message.call_id, load)))
+            case GetMetrics():
+                self._metrics.observe_load(load)
+                reply = MetricsReply(call_id=message.call_id, text=self._metrics.render())
+                result.replies.append((link, reply))
+            case _:
+                assert_never(message)
+        return result
+
+    def poll(self, now: float, *, idle: bool) -> ControlResult[C]:
+        """What has become due: a flush that waited for the node to be idle, or its deadline."""
+        result: ControlResult[C] = ControlResult()
+        self._decide(self._flush.poll(now, idle), result)
+        return result
+
+    @property
+    def deadline(self) -> float | None:
+        return self._flush.deadline
+
+    def _decide(self, decision: FlushDecision | None, result: ControlResult[C]) -> None:
+        match decision:
+            case FlushNow():
+                result.replies.append((decision.client, decision.reply(flushed=self._drop_cache())))
+            case FlushRefused():
+                result.replies.append((decision.client, decision.reply))
+            case None:
+                pass
+            case _:
+                assert_never(decision)
+
+    @staticmethod
+    def _answer(answer: Answer | None, result: ControlResult[C]) -> None:
+        if answer is not None:
+            result.replies.append((answer.link, answer.reply))

@@ -1,0 +1,73 @@
+"""Who this node is, for everyone who asks: its entry in the roster, its model, its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import msgspec
+
+from ..messages.kv_layout import KVLayout
+from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, ServerInfoReply
+from ..runtime.config import NodeConfig
+
+
+class NodeStatus:
+    """Holds what is said of this node, and renews it when its weights change."""
+
+    def __init__(
+        self, entry: NodeEntry, model: ModelInfo, config: NodeConfig, layout: KVLayout, transport: str
+    ) -> None:
+        self.entry = entry
+        self.model = model
+        self._layout = layout
+        self._transport = transport
+        self._config = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
+        }
+        self._config.pop("api_key")  # a secret
+
+    @property
+    def weight_version(self) -> str:
+        return self.model.weight_version
+
+    def renew(self, model_path: str, model_fingerprint: str, weight_version: str) -> None:
+        """Other weights serve from here on."""
+        self.model = msgspec.structs.replace(
+            self.model,
+            model_path=model_path,
+            model_fingerprint=model_fingerprint,
+            weight_version=weight_version,
+        )
+        self.entry = msgspec.structs.replace(
+            self.entry, model_fingerprint=model_fingerprint, weight_version=weight_version
+        )
+
+    def pong(
+        self,
+        call_id: int,
+        load: NodeLoad,
+        *,
+        ready_peers: Sequence[str],
+        refused_peers: Mapping[str, str],
+        is_draining: bool,
+    ) -> Pong:
+        return Pong(
+            call_id=call_id,
+            entry=self.entry,
+            load=load,
+            ready_peers=tuple(ready_peers),
+            refused_peers=dict(refused_peers),
+            draining=is_draining,
+        )
+
+    def server_info(self, call_id: int, load: NodeLoad) -> ServerInfoReply:
+        return ServerInfoReply(
+            call_id=call_id,
+            entry=self.entry,
+            model=self.model,
+            config=self._config,
+            load=load,
+            kv_layout=self._layout,
+            transport=self._transport,
+        )

@@ -1,0 +1,78 @@
+"""Builds the decode scheduler from its parts and runs it."""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+import zmq
+
+from ..components.flush_wrapper import FlushWrapper
+from ..components.load_inquirer import LoadInquirer
+from ..components.node_control import NodeControl
+from ..components.node_process import LoadedModel, run, start_node
+from ..components.output_streamer import OutputStreamer
+from ..components.page_allocator import PageAllocator
+from ..components.request_receiver import RequestReceiver
+from ..components.weight_updater import WeightUpdater
+from ..messages.channel import ServerChannel
+from ..messages.node import ClientToNode
+from ..runtime.config import NodeConfig
+from ..transfer.decode_rooms import DecodeRooms
+from .peer_links import PeerLinks
+from .request_pages import RequestPages
+from .scheduler import DecodeLimits, DecodeScheduler
+
+
+def run_decode(config: NodeConfig, listener: socket.socket) -> int:
+    """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode)
+    node = start_node(config, listener, server.socket, server.port)
+    allocator = PageAllocator(node.num_pages)
+    poison = node.pool.poison if config.poison_reserved_pages else None
+    weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
+    control = NodeControl(
+        status=node.status,
+        flush=FlushWrapper(),
+        weights=weights,
+        metrics=node.metrics,
+        drop_cache=lambda: True,  # decode keeps no prefix cache
+    )
+    gone_clients: set[bytes] = set()
+
+    def copy_page(source: int, destination: int) -> None:
+        node.pool.copy_pages([source], [destination])
+
+    def send_output(client: bytes, message: msgspec.Struct) -> None:
+        if not server.send(client, message):
+            gone_clients.add(client)
+
+    scheduler = DecodeScheduler(
+        receiver=RequestReceiver(server),
+        send=server.send,
+        links=PeerLinks(context, node.waiter),
+        rooms=DecodeRooms(node.identity, node.region, node.num_pages),
+        allocator=allocator,
+        pages=RequestPages(allocator, config.page_size, copy_page, poison),
+        engine=node.engine,
+        build=node.build,
+        streamer=OutputStreamer(send_output),
+        gone_clients=gone_clients,
+        control=control,
+        weights=weights,
+        swap=lambda prepared: node.swap(prepared.checkpoint, prepared.weight_version),
+        status=node.status,
+        load_inquirer=LoadInquirer(
+            page_size=config.page_size, max_running_requests=config.max_running_requests
+        ),
+        metrics=node.metrics,
+        limits=DecodeLimits(
+            max_running=config.max_running_requests,
+            max_batch_tokens=max(config.chunked_prefill_size, config.max_running_requests + 1),
+            max_model_len=node.max_model_len,
+        ),
+        eos_token_ids=node.model.config.eos_token_ids,
+        unix_minus_monotonic_s=node.unix_minus_monotonic_s,
+    )
+    return run(node, scheduler, scheduler.fail_open_requests)

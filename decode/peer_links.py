@@ -1,0 +1,66 @@
+"""The DEALER sockets of a decode node, one per prefill peer and epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import zmq
+
+from ..messages.channel import ClientChannel, MalformedMessage
+from ..messages.peer import PeerToDecode, PeerToPrefill
+from ..runtime.waiting import Waiter
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The connection of this epoch is gone."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    epoch: int
+    channel: ClientChannel[PeerToDecode]
+
+
+class PeerLinks:
+    """Does what DecodeRooms asks for, and reads what comes."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], waiter: Waiter) -> None:
+        self._context = context
+        self._waiter = waiter
+        self._links: dict[str, _Link] = {}
+
+    def open(self, address: str, epoch: int) -> None:
+        self.close(address)
+        channel: ClientChannel[PeerToDecode] = ClientChannel(self._context, address, PeerToDecode)
+        self._links[address] = _Link(epoch, channel)
+        self._waiter.add(channel.socket)
+        self._waiter.add(channel.monitor)
+
+    def close(self, address: str) -> None:
+        link = self._links.pop(address, None)
+        if link is not None:
+            self._waiter.remove(link.channel.socket)
+            self._waiter.remove(link.channel.monitor)
+            link.channel.close()
+
+    def send(self, address: str, message: PeerToPrefill) -> None:
+        if (link := self._links.get(address)) is not None:
+            link.channel.send(message)
+
+    def receive(self) -> Iterator[tuple[str, PeerToDecode | LinkDown]]:
+        """Everything that has arrived; a link that went down is reported after its last message."""
+        for address, link in list(self._links.items()):
+            for message in link.channel.receive():
+                if isinstance(message, MalformedMessage):
+                    _log.warning("dropped a malformed message from %s: %s", address, message.error)
+                else:
+                    yield address, message
+            if link.channel.lost:
+                yield address, LinkDown(link.epoch)

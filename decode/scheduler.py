@@ -1,0 +1,668 @@
+"""The decode binary's loop.
+
+Life cycle of a request here; it is in exactly one state:
+
+1. **Waiting**: a GenerateRequest arrived. It waits for a place in the batch and for pages: its whole prompt
+   is reserved at once, the growth of its output is counted.
+2. **Handoff**: its pages are exposed to the prefill node that the router chose. The first token arrives and
+   is streamed while the last pages are still in flight; if it ends the request, the request ends here.
+   (**Local prefill** instead, on a colocated node: the chunks ride along in the decode batch.)
+3. **Running**: all pages are in place. Choices fork: whole pages are shared, the partial one is copied. Each
+   step samples one token of every choice.
+4. Gone: finished, cancelled or failed. Its pages are freed, or quarantined if a peer may still write them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+import msgspec
+
+from ..components.load_inquirer import LoadInquirer
+from ..components.metrics_reporter import MetricsReporter, StepKind
+from ..components.node_control import ControlResult, NodeControl
+from ..components.node_process import LoadedModel
+from ..components.node_status import NodeStatus
+from ..components.output_streamer import OutputStreamer, StreamKey
+from ..components.page_allocator import PageAllocator
+from ..components.request_receiver import RequestReceiver
+from ..components.stop_conditions import check_finish
+from ..components.weight_updater import Prepared, WeightUpdater
+from ..engine.engine_thread import EngineThread, JobResult
+from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
+from ..engine.schedule_batch import ScheduleBatch
+from ..messages.node import (
+    AbortRequests,
+    AttemptFailed,
+    CallReply,
+    CancelRequest,
+    ClientToNode,
+    CommitWeights,
+    DiscardWeights,
+    FailureCode,
+    Finish,
+    FlushCache,
+    GenerateRequest,
+    GetMetrics,
+    GetRequestState,
+    GetServerInfo,
+    NodeLoad,
+    Ping,
+    Pong,
+    PrepareWeights,
+    RequestStateReply,
+    ResendFrom,
+    Roster,
+)
+from ..messages.peer import PeerIdentity, RoomId
+from ..messages.sampling import TokenLogprob
+from ..messages.timeline import Span
+from ..transfer.actions import (
+    CloseLink,
+    DecodeAction,
+    FirstTokenArrived,
+    HandoffComplete,
+    OpenLink,
+    PagesReleased,
+    PeerLost,
+    PeerReady,
+    RoomEnded,
+    SendToPrefill,
+)
+from ..transfer.decode_rooms import DecodeRooms
+from .admission import Capacity, choose_admitted
+from .batching import DecodeRow, PrefillRow, Row, decode_row, prefill_rows
+from .peer_links import LinkDown, PeerLinks
+from .request_pages import RequestPages
+from .sequence import DecodeRequest, RequestState, Sequence
+
+_log = logging.getLogger(__name__)
+
+_DEADLINE_CHECK_S = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeLimits:
+    max_running: int  # sequences in a batch
+    max_batch_tokens: int  # of a step that prefills locally
+    max_model_len: int
+
+
+class DecodeScheduler:
+    """Composed of named parts; decides nothing that one of them could decide."""
+
+    def __init__(
+        self,
+        *,
+        receiver: RequestReceiver[ClientToNode],
+        send: Callable[[bytes, msgspec.Struct], bool],
+        links: PeerLinks,
+        rooms: DecodeRooms,
+        allocator: PageAllocator,
+        pages: RequestPages,
+        engine: EngineThread,
+        build: Callable[[ScheduleBatch], ForwardBatch],
+        streamer: OutputStreamer,
+        gone_clients: set[bytes],
+        control: NodeControl[LoadedModel],
+        weights: WeightUpdater[LoadedModel],
+        swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
+        status: NodeStatus,
+        load_inquirer: LoadInquirer,
+        metrics: MetricsReporter,
+        limits: DecodeLimits,
+        eos_token_ids: tuple[int, ...],
+        unix_minus_monotonic_s: float,
+    ) -> None:
+        self.receiver = receiver
+        self.send = send
+        self.links = links
+        self.rooms = rooms
+        self.allocator = allocator
+        self.pages = pages
+        self.engine = engine
+        self.build = build
+        self.streamer = streamer
+        self.gone_clients = gone_clients  # found out by sending to them
+        self.control = control
+        self.weights = weights
+        self.swap = swap
+        self.status = status
+        self.load_inquirer = load_inquirer
+        self.metrics = metrics
+        self.limits = limits
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.unix_minus_monotonic_s = unix_minus_monotonic_s
+
+        self.requests: dict[StreamKey, DecodeRequest] = {}  # every one, in order of arrival
+        self.by_room: dict[RoomId, DecodeRequest] = {}
+        self.forward: list[Row] = []  # on the engine thread
+        self.rosters: dict[str, Roster] = {}  # of each router
+        self.next_deadline_check = 0.0
+        self.is_draining = False
+
+    # ---- the loop -----------------------------------------------------------------------------------
+
+    def step(self, now: float) -> None:
+        for link, message in self.receiver.receive():
+            self.handle(link, message, now)
+        for address, peer_message in self.links.receive():
+            if isinstance(peer_message, LinkDown):
+                self.act(self.rooms.on_link_down(address, peer_message.epoch, now), now)
+            else:
+                self.act(self.rooms.on_message(address, peer_message, now), now)
+        for finished in self.engine.poll():
+            if isinstance(finished, JobResult):
+                self.finish_job(finished)
+            else:
+                self.apply(finished, now)
+        self.act(self.rooms.tick(now), now)
+        self.expire(now)
+        self.admit_waiting(now)
+        self.launch_forward(now)
+        self.streamer.flush_step(now)
+        self.drop_gone_clients(now)
+        self.reply(self.control.poll(now, idle=self.is_idle), now)
+
+    def next_deadline(self) -> float:
+        """When `step` is due although nothing happens; infinity if nothing is waited for."""
+        return min(
+            self.rooms.next_deadline(),
+            self.control.deadline or math.inf,
+            self.streamer.next_expiry or math.inf,
+            self.next_deadline_check if self.requests else math.inf,
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Covers every queue of this binary. Pages in quarantine are no work: they are left out."""
+        return (
+            not self.requests
+            and not self.forward
+            and self.rooms.num_open_rooms == 0
+            and self.streamer.is_idle
+        )
+
+    def handle(self, link: bytes, message: ClientToNode, now: float) -> None:
+        match message:
+            case GenerateRequest():
+                self.accept(link, message, now)
+            case CancelRequest():
+                self.cancel(StreamKey(link, message.request_id, message.attempt), message.choices, now)
+            case ResendFrom():
+                key = StreamKey(link, message.request_id, message.attempt)
+                if not self.streamer.resend(key, message.choice, message.position):
+                    self.refuse(link, message, "peer_lost", "this output is not on record any more")
+            case AbortRequests():
+                self.abort(link, message, now)
+            case Roster():
+                self.take_roster(message, now)
+            case Ping():
+                self.send(link, self.pong(message))
+            case (
+                FlushCache()
+                | PrepareWeights()
+                | CommitWeights()
+                | DiscardWeights()
+                | GetServerInfo()
+                | GetMetrics()
+            ):
+                self.observe()
+                result = self.control.handle(link, message, now, load=self.load(), idle=self.is_idle)
+                self.reply(result, now)
+            case GetRequestState():
+                self.send(link, self.request_state(message, now))
+            case _:
+                assert_never(message)
+
+    def act(self, actions: list[DecodeAction], now: float) -> None:
+        for action in actions:
+            match action:
+                case OpenLink():
+                    self.links.open(action.address, action.epoch)
+                case CloseLink():
+                    self.links.close(action.address)
+                case SendToPrefill():
+                    self.links.send(action.address, action.message)
+                case PeerReady():
+                    _log.info("prefill node at %s is ready", action.address)
+                case PeerLost():
+                    _log.warning("prefill node at %s is lost: %s", action.address, action.reason)
+                case FirstTokenArrived():
+                    self.take_first_token(action, now)
+                case HandoffComplete():
+                    self.finish_handoff(action, now)
+                case RoomEnded():
+                    self.end_room(action)
+                case PagesReleased():
+                    self.allocator.release_room(action.room)
+                case _:
+                    assert_never(action)
+
+    # ---- 1: waiting for pages and places ------------------------------------------------------------
+
+    def accept(self, link: bytes, message: GenerateRequest, now: float) -> None:
+        key = StreamKey(link, message.request_id, message.attempt)
+        if key in self.streamer:
+            return  # sent twice
+        if self.is_draining:
+            self.refuse(link, message, "shutting_down", "the decode node shuts down")
+            return
+        request = DecodeRequest(
+            key=key,
+            message=message,
+            arrived_s=now,
+            deadline_s=now + message.deadline_s,
+            sequences=[
+                Sequence(
+                    key=key,
+                    choice=choice,
+                    token_ids=[*message.prompt_ids, *message.output_ids],
+                    num_prompt_tokens=len(message.prompt_ids),
+                )
+                for choice in message.choices
+            ],
+            state_since_s=now,
+        )
+        need = self.pages.need(request).total
+        if need > self.allocator.num_pages or len(request.sequences) > self.limits.max_running:
+            reason = (
+                f"the request may need {need} KV pages and {len(request.sequences)} places in the batch; "
+                f"the decode node has {self.allocator.num_pages} and {self.limits.max_running}"
+            )
+            self.refuse(link, message, "invalid", reason)
+            return
+        if not self.has_prefill(message):
+            self.refuse(link, message, "not_ready", "the prefill node is not connected to this decode node")
+            return
+        self.streamer.open(
+            key,
+            message.choices,
+            num_kept_tokens=len(message.output_ids),
+            stream_interval=message.stream_interval,
+            weight_version=self.status.weight_version,
+        )
+        self.requests[key] = request
+
+    def has_prefill(self, message: GenerateRequest) -> bool:
+        if not message.prefill_incarnation:
+            return self.status.entry.colocated
+        return self.rooms.ready_address(message.prefill_incarnation) is not None
+
+    def refuse(self, link: bytes, message: GenerateRequest | ResendFrom, code: FailureCode, why: str) -> None:
+        """Ends an attempt that has no record."""
+        failed = AttemptFailed(
+            request_id=message.request_id,
+            attempt=message.attempt,
+            code=code,
+            reason=why,
+            retriable=code != "invalid",
+        )
+        self.send(link, failed)
+
+    def admit_waiting(self, now: float) -> None:
+        waiting = [request for request in self.requests.values() if request.state is RequestState.WAITING]
+        if not waiting:
+            return
+        num_places = self.limits.max_running - sum(
+            len(request.live_sequences)
+            for request in self.requests.values()
+            if request.state is not RequestState.WAITING
+        )
+        capacity = Capacity(self.pages.num_available, num_places)
+        for request in choose_admitted(waiting, capacity, lambda r: self.pages.need(r).total, now):
+            if request.message.prefill_incarnation:
+                self.start_handoff(request, now)
+            else:
+                self.pages.allocate_prompt(request)
+                request.enter(RequestState.LOCAL_PREFILL, now)
+                request.spans.append(self.span("reserve", request.arrived_s, now))
+
+    def expire(self, now: float) -> None:
+        """Rooms have their own deadlines; who waits or runs is looked at here."""
+        if now < self.next_deadline_check:
+            return
+        self.next_deadline_check = now + _DEADLINE_CHECK_S
+        for request in list(self.requests.values()):
+            if now >= request.deadline_s and request.state is not RequestState.HANDOFF:
+                self.fail(
+                    request, "deadline", f"over its deadline while {request.state.value}", retriable=False
+                )
+
+    # ---- 2: the hand-off ----------------------------------------------------------------------------
+
+    def start_handoff(self, request: DecodeRequest, now: float) -> None:
+        message = request.message
+        address = self.rooms.ready_address(message.prefill_incarnation)
+        if address is None:
+            self.fail(request, "not_ready", "the prefill node is not connected any more", retriable=True)
+            return
+        if not self.rooms.may_expose(address, self.pages.need(request).prompt):
+            return  # it goes on waiting: half of the pool is enough for one prefill node
+        dest_pages = self.pages.expose(request, self.rooms.next_room_id)
+        request.room, actions = self.rooms.open_room(
+            address,
+            request_id=message.request_id,
+            attempt=message.attempt,
+            prompt_ids=message.prompt_ids,
+            output_ids=message.output_ids,
+            choices=message.choices,
+            sampling=message.sampling,
+            dest_pages=tuple(dest_pages),
+            num_cached_tokens=0,
+            deadline_s=request.deadline_s - now,
+            now=now,
+        )
+        self.by_room[request.room] = request
+        request.enter(RequestState.HANDOFF, now)
+        request.spans.append(self.span("reserve", request.arrived_s, now))
+        self.act(actions, now)
+
+    def take_first_token(self, action: FirstTokenArrived, now: float) -> None:
+        """Streamed at once, while the last pages are in flight."""
+        request = self.by_room[action.room]
+        message = action.message
+        request.spans += message.spans
+        self.streamer.prompt_done(
+            request.key, num_cached_tokens=message.num_cached_tokens, prompt_logprobs=message.prompt_logprobs
+        )
+        by_choice = {sequence.choice: sequence for sequence in request.live_sequences}
+        for sampled in message.tokens:
+            if (sequence := by_choice.get(sampled.choice)) is not None:
+                self.take_token(request, sequence, sampled.token_id, sampled.logprob)
+        if not request.live_sequences:
+            self.drop_room(request, now)
+
+    def finish_handoff(self, action: HandoffComplete, now: float) -> None:
+        request = self.by_room.pop(action.room)
+        request.room = None
+        request.spans += action.message.spans
+        self.pages.adopt(request, action.room)
+        self.start_running(request, now)
+
+    def start_running(self, request: DecodeRequest, now: float) -> None:
+        request.enter(RequestState.RUNNING, now)
+        self.pages.fork(request)
+
+    def end_room(self, action: RoomEnded) -> None:
+        request = self.by_room.pop(action.room)
+        request.room = None
+        self.give_up_room_pages(action.room, quarantined=action.quarantined)
+        self.fail(request, action.code, action.reason, retriable=action.retriable)
+
+    def drop_room(self, request: DecodeRequest, now: float) -> None:
+        """Nobody needs what prefill still writes: the pages come back when prefill has drained."""
+        if request.room is not None:
+            del self.by_room[request.room]
+            self.give_up_room_pages(request.room, quarantined=True)
+            self.act(self.rooms.abort(request.room, now), now)
+            request.room = None
+        self.forget_if_over(request)
+
+    def give_up_room_pages(self, room: RoomId, *, quarantined: bool) -> None:
+        if quarantined:
+            self.allocator.quarantine(room)
+        else:
+            self.allocator.release_room(room)
+
+    # ---- 3: running ---------------------------------------------------------------------------------
+
+    def launch_forward(self, now: float) -> None:
+        """One forward at a time: each needs the tokens of the one before."""
+        if self.forward:
+            return
+        rows: list[Row] = []
+        prefilling: list[DecodeRequest] = []
+        for request in self.requests.values():
+            if request.state is RequestState.RUNNING:
+                for sequence in request.live_sequences:
+                    self.pages.make_room(sequence)
+                    rows.append(decode_row(request, sequence))
+            elif request.state is RequestState.LOCAL_PREFILL:
+                prefilling.append(request)
+        chunks = prefill_rows(prefilling, self.limits.max_batch_tokens - len(rows))
+        rows += chunks
+        if not rows:
+            return
+        for row in rows:
+            self.mark_in_forward(row, now)
+        batch = ScheduleBatch(rows=tuple(row.row for row in rows))
+        self.forward = rows
+        self.engine.submit(self.build(batch))
+
+    def mark_in_forward(self, row: Row, now: float) -> None:
+        match row:
+            case DecodeRow():
+                row.sequence.in_forward = True
+            case PrefillRow(request=request):
+                request.sequences[0].in_forward = True
+                if request.num_prefilled == 0:
+                    request.spans.append(self.span("prefill_queue", request.state_since_s, now))
+                    request.state_since_s = now
+                request.num_prefilled += row.row.num_tokens
+            case _:
+                assert_never(row)
+
+    def apply(self, output: ForwardOutput, now: float) -> None:
+        rows, self.forward = self.forward, []
+        kinds = {type(row) for row in rows}
+        kind: StepKind = "mixed" if len(kinds) > 1 else "decode" if DecodeRow in kinds else "prefill"
+        self.metrics.count_step(kind, output.finished - output.started)
+        for row, result in zip(rows, output.rows, strict=True):
+            match row:
+                case DecodeRow(sequence=sequence):
+                    sequence.in_forward = False
+                    self.apply_decoded(sequence, result, now)
+                case PrefillRow(request=request):
+                    request.sequences[0].in_forward = False
+                    self.apply_prefilled(request, row, result, now)
+                case _:
+                    assert_never(row)
+
+    def apply_decoded(self, sequence: Sequence, result: RowOutput, now: float) -> None:
+        if sequence.is_finished:  # cancelled while it was computed
+            self.pages.free(sequence)
+            return
+        request = self.requests[sequence.key]
+        if not request.has_decoded:
+            request.has_decoded = True
+            request.spans.append(self.span("first_decode_step", request.state_since_s, now))
+        sampled = result.tokens[0]
+        self.take_token(request, sequence, sampled.token_id, sampled.logprob)
+        self.forget_if_over(request)
+
+    def apply_prefilled(self, request: DecodeRequest, row: PrefillRow, result: RowOutput, now: float) -> None:
+        self.load_inquirer.count_prompt(num_computed=row.row.num_tokens)
+        if not request.live_sequences:  # cancelled while it was computed
+            for sequence in request.sequences:
+                self.pages.free(sequence)
+            return
+        if row.row.prompt_logprobs_from == 0 and row.row.start == 0:
+            request.prompt_logprobs.append(None)  # nothing precedes the first token
+        request.prompt_logprobs += result.prompt_logprobs
+        if not result.tokens:
+            return
+        request.spans.append(self.span("prefill", request.state_since_s, now))
+        self.streamer.prompt_done(request.key, prompt_logprobs=request.prompt_logprobs)
+        self.start_running(request, now)
+        for sequence, sampled in zip(request.sequences, result.tokens, strict=True):
+            if not sequence.is_finished:
+                self.take_token(request, sequence, sampled.token_id, sampled.logprob)
+        self.forget_if_over(request)
+
+    def take_token(
+        self, request: DecodeRequest, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
+    ) -> None:
+        """One token more of one choice: recorded, streamed, and perhaps its last."""
+        sequence.token_ids.append(token_id)
+        self.streamer.append(request.key, sequence.choice, token_id, logprob)
+        self.load_inquirer.count_generated(1)
+        finish = check_finish(
+            token_id,
+            sequence.num_output_tokens,
+            request.message.sampling,
+            self.eos_token_ids,
+            self.limits.max_model_len,
+            len(sequence.token_ids),
+        )
+        if finish is not None:
+            self.finish(request, sequence, finish)
+
+    # ---- 4: gone ------------------------------------------------------------------------------------
+
+    def finish(self, request: DecodeRequest, sequence: Sequence, finish: Finish) -> None:
+        """The choice has ended; the last one to end carries the request's timeline."""
+        is_last = len(request.live_sequences) == 1
+        self.streamer.finish(request.key, sequence.choice, finish, request.spans if is_last else ())
+        self.end_sequence(request, sequence)
+
+    def end_sequence(self, request: DecodeRequest, sequence: Sequence) -> None:
+        """No token more. Its pages go back unless a forward or a peer may still write them."""
+        sequence.is_finished = True
+        if request.state is RequestState.HANDOFF:
+            self.pages.take_back_promise(sequence)
+        elif not sequence.in_forward:
+            self.pages.free(sequence)
+
+    def forget_if_over(self, request: DecodeRequest) -> None:
+        if not request.live_sequences and request.room is None:
+            self.requests.pop(request.key, None)
+
+    def cancel(self, key: StreamKey, choices: tuple[int, ...], now: float) -> None:
+        """The client wants no more of these choices (of all, when none is named)."""
+        request = self.requests.get(key)
+        if request is not None and request.state is RequestState.LOCAL_PREFILL:
+            # No choice has a token yet that could be a reason to end it alone.
+            choices = ()
+        self.streamer.discard(key, choices)
+        if request is None:
+            return
+        for sequence in request.live_sequences:
+            if not choices or sequence.choice in choices:
+                self.end_sequence(request, sequence)
+        if not request.live_sequences:
+            self.drop_room(request, now)
+
+    def fail(self, request: DecodeRequest, code: FailureCode, reason: str, *, retriable: bool) -> None:
+        self.streamer.fail(request.key, code, reason, retriable)
+        for sequence in request.live_sequences:
+            self.end_sequence(request, sequence)
+        self.forget_if_over(request)
+
+    def abort(self, link: bytes, message: AbortRequests, now: float) -> None:
+        aborted = [
+            request
+            for request in self.requests.values()
+            if message.all_requests or request.message.request_id == message.request_id
+        ]
+        for request in aborted:
+            for sequence in request.live_sequences:
+                self.finish(request, sequence, Finish(reason="abort"))
+            self.drop_room(request, now)
+        text = f"{len(aborted)} requests aborted"
+        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def drop_gone_clients(self, now: float) -> None:
+        for client in self.gone_clients:
+            for key in self.streamer.drop_client(client):
+                self.cancel(key, (), now)
+        self.gone_clients.clear()
+
+    def fail_open_requests(self) -> None:
+        """This process ends: what is left may be tried elsewhere."""
+        for request in list(self.requests.values()):
+            self.streamer.fail(request.key, "shutting_down", "the decode node shuts down", retriable=True)
+        self.streamer.flush_step(0.0)
+
+    # ---- control ------------------------------------------------------------------------------------
+
+    def take_roster(self, roster: Roster, now: float) -> None:
+        """Peers are the union of what routers name. A node that nobody names any more is left."""
+        self.rosters[roster.router_id] = roster
+        if self.status.entry.colocated:
+            return
+        named = {
+            node.zmq_address
+            for each in self.rosters.values()
+            for node in each.nodes
+            if node.role == "prefill"
+        }
+        known = {peer.address for peer in self.rooms.peers()}
+        for address in named:
+            self.act(self.rooms.add_peer(address, now), now)
+        for address in known - named:
+            self.act(self.rooms.remove_peer(address, now), now)
+
+    def pong(self, message: Ping) -> Pong:
+        refused = {peer.address: peer.reason for peer in self.rooms.peers() if peer.is_refused}
+        return self.status.pong(
+            message.call_id,
+            self.load(),
+            ready_peers=tuple(self.rooms.ready_peers()),
+            refused_peers=refused,
+            is_draining=self.is_draining,
+        )
+
+    def reply(self, result: ControlResult[LoadedModel], now: float) -> None:
+        if result.swap is not None:
+            # Idle: nothing reads the weights. Every pair shakes hands again under the new version.
+            identity = self.swap(result.swap)
+            reason = f"weights are {identity.weight_version} now"
+            self.act(self.rooms.set_identity(identity, reason, now), now)
+        for link, message in result.replies:
+            self.send(link, message)
+
+    def finish_job(self, job: JobResult) -> None:
+        answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)
+        self.send(answer.link, answer.reply)
+
+    def in_state(self, state: RequestState) -> list[DecodeRequest]:
+        return [request for request in self.requests.values() if request.state is state]
+
+    def load(self) -> NodeLoad:
+        waiting = self.in_state(RequestState.WAITING)
+        prefilling = self.in_state(RequestState.LOCAL_PREFILL)
+        return self.load_inquirer.load(
+            pages=self.allocator.counts(),
+            num_running_reqs=len(self.in_state(RequestState.RUNNING)) + len(prefilling),
+            num_waiting_reqs=len(waiting) + len(self.in_state(RequestState.HANDOFF)),
+            num_queued_tokens=sum(
+                request.num_prefill_tokens - request.num_prefilled for request in (*waiting, *prefilling)
+            ),
+        )
+
+    def observe(self) -> None:
+        self.metrics.observe_pages(self.allocator.counts())
+        self.metrics.observe_queues(
+            num_decode_prealloc=len(self.in_state(RequestState.WAITING)),
+            num_decode_transfer=len(self.in_state(RequestState.HANDOFF)),
+        )
+
+    def request_state(self, message: GetRequestState, now: float) -> RequestStateReply:
+        waits_for = {
+            RequestState.WAITING: "KV pages and places in the batch",
+            RequestState.HANDOFF: "the prefill node",
+            RequestState.LOCAL_PREFILL: "its prompt's chunks",
+            RequestState.RUNNING: "the next step",
+        }
+        for request in self.requests.values():
+            if request.message.request_id == message.request_id:
+                return RequestStateReply(
+                    call_id=message.call_id,
+                    state=request.state.value,
+                    age_s=now - request.state_since_s,
+                    waits_for=waits_for[request.state],
+                    details={
+                        "attempt": request.message.attempt,
+                        "num_prompt_tokens": len(request.message.prompt_ids),
+                        "num_output_tokens": sum(s.num_output_tokens for s in request.sequences),
+                    },
+                )
+        return RequestStateReply(call_id=message.call_id)
+
+    def span(self, name: str, start_s: float, end_s: float) -> Span:
+        return Span(name, start_s + self.unix_minus_monotonic_s, end_s - start_s)

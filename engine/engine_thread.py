@@ -1,0 +1,168 @@
+"""The thread that forwards run on, so that the scheduler's loop never waits for one.
+
+`submit` and `submit_job` put work into one queue, done in order; `poll` takes what is finished, and `fileno`
+is readable while there is something to take. torch releases the GIL in its kernels.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, TypeAlias
+
+import torch
+
+from ..runtime.errors import PdserveError
+from .forward_batch import ForwardBatch, ForwardOutput
+from .model_runner import ModelRunner
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What a job returned, or the `PdserveError` it raised."""
+
+    name: str
+    value: Any
+    error: PdserveError | None
+    started: float  # monotonic seconds
+    finished: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the thread is doing. Older than max(10 s, 10 × expected) means it hangs."""
+
+    step: int | None  # None: a job
+    name: str  # "forward", or the job's
+    started: float  # monotonic seconds
+    expected_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    name: str
+    run: Callable[[], Any]
+    expected_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: Exception
+
+
+Finished: TypeAlias = ForwardOutput | JobResult
+
+
+class StepTimes:
+    """How long a step is expected to take: so much a step, and so much for each prefill token beside it."""
+
+    _KEPT = 0.8  # of an old average, against 0.2 of what was just measured
+
+    def __init__(self) -> None:
+        # Before anything was measured: slow enough for a large model on a small machine.
+        self._decode_s = 1.0
+        self._prefill_token_s = 0.01
+
+    def expected_s(self, batch: ForwardBatch) -> float:
+        return self._decode_s + self._prefill_token_s * batch.num_prefill_tokens
+
+    def measured(self, batch: ForwardBatch, seconds: float) -> None:
+        if batch.num_prefill_tokens == 0:
+            self._decode_s += (1 - self._KEPT) * (seconds - self._decode_s)
+        else:
+            per_token = max(seconds - self._decode_s, 0.0) / batch.num_prefill_tokens
+            if batch.num_decode_rows == 0:
+                per_token = seconds / batch.num_prefill_tokens
+            self._prefill_token_s += (1 - self._KEPT) * (per_token - self._prefill_token_s)
+
+
+class EngineThread:
+    """Owns the runner from its start on. Every method but the thread's own body belongs to the loop."""
+
+    def __init__(self, runner: ModelRunner, num_threads: int, name: str = "engine") -> None:
+        self._runner = runner
+        self._num_threads = num_threads
+        self._work: SimpleQueue[ForwardBatch | _Job | None] = SimpleQueue()
+        self._finished: deque[Finished | _Failure] = deque()
+        self._ready, self._announce = socket.socketpair()
+        self._ready.setblocking(False)
+        self._announce.setblocking(False)
+        self._times = StepTimes()
+        self.progress: Progress | None = None  # None: idle. Written by the thread, read by anyone
+        self.num_queued = 0  # submitted and not yet polled
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, batch: ForwardBatch) -> None:
+        self.num_queued += 1
+        self._work.put(batch)
+
+    def submit_job(self, name: str, run: Callable[[], Any], expected_s: float = 60.0) -> None:
+        """Run something else on the thread, after what was submitted before: loading weights, say."""
+        self.num_queued += 1
+        self._work.put(_Job(name, run, expected_s))
+
+    def fileno(self) -> int:
+        return self._ready.fileno()
+
+    def poll(self) -> list[Finished]:
+        """What has finished since the last call, in order. Raises what a forward raised: the engine
+        is lost."""
+        with suppress(BlockingIOError):
+            while self._ready.recv(4096):
+                pass
+        results: list[Finished] = []
+        while self._finished:
+            result = self._finished.popleft()
+            if isinstance(result, _Failure):
+                raise result.error
+            self.num_queued -= 1
+            results.append(result)
+        return results
+
+    def expected_s(self, batch: ForwardBatch) -> float:
+        return self._times.expected_s(batch)
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Finish what is queued and end the thread. False if it did not end in time."""
+        self._work.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        self._ready.close()
+        self._announce.close()
+        return True
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)  # the setting belongs to the calling thread
+        while (work := self._work.get()) is not None:
+            try:
+                self._finished.append(self._do(work))
+            except Exception as error:  # carried to the loop, which poll() raises it in
+                self._finished.append(_Failure(error))
+            self.progress = None
+            self._wake()
+
+    def _do(self, work: ForwardBatch | _Job) -> Finished:
+        started = time.monotonic()
+        if isinstance(work, ForwardBatch):
+            self.progress = Progress(work.step, "forward", started, self._times.expected_s(work))
+            output = self._runner.forward(work)
+            self._times.measured(work, output.finished - output.started)
+            return output
+        self.progress = Progress(None, work.name, started, work.expected_s)
+        try:
+            value, failed = work.run(), None
+        except PdserveError as error:
+            value, failed = None, error
+        return JobResult(work.name, value, failed, started, time.monotonic())
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):  # the socket is full of wake-ups that nobody has read yet
+            self._announce.send(b"\0")

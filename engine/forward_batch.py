@@ -1,0 +1,139 @@
+"""A step as tensors, and what comes of it. Built on the loop's thread, read on the engine's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.paged_attention import AttentionPlan, AttentionRow, grouping_key, plan_attention
+from ..messages.kv_layout import KVLayout
+from ..messages.sampling import TokenLogprob
+from .kv_pool import TORCH_DTYPES
+from .model_config import ModelConfig
+from .sampling_batch import Entry, SamplingBatch
+from .schedule_batch import ScheduleBatch, ScheduledRow
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprobs that one row wants of its prompt: hidden state ``first + i`` predicts ``targets[i]``."""
+
+    row_index: int
+    first: int  # in the flat batch
+    targets: Tensor  # [n] int64
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """T tokens of all rows, flat: decode rows first, alike ones side by side, then prefill rows."""
+
+    step: int
+    row_ids: tuple[str | int, ...]  # in the schedule's order; entries and prompt logprobs index it
+    num_decode_rows: int
+    num_prefill_tokens: int
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slot_pages: Tensor  # [T] int64: the page each token's K and V go to
+    slot_offsets: Tensor  # [T] int64: and the slot in it
+    attention: AttentionPlan
+    copy_src: tuple[int, ...]
+    copy_dst: tuple[int, ...]
+    sampled_from: Tensor  # [R] int64, flat index of the last token of each row that samples
+    sampling: SamplingBatch | None
+    entries: tuple[tuple[int, int], ...]  # (row index, choice) of each sampled token
+    prompt_logprobs: tuple[PromptLogprobs, ...]
+
+    @classmethod
+    def build(cls, batch: ScheduleBatch, *, step: int, config: ModelConfig, layout: KVLayout) -> ForwardBatch:
+        """Copies all it needs: the scheduler may append to token_ids and page tables at once."""
+        page_size = layout.page_size
+        order = sorted(
+            range(len(batch.rows)),
+            key=lambda index: grouping_key(
+                batch.rows[index].num_tokens, layout.pages_for(batch.rows[index].end)
+            ),
+        )
+        token_ids: list[int] = []
+        positions: list[int] = []
+        sampled_from: list[int] = []
+        entries: list[Entry] = []
+        prompt_logprobs: list[PromptLogprobs] = []
+        pages: list[int] = []
+        for index in order:
+            row = batch.rows[index]
+            wanted = _prompt_logprobs(row, index, first=len(token_ids))
+            if wanted is not None:
+                prompt_logprobs.append(wanted)
+            token_ids += row.token_ids[row.start : row.end]
+            positions += range(row.start, row.end)
+            pages += (row.pages[position // page_size] for position in range(row.start, row.end))
+            if row.choices:
+                entries += (Entry(index, len(sampled_from), choice, row) for choice in row.choices)
+                sampled_from.append(len(token_ids) - 1)
+        position_tensor = torch.tensor(positions)
+        attention_rows = [AttentionRow(row.start, row.num_tokens, row.pages) for row in _at(batch, order)]
+        prefill_tokens = [row.num_tokens for row in batch.rows if row.num_tokens > 1]
+        return cls(
+            step=step,
+            row_ids=tuple(row.row_id for row in batch.rows),
+            num_decode_rows=len(batch.rows) - len(prefill_tokens),
+            num_prefill_tokens=sum(prefill_tokens),
+            token_ids=torch.tensor(token_ids),
+            positions=position_tensor,
+            slot_pages=torch.tensor(pages),
+            slot_offsets=position_tensor % page_size,
+            attention=plan_attention(attention_rows, page_size, TORCH_DTYPES[layout.dtype]),
+            copy_src=tuple(src for src, _ in batch.page_copies),
+            copy_dst=tuple(dst for _, dst in batch.page_copies),
+            sampled_from=torch.tensor(sampled_from, dtype=torch.int64),
+            sampling=(
+                SamplingBatch.build(entries, config.eos_token_ids, config.vocab_size) if entries else None
+            ),
+            entries=tuple((entry.row_index, entry.choice) for entry in entries),
+            prompt_logprobs=tuple(prompt_logprobs),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    choice: int
+    token_id: int
+    logprob: TokenLogprob | None  # None: not asked for
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutput:
+    row_id: str | int
+    tokens: tuple[SampledToken, ...]  # in the order of the row's choices
+    # Of the prompt tokens from position max(prompt_logprobs_from, start + 1) on, without gaps.
+    prompt_logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    step: int
+    rows: tuple[RowOutput, ...]  # in the schedule's order
+    started: float  # monotonic seconds
+    finished: float
+
+
+def _at(batch: ScheduleBatch, order: list[int]) -> list[ScheduledRow]:
+    return [batch.rows[index] for index in order]
+
+
+def _prompt_logprobs(row: ScheduledRow, index: int, first: int) -> PromptLogprobs | None:
+    if row.prompt_logprobs_from is None:
+        return None
+    begin = max(row.prompt_logprobs_from, row.start + 1)
+    end = min(row.end + 1, row.num_prompt_tokens)
+    if begin >= end:
+        return None
+    return PromptLogprobs(
+        row_index=index,
+        first=first + begin - 1 - row.start,
+        targets=torch.tensor(row.token_ids[begin:end], dtype=torch.int64),
+        num_top=row.sampling.num_prompt_logprobs or 0,
+    )

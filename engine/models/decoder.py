@@ -1,0 +1,69 @@
+"""The decoder that all families share: pre-norm attention over the paged cache, SwiGLU, residuals.
+
+    x ← x + O · attention(rotary(norm?(Q y)), rotary(norm?(K y)), V y),   y = rms_norm(x)
+    x ← x + D · silu_and_mul([G | U] y),                                  y = rms_norm(x)
+
+Letters in shapes: T tokens, H hidden size, Hq query heads, Hkv KV heads, D head_dim, I intermediate size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.paged_attention import paged_attention
+from ...kernels.rms_norm import rms_norm
+from ...kernels.rotary import rotary_
+from ...kernels.silu_and_mul import silu_and_mul
+from ...kernels.store_kv import store_kv_
+from ..forward_batch import ForwardBatch
+from ..kv_pool import KVPool
+from ..model_config import ModelConfig
+from ..rope import RotaryAngles
+from ..weights import LayerWeights, Weights
+
+
+class Decoder:
+    """Computes hidden states and logits; holds no state but its shape. Weights and pool are arguments."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self._config = config
+        self._angles = RotaryAngles(config.rope, config.head_dim, device)
+        self._scale = config.head_dim**-0.5
+
+    def hidden_states(self, weights: Weights, pool: KVPool, batch: ForwardBatch) -> Tensor:
+        """``[T, H]`` after the last layer, before the final norm. Writes the tokens' K and V to the pool."""
+        x = F.embedding(batch.token_ids, weights.embed_tokens)
+        angles = self._angles.at(batch.positions, x.dtype)
+        for index, layer in enumerate(weights.layers):
+            y = rms_norm(x, layer.input_norm, self._config.rms_norm_eps)
+            x += self._attention(y, layer, pool.layer(index), angles, batch)
+            y = rms_norm(x, layer.post_attention_norm, self._config.rms_norm_eps)
+            gated = silu_and_mul(F.linear(y, layer.gate_up, layer.gate_up_bias))
+            x += F.linear(gated, layer.down, layer.down_bias)
+        return x
+
+    def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
+        """``hidden [N, H]`` → ``[N, V]`` float32."""
+        return F.linear(rms_norm(hidden, weights.norm, self._config.rms_norm_eps), weights.lm_head).float()
+
+    def _attention(
+        self,
+        y: Tensor,
+        layer: LayerWeights,
+        cache: Tensor,
+        angles: tuple[Tensor, Tensor],
+        batch: ForwardBatch,
+    ) -> Tensor:
+        num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
+        heads = F.linear(y, layer.qkv, layer.qkv_bias).view(y.shape[0], -1, self._config.head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
+            q.copy_(rms_norm(q, layer.q_norm, self._config.rms_norm_eps))
+            k.copy_(rms_norm(k, layer.k_norm, self._config.rms_norm_eps))
+        rotary_(heads[:, : num_heads + num_kv_heads], *angles)
+        kv = heads[:, num_heads:].view(-1, 2, num_kv_heads, self._config.head_dim)
+        store_kv_(cache, kv, batch.slot_pages, batch.slot_offsets)
+        mixed = paged_attention(heads[:, :num_heads], cache, batch.attention, self._scale)
+        return F.linear(mixed.flatten(1), layer.o, layer.o_bias)

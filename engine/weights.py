@@ -1,0 +1,227 @@
+"""A checkpoint's tensors: read from safetensors, checked by name and shape, fused for the decoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..runtime.errors import StartupError
+from .model_config import ModelConfig
+
+# What a tensor contributes to the digest: this many blocks, evenly spaced, first and last included.
+_DIGEST_BLOCKS = 16
+_DIGEST_BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWeights:
+    """One decoder layer. H: hidden size, D: head_dim, I: intermediate size."""
+
+    input_norm: Tensor  # [H]
+    qkv: Tensor  # [(Hq + 2·Hkv)·D, H]: query, key, value
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    o: Tensor  # [H, Hq·D]
+    o_bias: Tensor | None
+    post_attention_norm: Tensor  # [H]
+    gate_up: Tensor  # [2·I, H]
+    gate_up_bias: Tensor | None
+    down: Tensor  # [H, I]
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    embed_tokens: Tensor  # [V, H]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [H]
+    lm_head: Tensor  # [V, H]; the embedding itself where they are tied
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.dtype
+
+
+class Checkpoint:
+    """The tensors of a folder by name, across its shards. A context manager: it holds the files open."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files = ExitStack()
+        self._shard_of: dict[str, Any] = {}
+        for file in _shards(path):
+            try:
+                shard = self._files.enter_context(safe_open(file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                self._files.close()
+                raise StartupError(f"{file}: cannot be read: {error}") from error
+            self._shard_of.update(dict.fromkeys(shard.keys(), shard))
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._shard_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._shard_of[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._shard_of[name].get_tensor(name)
+        return tensor
+
+
+def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Read every tensor of the checkpoint in `path`. Raises `StartupError` naming tensors that are missing,
+    unexpected or of another shape. One tensor at a time is held twice."""
+    shapes = tensor_shapes(config)
+    with Checkpoint(path) as checkpoint:
+        _check_tensors(path, checkpoint, shapes, config)
+
+        def fused(*names: str) -> Tensor:
+            rows = [shapes[name][0] for name in names]
+            whole = torch.empty((sum(rows), *shapes[names[0]][1:]), dtype=dtype, device=device)
+            for part, name in zip(torch.split(whole, rows), names, strict=True):
+                part.copy_(checkpoint.tensor(name))
+            return whole
+
+        def optional(*names: str) -> Tensor | None:
+            return fused(*names) if names[0] in shapes else None
+
+        def layer(index: int) -> LayerWeights:
+            prefix = f"model.layers.{index}."
+            attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+            qkv = [f"{attention}{part}_proj" for part in "qkv"]
+            gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
+            return LayerWeights(
+                input_norm=fused(f"{prefix}input_layernorm.weight"),
+                qkv=fused(*(f"{name}.weight" for name in qkv)),
+                qkv_bias=optional(*(f"{name}.bias" for name in qkv)),
+                q_norm=optional(f"{attention}q_norm.weight"),
+                k_norm=optional(f"{attention}k_norm.weight"),
+                o=fused(f"{attention}o_proj.weight"),
+                o_bias=optional(f"{attention}o_proj.bias"),
+                post_attention_norm=fused(f"{prefix}post_attention_layernorm.weight"),
+                gate_up=fused(*(f"{name}.weight" for name in gate_up)),
+                gate_up_bias=optional(*(f"{name}.bias" for name in gate_up)),
+                down=fused(f"{mlp}down_proj.weight"),
+                down_bias=optional(f"{mlp}down_proj.bias"),
+            )
+
+        embed_tokens = fused("model.embed_tokens.weight")
+        return Weights(
+            embed_tokens=embed_tokens,
+            layers=tuple(layer(index) for index in range(config.num_layers)),
+            norm=fused("model.norm.weight"),
+            lm_head=embed_tokens if config.tie_word_embeddings else fused("lm_head.weight"),
+        )
+
+
+def weights_digest(path: Path, config: ModelConfig) -> str:
+    """A fingerprint of config and weights, the same for any sharding of the same checkpoint, 32 hex digits.
+
+    It reads up to 64 KiB of each tensor: 16 blocks, evenly spaced. A tensor that was trained further differs
+    nearly everywhere, so that is enough to tell checkpoints apart, and its cost grows with the number of
+    tensors, not with their size. It is no protection against a forger.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(asdict(config), sort_keys=True).encode())
+    with Checkpoint(path) as checkpoint:
+        for name in sorted(checkpoint.names):
+            tensor = checkpoint.tensor(name)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            for block in _sample(tensor):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor the checkpoint of such a model has."""
+    hidden, intermediate, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projections = {
+        "self_attn.q_proj": (q_size, hidden, config.attention_bias),
+        "self_attn.k_proj": (kv_size, hidden, config.attention_bias),
+        "self_attn.v_proj": (kv_size, hidden, config.attention_bias),
+        "self_attn.o_proj": (hidden, q_size, config.o_bias),
+        "mlp.gate_proj": (intermediate, hidden, config.mlp_bias),
+        "mlp.up_proj": (intermediate, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, intermediate, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}."
+        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        if config.qk_norm:
+            shapes[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
+        for name, (num_out, num_in, has_bias) in projections.items():
+            shapes[f"{prefix}{name}.weight"] = (num_out, num_in)
+            if has_bias:
+                shapes[f"{prefix}{name}.bias"] = (num_out,)
+    return shapes
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise StartupError(f"{path}: has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [path / name for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise StartupError(f"{index}: has no readable weight_map") from error
+
+
+def _check_tensors(
+    path: Path, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
+) -> None:
+    if missing := shapes.keys() - checkpoint.names:
+        raise StartupError(f"{path}: {_listed(missing)} missing from the checkpoint")
+    # Old checkpoints keep the rotary frequencies, and tied ones may keep a copy of the embedding.
+    harmless = {name for name in checkpoint.names if name.endswith(".rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        harmless.add("lm_head.weight")
+    if unexpected := checkpoint.names - shapes.keys() - harmless:
+        raise StartupError(f"{path}: {_listed(unexpected)} not part of a {config.architecture} like this one")
+    for name, shape in shapes.items():
+        if checkpoint.shape(name) != shape:
+            raise StartupError(
+                f"{path}: {name} has shape {list(checkpoint.shape(name))}, config.json asks for {list(shape)}"
+            )
+
+
+def _listed(names: set[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more are" if others else f"{first} is"
+
+
+def _sample(tensor: Tensor) -> Iterator[bytes]:
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    last = max(data.numel() - _DIGEST_BLOCK_BYTES, 0)
+    starts = sorted({last * block // (_DIGEST_BLOCKS - 1) for block in range(_DIGEST_BLOCKS)})
+    for start in starts:
+        yield data[start : start + _DIGEST_BLOCK_BYTES].numpy().tobytes()

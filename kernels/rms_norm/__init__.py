@@ -1,0 +1,11 @@
+"""Root-mean-square layer norm over the last axis.
+
+    y = x / sqrt(mean(x²) + eps) · weight
+
+Shapes: ``x [..., D]``, ``weight [D]`` → ``[..., D]`` in the dtype of ``x``; the mean is taken in float32.
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+"""
+
+from .eager import rms_norm
+
+__all__ = ["rms_norm"]

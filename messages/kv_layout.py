@@ -1,0 +1,39 @@
+"""The KV cache's layout: what a prefill and a decode node must agree on byte by byte."""
+
+from __future__ import annotations
+
+import msgspec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """One allocation per rank: ``[num_pages, num_kv_heads, num_layers, 2, page_size, head_dim]``.
+
+    A page is one contiguous run of ``page_bytes``; consecutive pages start ``page_stride_bytes`` apart.
+    A head slice of a page is one run for all layers, so different TP sizes need no staging.
+    """
+
+    num_kv_heads: int
+    num_layers: int
+    page_size: int  # tokens
+    head_dim: int
+    dtype: str  # a key of DTYPE_BYTES
+    page_stride_bytes: int = 0  # 0: pages are dense
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one kv head of one page, all layers, K and V."""
+        return self.num_layers * 2 * self.page_size * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def page_bytes(self) -> int:
+        return self.num_kv_heads * self.head_bytes
+
+    @property
+    def stride_bytes(self) -> int:
+        return self.page_stride_bytes or self.page_bytes
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)

@@ -1,0 +1,287 @@
+"""The messages between a node's scheduler and those who use it: routers and the node's own HTTP front.
+
+A node binds one zmq ROUTER socket; everyone else connects to it by DEALER. Calls carry a ``call_id`` that
+the reply repeats. Generation is answered by any number of TokenOutputs, straight to whoever asked.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from .kv_layout import KVLayout
+from .sampling import SamplingParams, TokenLogprob
+from .timeline import Span
+
+Role: TypeAlias = Literal["prefill", "decode"]
+
+
+class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """How a node is known in the cluster."""
+
+    url: str  # of its HTTP front: what people write
+    role: Role
+    incarnation: str
+    zmq_address: str  # tcp://host:port of its scheduler
+    model_name: str
+    model_fingerprint: str
+    weight_version: str
+    colocated: bool = False  # a decode node that prefills locally
+
+
+class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's load right now; ``/v1/loads`` and pairing read it."""
+
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    num_queued_tokens: int = 0  # prompt tokens accepted and not computed yet
+    num_used_pages: int = 0
+    num_free_pages: int = 0  # free or evictable
+    num_total_pages: int = 0
+    page_size: int = 0
+    num_locked_pages: int = 0
+    num_reserved_pages: int = 0
+    num_exposed_pages: int = 0
+    num_quarantined_pages: int = 0
+    max_running_requests: int = 0
+    num_prompt_tokens_computed: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a router must know of the model that a node serves."""
+
+    model_name: str
+    model_path: str
+    model_type: str
+    architectures: tuple[str, ...]
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    weight_version: str
+    model_fingerprint: str
+
+
+# ---- to a node --------------------------------------------------------------------------------------
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """One attempt at (some choices of) one request. Sent to the decode node alone.
+
+    At the first attempt ``output_ids`` is empty and ``choices`` names all n choices. After a failure each
+    unfinished choice is tried again alone, with the output ids that the router kept.
+    """
+
+    request_id: str
+    attempt: int  # unique within the request; grows
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    choices: tuple[int, ...]
+    sampling: SamplingParams
+    prefill_incarnation: str  # the paired prefill node; empty: prefill locally
+    deadline_s: float  # remaining seconds
+    stream_interval: int = 1  # tokens per TokenOutput; 0: one at the end
+    priority: int = 0
+
+
+class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
+    """Stop these choices of an attempt (all of them when ``choices`` is empty) and release what they hold."""
+
+    request_id: str
+    attempt: int
+    choices: tuple[int, ...] = ()
+
+
+class ResendFrom(msgspec.Struct, frozen=True, kw_only=True, tag="resend"):
+    """The receiver saw a gap: send this choice's output again from ``position``."""
+
+    request_id: str
+    attempt: int
+    choice: int
+    position: int
+
+
+class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Abort by exact request id, or every request when ``all_requests``."""
+
+    call_id: int
+    request_id: str = ""
+    all_requests: bool = False
+
+
+class Roster(msgspec.Struct, frozen=True, kw_only=True, tag="roster"):
+    """The nodes a router knows. A node takes the union over routers."""
+
+    router_id: str
+    nodes: tuple[NodeEntry, ...]
+
+
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
+    call_id: int
+
+
+class FlushCache(msgspec.Struct, frozen=True, kw_only=True, tag="flush"):
+    """Drop the prefix cache when idle. ``timeout_s`` 0: now or never."""
+
+    call_id: int
+    timeout_s: float = 0.0
+
+
+class PrepareWeights(msgspec.Struct, frozen=True, kw_only=True, tag="prepare_weights"):
+    """Load and check a checkpoint beside the weights that serve."""
+
+    call_id: int
+    update_id: str
+    model_path: str
+    weight_version: str
+
+
+class CommitWeights(msgspec.Struct, frozen=True, kw_only=True, tag="commit_weights"):
+    """Swap to the prepared weights (the node must be idle), drop the prefix cache, renew handshakes."""
+
+    call_id: int
+    update_id: str
+
+
+class DiscardWeights(msgspec.Struct, frozen=True, kw_only=True, tag="discard_weights"):
+    call_id: int
+    update_id: str
+
+
+class GetServerInfo(msgspec.Struct, frozen=True, kw_only=True, tag="get_server_info"):
+    call_id: int
+
+
+class GetMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="get_metrics"):
+    call_id: int
+
+
+class GetRequestState(msgspec.Struct, frozen=True, kw_only=True, tag="get_request_state"):
+    call_id: int
+    request_id: str
+
+
+ClientToNode: TypeAlias = (
+    GenerateRequest
+    | CancelRequest
+    | ResendFrom
+    | AbortRequests
+    | Roster
+    | Ping
+    | FlushCache
+    | PrepareWeights
+    | CommitWeights
+    | DiscardWeights
+    | GetServerInfo
+    | GetMetrics
+    | GetRequestState
+)
+
+
+# ---- from a node ------------------------------------------------------------------------------------
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a choice ended on decode. ``matched``: the stop or EOS token id."""
+
+    reason: FinishReason
+    matched: int | None = None
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one choice. ``position`` counts the choice's output tokens before ``token_ids[0]``,
+    those kept from earlier attempts included; the router takes only exactly the next position."""
+
+    request_id: str
+    attempt: int
+    choice: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()  # as long as token_ids, when asked for
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # once, with the first token
+    num_cached_tokens: int = 0
+    weight_version: str = ""
+    finish: Finish | None = None
+    spans: tuple[Span, ...] = ()
+
+
+class TokenOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    """All that one step has for one receiver."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+FailureCode: TypeAlias = Literal[
+    "busy",  # prefill's queue was full: costs no attempt
+    "version_skew",  # weights changed in between: costs no attempt
+    "peer_lost",
+    "transfer_failed",
+    "not_ready",  # the pair is not connected: costs no attempt
+    "deadline",
+    "shutting_down",
+    "invalid",  # the request itself can never be served; not retriable
+]
+
+
+class AttemptFailed(msgspec.Struct, frozen=True, kw_only=True, tag="attempt_failed"):
+    """This attempt's unfinished choices end here; everything sent before stands."""
+
+    request_id: str
+    attempt: int
+    code: FailureCode
+    reason: str
+    retriable: bool
+
+
+class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
+    """Answers Ping from the scheduler's own loop."""
+
+    call_id: int
+    entry: NodeEntry
+    load: NodeLoad
+    ready_peers: tuple[str, ...]  # incarnations of prefill nodes that this decode node may use
+    refused_peers: dict[str, str]  # url -> reason
+    draining: bool = False
+
+
+class CallReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
+    """The outcome of a control call."""
+
+    call_id: int
+    success: bool
+    message: str = ""
+
+
+class ServerInfoReply(msgspec.Struct, frozen=True, kw_only=True, tag="server_info"):
+    call_id: int
+    entry: NodeEntry
+    model: ModelInfo
+    config: dict[str, str | int | float | bool | list[str] | None]  # the resolved flags
+    load: NodeLoad
+    kv_layout: KVLayout | None = None
+    transport: str = ""  # what KV pages really travel over: "tcp", "rdma" or "shm"
+
+
+class MetricsReply(msgspec.Struct, frozen=True, kw_only=True, tag="metrics"):
+    call_id: int
+    text: str  # Prometheus exposition format
+
+
+class RequestStateReply(msgspec.Struct, frozen=True, kw_only=True, tag="request_state"):
+    """Where a request is on this node; ``state`` is empty when the node does not know it."""
+
+    call_id: int
+    state: str = ""
+    age_s: float = 0.0  # in this state
+    waits_for: str = ""
+    details: dict[str, str | int | float] = {}
+
+
+NodeToClient: TypeAlias = (
+    TokenOutputs | AttemptFailed | Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply
+)

@@ -1,0 +1,200 @@
+"""The control messages between a decode node and a prefill node: handshake, rooms, liveness.
+
+Decode connects and leads. A *room* is one attempt at one hand-off; an *epoch* is one connection of a pair.
+KV pages themselves do not travel here: prefill writes them one-sided into decode's memory.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from .kv_layout import KVLayout
+from .node import FailureCode
+from .sampling import SamplingParams, TokenLogprob
+from .timeline import Span
+
+PROTOCOL_VERSION = 1
+
+
+class RoomId(msgspec.Struct, frozen=True, array_like=True):
+    """One attempt at one hand-off. ``counter`` only grows within a decode incarnation."""
+
+    decode_incarnation: str
+    counter: int
+
+
+class MemoryRegion(msgspec.Struct, frozen=True, kw_only=True):
+    """A registered memory region of a decode node that a prefill node may write into.
+
+    ``session`` is what the backend addresses the owner by: ``host:port`` for Mooncake, the name of the
+    shared-memory object for shm. Page ``i`` starts at ``address + i * layout.stride_bytes``;
+    ``scratch_address`` is 8 bytes inside the region that no page uses, for the first contact.
+    """
+
+    session: str
+    address: int
+    num_bytes: int
+    scratch_address: int
+
+
+class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What both sides of a pair must agree on before any hand-off."""
+
+    incarnation: str  # uuid per start of the process
+    protocol_version: int
+    model_fingerprint: str
+    weight_version: str
+    layout: KVLayout
+    tp_size: int
+    backend: str  # "mooncake" | "shm"
+    transport: str  # "tcp" | "rdma" | "shm"
+
+
+# ---- decode to prefill ------------------------------------------------------------------------------
+
+
+class PeerHello(msgspec.Struct, frozen=True, kw_only=True, tag="peer_hello"):
+    """Opens an epoch. Answered by PeerWelcome or PeerRefused."""
+
+    epoch: int
+    identity: PeerIdentity
+    region: MemoryRegion
+    num_pages: int
+
+
+class PeerPing(msgspec.Struct, frozen=True, kw_only=True, tag="peer_ping"):
+    epoch: int
+    seq: int
+
+
+class ContactPong(msgspec.Struct, frozen=True, kw_only=True, tag="contact_pong"):
+    """Answers ContactPing: decode is alive now, so prefill's engine may meet it."""
+
+    epoch: int
+
+
+class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_request"):
+    """Everything prefill needs, in one message; the destination pages are already reserved."""
+
+    room: RoomId
+    epoch: int
+    request_id: str
+    attempt: int
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]  # kept from earlier attempts; empty at the first
+    choices: tuple[int, ...]  # choice indices whose first token prefill samples
+    sampling: SamplingParams
+    dest_pages: tuple[int, ...]  # one per page of prompt + output_ids, in order
+    num_cached_tokens: int  # leading tokens (whole pages) that decode already holds
+    weight_version: str
+    deadline_s: float  # remaining seconds
+
+
+class AbortRoom(msgspec.Struct, frozen=True, kw_only=True, tag="abort_room"):
+    """Repeated by decode until Drained."""
+
+    room: RoomId
+    epoch: int
+
+
+# ---- prefill to decode ------------------------------------------------------------------------------
+
+
+class ContactPing(msgspec.Struct, frozen=True, kw_only=True, tag="contact_ping"):
+    """Asks decode to prove that it is alive right before the first contact of the transfer engines."""
+
+    epoch: int
+
+
+class PeerWelcome(msgspec.Struct, frozen=True, kw_only=True, tag="peer_welcome"):
+    """The handshake and the first contact are done: the pair is ready."""
+
+    epoch: int
+    identity: PeerIdentity
+    contact_s: float  # how long the first 8-byte write took
+    settle_s: float  # bytes of a failed write may still land for this long
+
+
+class PeerRefused(msgspec.Struct, frozen=True, kw_only=True, tag="peer_refused"):
+    epoch: int
+    reason: str  # one that a person can act on
+
+
+class PeerPong(msgspec.Struct, frozen=True, kw_only=True, tag="peer_pong"):
+    epoch: int
+    seq: int
+    busy_until_s: float = 0.0  # a long hold is announced: no suspicion for this many seconds
+
+
+class SampledFirstToken(msgspec.Struct, frozen=True, array_like=True):
+    choice: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class FirstToken(msgspec.Struct, frozen=True, kw_only=True, tag="first_token"):
+    """Sent as soon as it is sampled, while the last pages may still be in flight."""
+
+    room: RoomId
+    epoch: int
+    tokens: tuple[SampledFirstToken, ...]  # one per choice
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    num_cached_tokens: int = 0  # prompt tokens that prefill's prefix cache held
+    spans: tuple[Span, ...] = ()
+
+
+class HandoffDone(msgspec.Struct, frozen=True, kw_only=True, tag="handoff_done"):
+    """Every write is in place. Implies Drained(clean)."""
+
+    room: RoomId
+    epoch: int
+    num_bytes: int
+    spans: tuple[Span, ...] = ()
+
+
+class RoomBusy(msgspec.Struct, frozen=True, kw_only=True, tag="room_busy"):
+    """Prefill's short queue is full; nothing was written. Implies Drained(clean). No failure."""
+
+    room: RoomId
+    epoch: int
+
+
+class RoomFailed(msgspec.Struct, frozen=True, kw_only=True, tag="room_failed"):
+    """The room ended on prefill. ``retriable`` false: the request itself is at fault.
+
+    ``code`` "version_skew" costs no attempt. Drained follows when nothing will be written any more.
+    """
+
+    room: RoomId
+    epoch: int
+    reason: str
+    code: FailureCode
+    retriable: bool
+
+
+class Drained(msgspec.Struct, frozen=True, kw_only=True, tag="drained"):
+    """Prefill will submit nothing more for this room.
+
+    ``clean``: every write that was submitted is in place, or none was. Otherwise bytes already sent may
+    still land for at most the backend's ``settle_s``.
+    """
+
+    room: RoomId
+    epoch: int
+    clean: bool
+
+
+PeerToPrefill: TypeAlias = PeerHello | PeerPing | ContactPong | PrefillRequest | AbortRoom
+PeerToDecode: TypeAlias = (
+    ContactPing
+    | PeerWelcome
+    | PeerRefused
+    | PeerPong
+    | FirstToken
+    | HandoffDone
+    | RoomBusy
+    | RoomFailed
+    | Drained
+)

@@ -1,0 +1,1 @@
+"""The prefill binary: its scheduler loop and the queues that only it has."""

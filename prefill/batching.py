@@ -1,0 +1,45 @@
+"""Which chunks of which prompts the next forward computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..engine.schedule_batch import ScheduledRow
+from .job import PrefillJob
+
+
+def next_chunks(
+    jobs: Iterable[PrefillJob], max_tokens: int, max_rows: int
+) -> list[tuple[PrefillJob, ScheduledRow]]:
+    """Oldest prompts first, each as far as the token budget goes; the last row may end inside its prompt.
+
+    A row samples only when it reaches the end of its prompt. Empty when nothing is left to schedule.
+    """
+    chunks: list[tuple[PrefillJob, ScheduledRow]] = []
+    for job in jobs:
+        if max_tokens == 0 or len(chunks) == max_rows:
+            break
+        num_tokens = min(max_tokens, job.num_unscheduled)
+        if num_tokens:
+            chunks.append((job, _row(job, num_tokens)))
+            max_tokens -= num_tokens
+    return chunks
+
+
+def _row(job: PrefillJob, num_tokens: int) -> ScheduledRow:
+    message, sampling = job.message, job.message.sampling
+    end = job.num_scheduled + num_tokens
+    # They belong to the prompt's first attempt: later ones know them already.
+    wants_prompt_logprobs = sampling.num_prompt_logprobs is not None and not message.output_ids
+    return ScheduledRow(
+        row_id=message.request_id,
+        token_ids=job.token_ids,
+        num_prompt_tokens=len(message.prompt_ids),
+        start=job.num_scheduled,
+        num_tokens=num_tokens,
+        pages=job.pages,
+        sampling=sampling,
+        choices=message.choices if end == job.num_tokens else (),
+        num_output_tokens=len(message.output_ids),
+        prompt_logprobs_from=sampling.prompt_logprobs_start if wants_prompt_logprobs else None,
+    )

@@ -1,0 +1,67 @@
+"""Builds the prefill scheduler from its parts and runs it."""
+
+from __future__ import annotations
+
+import socket
+
+import zmq
+
+from ..components.flush_wrapper import FlushWrapper
+from ..components.load_inquirer import LoadInquirer
+from ..components.node_control import NodeControl
+from ..components.node_process import LoadedModel, run, start_node
+from ..components.page_allocator import PageAllocator
+from ..components.prefix_cache import PrefixCache
+from ..components.request_receiver import RequestReceiver
+from ..components.weight_updater import WeightUpdater
+from ..messages.channel import ServerChannel
+from ..runtime.config import NodeConfig
+from ..transfer.prefill_rooms import PrefillRooms
+from .scheduler import PrefillLimits, PrefillScheduler, ToPrefill
+
+
+def run_prefill(config: NodeConfig, listener: socket.socket) -> int:
+    """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    server: ServerChannel[ToPrefill] = ServerChannel(context, config.host, 0, ToPrefill)
+    node = start_node(config, listener, server.socket, server.port)
+    allocator = PageAllocator(node.num_pages)
+    cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)
+    weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
+    control = NodeControl(
+        status=node.status,
+        flush=FlushWrapper(),
+        weights=weights,
+        metrics=node.metrics,
+        drop_cache=lambda: cache is None or cache.reset(),
+    )
+    scheduler = PrefillScheduler(
+        receiver=RequestReceiver(server),
+        send=server.send,
+        rooms=PrefillRooms(
+            node.identity,
+            settle_s=node.backend.settle_s,
+            unix_minus_monotonic_s=node.unix_minus_monotonic_s,
+        ),
+        backend=node.backend,
+        allocator=allocator,
+        cache=cache,
+        engine=node.engine,
+        build=node.build,
+        control=control,
+        weights=weights,
+        swap=lambda prepared: node.swap(prepared.checkpoint, prepared.weight_version),
+        status=node.status,
+        layout=node.layout,
+        load_inquirer=LoadInquirer(
+            page_size=config.page_size, max_running_requests=config.max_running_requests
+        ),
+        metrics=node.metrics,
+        limits=PrefillLimits(
+            max_batch_tokens=config.chunked_prefill_size,
+            max_batch_rows=config.max_running_requests,
+            max_waiting=config.max_queued_prefills,
+        ),
+        unix_minus_monotonic_s=node.unix_minus_monotonic_s,
+    )
+    return run(node, scheduler, scheduler.fail_open_requests)

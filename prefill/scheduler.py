@@ -1,0 +1,438 @@
+"""The prefill binary's loop.
+
+Life cycle of a request here; the job of a room is in exactly one state:
+
+1. **Waiting**: a PrefillRequest opened its room. It waits for *all* pages of its prompt, oldest first; what
+   the prefix cache holds is locked, the rest is allocated.
+2. **Computing**: chunk by chunk, several prompts in one forward. Cached pages are on the wire before the
+   first chunk runs, and each chunk's whole pages as soon as it is done, while the next one computes.
+3. **Sending**: the last chunk's forward sampled the first token, which leaves at once; the prompt's pages
+   join the prefix cache; the last pages are on the wire.
+4. Gone: every write is in place (HandoffDone), or the room failed or was aborted. Its pages are unlocked; a
+   forward that still writes into them is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, assert_never
+
+import msgspec
+
+from ..components.load_inquirer import LoadInquirer
+from ..components.metrics_reporter import MetricsReporter
+from ..components.node_control import ControlResult, NodeControl
+from ..components.node_process import LoadedModel
+from ..components.node_status import NodeStatus
+from ..components.page_allocator import PageAllocator
+from ..components.prefix_cache import PrefixCache
+from ..components.request_receiver import RequestReceiver
+from ..components.weight_updater import Prepared, WeightUpdater
+from ..engine.engine_thread import EngineThread, JobResult
+from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
+from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
+from ..messages.kv_layout import KVLayout
+from ..messages.node import (
+    AbortRequests,
+    CallReply,
+    CancelRequest,
+    ClientToNode,
+    CommitWeights,
+    DiscardWeights,
+    FlushCache,
+    GenerateRequest,
+    GetMetrics,
+    GetRequestState,
+    GetServerInfo,
+    NodeLoad,
+    Ping,
+    PrepareWeights,
+    RequestStateReply,
+    ResendFrom,
+    Roster,
+)
+from ..messages.peer import (
+    AbortRoom,
+    ContactPong,
+    HandoffDone,
+    PeerHello,
+    PeerIdentity,
+    PeerPing,
+    PeerToPrefill,
+    PrefillRequest,
+    RoomBusy,
+    RoomId,
+    SampledFirstToken,
+)
+from ..messages.timeline import Span
+from ..transfer.actions import (
+    AdmitRoom,
+    CancelWrites,
+    DisconnectPeer,
+    MeetPeer,
+    PrefillAction,
+    ReleaseRoom,
+    SendToDecode,
+    SubmitWrite,
+)
+from ..transfer.backends.base import TransferBackend
+from ..transfer.prefill_rooms import PrefillRooms
+from .batching import next_chunks
+from .job import JobState, PrefillJob
+
+ToPrefill: TypeAlias = ClientToNode | PeerToPrefill
+_log = logging.getLogger(__name__)
+
+# One forward runs while the next one waits behind it: chunks need nothing of each other's results, so the
+# engine never pauses for the loop.
+_MAX_FORWARDS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillLimits:
+    max_batch_tokens: int
+    max_batch_rows: int
+    max_waiting: int
+
+
+class PrefillScheduler:
+    """Composed of named parts; decides nothing that one of them could decide."""
+
+    def __init__(
+        self,
+        *,
+        receiver: RequestReceiver[ToPrefill],
+        send: Callable[[bytes, msgspec.Struct], bool],
+        rooms: PrefillRooms,
+        backend: TransferBackend,
+        allocator: PageAllocator,
+        cache: PrefixCache | None,
+        engine: EngineThread,
+        build: Callable[[ScheduleBatch], ForwardBatch],
+        control: NodeControl[LoadedModel],
+        weights: WeightUpdater[LoadedModel],
+        swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
+        status: NodeStatus,
+        layout: KVLayout,
+        load_inquirer: LoadInquirer,
+        metrics: MetricsReporter,
+        limits: PrefillLimits,
+        unix_minus_monotonic_s: float,
+    ) -> None:
+        self.receiver = receiver
+        self.send = send
+        self.rooms = rooms
+        self.backend = backend
+        self.allocator = allocator
+        self.cache = cache
+        self.engine = engine
+        self.build = build
+        self.control = control
+        self.weights = weights
+        self.swap = swap
+        self.status = status
+        self.layout = layout
+        self.load_inquirer = load_inquirer
+        self.metrics = metrics
+        self.limits = limits
+        self.unix_minus_monotonic_s = unix_minus_monotonic_s
+        self.jobs: dict[RoomId, PrefillJob] = {}  # every job, in order of arrival
+        self.forwards: deque[list[tuple[PrefillJob, ScheduledRow]]] = deque()  # on the engine thread
+        self.is_draining = False
+
+    # ---- the loop -----------------------------------------------------------------------------------
+
+    def step(self, now: float) -> None:
+        for link, message in self.receiver.receive():
+            self.handle(link, message, now)
+        for result in self.backend.poll():
+            self.act(self.rooms.on_write_result(result, now), now)
+        for finished in self.engine.poll():
+            if isinstance(finished, JobResult):
+                self.finish_job(finished)
+            else:
+                self.apply(finished, now)
+        self.act(self.rooms.tick(now), now)
+        self.admit_waiting(now)
+        self.launch_forwards(now)
+        self.reply(self.control.poll(now, idle=self.is_idle), now)
+
+    def next_deadline(self) -> float:
+        """When `step` is due although nothing happens; infinity if nothing is waited for."""
+        return min(self.rooms.next_deadline(), self.control.deadline or float("inf"))
+
+    @property
+    def is_idle(self) -> bool:
+        """Covers every queue of this binary: no job, no forward, no room that still writes."""
+        return not self.jobs and not self.forwards and self.rooms.is_idle
+
+    def handle(self, link: bytes, message: ToPrefill, now: float) -> None:
+        match message:
+            case PeerHello() | PeerPing() | ContactPong() | PrefillRequest() | AbortRoom():
+                self.act(self.rooms.on_message(link, message, now, queue_has_room=self.has_room), now)
+            case Ping():
+                pong = self.status.pong(
+                    message.call_id,
+                    self.load(),
+                    ready_peers=(),
+                    refused_peers={},
+                    is_draining=self.is_draining,
+                )
+                self.send(link, pong)
+            case (
+                FlushCache()
+                | PrepareWeights()
+                | CommitWeights()
+                | DiscardWeights()
+                | GetServerInfo()
+                | GetMetrics()
+            ):
+                self.observe()
+                self.reply(self.control.handle(link, message, now, load=self.load(), idle=self.is_idle), now)
+            case GetRequestState():
+                self.send(link, self.request_state(message, now))
+            case AbortRequests():
+                # Decode leads: it aborts the rooms of what it is told to abort.
+                self.send(link, CallReply(call_id=message.call_id, success=True))
+            case Roster():
+                pass  # decode nodes connect to us, not the other way round
+            case GenerateRequest() | CancelRequest() | ResendFrom():
+                _log.warning("dropped a %s: this is a prefill node", type(message).__name__)
+            case _:
+                assert_never(message)
+
+    def act(self, actions: list[PrefillAction], now: float) -> None:
+        for action in actions:
+            match action:
+                case SendToDecode():
+                    self.send(action.link, action.message)
+                    self.count(action)
+                case MeetPeer():
+                    self.backend.first_contact(action.handle, action.region)
+                case SubmitWrite():
+                    self.backend.submit(action.handle, action.region, action.run)
+                case CancelWrites():
+                    self.backend.cancel(action.handles)
+                case DisconnectPeer():
+                    self.backend.disconnect(action.region)
+                case AdmitRoom():
+                    self.jobs[action.request.room] = self.new_job(action.request, now)
+                case ReleaseRoom():
+                    self.release(action)
+                case _:
+                    assert_never(action)
+
+    # ---- 1 to 2: waiting for pages ------------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        num_waiting = sum(job.state is JobState.WAITING for job in self.jobs.values())
+        return num_waiting < self.limits.max_waiting and not self.is_draining
+
+    def new_job(self, request: PrefillRequest, now: float) -> PrefillJob:
+        token_ids = (*request.prompt_ids, *request.output_ids)
+        return PrefillJob(message=request, arrived_s=now, token_ids=token_ids, state_since_s=now)
+
+    def admit_waiting(self, now: float) -> None:
+        """Oldest first; who does not get all of its pages lets nobody pass, or long prompts would starve."""
+        for job in list(self.jobs.values()):
+            if job.state is not JobState.WAITING:
+                continue
+            num_pages = self.layout.pages_for(job.num_tokens)
+            if num_pages > self.allocator.num_pages:
+                reason = (
+                    f"the prompt needs {num_pages} KV pages, the prefill node has {self.allocator.num_pages}"
+                )
+                self.act(self.rooms.fail_room(job.room, "invalid", reason, retriable=False), now)
+            elif not self.take_pages(job, num_pages):
+                return
+            else:
+                job.enter(JobState.COMPUTING, now)
+                self.load_inquirer.count_prompt(num_cached=job.num_cached)
+                # What is cached needs no forward: it travels while the first chunk computes.
+                num_cached_pages = job.num_cached // self.layout.page_size
+                self.act(self.rooms.pages_ready(job.room, 0, job.pages[:num_cached_pages], now), now)
+
+    def take_pages(self, job: PrefillJob, num_pages: int) -> bool:
+        """Locks the cached prefix and allocates the rest; all or nothing."""
+        cached: list[int] = []
+        if self.cache is not None:
+            job.match = self.cache.match(job.token_ids, max_tokens=job.reusable_tokens)
+            self.cache.lock(job.match)
+            cached = job.match.pages
+            if (num_missing := num_pages - len(cached) - self.allocator.num_free) > 0:
+                self.cache.evict(num_missing)
+        own = self.allocator.allocate_private(job.room, num_pages - len(cached))
+        if own is None:
+            self.unlock(job)
+            return False
+        job.pages = [*cached, *own]
+        job.num_cached = job.num_computed = job.num_scheduled = len(cached) * self.layout.page_size
+        return True
+
+    # ---- 2: computing -------------------------------------------------------------------------------
+
+    def launch_forwards(self, now: float) -> None:
+        while len(self.forwards) < _MAX_FORWARDS:
+            chunks = next_chunks(self.jobs.values(), self.limits.max_batch_tokens, self.limits.max_batch_rows)
+            if not chunks:
+                return
+            self.engine.submit(self.build(ScheduleBatch(rows=tuple(row for _, row in chunks))))
+            self.forwards.append(chunks)
+            for job, row in chunks:
+                job.started_s = job.started_s or now
+                job.num_scheduled += row.num_tokens
+                job.num_forwards += 1
+
+    def apply(self, output: ForwardOutput, now: float) -> None:
+        """A forward is done: its whole pages may travel, and who reached the end has a first token."""
+        chunks = self.forwards.popleft()
+        self.metrics.count_step("prefill", output.finished - output.started)
+        for (job, row), result in zip(chunks, output.rows, strict=True):
+            job.num_forwards -= 1
+            job.num_computed += row.num_tokens
+            self.load_inquirer.count_prompt(num_computed=row.num_tokens)
+            if job.is_over:
+                self.free_if_unused(job)
+                continue
+            if row.prompt_logprobs_from == 0 and row.start == 0:
+                job.prompt_logprobs.append(None)  # nothing precedes the first token
+            job.prompt_logprobs += result.prompt_logprobs
+            if result.tokens:
+                self.enter_sending(job, result, now)
+            num_ready = job.num_computed // self.layout.page_size
+            pages = job.pages if job.state is JobState.SENDING else job.pages[:num_ready]
+            self.act(self.rooms.pages_ready(job.room, 0, pages, now), now)
+
+    # ---- 3: sending ---------------------------------------------------------------------------------
+
+    def enter_sending(self, job: PrefillJob, result: RowOutput, now: float) -> None:
+        job.enter(JobState.SENDING, now)
+        self.load_inquirer.count_generated(len(result.tokens))
+        self.insert_into_cache(job)
+        tokens = tuple(
+            SampledFirstToken(sampled.choice, sampled.token_id, sampled.logprob) for sampled in result.tokens
+        )
+        spans = (
+            self.span("prefill_queue", job.arrived_s, job.started_s),
+            self.span("prefill", job.started_s, now),
+        )
+        first_token = self.rooms.first_token(
+            job.room,
+            tokens,
+            now,
+            prompt_logprobs=tuple(job.prompt_logprobs),
+            num_cached_tokens=job.num_cached,
+            spans=spans,
+        )
+        self.act(first_token, now)
+
+    def insert_into_cache(self, job: PrefillJob) -> None:
+        """Hand the whole pages to the tree, and keep them locked there until the last one has travelled."""
+        if self.cache is None:
+            return
+        before = job.match
+        job.match = self.cache.insert(job.token_ids, job.pages, job.room).match
+        self.cache.lock(job.match)
+        if before is not None:
+            self.cache.unlock(before)
+
+    # ---- 4: gone ------------------------------------------------------------------------------------
+
+    def release(self, action: ReleaseRoom) -> None:
+        job = self.jobs[action.room]
+        job.is_over = True
+        if not action.completed:
+            _log.info(
+                "request %s: room %d ended: %s", job.message.request_id, job.room.counter, action.reason
+            )
+            self.metrics.count_room("failed")
+        self.free_if_unused(job)
+
+    def free_if_unused(self, job: PrefillJob) -> None:
+        """Pages go back once no forward can write into them any more."""
+        if job.num_forwards == 0:
+            self.unlock(job)
+            self.allocator.free_private(job.room)
+            del self.jobs[job.room]
+
+    def unlock(self, job: PrefillJob) -> None:
+        if self.cache is not None and job.match is not None:
+            self.cache.unlock(job.match)
+            job.match = None
+
+    # ---- control ------------------------------------------------------------------------------------
+
+    def reply(self, result: ControlResult[LoadedModel], now: float) -> None:
+        if result.swap is not None:
+            # Idle: nothing reads the weights. Every pair shakes hands again under the new version.
+            identity = self.swap(result.swap)
+            self.act(self.rooms.set_identity(identity, f"weights are {identity.weight_version} now"), now)
+        for link, message in result.replies:
+            self.send(link, message)
+
+    def finish_job(self, job: JobResult) -> None:
+        answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)
+        self.send(answer.link, answer.reply)
+
+    def drop_cache(self) -> bool:
+        return self.cache is None or self.cache.reset()
+
+    def load(self) -> NodeLoad:
+        jobs = self.jobs.values()
+        return self.load_inquirer.load(
+            pages=self.allocator.counts(),
+            num_locked_pages=self.cache.num_locked if self.cache else 0,
+            num_evictable_pages=self.cache.num_evictable if self.cache else 0,
+            num_running_reqs=sum(job.state is not JobState.WAITING for job in jobs),
+            num_waiting_reqs=sum(job.state is JobState.WAITING for job in jobs),
+            num_queued_tokens=sum(job.num_tokens - job.num_computed for job in jobs),
+        )
+
+    def observe(self) -> None:
+        self.metrics.observe_pages(self.allocator.counts())
+        self.metrics.observe_queues(
+            num_prefill_inflight=sum(job.state is JobState.SENDING for job in self.jobs.values())
+        )
+
+    def count(self, action: SendToDecode) -> None:
+        match action.message:
+            case HandoffDone() as done:
+                self.metrics.count_transfer(done.num_bytes, done.spans[0].duration_s)
+                self.metrics.count_room("done")
+            case RoomBusy():
+                self.metrics.count_room("busy")
+            case _:
+                pass
+
+    def request_state(self, message: GetRequestState, now: float) -> RequestStateReply:
+        waits_for = {
+            JobState.WAITING: "KV pages of its whole prompt",
+            JobState.COMPUTING: "its prompt's chunks",
+            JobState.SENDING: "its last pages to be in place on decode",
+        }
+        for job in self.jobs.values():
+            if job.message.request_id == message.request_id:
+                return RequestStateReply(
+                    call_id=message.call_id,
+                    state=job.state.value,
+                    age_s=now - job.state_since_s,
+                    waits_for=waits_for[job.state],
+                    details={
+                        "room": job.room.counter,
+                        "num_tokens": job.num_tokens,
+                        "num_cached_tokens": job.num_cached,
+                        "num_computed_tokens": job.num_computed,
+                    },
+                )
+        return RequestStateReply(call_id=message.call_id)
+
+    def span(self, name: str, start_s: float, end_s: float) -> Span:
+        return Span(name, start_s + self.unix_minus_monotonic_s, end_s - start_s)
+
+    def fail_open_requests(self) -> None:
+        """This process ends: what is left may be tried elsewhere."""
+        self.act(self.rooms.fail_all("shutting_down", "the prefill node shuts down"), 0.0)

@@ -1,0 +1,1 @@
+"""The router: pairing, admission, attempts and node health."""

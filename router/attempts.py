@@ -1,0 +1,306 @@
+"""One request as the router keeps it: the ids of every choice, and whose attempt may add to them.
+
+The life of a choice: *idle* (queued, no attempt) → *tried* (one current attempt) → idle again when the
+attempt fails, or *finished*: ended by decode, closed from its kept ids, or stopped by whoever reads it.
+Values and ``now`` in, decisions out; the service acts on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ..api.generation import ChoiceDelta, GenerateSpec, GenerationInfo
+from ..components.stop_conditions import check_finish
+from ..messages.node import AttemptFailed, FailureCode, GenerateRequest, ResendFrom, TokenOutput
+from ..runtime.errors import RequestError
+from .ledger import Attempt
+from .pairing import Chosen, Pair
+from .prefix_index import page_hashes
+
+COST_NO_ATTEMPT: frozenset[FailureCode] = frozenset({"busy", "version_skew", "not_ready"})
+
+
+@dataclass(slots=True)
+class ChoiceState:
+    index: int
+    kept_ids: list[int] = field(default_factory=list)
+    attempt: Attempt | None = None
+    finished: bool = False
+    num_failures: int = 0  # that count
+    num_free_failures: int = 0  # in a row
+    failed_pairs: tuple[Pair, ...] = ()
+    resend_asked_at: float = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """These choices are to be tried again, in one attempt."""
+
+    choices: tuple[int, ...]
+    avoid: tuple[Pair, ...]
+    num_free_failures: int  # in a row; each makes the next delay longer
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """What a failed attempt leads to: choices that turn out to be complete, and attempts to make."""
+
+    closed: list[ChoiceDelta]
+    retries: list[Retry]
+
+
+class RequestRecord:
+    """``on_tokens`` runs for every token of every stream: it is kept short."""
+
+    def __init__(
+        self,
+        spec: GenerateSpec,
+        *,
+        arrived_at: float,
+        deadline: float,
+        max_attempts: int,
+        resend_interval_s: float,
+        eos_token_ids: Collection[int],
+        max_model_len: int,
+    ) -> None:
+        self.spec = spec
+        self.arrived_at = arrived_at
+        self.deadline = deadline
+        self.info = GenerationInfo(num_attempts=0)
+        self.choices = [ChoiceState(index) for index in range(spec.num_choices)]
+        self._max_attempts = max_attempts
+        self._resend_interval_s = resend_interval_s
+        self._eos_token_ids = eos_token_ids
+        self._max_model_len = max_model_len
+        self._num_unfinished = spec.num_choices
+        self._page_hashes: dict[int, list[int]] = {}  # by page size
+
+    @property
+    def request_id(self) -> str:
+        return self.spec.request_id
+
+    @property
+    def done(self) -> bool:
+        return self._num_unfinished == 0
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(choice.kept_ids for choice in self.choices)
+
+    @property
+    def pinned_weight_version(self) -> str:
+        """A stream is not continued by other weights than it began with."""
+        return self.info.weight_version if self.has_tokens else ""
+
+    def live_attempts(self) -> list[Attempt]:
+        attempts = {id(c.attempt): c.attempt for c in self.choices if c.attempt is not None}
+        return list(attempts.values())
+
+    def num_tokens(self, choices: Sequence[int]) -> int:
+        """What an attempt at these choices has to prefill."""
+        return len(self.spec.prompt_ids) + len(self.choices[choices[0]].kept_ids)
+
+    def page_hashes(self, page_size: int) -> list[int]:
+        if page_size not in self._page_hashes:
+            self._page_hashes[page_size] = page_hashes(self.spec.prompt_ids, page_size)
+        return self._page_hashes[page_size]
+
+    def num_usable_cached(self, num_cached_tokens: int) -> int:
+        """Prompt logprobs are wanted of positions that must then be computed."""
+        if self.spec.sampling.num_prompt_logprobs is None or self.info.prompt_logprobs:
+            return num_cached_tokens
+        return min(num_cached_tokens, self.spec.sampling.prompt_logprobs_start)
+
+    # ---- attempts -------------------------------------------------------------------------------
+
+    def open_attempt(self, choices: tuple[int, ...], chosen: Chosen, now: float) -> Attempt:
+        self.info.num_attempts += 1
+        attempt = Attempt(
+            request_id=self.request_id,
+            number=self.info.num_attempts,
+            pair=chosen.pair,
+            open_choices=set(choices),
+            num_uncached_tokens=chosen.num_uncached_tokens,
+            num_pages=chosen.num_pages,
+            weight=len(choices),
+            since=now,
+        )
+        for index in choices:
+            self.choices[index].attempt = attempt
+        return attempt
+
+    def message(
+        self, attempt: Attempt, choices: tuple[int, ...], *, now: float, stream_interval: int
+    ) -> GenerateRequest:
+        sampling = self.spec.sampling
+        if self.info.prompt_logprobs:  # they are given once
+            sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
+        return GenerateRequest(
+            request_id=self.request_id,
+            attempt=attempt.number,
+            prompt_ids=self.spec.prompt_ids,
+            output_ids=tuple(self.choices[choices[0]].kept_ids),
+            choices=choices,
+            sampling=sampling,
+            prefill_incarnation=attempt.pair.prefill,
+            deadline_s=max(0.0, self.deadline - now),
+            stream_interval=stream_interval,
+            priority=self.spec.priority,
+        )
+
+    # ---- what decode says -----------------------------------------------------------------------
+
+    def on_tokens(self, output: TokenOutput, now: float) -> ChoiceDelta | ResendFrom | None:
+        """Takes only the current attempt at exactly the next position. A gap is asked for again."""
+        if not 0 <= output.choice < len(self.choices):
+            return None
+        choice = self.choices[output.choice]
+        attempt = choice.attempt
+        if attempt is None or attempt.number != output.attempt:
+            return None
+        if output.position != len(choice.kept_ids):
+            return self._on_other_position(choice, output, now)
+        choice.kept_ids.extend(output.token_ids)
+        choice.num_free_failures = 0
+        if output.weight_version:
+            self._on_opening(output)
+        if output.spans:
+            self.info.spans.extend(span for span in output.spans if span not in self.info.spans)
+        finish = output.finish
+        if finish is None:
+            return ChoiceDelta(choice.index, output.token_ids, output.logprobs)
+        self._finish(choice)
+        return ChoiceDelta(choice.index, output.token_ids, output.logprobs, finish.reason, finish.matched)
+
+    def _on_opening(self, output: TokenOutput) -> None:
+        """A choice's first message in an attempt tells of the prompt; what the first attempt says counts."""
+        if not self.info.weight_version:
+            self.info.weight_version = output.weight_version
+            self.info.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs and not self.info.prompt_logprobs:
+            self.info.prompt_logprobs = output.prompt_logprobs
+
+    def _on_other_position(self, choice: ChoiceState, output: TokenOutput, now: float) -> ResendFrom | None:
+        is_gap = output.position > len(choice.kept_ids)
+        if not is_gap or now - choice.resend_asked_at < self._resend_interval_s:
+            return None
+        choice.resend_asked_at = now
+        return ResendFrom(
+            request_id=self.request_id,
+            attempt=output.attempt,
+            choice=choice.index,
+            position=len(choice.kept_ids),
+        )
+
+    def on_failed(self, failure: AttemptFailed) -> AttemptEnded:
+        """The attempt's unfinished choices are tried again. Raises RequestError when the request has failed.
+
+        All together while no choice of the request has a token yet, otherwise each alone with its own ids.
+        """
+        failed = [c for c in self.choices if c.attempt is not None and c.attempt.number == failure.attempt]
+        if not failed:
+            return AttemptEnded([], [])
+        if not failure.retriable or failure.code == "deadline":
+            raise _request_error(failure)
+        closed = []
+        idle = []
+        for choice in failed:
+            assert choice.attempt is not None
+            pair = choice.attempt.pair
+            choice.attempt.open_choices.discard(choice.index)
+            choice.attempt = None
+            if (delta := self._close_if_complete(choice)) is not None:
+                closed.append(delta)
+                continue
+            idle.append(choice)
+            if failure.code in COST_NO_ATTEMPT:
+                choice.num_free_failures += 1
+            else:
+                choice.num_failures += 1
+                choice.failed_pairs = (*choice.failed_pairs, pair)
+        if idle and max(choice.num_failures for choice in idle) >= self._max_attempts:
+            raise RequestError(
+                f"{self._max_attempts} attempts failed; the last one: {failure.reason}",
+                status=503,
+                code=failure.code,
+                error_type="service_unavailable",
+                retry_after_s=1.0,
+            )
+        groups = [[choice] for choice in idle] if self.has_tokens else [idle] if idle else []
+        return AttemptEnded(closed, [_retry(group, pair) for group in groups])
+
+    def _close_if_complete(self, choice: ChoiceState) -> ChoiceDelta | None:
+        """The last id that was kept may have been the end: the failure came between it and its finish."""
+        if not choice.kept_ids:
+            return None
+        finish = check_finish(
+            choice.kept_ids[-1],
+            len(choice.kept_ids),
+            self.spec.sampling,
+            self._eos_token_ids,
+            self._max_model_len,
+            len(self.spec.prompt_ids) + len(choice.kept_ids),
+        )
+        if finish is None:
+            return None
+        self._finish(choice)
+        return ChoiceDelta(choice.index, (), (), finish.reason, finish.matched)
+
+    # ---- what the reader says -------------------------------------------------------------------
+
+    def stop_choice(self, index: int) -> Attempt | None:
+        """The reader wants no more of this choice. Returns the attempt that works on it."""
+        choice = self.choices[index]
+        attempt = choice.attempt
+        if not choice.finished:
+            self._finish(choice)
+        return attempt
+
+    def abort(self) -> list[ChoiceDelta]:
+        """End every unfinished choice."""
+        deltas = []
+        for choice in self.choices:
+            if not choice.finished:
+                self._finish(choice)
+                deltas.append(ChoiceDelta(choice.index, (), (), "abort"))
+        return deltas
+
+    def _finish(self, choice: ChoiceState) -> None:
+        choice.finished = True
+        self._num_unfinished -= 1
+        if choice.attempt is not None:
+            choice.attempt.open_choices.discard(choice.index)
+            choice.attempt = None
+
+
+def _retry(group: list[ChoiceState], pair: Pair) -> Retry:
+    """The pair that just failed is avoided even if that was no fault of its own, such as Busy."""
+    avoid = dict.fromkeys((*(p for choice in group for p in choice.failed_pairs), pair))
+    return Retry(
+        choices=tuple(choice.index for choice in group),
+        avoid=tuple(avoid),
+        num_free_failures=max(choice.num_free_failures for choice in group),
+    )
+
+
+def _request_error(failure: AttemptFailed) -> RequestError:
+    match failure.code:
+        case "invalid":
+            return RequestError(failure.reason, status=400, code="invalid_request")
+        case "deadline":
+            return RequestError(
+                failure.reason, status=504, code="deadline_exceeded", error_type="timeout_error"
+            )
+        case "shutting_down":
+            return RequestError(
+                failure.reason,
+                status=503,
+                code=failure.code,
+                error_type="service_unavailable",
+                retry_after_s=1.0,
+            )
+        case _:
+            return RequestError(failure.reason, status=500, code=failure.code, error_type="server_error")

@@ -1,0 +1,247 @@
+"""The router's side of every node: links, heartbeats, polls of static URLs, the roster. Owns the registry.
+
+What happens to nodes is told to one handler; what to do about requests is its business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..api.generation import AdminReply
+from ..api.node_client import NodeUnavailableError, StreamMessage
+from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
+from .links import Connector, EntryLookup, NodeLink
+from .options import RouterOptions
+from .registry import (
+    NodeChanged,
+    NodeEvent,
+    NodeJoined,
+    NodeLost,
+    NodeRegistry,
+    NodeRestarted,
+    NodeSilent,
+)
+
+log = logging.getLogger(__name__)
+
+UNREADY_PING_INTERVAL_S = 0.2  # while no pair is ready, so that the first one is noticed soon
+
+
+class ClusterHandler(Protocol):
+    def on_stream(self, message: StreamMessage) -> None: ...
+
+    def on_node_event(self, event: NodeEvent) -> None: ...
+
+    def on_ping(self, incarnation: str) -> None: ...
+
+    def on_pong(self, incarnation: str, pong: Pong) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    link: NodeLink
+    heartbeat: asyncio.Task[None] | None = None
+
+
+class Cluster:
+    def __init__(
+        self,
+        options: RouterOptions,
+        *,
+        router_id: str,
+        connect: Connector,
+        lookup: EntryLookup,
+        static_urls: Sequence[str],
+        clock: Callable[[], float],
+        handler: ClusterHandler,
+    ) -> None:
+        self.registry = NodeRegistry(lease_s=options.lease_s, pong_timeout_s=options.pong_timeout_s)
+        self._options = options
+        self._router_id = router_id
+        self._connect = connect
+        self._lookup = lookup
+        self._static_urls = tuple(static_urls)
+        self._clock = clock
+        self._handler = handler
+        self._connections: dict[str, _Connection] = {}  # by incarnation
+        self._connect_not_before: dict[str, float] = {}
+        self._roster_due_at = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.crashed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def start(self) -> None:
+        for url in self._static_urls:
+            self.spawn(self._poll(url))
+
+    async def close(self) -> None:
+        for incarnation in list(self._connections):
+            self._disconnect(incarnation)
+        for task in self._tasks:
+            if not task.get_name().startswith("close "):
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
+        """A background task; its failure is the process's failure, told by ``crashed``."""
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.critical("a task of the router failed", exc_info=error)
+        if not self.crashed.done():
+            self.crashed.set_exception(error)
+
+    # ---- what the service asks ------------------------------------------------------------------
+
+    def send(self, incarnation: str, message: ClientToNode) -> bool:
+        """Whether it is on its way."""
+        connection = self._connections.get(incarnation)
+        if connection is None:
+            return False
+        try:
+            connection.link.send(message)
+        except NodeUnavailableError:
+            return False
+        return True
+
+    def links(self) -> Mapping[str, NodeLink]:
+        """url -> link of every node that is connected."""
+        return {
+            node.entry.url: self._connections[node.incarnation].link
+            for node in self.registry
+            if node.incarnation in self._connections
+        }
+
+    async def register(self, url: str, entry: NodeEntry | None) -> AdminReply:
+        """``entry`` None: a person names a URL; otherwise a node registers itself."""
+        by_hand = entry is None
+        if entry is None and (entry := await self._lookup(url)) is None:
+            return AdminReply(False, f"{url}/server_info does not answer as a node")
+        self._apply(self.registry.register(entry, self._clock(), by_hand=by_hand))
+        if self.registry.was_removed(entry.incarnation):
+            return AdminReply(False, "this node was removed by an operator")
+        return AdminReply(True)
+
+    def remove(self, url: str) -> AdminReply:
+        events = self.registry.remove(url)
+        self._apply(events)
+        return AdminReply(True) if events else AdminReply(False, f"no node at {url}")
+
+    def tick(self, now: float, *, expire: bool) -> None:
+        if expire:
+            self._apply(self.registry.expire(now))
+        for node in self.registry:
+            if node.incarnation not in self._connections:
+                self._open_link(node.entry, now)
+        if now >= self._roster_due_at:
+            self._push_roster(now)
+
+    # ---- nodes come and go ----------------------------------------------------------------------
+
+    def _apply(self, events: Sequence[NodeEvent]) -> None:
+        now = self._clock()
+        for event in events:
+            match event:
+                case NodeJoined(entry):
+                    log.info("%s node joined: %s (%s)", entry.role, entry.url, entry.incarnation)
+                    self._open_link(entry, now)
+                    self._handler.on_node_event(event)
+                case NodeRestarted(old, new):
+                    log.info("%s node restarted: %s (%s)", new.role, new.url, new.incarnation)
+                    # The handler still reaches the old one, to cancel what it may be working on.
+                    self._handler.on_node_event(event)
+                    self._disconnect(old.incarnation)
+                    self._open_link(new, now)
+                case NodeLost(entry, reason):
+                    log.warning("%s node lost: %s: %s", entry.role, entry.url, reason)
+                    self._handler.on_node_event(event)
+                    self._disconnect(entry.incarnation)
+                case NodeSilent(entry, reason):
+                    log.warning("%s node suspected: %s: %s", entry.role, entry.url, reason)
+                    self._handler.on_node_event(event)
+                case NodeChanged(_, new):
+                    log.info("%s node changed: %s, weights %s", new.role, new.url, new.weight_version)
+                    self._handler.on_node_event(event)
+        if any(not isinstance(event, NodeSilent) for event in events):
+            self._push_roster(now)
+
+    def _open_link(self, entry: NodeEntry, now: float) -> None:
+        incarnation = entry.incarnation
+        if now < self._connect_not_before.get(incarnation, now):
+            return
+        self._connect_not_before[incarnation] = now + self._options.ping_interval_s
+        link = self._connect(
+            entry.zmq_address,
+            on_stream=self._handler.on_stream,
+            on_lost=lambda reason: self._on_link_lost(incarnation, reason),
+        )
+        connection = _Connection(link)
+        self._connections[incarnation] = connection
+        connection.heartbeat = self.spawn(self._heartbeat(incarnation, link))
+        self.send(incarnation, self._roster())
+
+    def _on_link_lost(self, incarnation: str, reason: str) -> None:
+        if incarnation in self._connections:
+            self._disconnect(incarnation)
+            self._apply(self.registry.link_lost(incarnation, reason))
+
+    def _disconnect(self, incarnation: str) -> None:
+        if self.registry.get(incarnation) is None:
+            self._connect_not_before.pop(incarnation, None)
+        connection = self._connections.pop(incarnation, None)
+        if connection is None:
+            return
+        if connection.heartbeat is not None:
+            connection.heartbeat.cancel()
+        self.spawn(connection.link.close(), name=f"close {incarnation}")
+
+    async def _heartbeat(self, incarnation: str, link: NodeLink) -> None:
+        """Until the link is closed. A ping may be answered late; the registry judges silence meanwhile."""
+        while True:
+            self._handler.on_ping(incarnation)
+            try:
+                pong = await link.ping(self._options.lease_s)
+            except NodeUnavailableError as error:
+                log.debug("%s", error)
+            else:
+                events = self.registry.pong(incarnation, pong, self._clock())
+                self._apply(events)
+                self._handler.on_pong(incarnation, pong)
+            await asyncio.sleep(self._ping_interval_s())
+
+    def _ping_interval_s(self) -> float:
+        if self.registry.ready_pairs():
+            return self._options.ping_interval_s
+        return min(UNREADY_PING_INTERVAL_S, self._options.ping_interval_s)
+
+    async def _poll(self, url: str) -> None:
+        """Look for the node at a static URL whenever none that answers pings is known there."""
+        found = ""
+        while True:
+            known = self.registry.get(found)
+            if known is None or not self.registry.healthy(known):
+                entry = await self._lookup(url)
+                if entry is not None:
+                    found = entry.incarnation
+                    self._apply(self.registry.register(entry, self._clock()))
+            await asyncio.sleep(self._options.poll_interval_s)
+
+    # ---- roster ---------------------------------------------------------------------------------
+
+    def _roster(self) -> Roster:
+        return Roster(router_id=self._router_id, nodes=tuple(node.entry for node in self.registry))
+
+    def _push_roster(self, now: float) -> None:
+        self._roster_due_at = now + self._options.roster_interval_s
+        roster = self._roster()
+        for incarnation in list(self._connections):
+            self.send(incarnation, roster)

@@ -1,0 +1,95 @@
+"""The narrow view that the router has of the outside: connections to nodes, and what a URL says it is.
+
+`pdserve.api.node_client.NodeClient` is a NodeLink; tests bring their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import aiohttp
+import msgspec
+import zmq.asyncio
+
+from ..api.node_client import NodeClient, StreamMessage
+from ..messages.node import CallReply, ClientToNode, NodeEntry, Pong, RequestStateReply, ServerInfoReply
+
+
+class NodeLink(Protocol):
+    """One connection to one scheduler. When it ends it is lost for good; the router then makes another.
+
+    Every call raises NodeUnavailableError when the connection has ended or no answer came in time.
+    """
+
+    def send(self, message: ClientToNode) -> None: ...
+
+    async def ping(self, timeout_s: float) -> Pong: ...
+
+    async def server_info(self, timeout_s: float) -> ServerInfoReply: ...
+
+    async def flush_cache(self, flush_timeout_s: float) -> CallReply: ...
+
+    async def abort(self, request_id: str, *, all_requests: bool) -> CallReply: ...
+
+    async def request_state(self, request_id: str, timeout_s: float) -> RequestStateReply: ...
+
+    async def prepare_weights(
+        self, update_id: str, model_path: str, weight_version: str, timeout_s: float
+    ) -> CallReply: ...
+
+    async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply: ...
+
+    async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply: ...
+
+    async def close(self) -> None: ...
+
+
+class Connector(Protocol):
+    """Opens a link. ``on_lost`` is called once if it ends by itself; both callbacks run in the event loop."""
+
+    def __call__(
+        self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
+    ) -> NodeLink: ...
+
+
+class EntryLookup(Protocol):
+    """Asks a URL which node it is; None when it does not answer, or not as a node."""
+
+    async def __call__(self, url: str) -> NodeEntry | None: ...
+
+
+class ZmqConnector:
+    def __init__(self, context: zmq.asyncio.Context) -> None:
+        self._context = context
+
+    def __call__(
+        self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
+    ) -> NodeLink:
+        return NodeClient(self._context, address, on_stream=on_stream, on_lost=on_lost)
+
+
+class _ServerInfo(msgspec.Struct):
+    """The part of a node's /server_info that is read here."""
+
+    entry: NodeEntry
+
+
+class HttpEntryLookup:
+    """``GET {url}/server_info``, whose answer holds the node's ``entry``."""
+
+    def __init__(self, api_key: str = "", timeout_s: float = 2.0) -> None:
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+
+    async def __call__(self, url: str) -> NodeEntry | None:
+        try:
+            async with (
+                aiohttp.ClientSession(headers=self._headers, timeout=self._timeout) as session,
+                session.get(f"{url.rstrip('/')}/server_info") as response,
+            ):
+                if response.status != 200:
+                    return None
+                return msgspec.json.decode(await response.read(), type=_ServerInfo).entry
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
+            return None

@@ -1,0 +1,31 @@
+"""The router's settings, resolved once; the command line makes them from its flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterOptions:
+    """Defaults are those of the flags; what is no flag is a constant of the design."""
+
+    max_attempts: int = 3  # counted failures of one choice; busy, skew and not_ready are free
+    max_queued_requests: int = 1024
+    request_timeout_s: float = 600.0
+    no_pair_timeout_s: float = 10.0  # how long a request waits for a pair of nodes to become ready
+
+    lease_s: float = 5.0
+    ping_interval_s: float = 1.0
+    pong_timeout_s: float = 2.0  # a node silent for longer gets no work and its attempts are made again
+    poll_interval_s: float = 1.0  # of /server_info of nodes given by URL, until they answer
+    roster_interval_s: float = 3.0
+
+    prefill_credit_tokens: int = 16_384  # queued on one prefill node before requests wait here
+    gate_patience_s: float = 1.0  # the gates are hints: the head of the queue passes them after this long
+    busy_delay_s: float = 0.02  # before a request sent back at no cost goes again; doubles each time
+    max_busy_delay_s: float = 0.5
+    resend_interval_s: float = 0.5  # between two requests for the same gap
+
+    unstreamed_interval: int = 16  # tokens per TokenOutput when the client does not stream
+    weight_drain_s: float = 600.0  # for running requests to end before new weights are loaded
+    weight_update_s: float = 600.0  # for nodes to load, swap and be ready again

@@ -1,0 +1,54 @@
+"""An estimate of which prompt pages each prefilling node holds, from the prompts that were sent to it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+DEFAULT_MAX_PAGES = 65_536
+
+
+def page_hashes(token_ids: Sequence[int], page_size: int) -> list[int]:
+    """One hash per full page, of everything up to its end: equal hashes mean equal prefixes."""
+    hashes = []
+    chained = 0
+    for end in range(page_size, len(token_ids) + 1, page_size):
+        chained = hash((chained, *token_ids[end - page_size : end]))
+        hashes.append(chained)
+    return hashes
+
+
+class PrefixIndex:
+    """Per node, the page hashes it was sent, least recently used dropped first.
+
+    It is a hint: a node may have evicted a page, or never computed it. A wrong hint costs a less good pair.
+    """
+
+    def __init__(self) -> None:
+        self._pages: dict[str, OrderedDict[int, None]] = {}
+
+    def num_cached_pages(self, incarnation: str, hashes: Sequence[int]) -> int:
+        """Leading pages that the node probably holds."""
+        pages = self._pages.get(incarnation)
+        if not pages:
+            return 0
+        for count, page in enumerate(hashes):
+            if page not in pages:
+                return count
+        return len(hashes)
+
+    def record(self, incarnation: str, hashes: Sequence[int], max_pages: int = DEFAULT_MAX_PAGES) -> None:
+        """The node was sent this prompt. ``max_pages``: what its pool can hold."""
+        pages = self._pages.setdefault(incarnation, OrderedDict())
+        for page in reversed(hashes):  # the root ends up most recent: tails are dropped before what they need
+            pages[page] = None
+            pages.move_to_end(page)
+        while len(pages) > max_pages:
+            pages.popitem(last=False)
+
+    def forget(self, incarnation: str) -> None:
+        """The node is gone, or its cache was dropped."""
+        self._pages.pop(incarnation, None)
+
+    def clear(self) -> None:
+        self._pages.clear()

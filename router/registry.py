@@ -1,0 +1,257 @@
+"""The nodes that the router knows: leases, liveness, readiness. Values and ``now`` in, events out.
+
+A node is *known* while its lease holds: a registration, an answer of its ``/server_info`` or a pong renews
+it. It is *healthy* while its scheduler answers pings as well, *ready* while it may be paired.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ..messages.node import NodeEntry, NodeLoad, Pong
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    entry: NodeEntry
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChanged:
+    """The same incarnation says something new of itself, e.g. another weight version."""
+
+    old: NodeEntry
+    new: NodeEntry
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRestarted:
+    """The same URL, another incarnation."""
+
+    old: NodeEntry
+    new: NodeEntry
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSilent:
+    """Suspected: no new work, and what runs there is tried elsewhere. A pong lifts it."""
+
+    entry: NodeEntry
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    entry: NodeEntry
+    reason: str
+
+
+NodeEvent: TypeAlias = NodeJoined | NodeChanged | NodeRestarted | NodeSilent | NodeLost
+
+
+@dataclass(slots=True)
+class NodeRecord:
+    """What is known of one node."""
+
+    entry: NodeEntry
+    lease_until: float
+    last_pong_at: float | None = None  # None: silent until the next pong
+    load: NodeLoad = field(default_factory=NodeLoad)
+    ready_peers: frozenset[str] = frozenset()
+    refused_peers: dict[str, str] = field(default_factory=dict)
+    draining: bool = False
+
+    @property
+    def incarnation(self) -> str:
+        return self.entry.incarnation
+
+    @property
+    def prefills(self) -> bool:
+        return self.entry.role == "prefill" or self.entry.colocated
+
+
+def may_pair(prefill: NodeEntry, decode: NodeEntry) -> bool:
+    """Same model, same weights."""
+    return (
+        prefill.model_name == decode.model_name
+        and prefill.model_fingerprint == decode.model_fingerprint
+        and prefill.weight_version == decode.weight_version
+    )
+
+
+class NodeRegistry:
+    def __init__(self, *, lease_s: float, pong_timeout_s: float) -> None:
+        self._lease_s = lease_s
+        self._pong_timeout_s = pong_timeout_s
+        self._nodes: dict[str, NodeRecord] = {}  # by incarnation
+        self._by_url: dict[str, str] = {}  # url -> incarnation
+        self._superseded: deque[str] = deque(maxlen=256)  # by a restart: a late registration changes nothing
+        self._removed: set[str] = set()  # by an operator, until registered by hand
+
+    def __iter__(self) -> Iterator[NodeRecord]:
+        return iter(self._nodes.values())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def get(self, incarnation: str) -> NodeRecord | None:
+        return self._nodes.get(incarnation)
+
+    def at_url(self, url: str) -> NodeRecord | None:
+        return self._nodes.get(self._by_url.get(url, ""))
+
+    def url_of(self, incarnation: str) -> str:
+        node = self._nodes.get(incarnation)
+        return node.entry.url if node is not None else incarnation
+
+    # ---- what happens ---------------------------------------------------------------------------
+
+    def register(self, entry: NodeEntry, now: float, *, by_hand: bool = False) -> list[NodeEvent]:
+        """A registration or an answered poll: a node joins, restarts, or its lease is renewed.
+
+        What a known incarnation serves is learned from its pongs alone, which come from its scheduler.
+        """
+        if by_hand:
+            self._removed.discard(entry.incarnation)
+        if entry.incarnation in self._removed or entry.incarnation in self._superseded:
+            return []
+        known = self._nodes.get(entry.incarnation)
+        if known is not None:
+            known.lease_until = now + self._lease_s
+            return []
+        before = self.at_url(entry.url)
+        if before is not None:
+            self._drop(before)
+            self._superseded.append(before.incarnation)
+        self._nodes[entry.incarnation] = NodeRecord(entry=entry, lease_until=now + self._lease_s)
+        self._by_url[entry.url] = entry.incarnation
+        return [NodeRestarted(before.entry, entry) if before is not None else NodeJoined(entry)]
+
+    def pong(self, incarnation: str, pong: Pong, now: float) -> list[NodeEvent]:
+        """``incarnation``: who was asked. Another one may answer at the same address."""
+        node = self._nodes.get(incarnation)
+        if node is None:
+            return []
+        if pong.entry.incarnation != incarnation:
+            if pong.entry.url == node.entry.url:
+                return self.register(pong.entry, now)
+            self._drop(node)
+            self._superseded.append(incarnation)
+            return [
+                NodeLost(node.entry, "its address is another node's now"),
+                *self.register(pong.entry, now),
+            ]
+        old, node.entry = node.entry, pong.entry
+        node.lease_until = now + self._lease_s
+        node.last_pong_at = now
+        node.load = pong.load
+        node.ready_peers = frozenset(pong.ready_peers)
+        node.refused_peers = pong.refused_peers
+        node.draining = pong.draining
+        if old.url != node.entry.url:
+            self._by_url.pop(old.url, None)
+            self._by_url[node.entry.url] = incarnation
+        return [NodeChanged(old, node.entry)] if old != node.entry else []
+
+    def link_lost(self, incarnation: str, reason: str) -> list[NodeEvent]:
+        node = self._nodes.get(incarnation)
+        if node is None:
+            return []
+        node.last_pong_at = None
+        return [NodeSilent(node.entry, reason)]
+
+    def not_connected(self, prefill: str, decode: str) -> None:
+        """Decode said that it cannot use this prefill node; believed until its next pong."""
+        node = self._nodes.get(decode)
+        if node is not None:
+            node.ready_peers -= {prefill}
+
+    def remove(self, url: str) -> list[NodeEvent]:
+        """An operator takes the node out; it stays out until it restarts or is registered by hand."""
+        node = self.at_url(url)
+        if node is None:
+            return []
+        self._drop(node)
+        self._removed.add(node.incarnation)
+        return [NodeLost(node.entry, "removed by an operator")]
+
+    def was_removed(self, incarnation: str) -> bool:
+        return incarnation in self._removed
+
+    def expire(self, now: float) -> list[NodeEvent]:
+        """Nodes that fell silent, nodes whose lease ended."""
+        events: list[NodeEvent] = []
+        for node in list(self._nodes.values()):
+            if node.last_pong_at is not None and now - node.last_pong_at > self._pong_timeout_s:
+                node.last_pong_at = None
+                events.append(NodeSilent(node.entry, f"no pong for {self._pong_timeout_s:g} s"))
+            if now > node.lease_until:
+                self._drop(node)
+                events.append(NodeLost(node.entry, "its lease ended"))
+        return events
+
+    def excuse(self, stalled_s: float) -> None:
+        """The router itself stood still: nobody is to blame for what could not be heard."""
+        for node in self._nodes.values():
+            node.lease_until += stalled_s
+            if node.last_pong_at is not None:
+                node.last_pong_at += stalled_s
+
+    def _drop(self, node: NodeRecord) -> None:
+        del self._nodes[node.incarnation]
+        if self._by_url.get(node.entry.url) == node.incarnation:
+            del self._by_url[node.entry.url]
+
+    # ---- who may work ---------------------------------------------------------------------------
+
+    def healthy(self, node: NodeRecord) -> bool:
+        return node.last_pong_at is not None
+
+    def usable(self) -> list[NodeRecord]:
+        """Nodes that may get new work, if they have a peer to do it with."""
+        return [node for node in self._nodes.values() if node.last_pong_at is not None and not node.draining]
+
+    def ready_pairs(self) -> list[tuple[NodeRecord, NodeRecord]]:
+        """(prefill, decode) that may be given a request; a colocated decode node pairs with itself."""
+        usable = self.usable()
+        prefills = [node for node in usable if node.entry.role == "prefill"]
+        pairs = []
+        for decode in usable:
+            if decode.entry.role != "decode":
+                continue
+            if decode.entry.colocated:
+                pairs.append((decode, decode))
+            pairs.extend(
+                (prefill, decode)
+                for prefill in prefills
+                if prefill.incarnation in decode.ready_peers and may_pair(prefill.entry, decode.entry)
+            )
+        return pairs
+
+    def explain_no_pair(self) -> str:
+        """What is missing, in words that a person can act on."""
+        decodes = [node for node in self._nodes.values() if node.entry.role == "decode"]
+        prefills = [node for node in self._nodes.values() if node.entry.role == "prefill"]
+        if not decodes:
+            return "no decode node is registered"
+        if not prefills and not any(node.entry.colocated for node in decodes):
+            return "no prefill node is registered"
+        for role, nodes in (("decode", decodes), ("prefill", prefills)):
+            if nodes and all(node.last_pong_at is None for node in nodes):
+                return f"no {role} node answers"
+            if nodes and all(node.draining or node.last_pong_at is None for node in nodes):
+                return f"every {role} node is draining"
+        refusals = [
+            f"{node.entry.url} refuses {url}: {reason}"
+            for node in decodes
+            for url, reason in node.refused_peers.items()
+        ]
+        if refusals:
+            return "; ".join(refusals)
+        versions = {node.entry.weight_version for node in (*decodes, *prefills)}
+        if len(versions) > 1:
+            return f"nodes serve different weight versions: {', '.join(sorted(versions))}"
+        return "no decode node has connected to a prefill node yet"

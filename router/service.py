@@ -1,0 +1,773 @@
+"""The router: one asyncio shell around the pure parts.
+
+Life cycle of a request here:
+
+1. *Queued*: `generate` takes a place in the admission queue, or refuses with 429.
+2. *Dispatched*: a pair of nodes is chosen, and one attempt at all its choices goes to the decode node.
+3. *Streaming*: every TokenOutput of the current attempt at exactly the next position is kept and relayed.
+4. An attempt that fails retriably, or whose decode node is lost, puts its unfinished choices back in the
+   queue, before all new requests, with the ids that were kept.
+5. *Ended*: every choice has finished, or the request failed for good, or its reader left. Whatever still
+   works on it is told to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import PurePath
+from typing import Any
+
+import msgspec
+from prometheus_client import CollectorRegistry, generate_latest
+
+from ..api.generation import AdminReply, GenerateSpec, ModelCard, WorkerStatus
+from ..api.node_client import NodeUnavailableError, StreamMessage
+from ..messages.node import (
+    AttemptFailed,
+    CancelRequest,
+    NodeEntry,
+    Pong,
+    ResendFrom,
+    TokenOutput,
+    TokenOutputs,
+)
+from ..messages.timeline import Span
+from ..runtime.errors import RequestError
+from .admission import AdmissionQueue, Ticket
+from .attempts import COST_NO_ATTEMPT, RequestRecord
+from .cluster import Cluster
+from .generation import RoutedGeneration
+from .ledger import Attempt, Ledger
+from .links import Connector, EntryLookup, NodeLink
+from .metrics import RouterCollector, RouterCounters, RouterGauges
+from .options import RouterOptions
+from .pairing import (
+    Chosen,
+    DecodeView,
+    NoPair,
+    NoRoom,
+    PairingDecision,
+    PrefillView,
+    ReadyPair,
+    choose_pair,
+)
+from .prefix_index import DEFAULT_MAX_PAGES, PrefixIndex
+from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, NodeRestarted, NodeSilent
+from .weight_rollout import ask_all, roll_out
+
+BUSY_TICK_S = 0.02
+IDLE_TICK_S = 0.2
+STALL_S = 1.0  # a tick later than this says that the router itself stood still
+WAIT_POLL_S = 0.02
+NODE_CALL_TIMEOUT_S = 3.0
+
+
+class RouterService:
+    """Implements `Generator` and `ClusterAdmin` of `pdserve.api.generation`. Make it in a running loop."""
+
+    def __init__(
+        self,
+        options: RouterOptions,
+        *,
+        model: ModelCard,
+        connect: Connector,
+        lookup: EntryLookup,
+        static_urls: Sequence[str] = (),
+        metrics_registry: CollectorRegistry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.router_id = uuid.uuid4().hex
+        self.counters = RouterCounters()
+        self._options = options
+        self._model = model
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._cluster = Cluster(
+            options,
+            router_id=self.router_id,
+            connect=connect,
+            lookup=lookup,
+            static_urls=static_urls,
+            clock=clock,
+            handler=self,
+        )
+        self._nodes = self._cluster.registry
+        self._queue = AdmissionQueue(max_new=options.max_queued_requests, patience_s=options.gate_patience_s)
+        self._ledger = Ledger()
+        self._prefixes = PrefixIndex()
+        self._generations: dict[str, RoutedGeneration] = {}
+        self._draining = False
+        self._weight_update: asyncio.Task[AdminReply] | None = None
+        self._is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
+        self._last_tick_at = clock()
+        self._metrics_registry = metrics_registry or CollectorRegistry()
+        self._metrics_registry.register(RouterCollector(model.name, self.counters, self._gauges))
+
+    # ---- process life ---------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self._cluster.start()
+        self._cluster.spawn(self._run())
+
+    @property
+    def crashed(self) -> asyncio.Future[None]:
+        """Gets the exception of a background task that failed: the process must end."""
+        return self._cluster.crashed
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Accept nothing more and let what was accepted end. False when some had not ended in time."""
+        self._draining = True
+        return await self._until(lambda: not self._generations, deadline_s)
+
+    async def close(self) -> None:
+        self._draining = True
+        for generation in list(self._generations.values()):
+            self._fail(generation, _unavailable("the router is shutting down", code="shutting_down"))
+        await self._cluster.close()
+
+    async def _run(self) -> None:
+        while True:
+            self.tick()
+            await asyncio.sleep(BUSY_TICK_S if self._queue else IDLE_TICK_S)
+
+    def tick(self) -> None:
+        """Everything that happens by time alone."""
+        now = self._clock()
+        late_s = now - self._last_tick_at
+        self._last_tick_at = now
+        if late_s > STALL_S:
+            self._nodes.excuse(late_s)
+        self._cluster.tick(now, expire=not self._is_rolling_out)
+        self._expire_requests(now)
+        self._dispatch(now)
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        deadline = self._clock() + timeout_s
+        while not condition():
+            if self._clock() >= deadline:
+                return False
+            await asyncio.sleep(WAIT_POLL_S)
+        return True
+
+    # ---- Generator ------------------------------------------------------------------------------
+
+    async def generate(self, spec: GenerateSpec) -> RoutedGeneration:
+        """Returns once the request is dispatched. Raises RequestError when it is refused or cannot be."""
+        now = self._clock()
+        if self._draining:
+            raise _unavailable("the router is shutting down", code="shutting_down")
+        if spec.request_id in self._generations:
+            raise RequestError(
+                f"a request with the id {spec.request_id!r} is running",
+                status=409,
+                code="duplicate_request_id",
+            )
+        timeout_s = self._options.request_timeout_s if spec.timeout_s is None else spec.timeout_s
+        record = RequestRecord(
+            spec,
+            arrived_at=now,
+            deadline=now + timeout_s,
+            max_attempts=self._options.max_attempts,
+            resend_interval_s=self._options.resend_interval_s,
+            eos_token_ids=self._model.eos_token_ids,
+            max_model_len=self._model.max_model_len,
+        )
+        try:
+            self._queue.offer(spec.request_id, tuple(range(spec.num_choices)), spec.priority, now)
+        except RequestError:
+            self.counters.requests["refused"] += 1
+            raise
+        generation = RoutedGeneration(record, on_stop_choice=self._stop_choice, on_cancel=self._cancel)
+        self._generations[spec.request_id] = generation
+        self._dispatch(now)
+        try:
+            await generation.dispatched
+        except asyncio.CancelledError:
+            self._cancel(generation)
+            raise
+        return generation
+
+    # ---- dispatch -------------------------------------------------------------------------------
+
+    def _dispatch(self, now: float) -> None:
+        """Send what may go, first what goes first; the first that finds no room keeps its place for it."""
+        if not self._queue:
+            return
+        pairs = self._nodes.ready_pairs()
+        for ticket in self._queue.due(now):
+            generation = self._generations.get(ticket.request_id)
+            if generation is None:  # it failed for good in this very loop
+                continue
+            decision = self._choose(ticket, generation.record, pairs, now)
+            match decision:
+                case Chosen():
+                    self._start_attempt(generation, ticket, decision, now)
+                case NoRoom(waits_for):
+                    ticket.unpaired_since = None
+                    ticket.waits_for = waits_for
+                    return
+                case NoPair():
+                    ticket.waits_for = "a ready pair of nodes"
+                    if ticket.unpaired_since is None:
+                        ticket.unpaired_since = now
+
+    def _choose(
+        self,
+        ticket: Ticket,
+        record: RequestRecord,
+        pairs: Sequence[tuple[NodeRecord, NodeRecord]],
+        now: float,
+    ) -> PairingDecision:
+        num_tokens = record.num_tokens(ticket.choices)
+        pinned = record.pinned_weight_version
+        prefills: dict[str, PrefillView] = {}
+        decodes: dict[str, DecodeView] = {}
+        candidates = []
+        for prefill, decode in pairs:
+            if pinned and decode.entry.weight_version != pinned:
+                continue
+            if prefill.incarnation not in prefills:
+                prefills[prefill.incarnation] = self._prefill_view(prefill, record)
+            if decode.incarnation not in decodes:
+                decodes[decode.incarnation] = self._decode_view(decode, num_tokens, len(ticket.choices))
+            candidates.append(ReadyPair(prefills[prefill.incarnation], decodes[decode.incarnation]))
+        return choose_pair(
+            num_tokens,
+            candidates,
+            prefill_credit_tokens=self._options.prefill_credit_tokens,
+            avoid=ticket.avoid,
+            forced=self._queue.is_overdue(ticket, now),
+        )
+
+    def _prefill_view(self, node: NodeRecord, record: RequestRecord) -> PrefillView:
+        page_size = node.load.page_size
+        num_cached = 0
+        if page_size:
+            num_cached = page_size * self._prefixes.num_cached_pages(
+                node.incarnation, record.page_hashes(page_size)
+            )
+        return PrefillView(
+            incarnation=node.incarnation,
+            num_queued_tokens=self._ledger.queued_tokens(node.incarnation),
+            num_cached_tokens=record.num_usable_cached(num_cached),
+            is_full=self._ledger.is_full(node.incarnation),
+            last_used=self._ledger.last_used(node.incarnation),
+        )
+
+    def _decode_view(self, node: NodeRecord, num_tokens: int, num_choices: int) -> DecodeView:
+        page_size = node.load.page_size or num_tokens
+        return DecodeView(
+            incarnation=node.incarnation,
+            num_active=self._ledger.num_active(node.incarnation),
+            max_active=node.load.max_running_requests,
+            num_free_pages=self._ledger.num_free_pages(node.incarnation),
+            num_total_pages=node.load.num_total_pages,
+            num_wanted_pages=-(-num_tokens // page_size) + num_choices,
+            last_used=self._ledger.last_used(node.incarnation),
+        )
+
+    def _start_attempt(
+        self, generation: RoutedGeneration, ticket: Ticket, chosen: Chosen, now: float
+    ) -> None:
+        record = generation.record
+        attempt = record.open_attempt(ticket.choices, chosen, now)
+        self._queue.take(ticket, now)
+        self._ledger.open(attempt)
+        waited_s = now - ticket.queued_at
+        record.info.spans.append(Span("queue", self._wall_clock() - waited_s, waited_s))
+        generation.mark_dispatched()
+        self._remember_prefix(attempt, record)
+        interval = 1 if record.spec.stream else self._options.unstreamed_interval
+        message = record.message(attempt, ticket.choices, now=now, stream_interval=interval)
+        if not self._cluster.send(attempt.pair.decode, message):
+            self._fail_attempt(_lost(attempt, "the link to the decode node is down"), now)
+
+    def _remember_prefix(self, attempt: Attempt, record: RequestRecord) -> None:
+        node = self._nodes.get(attempt.pair.prefill or attempt.pair.decode)
+        if node is not None and node.load.page_size:
+            self._prefixes.record(
+                node.incarnation,
+                record.page_hashes(node.load.page_size),
+                node.load.num_total_pages or DEFAULT_MAX_PAGES,
+            )
+
+    def _expire_requests(self, now: float) -> None:
+        for ticket in self._queue.starved(now, self._options.no_pair_timeout_s):
+            generation = self._generations.get(ticket.request_id)
+            if generation is not None:
+                self._fail(generation, self._no_pair_error(generation.record))
+        for generation in list(self._generations.values()):
+            if now >= generation.record.deadline:
+                self._fail(generation, self._deadline_error(generation.record))
+
+    def _no_pair_error(self, record: RequestRecord) -> RequestError:
+        reason = self._nodes.explain_no_pair()
+        if self._nodes.ready_pairs():
+            reason = f"no pair of nodes serves weight version {record.pinned_weight_version} any more"
+        return _unavailable(reason, code="no_ready_pair", retry_after_s=self._options.no_pair_timeout_s)
+
+    def _deadline_error(self, record: RequestRecord) -> RequestError:
+        if record.info.num_attempts == 0:
+            tickets = self._queue.of_request(record.request_id)
+            waits_for = tickets[0].waits_for if tickets else ""
+            return _unavailable(
+                f"the request waited for {waits_for or 'its turn'} until its deadline", code="queue_timeout"
+            )
+        return RequestError(
+            f"the request did not end within its {record.deadline - record.arrived_at:g} s",
+            status=504,
+            code="deadline_exceeded",
+            error_type="timeout_error",
+        )
+
+    # ---- what nodes say -------------------------------------------------------------------------
+
+    def on_stream(self, message: StreamMessage) -> None:
+        now = self._clock()
+        if isinstance(message, TokenOutputs):
+            for output in message.outputs:
+                self._on_tokens(output, now)
+        else:
+            self._fail_attempt(message, now)
+            self._dispatch(now)
+
+    def _on_tokens(self, output: TokenOutput, now: float) -> None:
+        attempt = self._ledger.get(output.request_id, output.attempt)
+        if attempt is None:  # late: of an attempt that failed, or of a request that ended
+            return
+        generation = self._generations[output.request_id]
+        taken = generation.record.on_tokens(output, now)
+        if taken is None:
+            return
+        if isinstance(taken, ResendFrom):
+            self.counters.num_resends += 1
+            self._cluster.send(attempt.pair.decode, taken)
+            return
+        self.counters.num_tokens += len(taken.token_ids)
+        generation.push(taken)
+        if attempt.awaits_first_token:
+            attempt.since = now
+            self._ledger.first_token(attempt)
+            self._dispatch(now)
+        if taken.finish_reason is not None:
+            self._choice_ended(generation, attempt, now)
+
+    def _choice_ended(self, generation: RoutedGeneration, attempt: Attempt, now: float) -> None:
+        if not attempt.open_choices:
+            self._close_attempt(attempt, "ok")
+        if generation.record.done:
+            self._end(generation, "finished")
+        self._dispatch(now)
+
+    def _fail_attempt(self, failure: AttemptFailed, now: float) -> None:
+        """Queue what is to be tried again; whoever calls dispatches."""
+        attempt = self._ledger.get(failure.request_id, failure.attempt)
+        if attempt is None:
+            return
+        self._close_attempt(attempt, failure.code)
+        if failure.code == "busy":
+            self._ledger.full(attempt.pair.prefill or attempt.pair.decode)
+        elif failure.code in ("not_ready", "peer_lost"):
+            self._nodes.not_connected(attempt.pair.prefill, attempt.pair.decode)
+        generation = self._generations[failure.request_id]
+        record = generation.record
+        try:
+            ended = record.on_failed(failure)
+        except RequestError as error:
+            self._fail(generation, error)
+            return
+        for delta in ended.closed:
+            generation.push(delta)
+        for retry in ended.retries:
+            self._queue.again(
+                record.request_id,
+                retry.choices,
+                record.spec.priority,
+                arrived_at=record.arrived_at,
+                now=now,
+                delay_s=self._delay_s(failure, retry.num_free_failures),
+                avoid=retry.avoid,
+            )
+        if record.done:
+            self._end(generation, "finished")
+
+    def _delay_s(self, failure: AttemptFailed, num_free_failures: int) -> float:
+        if failure.code not in COST_NO_ATTEMPT:
+            return 0.0
+        doublings = min(num_free_failures - 1, 10)
+        return min(self._options.max_busy_delay_s, self._options.busy_delay_s * 2.0**doublings)
+
+    def on_ping(self, incarnation: str) -> None:
+        self._ledger.ping(incarnation)
+
+    def on_pong(self, incarnation: str, pong: Pong) -> None:
+        if pong.entry.incarnation == incarnation:
+            self._ledger.pong(incarnation, pong.load)
+            self._dispatch(self._clock())
+
+    def on_node_event(self, event: NodeEvent) -> None:
+        match event:
+            case NodeJoined(entry):
+                self._ledger.add_node(entry.incarnation)
+            case NodeChanged(old, new):
+                if old.weight_version != new.weight_version:
+                    self._prefixes.forget(new.incarnation)
+            case NodeRestarted(old, new):
+                self._node_gone(old, "it was started again")
+                self._ledger.add_node(new.incarnation)
+            case NodeLost(entry, reason):
+                self._node_gone(entry, reason)
+            case NodeSilent(entry, reason):
+                self._move_attempts(entry, reason)
+
+    def _node_gone(self, entry: NodeEntry, reason: str) -> None:
+        self._move_attempts(entry, reason)
+        self._prefixes.forget(entry.incarnation)
+        self._ledger.forget_node(entry.incarnation)
+
+    def _move_attempts(self, entry: NodeEntry, reason: str) -> None:
+        """A decode node is suspected: what it works on is tried elsewhere, and it is told to stop.
+
+        The loss of a prefill node is told by the decode nodes that wait for it.
+        """
+        now = self._clock()
+        for attempt in self._ledger.on_decode(entry.incarnation):
+            self._send_cancel(attempt)
+            self._fail_attempt(_lost(attempt, f"decode node {entry.url}: {reason}"), now)
+        self._dispatch(now)
+
+    # ---- how requests end -----------------------------------------------------------------------
+
+    def _end(self, generation: RoutedGeneration, outcome: str) -> None:
+        del self._generations[generation.record.request_id]
+        self.counters.requests[outcome] += 1
+        generation.end()
+
+    def _fail(self, generation: RoutedGeneration, error: RequestError) -> None:
+        if self._forget(generation):
+            self.counters.requests["failed"] += 1
+            generation.fail(error)
+
+    def _cancel(self, generation: RoutedGeneration) -> None:
+        if self._forget(generation):
+            self.counters.requests["cancelled"] += 1
+            self._dispatch(self._clock())
+
+    def _forget(self, generation: RoutedGeneration) -> bool:
+        """Leave the queue and stop every node that works on it. False if the request has ended before."""
+        record = generation.record
+        if self._generations.get(record.request_id) is not generation:
+            return False
+        del self._generations[record.request_id]
+        self._queue.remove_request(record.request_id)
+        for attempt in record.live_attempts():
+            self._send_cancel(attempt)
+            self._close_attempt(attempt, "cancelled")
+        return True
+
+    def _stop_choice(self, generation: RoutedGeneration, index: int) -> None:
+        record = generation.record
+        if self._generations.get(record.request_id) is not generation:
+            return
+        attempt = record.stop_choice(index)
+        if attempt is None:
+            self._queue.remove_choice(record.request_id, index)
+        else:
+            self._send_cancel(attempt, (index,))
+            if not attempt.open_choices:
+                self._close_attempt(attempt, "ok")
+        if record.done:
+            self._end(generation, "finished")
+        self._dispatch(self._clock())
+
+    def _send_cancel(self, attempt: Attempt, choices: tuple[int, ...] = ()) -> None:
+        cancel = CancelRequest(request_id=attempt.request_id, attempt=attempt.number, choices=choices)
+        self._cluster.send(attempt.pair.decode, cancel)
+
+    def _close_attempt(self, attempt: Attempt, code: str) -> None:
+        if self._ledger.close(attempt):
+            self.counters.attempts[code] += 1
+
+    def violations(self) -> list[str]:
+        """What is wrong between requests, queue and ledger: every unfinished choice is in one place."""
+        found = [
+            f"{ticket.request_id}: queued but not kept"
+            for ticket in self._queue
+            if ticket.request_id not in self._generations
+        ]
+        found += [
+            f"{attempt.request_id}: attempt {attempt.number} is open for nothing"
+            for attempt in self._ledger
+            if attempt.request_id not in self._generations or not attempt.open_choices
+        ]
+        for request_id, generation in self._generations.items():
+            queued = Counter(i for ticket in self._queue.of_request(request_id) for i in ticket.choices)
+            for choice in generation.record.choices:
+                attempt = choice.attempt
+                is_open = attempt is not None and self._ledger.get(request_id, attempt.number) is attempt
+                if is_open + queued[choice.index] != (not choice.finished):
+                    found.append(f"{request_id}: choice {choice.index} is in no place, or in two")
+        if self._queue.num_new != sum(ticket.is_new for ticket in self._queue):
+            found.append("the queue's count of new requests is wrong")
+        return found
+
+    # ---- ClusterAdmin ---------------------------------------------------------------------------
+
+    def readiness(self) -> tuple[bool, str]:
+        if self._draining:
+            return False, "the router is shutting down"
+        if not self._nodes.ready_pairs():
+            return False, self._nodes.explain_no_pair()
+        return True, ""
+
+    def workers(self) -> list[WorkerStatus]:
+        now = self._clock()
+        ready = {node.incarnation for pair in self._nodes.ready_pairs() for node in pair}
+        return [
+            WorkerStatus(
+                entry=node.entry,
+                healthy=self._nodes.healthy(node),
+                ready=node.incarnation in ready,
+                lease_s=max(0.0, node.lease_until - now),
+                load=node.load,
+                ready_peers=tuple(sorted(node.ready_peers)),
+                refused_peers=dict(node.refused_peers),
+            )
+            for node in self._nodes
+        ]
+
+    async def register_worker(self, url: str, entry: NodeEntry | None) -> AdminReply:
+        return await self._cluster.register(url, entry)
+
+    async def remove_worker(self, url: str) -> AdminReply:
+        return self._cluster.remove(url)
+
+    async def flush_cache(self, timeout_s: float) -> AdminReply:
+        answers = await ask_all(self._cluster.links(), lambda link: link.flush_cache(timeout_s))
+        self._prefixes.clear()
+        if not answers:
+            return AdminReply(False, "no node is connected")
+        return AdminReply(all(answer.success for answer in answers), "; ".join(map(str, answers)))
+
+    async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply:
+        """Ours end with finish reason "abort"; nodes are asked too, others may have sent them the request."""
+        aborted = [
+            generation
+            for generation in list(self._generations.values())
+            if all_requests or generation.record.request_id == request_id
+        ]
+        for generation in aborted:
+            self._abort(generation)
+        answers = await ask_all(
+            self._cluster.links(), lambda link: link.abort(request_id, all_requests=all_requests)
+        )
+        if aborted or all_requests or any(answer.success for answer in answers):
+            return AdminReply(True, f"{len(aborted)} requests of this router aborted")
+        return AdminReply(False, f"no request {request_id!r} is known")
+
+    def _abort(self, generation: RoutedGeneration) -> None:
+        if self._forget(generation):
+            self.counters.requests["aborted"] += 1
+            for delta in generation.record.abort():
+                generation.push(delta)
+            generation.end()
+
+    async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
+        """Runs to its end even if whoever asked for it leaves: half an update is no state to be in."""
+        if self._weight_update is not None and not self._weight_update.done():
+            return AdminReply(False, "another weight update is running")
+        self._weight_update = asyncio.create_task(self._update_weights(model_path, weight_version))
+        return await asyncio.shield(self._weight_update)
+
+    async def _update_weights(self, model_path: str, weight_version: str | None) -> AdminReply:
+        update_id = uuid.uuid4().hex
+        version = weight_version or f"{PurePath(model_path).name}@{update_id[:8]}"
+        self._queue.hold()
+        try:
+            if reason := self._why_no_update():
+                return AdminReply(False, reason)
+            if not await self._until(lambda: self.num_running == 0, self._options.weight_drain_s):
+                return AdminReply(
+                    False, f"{self.num_running} requests were still running; nothing was changed"
+                )
+            reply = await self._roll_out(model_path, version, update_id)
+            if reply.success and not await self._until(
+                lambda: self._serves(version), self._options.weight_update_s
+            ):
+                return AdminReply(False, f"new weights are loaded, but {self._nodes.explain_no_pair()}")
+            return reply
+        finally:
+            self._queue.release()
+            self._dispatch(self._clock())
+
+    async def _roll_out(self, model_path: str, weight_version: str, update_id: str) -> AdminReply:
+        started = self._clock()
+        self._is_rolling_out = True
+        try:
+            return await roll_out(
+                self._cluster.links(),
+                update_id=update_id,
+                model_path=model_path,
+                weight_version=weight_version,
+                timeout_s=self._options.weight_update_s,
+            )
+        finally:
+            self._is_rolling_out = False
+            self._nodes.excuse(self._clock() - started)
+            self._prefixes.clear()
+
+    def _why_no_update(self) -> str:
+        if not len(self._nodes):
+            return "no node is registered"
+        silent = [node.entry.url for node in self._nodes if not self._nodes.healthy(node)]
+        return f"these nodes do not answer: {', '.join(silent)}" if silent else ""
+
+    def _serves(self, weight_version: str) -> bool:
+        everywhere = all(node.entry.weight_version == weight_version for node in self._nodes)
+        return everywhere and bool(self._nodes.ready_pairs())
+
+    def weight_version(self) -> str:
+        """Of the nodes that serve; of any known node while none is ready; empty when there is none."""
+        for _, decode in self._nodes.ready_pairs():
+            return decode.entry.weight_version
+        return next((node.entry.weight_version for node in self._nodes), "")
+
+    @property
+    def num_running(self) -> int:
+        """Requests that were dispatched and have not ended, those that wait for a new attempt included."""
+        return len(self._generations) - self._queue.num_new
+
+    async def request_state(self, request_id: str) -> dict[str, Any] | None:
+        own = self._own_state(request_id)
+        nodes: dict[str, Any] = {}
+
+        async def ask(url: str, link: NodeLink) -> None:
+            with contextlib.suppress(NodeUnavailableError):
+                reply = await link.request_state(request_id, NODE_CALL_TIMEOUT_S)
+                if reply.state:
+                    nodes[url] = {
+                        "state": reply.state,
+                        "age_s": reply.age_s,
+                        "waits_for": reply.waits_for,
+                        "details": reply.details,
+                    }
+
+        await asyncio.gather(*(ask(url, link) for url, link in self._cluster.links().items()))
+        if own is None and not nodes:
+            return None
+        return {"request_id": request_id, **(own or {"state": "not of this router"}), "nodes": nodes}
+
+    def _own_state(self, request_id: str) -> dict[str, Any] | None:
+        generation = self._generations.get(request_id)
+        if generation is None:
+            return None
+        now = self._clock()
+        record = generation.record
+        tickets = self._queue.of_request(request_id)
+        state, since, waits_for = "streaming", record.arrived_at, ""
+        if attempts := record.live_attempts():
+            waiting = [attempt for attempt in attempts if attempt.awaits_first_token]
+            since = (waiting or attempts)[0].since
+            if waiting:
+                state = "dispatched"
+                waits_for = f"the first token from {self._nodes.url_of(waiting[0].pair.decode)}"
+        elif tickets:
+            state, since, waits_for = "queued", tickets[0].queued_at, tickets[0].waits_for or "its turn"
+        return {
+            "state": state,
+            "age_s": now - since,
+            "waits_for": waits_for,
+            "total_age_s": now - record.arrived_at,
+            "remaining_s": record.deadline - now,
+            "num_attempts": record.info.num_attempts,
+            "choices": [self._choice_state(record, index) for index in range(len(record.choices))],
+        }
+
+    def _choice_state(self, record: RequestRecord, index: int) -> dict[str, Any]:
+        choice = record.choices[index]
+        pair = choice.attempt.pair if choice.attempt is not None else None
+        return {
+            "index": index,
+            "num_tokens": len(choice.kept_ids),
+            "finished": choice.finished,
+            "num_failures": choice.num_failures,
+            "attempt": choice.attempt.number if choice.attempt is not None else None,
+            "prefill": self._nodes.url_of(pair.prefill) if pair is not None and pair.prefill else None,
+            "decode": self._nodes.url_of(pair.decode) if pair is not None else None,
+        }
+
+    async def server_info(self) -> dict[str, Any]:
+        links = self._cluster.links()
+        nodes = list(self._nodes)
+        infos = await asyncio.gather(*(self._node_info(node, links.get(node.entry.url)) for node in nodes))
+        by_role: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
+        for node, info in zip(nodes, infos, strict=True):
+            by_role[node.entry.role].append(info)
+        return {
+            "model_path": self._model.path,
+            "served_model_name": self._model.name,
+            "weight_version": self.weight_version(),
+            "router": {
+                "router_id": self.router_id,
+                **asdict(self._options),
+                "num_queued": len(self._queue),
+                "num_running": self.num_running,
+            },
+            **by_role,
+        }
+
+    async def _node_info(self, node: NodeRecord, link: NodeLink | None) -> dict[str, Any]:
+        load = msgspec.to_builtins(node.load)
+        info = {"url": node.entry.url, "entry": msgspec.to_builtins(node.entry), "internal_states": [load]}
+        if link is None:
+            return info
+        try:
+            reply = await link.server_info(NODE_CALL_TIMEOUT_S)
+        except NodeUnavailableError as error:
+            return {**info, "error": str(error)}
+        return {
+            **info,
+            "model": msgspec.to_builtins(reply.model),
+            "config": reply.config,
+            "internal_states": [msgspec.to_builtins(reply.load)],
+        }
+
+    async def metrics_text(self) -> str:
+        return generate_latest(self._metrics_registry).decode()
+
+    def _gauges(self) -> RouterGauges:
+        ready = {node.incarnation for pair in self._nodes.ready_pairs() for node in pair}
+        workers: Counter[tuple[str, str]] = Counter()
+        for node in self._nodes:
+            workers[node.entry.role, self._worker_state(node, node.incarnation in ready)] += 1
+        return RouterGauges(num_queued=len(self._queue), num_running=self.num_running, workers=workers)
+
+    def _worker_state(self, node: NodeRecord, is_ready: bool) -> str:
+        if not self._nodes.healthy(node):
+            return "silent"
+        if node.draining:
+            return "draining"
+        return "ready" if is_ready else "unpaired"
+
+
+def _lost(attempt: Attempt, reason: str) -> AttemptFailed:
+    return AttemptFailed(
+        request_id=attempt.request_id,
+        attempt=attempt.number,
+        code="peer_lost",
+        reason=reason,
+        retriable=True,
+    )
+
+
+def _unavailable(message: str, *, code: str, retry_after_s: float = 1.0) -> RequestError:
+    return RequestError(
+        message, status=503, code=code, error_type="service_unavailable", retry_after_s=retry_after_s
+    )

@@ -1,0 +1,59 @@
+"""New weights on every node, or on none: prepare everywhere, then commit everywhere or discard everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from ..api.generation import AdminReply
+from ..api.node_client import NodeUnavailableError
+from ..messages.node import CallReply
+from .links import NodeLink
+
+DISCARD_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAnswer:
+    url: str
+    success: bool
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.url}: {self.message or ('done' if self.success else 'failed')}"
+
+
+async def ask_all(
+    links: Mapping[str, NodeLink], ask: Callable[[NodeLink], Awaitable[CallReply]]
+) -> list[NodeAnswer]:
+    """Ask every node (url -> link) the same at once. A node that does not answer has failed."""
+
+    async def one(url: str, link: NodeLink) -> NodeAnswer:
+        try:
+            reply = await ask(link)
+        except NodeUnavailableError as error:
+            return NodeAnswer(url, False, str(error))
+        return NodeAnswer(url, reply.success, reply.message)
+
+    return list(await asyncio.gather(*(one(url, link) for url, link in links.items())))
+
+
+def failures(answers: list[NodeAnswer]) -> str:
+    return "; ".join(str(answer) for answer in answers if not answer.success)
+
+
+async def roll_out(
+    links: Mapping[str, NodeLink], *, update_id: str, model_path: str, weight_version: str, timeout_s: float
+) -> AdminReply:
+    """The nodes are idle. On success all of them have swapped; they renew their handshakes by themselves."""
+    prepared = await ask_all(
+        links, lambda link: link.prepare_weights(update_id, model_path, weight_version, timeout_s)
+    )
+    if reasons := failures(prepared):
+        await ask_all(links, lambda link: link.discard_weights(update_id, DISCARD_TIMEOUT_S))
+        return AdminReply(False, f"the old weights serve on; {reasons}")
+    committed = await ask_all(links, lambda link: link.commit_weights(update_id, timeout_s))
+    if reasons := failures(committed):
+        return AdminReply(False, f"not every node has the new weights, those without pair apart; {reasons}")
+    return AdminReply(True, f"{len(links)} nodes serve weight version {weight_version}")

@@ -1,0 +1,1 @@
+"""Configuration, logs, metrics, errors, process supervision and the clock."""

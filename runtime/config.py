@@ -1,0 +1,324 @@
+"""Every flag of every command, once: names, aliases, defaults, and which processes take it.
+
+A value is resolved once, at start: default, then the YAML file's top level, then its block for the role
+(``router:``, ``prefill:``, ``decode:``), then the command line. After that it is frozen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+
+from .errors import StartupError
+from .logs import LEVELS
+
+ProcessRole: TypeAlias = Literal["router", "prefill", "decode"]
+SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-python"
+DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """One setting. ``names[0]`` gives the field's name; the others are aliases of vLLM and SGLang."""
+
+    names: tuple[str, ...]
+    roles: frozenset[str]
+    help: str
+    default: Any = None
+    kind: type = str
+    choices: tuple[str, ...] = ()
+    repeatable: bool = False
+    positional: bool = False
+
+    @property
+    def field(self) -> str:
+        return self.names[0].lstrip("-").replace("-", "_")
+
+
+_ALL = frozenset({"router", "prefill", "decode"})
+_NODES = frozenset({"prefill", "decode"})
+_ROUTER = frozenset({"router"})
+_DECODE = frozenset({"decode"})
+_PREFILL = frozenset({"prefill"})
+
+FLAGS: tuple[Flag, ...] = (
+    Flag(names=("--model", "--model-path"), roles=_ALL, positional=True, default=str(SHIPPED_MODEL),
+         help="checkpoint folder in Hugging Face format (default: the shipped model)"),
+    Flag(names=("--served-model-name",), roles=_ALL, help="name that clients ask for (default: the path)"),
+    Flag(names=("--host",), roles=_ALL, default="127.0.0.1", help="address to listen on"),
+    Flag(names=("--port",), roles=_ALL, kind=int,
+         help="HTTP port, or the next free one (default: router 8000, prefill 8100, decode 8200)"),
+    Flag(names=("--advertise-host",), roles=_NODES,
+         help="address that peers reach this node by (default: --host, or this host's own)"),
+    Flag(names=("--api-key",), roles=_ALL, repeatable=True, default=(),
+         help="accepted bearer token; repeatable (default: none, everyone may ask)"),
+    Flag(names=("--dtype",), roles=_NODES, default="auto",
+         choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV cache"),
+    Flag(names=("--max-model-len", "--context-length"), roles=_ALL, kind=int,
+         help="longest prompt plus output, tokens (default: from the model's config)"),
+    Flag(names=("--page-size", "--block-size"), roles=_NODES, kind=int, default=16,
+         help="tokens in a KV page"),
+    Flag(names=("--kv-cache-gb",), roles=_NODES, kind=float,
+         help="KV pool, GiB (default: a quarter of free memory, at most 32 x max-model-len)"),
+    Flag(names=("--chunked-prefill-size", "--max-num-batched-tokens"), roles=_NODES, kind=int, default=2048,
+         help="prompt tokens computed in one step"),
+    Flag(names=("--max-running-requests", "--max-num-seqs"), roles=_NODES, kind=int, default=64,
+         help="sequences in a batch"),
+    Flag(names=("--num-threads",), roles=_NODES, kind=int,
+         help="threads of the engine (default: cores / nodes on this host)"),
+    Flag(names=("--disable-prefix-cache", "--no-enable-prefix-caching", "--disable-radix-cache"),
+         roles=_NODES, kind=bool, default=False, help="compute every prompt token"),
+    Flag(names=("--transfer-backend", "--disaggregation-transfer-backend"), roles=_NODES, default="mooncake",
+         choices=("mooncake", "shm"), help="how KV pages travel"),
+    Flag(names=("--transport",), roles=_NODES, choices=("tcp", "rdma"), default="tcp",
+         help="Mooncake's wire"),
+    Flag(names=("--ib-device", "--disaggregation-ib-device"), roles=_NODES, default="",
+         help="RDMA devices, comma separated"),
+    Flag(names=("--router",), roles=_NODES, repeatable=True, default=(),
+         help="URL of a router to register with; repeatable"),
+    Flag(names=("--max-queued-prefills",), roles=_PREFILL, kind=int, default=32,
+         help="prompts waiting here before new ones are sent back as Busy"),
+    Flag(names=("--colocated",), roles=_DECODE, kind=bool, default=False,
+         help="prefill locally; no prefill node is needed"),
+    Flag(names=("--poison-reserved-pages",), roles=_DECODE, kind=bool, default=False,
+         help="fill pages with NaN when they are reserved, so that a missing write shows (tests)"),
+    Flag(names=("--prefill",), roles=_ROUTER, repeatable=True, default=(),
+         help="URL of a prefill node; repeatable (nodes may also register themselves)"),
+    Flag(names=("--decode",), roles=_ROUTER, repeatable=True, default=(),
+         help="URL of a decode node; repeatable"),
+    Flag(names=("--max-attempts",), roles=_ROUTER, kind=int, default=3,
+         help="times a request is tried, in mid-stream too"),
+    Flag(names=("--request-timeout",), roles=_ROUTER, kind=float, default=600.0, help="seconds"),
+    Flag(names=("--max-queued-requests",), roles=_ROUTER, kind=int, default=1024,
+         help="requests waiting before new ones get 429"),
+    Flag(names=("--drain-timeout", "--shutdown-timeout"), roles=_ROUTER, kind=float, default=60.0,
+         help="seconds that running requests get after SIGTERM"),
+    Flag(names=("--log-level",), roles=_ALL, default="info", choices=LEVELS, help="of messages shown"),
+    Flag(names=("--log-format",), roles=_ALL, default="text", choices=("text", "json"), help="of the log"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """Resolved settings of a router."""
+
+    model: str
+    served_model_name: str
+    host: str
+    port: int
+    api_key: tuple[str, ...]
+    max_model_len: int | None
+    prefill: tuple[str, ...]
+    decode: tuple[str, ...]
+    max_attempts: int
+    request_timeout: float
+    max_queued_requests: int
+    drain_timeout: float
+    log_level: str
+    log_format: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeConfig:
+    """Resolved settings of a prefill or decode node."""
+
+    role: Literal["prefill", "decode"]
+    model: str
+    served_model_name: str
+    host: str
+    port: int
+    advertise_host: str
+    api_key: tuple[str, ...]
+    dtype: str
+    max_model_len: int | None
+    page_size: int
+    kv_cache_gb: float | None
+    chunked_prefill_size: int
+    max_running_requests: int
+    num_threads: int
+    disable_prefix_cache: bool
+    transfer_backend: str
+    transport: str
+    ib_device: str
+    router: tuple[str, ...]
+    log_level: str
+    log_format: str
+    max_queued_prefills: int = 0  # prefill only
+    colocated: bool = False  # decode only
+    poison_reserved_pages: bool = False  # decode only
+
+
+def add_flags(parser: argparse.ArgumentParser, roles: frozenset[str]) -> None:
+    """Declare the flags that any of `roles` takes. What is not given is absent from the namespace."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file; keys are flag names")
+    for flag in FLAGS:
+        if not flag.roles & roles:
+            continue
+        options: dict[str, Any] = {"dest": flag.field, "default": argparse.SUPPRESS, "help": _help_text(flag)}
+        if flag.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if len(flag.names) == 1 else "store_true"
+        else:
+            options["type"] = flag.kind
+            if flag.choices:
+                options["choices"] = flag.choices
+            else:
+                options["metavar"] = {int: "N", float: "X"}.get(flag.kind, "URL" if flag.repeatable else "S")
+            if flag.repeatable:
+                options["action"] = "append"
+        parser.add_argument(*flag.names, **options)
+        if flag.positional:
+            parser.add_argument(
+                "model_positional", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=flag.help
+            )
+
+
+def _help_text(flag: Flag) -> str:
+    shown = flag.default not in (None, (), "", False) and not flag.positional
+    return f"{flag.help} (default: {flag.default})" if shown else flag.help
+
+
+def resolve(role: ProcessRole, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of one role: defaults, then the YAML file, then what was given on the command line.
+
+    Raises StartupError for a file that cannot be read, an unknown key or a value of the wrong type.
+    """
+    values: dict[str, Any] = {flag.field: flag.default for flag in FLAGS if role in flag.roles}
+    if given.get("config"):
+        for layer in _file_layers(Path(given["config"]), role):
+            values.update(layer)
+    values.update({name: value for name, value in given.items() if name in values})
+    if "model_positional" in given:
+        if "model" in given and given["model"] != given["model_positional"]:
+            both = f"{given['model_positional']!r} and --model {given['model']!r}"
+            raise StartupError(f"two models were given, {both}; give one")
+        values["model"] = given["model_positional"]
+    for flag in FLAGS:
+        if flag.repeatable and flag.field in values:
+            value = values[flag.field]
+            values[flag.field] = (value,) if isinstance(value, str) else tuple(value)
+    _check(values)
+    return values
+
+
+def _file_layers(path: Path, role: str) -> list[dict[str, Any]]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise StartupError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise StartupError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise StartupError(f"--config {path}: a mapping of flag names to values is expected")
+    blocks = {
+        name: document.pop(name, None)
+        for name in ("router", "prefill", "decode")
+        if _is_block(document, name)
+    }
+    top = _file_values(path, document, role=None)
+    block = blocks.get(role) or {}
+    taken = {flag.field for flag in FLAGS if role in flag.roles}
+    return [
+        {name: value for name, value in top.items() if name in taken},
+        _file_values(path, block, role=role),
+    ]
+
+
+def _is_block(document: Mapping[str, Any], name: str) -> bool:
+    # `router:` is a block, but also the flag --router (a URL or a list of them).
+    return isinstance(document.get(name), dict)
+
+
+def _file_values(path: Path, mapping: Mapping[Any, Any], role: str | None) -> dict[str, Any]:
+    by_name = {
+        name.lstrip("-").replace("-", "_"): flag
+        for flag in FLAGS
+        for name in flag.names
+        if role is None or role in flag.roles
+    }
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flag = by_name.get(str(key).lstrip("-").replace("-", "_"))
+        if flag is None:
+            where = f" in block {role}:" if role else ""
+            raise StartupError(f"--config {path}: unknown key {key!r}{where}; keys are flag names")
+        values[flag.field] = _typed(path, flag, value)
+    return values
+
+
+def _typed(path: Path, flag: Flag, value: object) -> object:
+    items = value if flag.repeatable and isinstance(value, list) else [value]
+    for item in items:
+        accepted = isinstance(item, flag.kind) and (flag.kind is bool or not isinstance(item, bool))
+        if flag.kind is float and isinstance(item, int) and not isinstance(item, bool):
+            accepted = True
+        if not accepted or (flag.choices and item not in flag.choices):
+            wanted = " | ".join(flag.choices) or flag.kind.__name__
+            raise StartupError(f"--config {path}: {flag.names[0][2:]}: {item!r} is not {wanted}")
+    return value
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    for name in ("page_size", "chunked_prefill_size", "max_running_requests", "max_attempts", "num_threads",
+                 "max_model_len", "max_queued_requests", "max_queued_prefills"):  # fmt: skip
+        value = values.get(name)
+        if value is not None and value < 1:
+            raise StartupError(f"--{name.replace('_', '-')} {value}: 1 or more is expected")
+    if (size := values.get("kv_cache_gb")) is not None and size <= 0:
+        raise StartupError(f"--kv-cache-gb {size}: more than 0 is expected")
+    if (port := values.get("port")) is not None and not 0 <= port <= 65535:
+        raise StartupError(f"--port {port}: 0 to 65535 is expected")
+    for name in ("router", "prefill", "decode"):
+        for url in values.get(name) or ():
+            if not str(url).startswith(("http://", "https://")):
+                raise StartupError(f"--{name} {url}: a URL is expected, such as http://127.0.0.1:8000")
+
+
+def router_config(given: Mapping[str, Any]) -> RouterConfig:
+    values = resolve("router", given)
+    return RouterConfig(**_filled(values, "router", RouterConfig))
+
+
+def node_config(role: Literal["prefill", "decode"], given: Mapping[str, Any]) -> NodeConfig:
+    values = resolve(role, given)
+    values["role"] = role
+    values["advertise_host"] = values["advertise_host"] or ""
+    if values["num_threads"] is None:
+        # A node started by hand does not know its neighbours; one prefill and one decode is the usual pair.
+        values["num_threads"] = max(1, (os.cpu_count() or 1) // 2)
+    return NodeConfig(**_filled(values, role, NodeConfig))
+
+
+def _filled(values: Mapping[str, Any], role: str, config_type: type) -> dict[str, Any]:
+    filled = dict(values)
+    filled["port"] = DEFAULT_PORTS[role] if values["port"] is None else values["port"]
+    filled["served_model_name"] = values["served_model_name"] or values["model"]
+    names = {field.name for field in fields(config_type)}
+    return {name: value for name, value in filled.items() if name in names}
+
+
+def forwarded_flags(given: Mapping[str, Any], role: ProcessRole, dropped: Sequence[str] = ()) -> list[str]:
+    """The given flags that `role` takes, as arguments for a child process."""
+    arguments: list[str] = []
+    if given.get("config"):
+        arguments += ["--config", str(given["config"])]
+    if "model_positional" in given:
+        arguments += ["--model", str(given["model_positional"])]
+    for flag in FLAGS:
+        if flag.field not in given or role not in flag.roles or flag.field in dropped:
+            continue
+        value = given[flag.field]
+        if flag.kind is bool:
+            if value:
+                arguments.append(flag.names[0])
+        elif flag.repeatable:
+            for item in value:
+                arguments += [flag.names[0], str(item)]
+        else:
+            arguments += [flag.names[0], str(value)]
+    return arguments

@@ -1,0 +1,45 @@
+"""The three kinds of failure, and who catches each.
+
+    PdserveError
+    ├── RequestError      ends one request with a clear HTTP error        caught by the HTTP surface
+    ├── TransferError     fails one room, retriably                       caught by the hand-off
+    └── StartupError      one line that says what to mend, exit code 1    caught by the command line
+
+Anything else ends the process loudly, and the supervisor says why.
+"""
+
+from __future__ import annotations
+
+
+class PdserveError(Exception):
+    """Base of every error that pdserve raises on purpose."""
+
+
+class RequestError(PdserveError):
+    """A client's mistake, or a state that ends one request. Becomes an HTTP error body."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        error_type: str = "invalid_request_error",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+        self.error_type = error_type
+        self.retry_after_s = retry_after_s
+
+
+class TransferError(PdserveError):
+    """One hand-off failed; the attempt may be made again."""
+
+
+class StartupError(PdserveError):
+    """The process cannot start. The message is one line: what is wrong, and the mend."""

@@ -1,0 +1,52 @@
+"""Listening sockets for HTTP, bound by the parent and inherited by the process that serves.
+
+So the parent knows the port before the child has imported its modules, and nobody can take it in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+
+from .errors import StartupError
+
+_log = logging.getLogger(__name__)
+_PORTS_TRIED = 100
+
+
+def bind_http(host: str, port: int) -> socket.socket:
+    """A listening TCP socket on `port`, or on the next free one after it (which is said in the log).
+
+    `port` 0 takes any free one. Raises StartupError when none of 100 ports is free or the host is not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in range(port, min(port + _PORTS_TRIED, 65536)):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, candidate))
+            listener.listen(2048)
+        except OSError as error:
+            listener.close()
+            if error.errno == errno.EADDRINUSE and port:
+                continue
+            raise StartupError(
+                f"cannot listen on {host}:{candidate}: {error.strerror}; choose another --host or --port"
+            ) from error
+        if port and candidate != port:
+            _log.warning("port %d is taken, using %d", port, candidate)
+        return listener
+    raise StartupError(
+        f"ports {port} to {port + _PORTS_TRIED - 1} on {host} are all taken; choose another --port"
+    )
+
+
+def inherit_http(fd: int) -> socket.socket:
+    """The socket that the parent bound and passed on as file descriptor `fd`."""
+    return socket.socket(fileno=fd)
+
+
+def http_url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

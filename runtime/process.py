@@ -1,0 +1,78 @@
+"""Processes that belong together: children die with their parent, and the parent says why a child ended."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent ends (Linux only), whatever ends it."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def spawn(arguments: Sequence[str], pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start `pdserve ARGUMENTS…` with this interpreter, in a process group of its own.
+
+    Own group: Ctrl-C reaches the parent alone, which then ends its children in order. `-P` keeps the
+    working directory off the child's module path: a checkout of pdserve has folders named like packages.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "pdserve", *arguments], process_group=0, pass_fds=pass_fds
+    )
+
+
+def end(process: subprocess.Popen[Any], grace_s: float) -> None:
+    """SIGTERM, then SIGKILL after `grace_s`."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def obituary(name: str, process: subprocess.Popen[bytes]) -> str:
+    """Why a child ended, in words."""
+    code = process.poll()
+    if code is None:
+        return f"{name} (pid {process.pid}) runs"
+    if code < 0:
+        return f"{name} (pid {process.pid}) was ended by {signal.Signals(-code).name}"
+    return f"{name} (pid {process.pid}) ended with exit code {code}"
+
+
+def available_memory_bytes() -> int:
+    """Memory that this host, or this container if it is limited, can still give."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return available
+
+
+def routable_host(host: str) -> str:
+    """The address that others reach this host by: `host` itself unless it means "all interfaces"."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # documentation address: sends nothing, only picks a route
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"

@@ -1,0 +1,107 @@
+"""Runs a cluster's processes on this host: `pdserve up`.
+
+A child that ends before the cluster was ready ends the start, with the reason. Later a node that dies is
+started again, and the router goes on with the others meanwhile; a process that keeps dying is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .errors import StartupError
+from .process import end, obituary, spawn
+
+_log = logging.getLogger(__name__)
+_RESTART_AFTER_S = 1.0
+_MAX_RESTARTS = 5
+_POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class Child:
+    name: str
+    arguments: Sequence[str]
+    grace_s: float  # between SIGTERM and SIGKILL
+    pass_fds: tuple[int, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    num_restarts: int = 0
+    died_at: float = field(default=0.0)
+
+    def start(self) -> None:
+        self.process = spawn(self.arguments, self.pass_fds)
+
+
+class Supervisor:
+    """Starts children in order and ends them in reverse order of their list."""
+
+    def __init__(self, children: Sequence[Child]) -> None:
+        self._children = list(children)
+        self._stopping = False
+
+    def __enter__(self) -> Supervisor:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        for child in self._children:
+            child.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            if child.process is not None and child.process.poll() is None:
+                child.process.terminate()
+        for child in self._children:
+            if child.process is not None:
+                end(child.process, child.grace_s)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        del number, frame
+        self._stopping = True
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """True when `ready`; False when a signal asked to stop.
+
+        Raises StartupError when a child ended first or the time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._stopping:
+            if ready():
+                return True
+            for child in self._children:
+                if child.process is not None and child.process.poll() is not None:
+                    raise StartupError(f"{obituary(child.name, child.process)} before the cluster was ready")
+            if time.monotonic() > deadline:
+                raise StartupError(f"the cluster was not ready within {timeout_s:.0f} s; see the log above")
+            time.sleep(_POLL_S)
+        return False
+
+    def run(self) -> int:
+        """Until SIGTERM or SIGINT. Exit code 1 when a process kept dying."""
+        while not self._stopping:
+            now = time.monotonic()
+            for child in self._children:
+                if not self._keep_alive(child, now):
+                    return 1
+            time.sleep(_POLL_S)
+        return 0
+
+    def _keep_alive(self, child: Child, now: float) -> bool:
+        process = child.process
+        if process is None:
+            if now - child.died_at >= _RESTART_AFTER_S:
+                child.start()
+            return True
+        if process.poll() is None:
+            return True
+        if child.num_restarts >= _MAX_RESTARTS:
+            _log.error("%s; it was started %d times, giving up", obituary(child.name, process), _MAX_RESTARTS)
+            return False
+        _log.error("%s; starting it again", obituary(child.name, process))
+        child.process = None
+        child.died_at = now
+        child.num_restarts += 1
+        return True

@@ -1,0 +1,170 @@
+"""Starts `pdserve up`, asks it for one streamed completion and one streamed chat, and prints what happened.
+
+    python scripts/demo.py [--once] [arguments of `pdserve up`]
+
+Exits non-zero unless both answers ended properly: a finish reason, then [DONE].
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+COMPLETION = {"prompt": "def fibonacci(n):\n", "max_tokens": 96, "seed": 1}
+CHAT = {
+    "messages": [{"role": "user", "content": "Return the number of words in a text."}],
+    "max_tokens": 96,
+    "seed": 2,
+}
+SPAN_NAMES = ("queue", "reserve", "prefill_queue", "prefill", "handoff", "first_decode_step")
+
+
+@dataclass
+class Answer:
+    """One streamed answer: what the server said of it, and when its tokens came."""
+
+    started: float
+    token_times: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    is_done: bool = False
+    error: str = ""
+    spans: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def ended_properly(self) -> bool:
+        return bool(self.finish_reason and self.is_done and self.token_times and not self.error)
+
+
+def events(response: http.client.HTTPResponse) -> Iterator[str]:
+    """The data of each server-sent event."""
+    for line in response:
+        if line.startswith(b"data: "):
+            yield line[6:].decode().strip()
+
+
+def ask(url: str, path: str, body: dict[str, Any]) -> Answer:
+    """Stream one answer, printing its text as it comes."""
+    target = urlsplit(url)
+    connection = http.client.HTTPConnection(target.hostname or "127.0.0.1", target.port, timeout=120)
+    body = {**body, "stream": True, "timeline": True, "temperature": 0.6, "top_p": 0.9}
+    answer = Answer(started=time.monotonic())
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        answer.error = f"HTTP {response.status}: {response.read().decode(errors='replace')}"
+        return answer
+    try:
+        for data in events(response):
+            if data == "[DONE]":
+                answer.is_done = True
+                break
+            take(answer, json.loads(data))
+    except (http.client.HTTPException, OSError) as error:
+        answer.error = answer.error or f"the stream broke: {error!r}"
+    finally:
+        connection.close()
+    return answer
+
+
+def take(answer: Answer, event: dict[str, Any]) -> None:
+    if "error" in event:
+        answer.error = event["error"]["message"]
+        return
+    for span in event.get("timeline", {}).get("spans", []):
+        answer.spans[span["name"]] = span
+    for choice in event.get("choices", []):
+        text = choice.get("text") or choice.get("delta", {}).get("content") or ""
+        if text:
+            answer.token_times.append(time.monotonic())
+            print(text, end="", flush=True)
+        answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+
+
+def row(name: str, values: list[str]) -> None:
+    print(f"  {name:<28}" + "".join(f"{value:>14}" for value in values))
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
+
+
+def print_table(answers: list[Answer]) -> None:
+    row("", ["completion", "chat"])
+    row("TTFT", [milliseconds(answer.token_times[0] - answer.started) for answer in answers])
+    gaps = [
+        (answer.token_times[-1] - answer.token_times[0]) / max(1, len(answer.token_times) - 1)
+        for answer in answers
+    ]
+    row("ITL, mean", [milliseconds(gap) for gap in gaps])
+    for name in SPAN_NAMES:
+        spans = [answer.spans.get(name) for answer in answers]
+        row(name, [milliseconds(span["duration_s"]) if span else "-" for span in spans])
+    handoffs = [answer.spans.get("handoff", {}) for answer in answers]
+    row("KV bytes handed off", [f"{span.get('num_bytes', 0):,}" for span in handoffs])
+
+
+def show(url: str) -> bool:
+    """The demo. False when an answer did not end properly."""
+    print("\n--- /v1/completions: " + repr(COMPLETION["prompt"]))
+    print(COMPLETION["prompt"], end="")
+    answers = [ask(url, "/v1/completions", COMPLETION)]
+    print("\n\n--- /v1/chat/completions: " + repr(CHAT["messages"][0]["content"]))  # type: ignore[index]
+    answers.append(ask(url, "/v1/chat/completions", CHAT))
+    print("\n")
+    for answer in answers:
+        if not answer.ended_properly:
+            print(f"an answer did not end properly: {answer.error or 'the stream was cut'}", file=sys.stderr)
+            return False
+    print_table(answers)
+    return True
+
+
+def wait_ready(up: subprocess.Popen[str]) -> str | None:
+    """The URL that `pdserve up` prints when the cluster is ready; None if it ended instead."""
+    assert up.stdout is not None
+    for line in up.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("pdserve is ready at "):
+            return line.split()[-1]
+    return None
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    once = "--once" in arguments
+    arguments = [argument for argument in arguments if argument != "--once"]
+    up = subprocess.Popen(
+        [sys.executable, "-P", "-m", "pdserve", "up", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    try:
+        url = wait_ready(up)
+        if url is None:
+            return up.wait() or 1
+        if not show(url):
+            return 1
+        if once:
+            return 0
+        body = json.dumps({"prompt": "class Stack:\n", "max_tokens": 64})
+        print(f"\nThe cluster goes on at {url} until Ctrl-C. Try:")
+        print(f"  curl -N {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
+        return up.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        up.send_signal(signal.SIGTERM)
+        up.wait()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

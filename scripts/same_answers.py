@@ -1,0 +1,206 @@
+"""Whether the whole cluster answers as `transformers` does on the same weights, in fp32.
+
+    scripts/same_answers --family all        # llama, mistral, qwen2, qwen3 and the shipped model
+    scripts/same_answers --family qwen3 --transfer-backend shm
+
+For each family: makes a seeded random checkpoint, starts a router, a prefill and a decode node, asks greedy
+continuations of prompts around every page and chunk boundary, alone and in batches of 16, with and without
+prefix hits, and compares token by token. A differing token is accepted only where the reference's own two
+best logits lie within 1e-4: it is counted, the reference's token is forced and the rest compared. More than
+one such token in a thousand fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from pdserve.bench.local_cluster import LocalCluster
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "shipped")
+PAGE_SIZE = 16
+CHUNK = 64
+TIE = 1e-4
+MAX_TIES_PER_TOKEN = 1e-3
+NUM_TOKENS = 24
+
+
+@dataclass
+class Tally:
+    """What was compared so far."""
+
+    num_equal: int = 0
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_ties: int = 0
+    max_logprob_error: float = 0.0
+    failures: tuple[str, ...] = ()
+
+    def fail(self, message: str) -> None:
+        self.failures = (*self.failures, message)
+
+
+class Reference:
+    """The same checkpoint in `transformers`, fp32."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.vocab_size = int(self.model.config.vocab_size)
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        output = self.model.generate(
+            torch.tensor([list(prompt)]),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return [int(token) for token in output[0, len(prompt) :]]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """[len(token_ids), vocab_size]: row i predicts token i + 1."""
+        return self.model(torch.tensor([list(token_ids)])).logits[0].float()
+
+
+def prompt_lengths() -> list[int]:
+    """Around every page and chunk boundary up to a little over three chunks."""
+    lengths = {1, 2, 3}
+    for boundary in (PAGE_SIZE, 2 * PAGE_SIZE, CHUNK, 2 * CHUNK, 3 * CHUNK):
+        lengths |= {boundary - 1, boundary, boundary + 1}
+    return sorted(lengths)
+
+
+def ask(cluster: LocalCluster, prompts: list[list[int]], num_tokens: int) -> list[dict[str, object]]:
+    """Greedy continuations of all prompts at once, each as its own request."""
+
+    def one(prompt: list[int]) -> dict[str, object]:
+        body = {
+            "prompt": prompt,
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "repetition_penalty": 1.0,
+            "logprobs": 1,
+            "return_token_ids": True,
+        }
+        choice: dict[str, object] = cluster.post("/v1/completions", body)["choices"][0]
+        return choice
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(one, prompts))
+
+
+def compare(
+    cluster: LocalCluster, reference: Reference, prompt: list[int], choice: dict[str, object], tally: Tally
+) -> None:
+    """Compare one answer; at a tie go on from the reference's token."""
+    tally.num_requests += 1
+    prompt = list(prompt)
+    left = NUM_TOKENS
+    is_equal = True
+    while True:
+        token_ids = [int(token) for token in choice["token_ids"]]  # type: ignore[attr-defined]
+        logprobs = choice["logprobs"]["token_logprobs"]  # type: ignore[index]
+        if len(token_ids) != left:
+            tally.fail(f"prompt of {len(prompt)}: {len(token_ids)} tokens instead of {left}")
+            return
+        expected = reference.generate(prompt, left)
+        logits = reference.logits([*prompt, *token_ids])[len(prompt) - 1 : -1]
+        chosen = torch.log_softmax(logits, -1)[torch.arange(left), torch.tensor(token_ids)]
+        parted = next((i for i in range(left) if token_ids[i] != expected[i]), left)
+        for i in range(min(parted + 1, left)):
+            error = abs(float(chosen[i]) - logprobs[i])
+            tally.max_logprob_error = max(tally.max_logprob_error, error)
+        tally.num_tokens += parted
+        if parted == left:
+            break
+        is_equal = False
+        best = torch.topk(logits[parted], 2).values
+        if float(best[0] - best[1]) >= TIE:
+            tally.fail(
+                f"prompt of {len(prompt)}: token {parted} is {token_ids[parted]}, not {expected[parted]}"
+            )
+            return
+        tally.num_ties += 1
+        prompt = [*prompt, *expected[: parted + 1]]
+        left -= parted + 1
+        if left == 0:
+            break
+        choice = ask(cluster, [prompt], left)[0]
+    tally.num_equal += is_equal
+
+
+def run_family(family: str, work_dir: Path, arguments: Sequence[str]) -> Tally:
+    model_dir = ROOT / "assets" / "tiny-python" if family == "shipped" else work_dir / family
+    if family != "shipped":
+        maker = [sys.executable, "-P", str(ROOT / "scripts" / "make_checkpoint.py"), family, str(model_dir)]
+        subprocess.run([*maker, "--dtype", "float32"], check=True, stdout=subprocess.DEVNULL)
+    reference = Reference(model_dir)
+    rng = np.random.default_rng(0)
+    tally = Tally()
+    flags = ["--dtype", "float32", "--page-size", str(PAGE_SIZE), "--chunked-prefill-size", str(CHUNK)]
+    flags += ["--poison-reserved-pages", "--log-level", "warning", *arguments]
+    with LocalCluster([str(model_dir), *flags], log_path=work_dir / f"{family}.log") as cluster:
+        prompts = [[int(t) for t in rng.integers(0, reference.vocab_size, n)] for n in prompt_lengths()]
+        for prompt in prompts:  # alone
+            compare(cluster, reference, prompt, ask(cluster, [prompt], NUM_TOKENS)[0], tally)
+        # Mixed batches of 16, half of them beginning like a prompt that is cached now.
+        for _ in range(2):
+            batch = []
+            for index in range(16):
+                tail = [
+                    int(t) for t in rng.integers(0, reference.vocab_size, int(rng.integers(1, 3 * CHUNK)))
+                ]
+                head = prompts[int(rng.integers(len(prompts)))] if index % 2 else []
+                batch.append([*head, *tail])
+            for prompt, choice in zip(batch, ask(cluster, batch, NUM_TOKENS), strict=True):
+                compare(cluster, reference, prompt, choice, tally)
+        cluster.wait_idle(timeout_s=10.0)
+        cluster.flush()
+    if tally.max_logprob_error > TIE:
+        tally.fail(f"a logprob differs by {tally.max_logprob_error:.2e}")
+    if tally.num_ties > MAX_TIES_PER_TOKEN * tally.num_tokens:
+        tally.fail(f"{tally.num_ties} ties in {tally.num_tokens} tokens")
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--family", default="all", choices=("all", *FAMILIES))
+    options, arguments = parser.parse_known_args()
+    torch.set_num_threads(1)
+    families = FAMILIES if options.family == "all" else (options.family,)
+    is_good = True
+    with tempfile.TemporaryDirectory() as work_dir:
+        for family in families:
+            tally = run_family(family, Path(work_dir), arguments)
+            print(
+                f"{family:<8} {tally.num_equal}/{tally.num_requests} equal "
+                f"({tally.num_tokens} tokens, {tally.num_ties} ties, "
+                f"logprobs within {tally.max_logprob_error:.1e})",
+                flush=True,
+            )
+            for failure in tally.failures:
+                print(f"  {failure}", file=sys.stderr)
+            is_good = is_good and not tally.failures
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,36 @@
+"""One cluster for all end-to-end tests of a session; each test ends by checking that nothing is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.config import SHIPPED_MODEL
+
+# fp32, so that answers can be compared; NaN in reserved pages, so that a page that did not travel shows;
+# small chunks, so that prompts of the tests have several.
+FLAGS = ["--dtype", "float32", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    log_path = tmp_path_factory.mktemp("cluster") / "log"
+    with LocalCluster([str(SHIPPED_MODEL), *FLAGS], log_path=log_path) as cluster:
+        yield cluster
+    log = log_path.read_text()
+    assert "Traceback" not in log, log
+
+
+@pytest.fixture
+def cluster(shared_cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """The cluster, idle before and after: no page locked, reserved, exposed or quarantined."""
+    yield shared_cluster
+    shared_cluster.wait_idle(timeout_s=15.0)
+
+
+@pytest.fixture
+def log_path(tmp_path: Path) -> Path:
+    return tmp_path / "cluster.log"

@@ -1,0 +1,55 @@
+"""It really is a hand-off: the pages that decode reads are those that prefill wrote."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pdserve.bench.local_cluster import LocalCluster
+
+PAGE_SIZE = 16
+
+
+def metric(cluster: LocalCluster, role: str, name: str) -> float:
+    """The sum of a metric over the nodes of a role."""
+    total = 0.0
+    for worker in cluster.workers(role):
+        text = cluster.get("/metrics", base=worker["url"])
+        for line in text.splitlines():
+            if re.match(rf"{name}(\{{.*\}})? ", line):
+                total += float(line.rsplit(" ", 1)[1])
+    return total
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, 15, 16, 17, 64, 65, 300])
+def test_every_page_travels_and_decode_computes_no_prompt(
+    cluster: LocalCluster, num_prompt_tokens: int
+) -> None:
+    layout = cluster.get("/server_info", base=cluster.workers("decode")[0]["url"])["kv_layout"]
+    bytes_before = metric(cluster, "prefill", "pd_kv_transfer_bytes_total")
+    answer = cluster.post(
+        "/v1/completions",
+        {
+            "prompt": [(7 * i) % 4000 + 1 for i in range(num_prompt_tokens)],
+            "max_tokens": 8,
+            "temperature": 0,
+            "ignore_eos": True,
+            "timeline": True,
+        },
+    )
+    assert answer["usage"]["completion_tokens"] == 8
+    num_pages = -(-num_prompt_tokens // PAGE_SIZE)
+    handoff = next(span for span in answer["timeline"]["spans"] if span["name"] == "handoff")
+    assert handoff["num_bytes"] == num_pages * layout["page_bytes"]
+    moved = metric(cluster, "prefill", "pd_kv_transfer_bytes_total") - bytes_before
+    assert moved == num_pages * layout["page_bytes"]
+    assert metric(cluster, "decode", "pd_prompt_tokens_total") == 0
+
+
+def test_timeline_names_every_stage(cluster: LocalCluster) -> None:
+    answer = cluster.post(
+        "/v1/completions", {"prompt": "def f(", "max_tokens": 4, "timeline": True, "seed": 1}
+    )
+    names = {span["name"] for span in answer["timeline"]["spans"]}
+    assert {"queue", "reserve", "prefill_queue", "prefill", "handoff"} <= names

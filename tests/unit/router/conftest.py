@@ -1,0 +1,380 @@
+"""Fakes for the router's tests: nodes that answer in process, by script.
+
+A fake decode node continues a prompt by a formula, so any test knows the one right stream:
+`expected_tokens(prompt, choice, n)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pdserve.api.generation import GenerateSpec, ModelCard
+from pdserve.api.node_client import NodeUnavailableError, StreamMessage
+from pdserve.messages.node import (
+    AttemptFailed,
+    CallReply,
+    CancelRequest,
+    ClientToNode,
+    FailureCode,
+    Finish,
+    GenerateRequest,
+    ModelInfo,
+    NodeEntry,
+    NodeLoad,
+    Pong,
+    RequestStateReply,
+    ResendFrom,
+    Role,
+    Roster,
+    ServerInfoReply,
+    TokenOutput,
+    TokenOutputs,
+)
+from pdserve.messages.sampling import SamplingParams
+from pdserve.router.options import RouterOptions
+from pdserve.router.service import RouterService
+
+EOS = 0
+PAGE_SIZE = 4
+MODEL = ModelCard(
+    name="model",
+    path="/m",
+    model_type="qwen3",
+    architectures=(),
+    vocab_size=1000,
+    max_model_len=1000,
+    eos_token_ids=(EOS,),
+    created=0,
+)
+
+
+def expected_tokens(prompt: tuple[int, ...], choice: int, count: int) -> list[int]:
+    return [1 + (sum(prompt) + 31 * choice + 7 * position) % 997 for position in range(count)]
+
+
+def make_entry(role: Role = "decode", name: str = "d", **changes: object) -> NodeEntry:
+    values: dict[str, Any] = {
+        "url": f"http://{name}",
+        "role": role,
+        "incarnation": f"{name}-1",
+        "zmq_address": f"tcp://{name}",
+        "model_name": "model",
+        "model_fingerprint": "print",
+        "weight_version": "v1",
+    }
+    return NodeEntry(**{**values, **changes})
+
+
+def make_spec(
+    request_id: str = "r",
+    prompt: tuple[int, ...] = (1, 2, 3),
+    max_tokens: int = 8,
+    num_choices: int = 1,
+    timeout_s: float | None = None,
+    priority: int = 0,
+    **sampling: object,
+) -> GenerateSpec:
+    return GenerateSpec(
+        request_id=request_id,
+        prompt_ids=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+        num_choices=num_choices,
+        stream=True,
+        timeout_s=timeout_s,
+        priority=priority,
+    )
+
+
+@dataclass(eq=False)
+class FakeNode:
+    """A scheduler in process. ``peers``: whom a decode node is ready with."""
+
+    entry: NodeEntry
+    peers: tuple[str, ...] = ()
+    load: NodeLoad = field(
+        default_factory=lambda: NodeLoad(
+            num_total_pages=1000, num_free_pages=1000, page_size=PAGE_SIZE, max_running_requests=64
+        )
+    )
+    alive: bool = True
+    answers_pings: bool = True
+    draining: bool = False
+    tokens_per_attempt: int | None = None  # then it hangs
+    pace_s: float = 0.0  # between tokens
+    fail_with: list[AttemptFailed | FailureCode] = field(default_factory=list)  # one for each next attempt
+    prepare_reply: str = ""  # why it refuses new weights
+    received: list[ClientToNode] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    links: list[FakeLink] = field(default_factory=list)
+
+    def requests(self) -> list[GenerateRequest]:
+        return [message for message in self.received if isinstance(message, GenerateRequest)]
+
+    def cancels(self) -> list[CancelRequest]:
+        return [message for message in self.received if isinstance(message, CancelRequest)]
+
+    def resends(self) -> list[ResendFrom]:
+        return [message for message in self.received if isinstance(message, ResendFrom)]
+
+    def rosters(self) -> list[Roster]:
+        return [message for message in self.received if isinstance(message, Roster)]
+
+    def die(self) -> None:
+        """kill -9: every link is reset."""
+        self.alive = False
+        for link in list(self.links):
+            link.reset("connection lost")
+
+    def emit(self, message: StreamMessage) -> None:
+        for link in list(self.links):
+            link.on_stream(message)
+
+
+class FakeLink:
+    def __init__(
+        self, node: FakeNode, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
+    ) -> None:
+        self.node = node
+        self.on_stream = on_stream
+        self.on_lost = on_lost
+        self.lost = asyncio.Event()
+        self.tasks: set[asyncio.Task[None]] = set()
+        node.links.append(self)
+        if not node.alive:
+            asyncio.get_running_loop().call_soon(self.reset, "cannot connect")
+
+    def reset(self, reason: str) -> None:
+        if not self.lost.is_set():
+            self.end()
+            self.on_lost(reason)
+
+    def end(self) -> None:
+        self.lost.set()
+        for task in self.tasks:
+            task.cancel()
+        if self in self.node.links:
+            self.node.links.remove(self)
+
+    def send(self, message: ClientToNode) -> None:
+        if self.lost.is_set():
+            raise NodeUnavailableError("lost")
+        self.node.received.append(message)
+        if isinstance(message, GenerateRequest):
+            task = asyncio.create_task(self.serve(message))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def serve(self, request: GenerateRequest) -> None:
+        await asyncio.sleep(0)
+        if self.node.fail_with:
+            failure = self.node.fail_with.pop(0)
+            if not isinstance(failure, AttemptFailed):
+                failure = AttemptFailed(
+                    request_id=request.request_id,
+                    attempt=request.attempt,
+                    code=failure,
+                    reason=f"scripted {failure}",
+                    retriable=failure != "invalid",
+                )
+            self.on_stream(failure)
+            return
+        start = len(request.output_ids)
+        limit = self.node.tokens_per_attempt
+        for position in range(start, request.sampling.max_tokens):
+            if limit is not None and position - start >= limit:
+                return
+            outputs = []
+            for choice in request.choices:
+                if any(
+                    cancel.attempt == request.attempt
+                    and cancel.request_id == request.request_id
+                    and (not cancel.choices or choice in cancel.choices)
+                    for cancel in self.node.cancels()
+                ):
+                    continue
+                tokens = expected_tokens(request.prompt_ids, choice, position + 1)
+                is_last = position + 1 == request.sampling.max_tokens
+                outputs.append(
+                    TokenOutput(
+                        request_id=request.request_id,
+                        attempt=request.attempt,
+                        choice=choice,
+                        position=position,
+                        token_ids=(tokens[-1],),
+                        weight_version=self.node.entry.weight_version if position == start else "",
+                        finish=Finish(reason="length") if is_last else None,
+                    )
+                )
+            self.on_stream(TokenOutputs(outputs=tuple(outputs)))
+            await asyncio.sleep(self.node.pace_s)
+
+    async def _answer(self, what: str) -> None:
+        self.node.calls.append(what)
+        await asyncio.sleep(0)
+        if self.lost.is_set():
+            raise NodeUnavailableError("lost")
+
+    async def ping(self, timeout_s: float) -> Pong:
+        if not self.node.answers_pings:
+            await asyncio.sleep(timeout_s)
+            raise NodeUnavailableError("no answer to Ping")
+        await self._answer("ping")
+        return Pong(
+            call_id=1,
+            entry=self.node.entry,
+            load=self.node.load,
+            ready_peers=self.node.peers,
+            refused_peers={},
+            draining=self.node.draining,
+        )
+
+    async def server_info(self, timeout_s: float) -> ServerInfoReply:
+        await self._answer("server_info")
+        entry = self.node.entry
+        model = ModelInfo(
+            model_name=entry.model_name,
+            model_path="/m",
+            model_type="qwen3",
+            architectures=(),
+            vocab_size=1000,
+            max_model_len=100,
+            eos_token_ids=(EOS,),
+            dtype="float32",
+            weight_version=entry.weight_version,
+            model_fingerprint=entry.model_fingerprint,
+        )
+        return ServerInfoReply(call_id=1, entry=entry, model=model, config={"port": 1}, load=self.node.load)
+
+    async def flush_cache(self, flush_timeout_s: float) -> CallReply:
+        await self._answer(f"flush {flush_timeout_s:g}")
+        return CallReply(call_id=1, success=True, message="flushed")
+
+    async def abort(self, request_id: str, *, all_requests: bool) -> CallReply:
+        await self._answer(f"abort {request_id or all_requests}")
+        return CallReply(call_id=1, success=False)
+
+    async def request_state(self, request_id: str, timeout_s: float) -> RequestStateReply:
+        await self._answer("request_state")
+        known = any(request.request_id == request_id for request in self.node.requests())
+        return RequestStateReply(call_id=1, state="running" if known else "")
+
+    async def prepare_weights(
+        self, update_id: str, model_path: str, weight_version: str, timeout_s: float
+    ) -> CallReply:
+        await self._answer(f"prepare {model_path} {weight_version}")
+        self.prepared = weight_version
+        return CallReply(call_id=1, success=not self.node.prepare_reply, message=self.node.prepare_reply)
+
+    async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply:
+        await self._answer("commit")
+        values = {name: getattr(self.node.entry, name) for name in self.node.entry.__struct_fields__}
+        self.node.entry = NodeEntry(**{**values, "weight_version": self.prepared})
+        return CallReply(call_id=1, success=True)
+
+    async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply:
+        await self._answer("discard")
+        return CallReply(call_id=1, success=True)
+
+    async def close(self) -> None:
+        self.end()
+
+
+class FakeNet:
+    """Where nodes are found by address and URL."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, FakeNode] = {}  # by url
+
+    def add(self, node: FakeNode) -> FakeNode:
+        self.nodes[node.entry.url] = node
+        return node
+
+    def connect(
+        self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
+    ) -> FakeLink:
+        node = next(node for node in self.nodes.values() if node.entry.zmq_address == address)
+        return FakeLink(node, on_stream, on_lost)
+
+    async def lookup(self, url: str) -> NodeEntry | None:
+        node = self.nodes.get(url)
+        return node.entry if node is not None and node.alive else None
+
+
+class Bench:
+    """A router over fake nodes."""
+
+    def __init__(self, net: FakeNet) -> None:
+        self.net = net
+        self.service: RouterService
+        self.static_urls: tuple[str, ...] = ()
+        self.options: dict[str, Any] = {
+            "ping_interval_s": 0.01,
+            "poll_interval_s": 0.01,
+            "roster_interval_s": 0.05,
+        }
+
+    async def start(self, **options: object) -> RouterService:
+        self.service = RouterService(
+            RouterOptions(**{**self.options, **options}),
+            model=MODEL,
+            connect=self.net.connect,
+            lookup=self.net.lookup,
+            static_urls=self.static_urls,
+        )
+        await self.service.start()
+        for node in self.net.nodes.values():
+            if node.entry.url not in self.static_urls:
+                await self.service.register_worker(node.entry.url, node.entry)
+        return self.service
+
+    def prefill(self, name: str = "p") -> FakeNode:
+        return self.net.add(FakeNode(make_entry("prefill", name)))
+
+    def decode(self, name: str = "d", peers: tuple[str, ...] = ("p-1",)) -> FakeNode:
+        return self.net.add(FakeNode(make_entry("decode", name), peers=peers))
+
+    async def ready(self, num_ready: int = 2) -> None:
+        await self.until(lambda: sum(worker.ready for worker in self.service.workers()) == num_ready)
+
+    @staticmethod
+    async def until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110 (any condition)
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    """Ends with the router's invariants."""
+    bench = Bench(FakeNet())
+    yield bench
+    if hasattr(bench, "service"):
+        assert bench.service.violations() == []
+        await bench.service.close()
+        assert bench.service.violations() == []
+        assert not bench.service.crashed.done()
+
+
+@pytest.fixture
+def entry() -> Callable[..., NodeEntry]:
+    return make_entry
+
+
+@pytest.fixture
+def spec() -> Callable[..., GenerateSpec]:
+    return make_spec
+
+
+@pytest.fixture
+def model() -> ModelCard:
+    return MODEL
+
+
+@pytest.fixture
+def expected() -> Callable[[tuple[int, ...], int, int], list[int]]:
+    return expected_tokens

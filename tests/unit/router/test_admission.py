@@ -1,0 +1,122 @@
+"""The router's queue under a fake clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdserve.router.admission import AdmissionQueue, Ticket
+from pdserve.router.pairing import Pair
+from pdserve.runtime.errors import RequestError
+
+
+@pytest.fixture
+def queue() -> AdmissionQueue:
+    return AdmissionQueue(max_new=3, patience_s=1.0)
+
+
+def offer(queue: AdmissionQueue, request_id: str, now: float = 0.0, priority: int = 0) -> Ticket:
+    return queue.offer(request_id, (0,), priority, now)
+
+
+def again(
+    queue: AdmissionQueue, request_id: str, arrived_at: float, now: float = 10.0, delay_s: float = 0.0
+) -> Ticket:
+    return queue.again(request_id, (0,), 0, arrived_at=arrived_at, now=now, delay_s=delay_s)
+
+
+def due(queue: AdmissionQueue, now: float) -> list[str]:
+    return [ticket.request_id for ticket in queue.due(now)]
+
+
+def test_oldest_first(queue: AdmissionQueue) -> None:
+    for name in "abc":
+        offer(queue, name)
+    assert due(queue, 0.0) == ["a", "b", "c"]
+
+
+def test_retries_go_first_oldest_first(queue: AdmissionQueue) -> None:
+    offer(queue, "new", now=0.0)
+    again(queue, "young", arrived_at=5.0)
+    again(queue, "old", arrived_at=3.0)
+    assert due(queue, 10.0) == ["old", "young", "new"]
+
+
+def test_higher_priority_goes_before_but_after_retries(queue: AdmissionQueue) -> None:
+    offer(queue, "low")
+    offer(queue, "high", priority=5)
+    again(queue, "retry", arrived_at=1.0)
+    assert due(queue, 10.0) == ["retry", "high", "low"]
+
+
+def test_a_full_queue_refuses_new_requests_never_retries(queue: AdmissionQueue) -> None:
+    for name in "abc":
+        offer(queue, name, now=1.0)
+    with pytest.raises(RequestError) as refused:
+        offer(queue, "d", now=6.0)
+    assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (429, "queue_full", 5.0)
+    again(queue, "e", arrived_at=0.0)
+    assert (len(queue), queue.num_new) == (4, 3)
+
+
+@pytest.mark.parametrize(("waited_s", "retry_after_s"), [(0.0, 1.0), (30.0, 30.0), (500.0, 60.0)])
+def test_retry_after_is_what_the_oldest_has_waited_within_bounds(
+    queue: AdmissionQueue, waited_s: float, retry_after_s: float
+) -> None:
+    for name in "abc":
+        offer(queue, name)
+    with pytest.raises(RequestError) as refused:
+        offer(queue, "d", now=waited_s)
+    assert refused.value.retry_after_s == retry_after_s
+
+
+def test_a_taken_ticket_makes_room(queue: AdmissionQueue) -> None:
+    tickets = [offer(queue, name) for name in "abc"]
+    queue.take(tickets[0], 1.0)
+    offer(queue, "d")
+    assert due(queue, 1.0) == ["b", "c", "d"]
+
+
+def test_a_delayed_ticket_lets_others_pass(queue: AdmissionQueue) -> None:
+    again(queue, "busy", arrived_at=0.0, now=10.0, delay_s=0.5)
+    offer(queue, "new")
+    assert due(queue, 10.4) == ["new"]
+    assert due(queue, 10.5) == ["busy", "new"]
+
+
+def test_while_held_only_retries_go(queue: AdmissionQueue) -> None:
+    offer(queue, "new").unpaired_since = 0.0
+    again(queue, "retry", arrived_at=0.0)
+    queue.hold()
+    assert due(queue, 10.0) == ["retry"]
+    assert queue.starved(100.0, 10.0) == []  # waiting for weights is not waiting for nodes
+    queue.release()
+    assert due(queue, 10.0) == ["retry", "new"]
+
+
+def test_the_head_is_overdue_when_nothing_has_gone_for_a_while(queue: AdmissionQueue) -> None:
+    first, second = offer(queue, "a", now=0.0), offer(queue, "b", now=0.0)
+    assert not queue.is_overdue(first, 1.0)
+    assert queue.is_overdue(first, 1.1)
+    queue.take(first, 1.1)
+    assert not queue.is_overdue(second, 2.1)
+    assert queue.is_overdue(second, 2.2)
+
+
+def test_tickets_without_a_pair_starve(queue: AdmissionQueue) -> None:
+    ticket = offer(queue, "a", now=0.0)
+    offer(queue, "b", now=0.0)
+    ticket.unpaired_since = 2.0
+    assert queue.starved(11.9, 10.0) == []
+    assert queue.starved(12.0, 10.0) == [ticket]
+
+
+def test_a_request_or_one_choice_of_it_leaves(queue: AdmissionQueue) -> None:
+    queue.offer("a", (0, 1), 0, 0.0)
+    queue.again("b", (0,), 0, arrived_at=0.0, now=0.0, avoid=(Pair("p", "d"),))
+    queue.again("b", (1,), 0, arrived_at=0.0, now=0.0)
+    queue.remove_choice("a", 0)
+    assert [ticket.choices for ticket in queue.of_request("a")] == [(1,)]
+    queue.remove_choice("a", 1)
+    assert (queue.of_request("a"), queue.num_new) == ([], 0)
+    queue.remove_request("b")
+    assert len(queue) == 0

@@ -1,0 +1,195 @@
+"""Leases, liveness and readiness under a fake clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from pdserve.messages.node import NodeEntry, NodeLoad, Pong
+from pdserve.router.registry import (
+    NodeChanged,
+    NodeJoined,
+    NodeLost,
+    NodeRegistry,
+    NodeRestarted,
+    NodeSilent,
+)
+
+Entry = Callable[..., NodeEntry]
+
+
+@pytest.fixture
+def registry() -> NodeRegistry:
+    return NodeRegistry(lease_s=5.0, pong_timeout_s=2.0)
+
+
+def pong(
+    entry: NodeEntry, *peers: str, draining: bool = False, refused: dict[str, str] | None = None
+) -> Pong:
+    return Pong(
+        call_id=1,
+        entry=entry,
+        load=NodeLoad(num_queued_tokens=7),
+        ready_peers=peers,
+        refused_peers=refused or {},
+        draining=draining,
+    )
+
+
+def join(registry: NodeRegistry, entry: NodeEntry, now: float, *peers: str) -> None:
+    registry.register(entry, now)
+    registry.pong(entry.incarnation, pong(entry, *peers), now)
+
+
+def test_a_registration_joins_then_renews(registry: NodeRegistry, entry: Entry) -> None:
+    assert registry.register(entry(), 0.0) == [NodeJoined(entry())]
+    assert registry.register(entry(), 4.0) == []
+    assert registry.expire(9.0) == []
+    assert registry.expire(9.1) == [NodeLost(entry(), "its lease ended")]
+    assert len(registry) == 0
+
+
+def test_a_pong_renews_the_lease_and_tells_the_load(registry: NodeRegistry, entry: Entry) -> None:
+    registry.register(entry(), 0.0)
+    registry.pong("d-1", pong(entry(), "p-1"), 4.0)
+    node = registry.get("d-1")
+    assert node is not None
+    assert (node.lease_until, node.load.num_queued_tokens, node.ready_peers) == (9.0, 7, frozenset({"p-1"}))
+
+
+def test_a_registered_node_is_healthy_only_while_it_answers_pings(
+    registry: NodeRegistry, entry: Entry
+) -> None:
+    registry.register(entry(), 0.0)
+    node = registry.get("d-1")
+    assert node is not None
+    assert not registry.healthy(node)
+    registry.pong("d-1", pong(entry()), 0.5)
+    assert registry.healthy(node)
+    registry.register(entry(), 2.0)
+    assert registry.expire(2.5) == []
+    assert [type(event) for event in registry.expire(2.6)] == [NodeSilent]
+    assert not registry.healthy(node)
+    assert registry.expire(2.7) == []  # told once
+    registry.pong("d-1", pong(entry()), 3.0)
+    assert registry.healthy(node)
+
+
+def test_a_lost_link_makes_a_node_silent_at_once(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry(), 0.0)
+    assert registry.link_lost("d-1", "reset") == [NodeSilent(entry(), "reset")]
+    assert registry.usable() == []
+    assert registry.link_lost("unknown", "reset") == []
+
+
+def test_another_incarnation_at_the_url_is_a_restart(registry: NodeRegistry, entry: Entry) -> None:
+    old, new = entry(), entry(incarnation="d-2")
+    join(registry, old, 0.0, "p-1")
+    assert registry.register(new, 1.0) == [NodeRestarted(old, new)]
+    node = registry.at_url("http://d")
+    assert node is not None
+    assert (node.incarnation, node.ready_peers, registry.healthy(node)) == ("d-2", frozenset(), False)
+    assert registry.register(old, 1.1) == []  # a late registration of the one before
+    assert registry.get("d-1") is None
+
+
+def test_a_restart_is_seen_by_a_pong_too(registry: NodeRegistry, entry: Entry) -> None:
+    old, new = entry(), entry(incarnation="d-2")
+    join(registry, old, 0.0)
+    assert registry.pong("d-1", pong(new), 1.0) == [NodeRestarted(old, new)]
+
+
+def test_another_node_may_answer_at_the_address(registry: NodeRegistry, entry: Entry) -> None:
+    old, other = entry(), entry(name="e")
+    join(registry, old, 0.0)
+    assert registry.pong("d-1", pong(other), 1.0) == [
+        NodeLost(old, "its address is another node's now"),
+        NodeJoined(other),
+    ]
+
+
+def test_what_a_node_serves_is_learned_from_its_pongs(registry: NodeRegistry, entry: Entry) -> None:
+    old, new = entry(), entry(weight_version="v2")
+    join(registry, old, 0.0)
+    assert registry.pong("d-1", pong(new), 1.0) == [NodeChanged(old, new)]
+    assert registry.register(old, 1.5) == []  # its front has not heard yet
+    node = registry.get("d-1")
+    assert node is not None
+    assert node.entry == new
+
+
+def test_a_removed_node_stays_out_until_registered_by_hand(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry(), 0.0)
+    assert registry.remove("http://d") == [NodeLost(entry(), "removed by an operator")]
+    assert registry.remove("http://d") == []
+    assert registry.register(entry(), 1.0) == []
+    assert registry.was_removed("d-1")
+    assert registry.register(entry(), 2.0, by_hand=True) == [NodeJoined(entry())]
+
+
+def test_the_routers_own_stall_is_nobodys_fault(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry(), 0.0)
+    registry.excuse(30.0)
+    assert registry.expire(31.0) == []
+
+
+@pytest.mark.parametrize(
+    ("prefill_changes", "peers", "is_ready"),
+    [
+        ({}, ("p-1",), True),
+        ({}, (), False),
+        ({"weight_version": "v2"}, ("p-1",), False),
+        ({"model_fingerprint": "other"}, ("p-1",), False),
+        ({"model_name": "other"}, ("p-1",), False),
+    ],
+    ids=["ready", "not connected", "weights differ", "fingerprints differ", "models differ"],
+)
+def test_ready_pairs(
+    registry: NodeRegistry,
+    entry: Entry,
+    prefill_changes: dict[str, str],
+    peers: tuple[str, ...],
+    is_ready: bool,
+) -> None:
+    join(registry, entry("prefill", "p", **prefill_changes), 0.0)
+    join(registry, entry(), 0.0, *peers)
+    assert bool(registry.ready_pairs()) is is_ready
+
+
+def test_a_draining_node_gets_no_new_work(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry("prefill", "p"), 0.0)
+    join(registry, entry(), 0.0, "p-1")
+    registry.pong("d-1", pong(entry(), "p-1", draining=True), 0.5)
+    assert registry.ready_pairs() == []
+    assert registry.explain_no_pair() == "every decode node is draining"
+
+
+def test_a_colocated_decode_node_pairs_with_itself(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry(colocated=True), 0.0)
+    assert [(p.incarnation, d.incarnation) for p, d in registry.ready_pairs()] == [("d-1", "d-1")]
+
+
+def test_not_connected_holds_until_the_next_pong(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry("prefill", "p"), 0.0)
+    join(registry, entry(), 0.0, "p-1")
+    registry.not_connected("p-1", "d-1")
+    assert registry.ready_pairs() == []
+    registry.pong("d-1", pong(entry(), "p-1"), 1.0)
+    assert len(registry.ready_pairs()) == 1
+
+
+def test_what_is_missing_is_said(registry: NodeRegistry, entry: Entry) -> None:
+    assert registry.explain_no_pair() == "no decode node is registered"
+    registry.register(entry(), 0.0)
+    assert registry.explain_no_pair() == "no prefill node is registered"
+    registry.register(entry("prefill", "p"), 0.0)
+    assert registry.explain_no_pair() == "no decode node answers"
+    registry.pong("d-1", pong(entry()), 0.0)
+    assert registry.explain_no_pair() == "no prefill node answers"
+    registry.pong("p-1", pong(entry("prefill", "p")), 0.0)
+    assert registry.explain_no_pair() == "no decode node has connected to a prefill node yet"
+    registry.pong("d-1", pong(entry(), refused={"http://p": "page size 16, here 32"}), 0.0)
+    assert registry.explain_no_pair() == "http://d refuses http://p: page size 16, here 32"
+    registry.pong("d-1", pong(entry(weight_version="v2")), 0.0)
+    assert registry.explain_no_pair() == "nodes serve different weight versions: v1, v2"

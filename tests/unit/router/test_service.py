@@ -1,0 +1,647 @@
+"""The whole router over fake nodes. Nothing here asserts how long anything takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pdserve.api.generation import GenerateSpec, Generation
+from pdserve.messages.node import (
+    AttemptFailed,
+    FailureCode,
+    Finish,
+    GenerateRequest,
+    NodeEntry,
+    NodeLoad,
+    TokenOutput,
+    TokenOutputs,
+)
+from pdserve.messages.sampling import SamplingParams
+from pdserve.runtime.errors import RequestError
+
+Spec = Callable[..., GenerateSpec]
+Expected = Callable[[tuple[int, ...], int, int], list[int]]
+Bench = Any  # of conftest.py, which pytest's importlib mode does not let tests import
+
+
+async def read(generation: Generation) -> dict[int, list[int]]:
+    """All token ids by choice; every choice must end exactly once."""
+    ids: dict[int, list[int]] = {}
+    ended: list[int] = []
+    async with asyncio.timeout(20):
+        async for delta in generation:
+            assert delta.choice not in ended
+            ids.setdefault(delta.choice, []).extend(delta.token_ids)
+            if delta.finish_reason is not None:
+                ended.append(delta.choice)
+    return ids
+
+
+async def small_cluster(bench: Bench, **options: object) -> tuple[Any, Any]:
+    prefill, decode = bench.prefill(), bench.decode()
+    await bench.start(**options)
+    await bench.ready()
+    return prefill, decode
+
+
+async def large_cluster(bench: Bench, **options: object) -> list[Any]:
+    """Two of each: prefill p and q, decode d and e."""
+    nodes = [bench.prefill("p"), bench.prefill("q")]
+    nodes += [bench.decode(name, peers=("p-1", "q-1")) for name in "de"]
+    await bench.start(**options)
+    await bench.ready(4)
+    return nodes
+
+
+# ---- answers --------------------------------------------------------------------------------------------
+
+
+async def test_a_request_goes_to_the_decode_node_alone_and_streams(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    prefill, decode = await small_cluster(bench)
+    generation = await bench.service.generate(spec())
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert generation.info.num_attempts == 1
+    assert generation.info.weight_version == "v1"
+    assert [span.name for span in generation.info.spans] == ["queue"]
+    assert [(r.prefill_incarnation, r.choices, r.stream_interval) for r in decode.requests()] == [
+        ("p-1", (0,), 1)
+    ]
+    assert prefill.requests() == []
+    assert bench.service.counters.requests == {"finished": 1}
+    assert bench.service.counters.attempts == {"ok": 1}
+
+
+async def test_choices_come_each_with_its_own_tokens(bench: Bench, spec: Spec, expected: Expected) -> None:
+    await small_cluster(bench)
+    generation = await bench.service.generate(spec(num_choices=3))
+    assert await read(generation) == {choice: expected((1, 2, 3), choice, 8) for choice in range(3)}
+
+
+async def test_many_requests_at_once(bench: Bench, spec: Spec, expected: Expected) -> None:
+    nodes = await large_cluster(bench)
+
+    async def one(i: int) -> None:
+        generation = await bench.service.generate(spec(f"r{i}", prompt=(i, i + 1), max_tokens=20))
+        assert await read(generation) == {0: expected((i, i + 1), 0, 20)}
+
+    await asyncio.gather(*(one(i) for i in range(100)))
+    assert all(node.requests() for node in nodes if node.entry.role == "decode")
+
+
+async def test_a_colocated_decode_node_needs_no_prefill_node(
+    bench: Bench, spec: Spec, entry: Callable[..., NodeEntry], expected: Expected
+) -> None:
+    decode = bench.decode(peers=())
+    decode.entry = entry(colocated=True)
+    await bench.start()
+    await bench.ready(1)
+    assert await read(await bench.service.generate(spec())) == {0: expected((1, 2, 3), 0, 8)}
+    assert decode.requests()[0].prefill_incarnation == ""
+
+
+async def test_prompts_with_a_common_prefix_go_to_the_same_prefill_node(bench: Bench, spec: Spec) -> None:
+    *_, decode, other = await large_cluster(bench)
+    prefix = tuple(range(40))
+    for i in range(6):
+        await read(await bench.service.generate(spec(f"r{i}", prompt=(*prefix, 100 + i), max_tokens=1)))
+    paired = {r.prefill_incarnation for node in (decode, other) for r in node.requests()}
+    assert len(paired) == 1
+
+
+async def test_an_id_in_use_is_refused(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 1
+    generation = await bench.service.generate(spec())
+    with pytest.raises(RequestError) as refused:
+        await bench.service.generate(spec())
+    assert refused.value.status == 409
+    generation.cancel()
+
+
+# ---- failures -------------------------------------------------------------------------------------------
+
+
+async def test_a_decode_node_lost_in_mid_stream_is_continued_elsewhere(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    *_, d, e = await large_cluster(bench)
+    d.tokens_per_attempt = e.tokens_per_attempt = 3
+    generation = await bench.service.generate(spec(max_tokens=8))
+    stream = aiter(generation)
+    ids = [token for _ in range(3) for token in (await anext(stream)).token_ids]
+    first, second = (d, e) if d.requests() else (e, d)
+    second.tokens_per_attempt = None
+    first.die()
+    ids += [token async for delta in stream for token in delta.token_ids]
+    assert ids == expected((1, 2, 3), 0, 8)
+    assert second.requests()[0].output_ids == tuple(ids[:3])
+    assert second.requests()[0].prefill_incarnation != first.requests()[0].prefill_incarnation
+    assert generation.info.num_attempts == 2
+    assert bench.service.counters.attempts == {"peer_lost": 1, "ok": 1}
+
+
+async def test_a_frozen_decode_node_is_suspected_and_told_to_stop(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    *_, d, e = await large_cluster(bench, pong_timeout_s=0.05)
+    d.tokens_per_attempt = e.tokens_per_attempt = 3
+    generation = await bench.service.generate(spec(max_tokens=8))
+    first, second = (d, e) if d.requests() else (e, d)
+    second.tokens_per_attempt = None
+    first.answers_pings = False
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert [cancel.attempt for cancel in first.cancels()] == [1]
+    # It resumes and goes on where it was: nobody listens.
+    late = TokenOutput(request_id="r", attempt=1, choice=0, position=3, token_ids=(1,))
+    first.emit(TokenOutputs(outputs=(late,)))
+
+
+async def test_choices_of_a_lost_node_are_each_continued_alone(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    *_, d, e = await large_cluster(bench)
+    d.tokens_per_attempt = e.tokens_per_attempt = 2
+    generation = await bench.service.generate(spec(max_tokens=6, num_choices=3))
+    first, second = (d, e) if d.requests() else (e, d)
+    await bench.until(lambda: bench.service.counters.num_tokens == 6)
+    second.tokens_per_attempt = None
+    first.die()
+    assert await read(generation) == {choice: expected((1, 2, 3), choice, 6) for choice in range(3)}
+    assert sorted(request.choices for request in second.requests()) == [(0,), (1,), (2,)]
+
+
+async def test_the_only_decode_node_comes_back_as_another_incarnation(
+    bench: Bench, spec: Spec, entry: Callable[..., NodeEntry], expected: Expected
+) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 3
+    generation = await bench.service.generate(spec(max_tokens=8))
+    await bench.until(lambda: bench.service.counters.num_tokens == 3)
+    decode.die()
+    decode.alive, decode.tokens_per_attempt = True, None
+    decode.entry = entry(incarnation="d-2")
+    await bench.service.register_worker(decode.entry.url, decode.entry)
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+
+
+@pytest.mark.parametrize("code", ["busy", "version_skew", "not_ready"])
+async def test_what_costs_no_attempt_goes_on_until_it_works(
+    bench: Bench, spec: Spec, code: FailureCode, expected: Expected
+) -> None:
+    _, decode = await small_cluster(bench, busy_delay_s=0.001)
+    decode.fail_with = [code] * 6
+    generation = await bench.service.generate(spec())
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert bench.service.counters.attempts == {code: 6, "ok": 1}
+
+
+async def test_three_failures_fail_the_request(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.fail_with = ["transfer_failed"] * 3
+    generation = await bench.service.generate(spec())
+    with pytest.raises(RequestError, match="scripted transfer_failed") as error:
+        await read(generation)
+    assert error.value.status == 503
+    assert len(decode.requests()) == 3
+    assert bench.service.counters.requests == {"failed": 1}
+
+
+async def test_a_request_that_can_never_be_served_is_the_clients_mistake(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.fail_with = ["invalid"]
+    with pytest.raises(RequestError) as error:
+        await read(await bench.service.generate(spec()))
+    assert error.value.status == 400
+    assert len(decode.requests()) == 1
+
+
+async def test_a_gap_is_asked_for_again(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 0
+    generation = await bench.service.generate(spec(max_tokens=4))
+
+    def emit(position: int, *ids: int, finish: Finish | None = None) -> None:
+        output = TokenOutput(
+            request_id="r", attempt=1, choice=0, position=position, token_ids=ids, finish=finish
+        )
+        decode.emit(TokenOutputs(outputs=(output,)))
+
+    emit(0, 10)
+    emit(2, 12)  # position 1 got lost
+    emit(3, 13, finish=Finish(reason="length"))
+    assert [(resend.choice, resend.position) for resend in decode.resends()] == [(0, 1)]
+    emit(1, 11, 12, 13, finish=Finish(reason="length"))
+    emit(1, 11, 12, 13, finish=Finish(reason="length"))
+    assert await read(generation) == {0: [10, 11, 12, 13]}
+
+
+async def test_a_retry_waits_for_the_weights_it_began_with(
+    bench: Bench, spec: Spec, entry: Callable[..., NodeEntry]
+) -> None:
+    """A mixed answer is worse than none."""
+    prefill, decode = await small_cluster(bench, no_pair_timeout_s=0.05)
+    decode.tokens_per_attempt = 2
+    generation = await bench.service.generate(spec())
+    await bench.until(lambda: bench.service.counters.num_tokens == 2)
+    prefill.entry = entry("prefill", "p", weight_version="v2")
+    decode.entry = entry(weight_version="v2")
+    await bench.until(lambda: bench.service.weight_version() == "v2" and bench.service.readiness()[0])
+    decode.emit(
+        AttemptFailed(
+            request_id="r", attempt=1, code="version_skew", reason="weights changed", retriable=True
+        )
+    )
+    with pytest.raises(RequestError, match="no pair of nodes serves weight version v1 any more"):
+        await read(generation)
+
+
+# ---- the reader -----------------------------------------------------------------------------------------
+
+
+async def test_cancel_releases_decode_and_is_idempotent(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 1
+    generation = await bench.service.generate(spec())
+    generation.cancel()
+    generation.cancel()
+    assert [(cancel.attempt, cancel.choices) for cancel in decode.cancels()] == [(1, ())]
+    assert bench.service.num_running == 0
+    assert bench.service.counters.requests == {"cancelled": 1}
+
+
+async def test_a_reader_that_leaves_its_loop_cancels(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 1
+    stream = aiter(await bench.service.generate(spec()))
+    await anext(stream)
+    await stream.aclose()
+    assert len(decode.cancels()) == 1
+
+
+async def test_a_client_that_leaves_the_queue_is_never_dispatched(bench: Bench, spec: Spec) -> None:
+    await bench.start()
+    waiting = asyncio.create_task(bench.service.generate(spec()))
+    await bench.until(lambda: bench.service._queue.num_new == 1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert len(bench.service._queue) == 0
+
+
+async def test_a_stopped_choice_is_cancelled_and_the_others_go_on(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    _, decode = await small_cluster(bench)
+    generation = await bench.service.generate(spec(num_choices=2, max_tokens=30))
+    ids: list[int] = []
+    async for delta in generation:
+        if delta.choice == 0:
+            generation.stop_choice(0)
+            generation.stop_choice(0)
+        else:
+            ids.extend(delta.token_ids)
+    assert ids == expected((1, 2, 3), 1, 30)
+    assert [cancel.choices for cancel in decode.cancels()] == [(0,)]
+
+
+async def test_stopping_the_last_choice_ends_the_request(bench: Bench, spec: Spec) -> None:
+    await small_cluster(bench)
+    generation = await bench.service.generate(spec(max_tokens=1000))
+    async for _ in generation:
+        generation.stop_choice(0)
+    assert bench.service.counters.requests == {"finished": 1}
+
+
+# ---- admission ------------------------------------------------------------------------------------------
+
+
+async def test_a_full_queue_is_429(bench: Bench, spec: Spec) -> None:
+    await bench.start(max_queued_requests=2)
+    waiting = [asyncio.create_task(bench.service.generate(spec(f"r{i}"))) for i in range(2)]
+    await bench.until(lambda: bench.service._queue.num_new == 2)
+    with pytest.raises(RequestError) as refused:
+        await bench.service.generate(spec("more"))
+    assert refused.value.status == 429
+    assert refused.value.retry_after_s is not None
+    assert bench.service.counters.requests == {"refused": 1}
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        ((), "no decode node is registered"),
+        (("prefill",), "no decode node is registered"),
+        (("decode",), "no prefill node is registered"),
+        (("prefill", "decode"), "no decode node has connected to a prefill node yet"),
+    ],
+)
+async def test_without_a_ready_pair_it_is_503_that_says_what_is_missing(
+    bench: Bench, spec: Spec, roles: tuple[str, ...], reason: str
+) -> None:
+    if "prefill" in roles:
+        bench.prefill()
+    if "decode" in roles:
+        bench.decode(peers=())
+    await bench.start(no_pair_timeout_s=0.1)
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    assert bench.service.readiness() == (False, reason)
+    with pytest.raises(RequestError, match=reason) as error:
+        await bench.service.generate(spec())
+    assert (error.value.status, error.value.retry_after_s) == (503, 0.1)
+
+
+async def test_a_request_waits_for_the_first_pair(bench: Bench, spec: Spec, expected: Expected) -> None:
+    await bench.start()
+    waiting = asyncio.create_task(bench.service.generate(spec()))
+    await bench.until(lambda: bench.service._queue.num_new == 1)
+    for node in (bench.prefill(), bench.decode()):
+        await bench.service.register_worker(node.entry.url, node.entry)
+    assert await read(await waiting) == {0: expected((1, 2, 3), 0, 8)}
+
+
+async def test_requests_wait_for_room_and_go_in_order(bench: Bench, spec: Spec, expected: Expected) -> None:
+    prefill, decode = bench.prefill(), bench.decode()
+    decode.load = NodeLoad(
+        num_total_pages=1000, num_free_pages=1000, page_size=4, max_running_requests=2
+    )  # and one more while those run
+    await bench.start()
+    await bench.ready()
+    generations = await asyncio.gather(
+        *(bench.service.generate(spec(f"r{i}", max_tokens=5)) for i in range(12))
+    )
+    for generation in generations:
+        assert await read(generation) == {0: expected((1, 2, 3), 0, 5)}
+    assert [request.request_id for request in decode.requests()] == [f"r{i}" for i in range(12)]
+    assert prefill.requests() == []
+
+
+async def test_gates_are_passed_when_nothing_moves(bench: Bench, spec: Spec, expected: Expected) -> None:
+    """A pong may go on saying that there is no room; only decode's answer counts."""
+    bench.prefill()
+    decode = bench.decode()
+    decode.load = NodeLoad(
+        num_total_pages=10, num_free_pages=0, page_size=4, num_running_reqs=9, max_running_requests=1
+    )
+    await bench.start(gate_patience_s=0.05)
+    await bench.ready()
+    assert await read(await bench.service.generate(spec())) == {0: expected((1, 2, 3), 0, 8)}
+
+
+async def test_a_deadline_in_the_queue_is_503_and_while_running_504(bench: Bench, spec: Spec) -> None:
+    await bench.start()
+    with pytest.raises(RequestError) as error:
+        await bench.service.generate(spec(timeout_s=0.05))
+    assert (error.value.status, error.value.code) == (503, "queue_timeout")
+    for node in (bench.prefill(), bench.decode()):
+        node.tokens_per_attempt = 1
+        await bench.service.register_worker(node.entry.url, node.entry)
+    await bench.ready()
+    with pytest.raises(RequestError) as error:
+        await read(await bench.service.generate(spec(timeout_s=0.05)))
+    assert (error.value.status, error.value.code) == (504, "deadline_exceeded")
+
+
+async def test_drain_lets_running_requests_end_and_refuses_new_ones(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    await small_cluster(bench)
+    generation = await bench.service.generate(spec())
+    drained = asyncio.create_task(bench.service.drain(10.0))
+    await asyncio.sleep(0)
+    with pytest.raises(RequestError) as refused:
+        await bench.service.generate(spec("late"))
+    assert refused.value.status == 503
+    assert bench.service.readiness() == (False, "the router is shutting down")
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert await drained
+
+
+async def test_what_does_not_end_in_time_is_failed_by_close(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 1
+    generation = await bench.service.generate(spec())
+    assert not await bench.service.drain(0.01)
+    await bench.service.close()
+    with pytest.raises(RequestError, match="shutting down"):
+        await read(generation)
+    assert len(decode.cancels()) == 1
+
+
+# ---- nodes ----------------------------------------------------------------------------------------------
+
+
+async def test_static_urls_are_polled_until_they_answer(bench: Bench, spec: Spec) -> None:
+    prefill = bench.prefill()
+    bench.decode()
+    prefill.alive = False
+    bench.static_urls = ("http://p", "http://d")
+    await bench.start()
+    await bench.until(lambda: len(bench.service.workers()) == 1)
+    prefill.alive = True
+    await bench.ready()
+
+
+async def test_every_node_is_told_of_every_node(bench: Bench) -> None:
+    nodes = await small_cluster(bench)
+    for node in nodes:
+        await bench.until(lambda node=node: len(node.rosters()[-1].nodes) == 2)
+
+
+async def test_a_dead_node_leaves_the_workers(bench: Bench) -> None:
+    _, decode = await small_cluster(bench, lease_s=0.1, pong_timeout_s=0.05)
+    decode.die()
+    worker = next(w for w in bench.service.workers() if w.entry.role == "decode")
+    assert not worker.healthy
+    await bench.until(lambda: len(bench.service.workers()) == 1)
+    assert bench.service.readiness() == (False, "no decode node is registered")
+
+
+async def test_a_node_whose_link_broke_is_connected_again(bench: Bench) -> None:
+    _, decode = await small_cluster(bench)
+    decode.links[0].reset("connection lost")
+    assert not bench.service.readiness()[0]
+    await bench.ready()
+
+
+async def test_a_draining_node_gets_no_new_work(bench: Bench, spec: Spec) -> None:
+    *_, d, e = await large_cluster(bench)
+    d.draining = True
+    await bench.ready(3)
+    for i in range(4):
+        await read(await bench.service.generate(spec(f"r{i}", max_tokens=1)))
+    assert (len(d.requests()), len(e.requests())) == (0, 4)
+
+
+async def test_an_operator_removes_a_node_and_names_it_again(bench: Bench) -> None:
+    _, decode = await small_cluster(bench)
+    assert (await bench.service.remove_worker("http://d")).success
+    assert not (await bench.service.remove_worker("http://d")).success
+    assert not (await bench.service.register_worker("http://d", decode.entry)).success
+    assert (await bench.service.register_worker("http://d", None)).success
+    await bench.ready()
+    reply = await bench.service.register_worker("http://nowhere", None)
+    assert (reply.success, "does not answer" in reply.message) == (False, True)
+
+
+# ---- admin ----------------------------------------------------------------------------------------------
+
+
+async def test_flush_asks_every_node(bench: Bench) -> None:
+    nodes = await small_cluster(bench)
+    reply = await bench.service.flush_cache(3.0)
+    assert reply.success
+    assert all("flush 3" in node.calls for node in nodes)
+    assert "http://p: flushed" in reply.message
+
+
+async def test_flush_without_nodes_is_no_success(bench: Bench) -> None:
+    await bench.start()
+    assert not (await bench.service.flush_cache(0.0)).success
+
+
+async def test_abort_ends_a_request_by_its_exact_id(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 1
+    generations = [await bench.service.generate(spec(name)) for name in ("r", "r2")]
+    assert not (await bench.service.abort_requests("unknown", False)).success
+    assert (await bench.service.abort_requests("r", False)).success
+    deltas = [delta async for delta in generations[0]]
+    assert deltas[-1].finish_reason == "abort"
+    assert [cancel.request_id for cancel in decode.cancels()] == ["r"]
+    assert (await bench.service.abort_requests("", True)).success
+    assert [delta.finish_reason async for delta in generations[1]][-1] == "abort"
+    assert "abort True" in decode.calls
+
+
+async def test_weights_are_updated_everywhere_between_requests(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 3
+    running = await bench.service.generate(spec())
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2"))
+    await bench.until(lambda: bench.service._queue.held)
+    late = asyncio.create_task(bench.service.generate(spec("late")))
+    await bench.until(lambda: bench.service._queue.num_new == 1)
+    assert not any(call.startswith("prepare") for call in decode.calls)
+    assert (await bench.service.update_weights_from_disk("/other", None)).success is False
+
+    decode.tokens_per_attempt = None  # the running one may end, on the old weights, by a new attempt
+    decode.emit(
+        AttemptFailed(request_id="r", attempt=1, code="transfer_failed", reason="lost", retriable=True)
+    )
+    assert await read(running) == {0: expected((1, 2, 3), 0, 8)}
+    reply = await update
+    assert (reply.success, reply.message) == (True, "2 nodes serve weight version v2")
+    generation = await late
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert (running.info.weight_version, generation.info.weight_version) == ("v1", "v2")
+    assert bench.service.weight_version() == "v2"
+    for node in (prefill, decode):
+        assert [call for call in node.calls if call.startswith(("prepare", "commit", "discard"))] == [
+            "prepare /new v2",
+            "commit",
+        ]
+
+
+async def test_weights_that_one_node_refuses_are_taken_by_none(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    prefill, decode = await small_cluster(bench)
+    prefill.prepare_reply = "hidden_size 512, here 256"
+    reply = await bench.service.update_weights_from_disk("/new", None)
+    assert not reply.success
+    assert reply.message == "the old weights serve on; http://p: hidden_size 512, here 256"
+    assert all("discard" in node.calls and "commit" not in node.calls for node in (prefill, decode))
+    generation = await bench.service.generate(spec())
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert generation.info.weight_version == "v1"
+
+
+async def test_weights_have_a_version_of_their_own_each_time(bench: Bench) -> None:
+    await small_cluster(bench)
+    versions = []
+    for _ in range(2):
+        assert (await bench.service.update_weights_from_disk("/models/step", None)).success
+        versions.append(bench.service.weight_version())
+    assert versions[0].startswith("step@")
+    assert versions[0] != versions[1]
+
+
+async def test_weights_are_not_updated_while_a_request_does_not_end(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench, weight_drain_s=0.05)
+    decode.tokens_per_attempt = 1
+    generation = await bench.service.generate(spec())
+    reply = await bench.service.update_weights_from_disk("/new", None)
+    assert (reply.success, reply.message) == (False, "1 requests were still running; nothing was changed")
+    assert not bench.service._queue.held
+    generation.cancel()
+
+
+async def test_weights_are_not_updated_around_a_silent_node(bench: Bench) -> None:
+    _, decode = await small_cluster(bench)
+    decode.die()
+    reply = await bench.service.update_weights_from_disk("/new", None)
+    assert (reply.success, reply.message) == (False, "these nodes do not answer: http://d")
+
+
+async def test_where_a_request_is(bench: Bench, spec: Spec) -> None:
+    await bench.start()
+    assert await bench.service.request_state("r") is None
+    waiting = asyncio.create_task(bench.service.generate(spec()))
+    await bench.until(lambda: bench.service._queue.num_new == 1)
+    state = await bench.service.request_state("r")
+    assert (state["state"], state["waits_for"]) == ("queued", "a ready pair of nodes")
+    prefill, decode = bench.prefill(), bench.decode()
+    decode.tokens_per_attempt = 0
+    for node in (prefill, decode):
+        await bench.service.register_worker(node.entry.url, node.entry)
+    generation = await waiting
+    state = await bench.service.request_state("r")
+    assert (state["state"], state["waits_for"]) == ("dispatched", "the first token from http://d")
+    assert state["choices"][0]["prefill"] == "http://p"
+    assert state["nodes"]["http://d"]["state"] == "running"
+    output = TokenOutput(request_id="r", attempt=1, choice=0, position=0, token_ids=(7,))
+    decode.emit(TokenOutputs(outputs=(output,)))
+    state = await bench.service.request_state("r")
+    assert (state["state"], state["choices"][0]["num_tokens"]) == ("streaming", 1)
+    generation.cancel()
+    state = await bench.service.request_state("r")
+    assert state["state"] == "not of this router"
+
+
+async def test_server_info_gathers_the_nodes(bench: Bench) -> None:
+    await small_cluster(bench)
+    info = await bench.service.server_info()
+    assert [node["url"] for node in info["prefill"]] == ["http://p"]
+    assert info["decode"][0]["config"] == {"port": 1}
+    assert info["decode"][0]["internal_states"][0]["num_total_pages"] == 1000
+    assert info["router"]["max_attempts"] == 3
+
+
+async def test_metrics_count_what_happened(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.fail_with = ["busy"]
+    await read(await bench.service.generate(spec()))
+    text = await bench.service.metrics_text()
+    assert 'pd_router_attempts_total{code="busy",model_name="model",role="router"} 1.0' in text
+    assert 'pd_router_requests_total{model_name="model",outcome="finished",role="router"} 1.0' in text
+    assert 'pd_router_workers{model_name="model",role="decode",state="ready"} 1.0' in text
+    assert 'pd_router_tokens_total{model_name="model",role="router"} 8.0' in text
+
+
+async def test_unstreamed_requests_come_in_larger_pieces(bench: Bench) -> None:
+    _, decode = await small_cluster(bench)
+    spec = GenerateSpec(request_id="r", prompt_ids=(1,), sampling=SamplingParams(max_tokens=2))
+    await read(await bench.service.generate(spec))
+    request = decode.requests()[0]
+    assert isinstance(request, GenerateRequest)
+    assert request.stream_interval == 16

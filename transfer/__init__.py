@@ -1,0 +1,1 @@
+"""The hand-off: room state machines, copy plans, peers and backends."""

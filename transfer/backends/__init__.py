@@ -1,0 +1,27 @@
+"""Transfer backends: one small protocol, one file each."""
+
+from __future__ import annotations
+
+from ...runtime.errors import StartupError
+from .base import TransferBackend
+
+TRANSPORTS = {"shm": ("shm",), "mooncake": ("tcp", "rdma")}
+
+
+def create_backend(name: str, transport: str, host: str, ib_device: str = "") -> TransferBackend:
+    """The backend that was asked for, on the transport that was asked for, or StartupError.
+
+    `host` is the address by which peers reach this node; `ib_device` a comma-separated choice of RDMA
+    devices, all when empty.
+    """
+    if name not in TRANSPORTS:
+        raise StartupError(f"no transfer backend {name!r}; there are {', '.join(TRANSPORTS)}")
+    if transport not in TRANSPORTS[name]:
+        raise StartupError(f"transfer backend {name} has no transport {transport!r}, only {TRANSPORTS[name]}")
+    if name == "shm":
+        from .shm import ShmBackend
+
+        return ShmBackend()
+    from .mooncake import MooncakeBackend
+
+    return MooncakeBackend(transport, host, ib_device)

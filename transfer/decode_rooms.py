@@ -1,0 +1,583 @@
+"""Decode's side of the hand-off: prefill peers, epochs, rooms, and the quarantine of pages.
+
+Life cycle of a peer (a prefill node, known by the address of its control socket):
+
+    waiting ─retry─> connecting ─welcome─> ready
+       ^                │ refused, silence, link down
+       └────────────────┴──────────────────────┘      every connect is a new epoch on a new socket
+
+Life cycle of a room:
+
+    open ─HandoffDone─> complete             its pages are the request's own
+      ├─RoomBusy─> ended, pages free         nothing was written
+      └─RoomFailed, abort, deadline, peer lost─> draining ─Drained(clean)─> released
+                                                    └─Drained(failed), or death proven─> settling ─> released
+
+Pages of a draining or settling room are quarantined. No timeout ends `draining`: only the peer's own word,
+or the proof that the peer is dead. `settling` counts the time that this loop was awake, not the wall clock:
+when this process is frozen, bytes wait with it, and land when it goes on.
+
+A state machine without I/O, as PrefillRooms is.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import assert_never
+
+from ..messages.node import FailureCode
+from ..messages.peer import (
+    AbortRoom,
+    ContactPing,
+    ContactPong,
+    Drained,
+    FirstToken,
+    HandoffDone,
+    MemoryRegion,
+    PeerHello,
+    PeerIdentity,
+    PeerPing,
+    PeerPong,
+    PeerRefused,
+    PeerToDecode,
+    PeerWelcome,
+    PrefillRequest,
+    RoomBusy,
+    RoomFailed,
+    RoomId,
+)
+from ..messages.sampling import SamplingParams
+from .actions import (
+    CloseLink,
+    DecodeAction,
+    FirstTokenArrived,
+    HandoffComplete,
+    OpenLink,
+    PagesReleased,
+    PeerLost,
+    PeerReady,
+    RoomEnded,
+    SendToPrefill,
+)
+
+PING_S = 1.0
+SILENCE_S = 2.0  # without a pong for so long, a peer is lost
+RETRY_S = 0.2
+MAX_RETRY_S = 2.0
+ABORT_S = 0.5
+MAX_ABORT_S = 4.0
+SETTLE_TICK_S = 0.25  # while pages settle, `tick` is due this often
+LATE_TICK_S = 0.25  # a tick this much after its due time means that this process was held
+
+
+class PeerState(enum.Enum):
+    WAITING = "waiting"
+    CONNECTING = "connecting"
+    READY = "ready"
+
+
+class RoomState(enum.Enum):
+    OPEN = "open"
+    DRAINING = "draining"
+    SETTLING = "settling"
+
+
+@dataclass(slots=True)
+class _Peer:
+    address: str
+    state: PeerState = PeerState.WAITING
+    epoch: int = -1
+    incarnation: str = ""  # of this epoch; known once ready
+    settle_s: float = 0.0
+    contact_s: float = 0.0
+    retry_at: float = 0.0
+    retry_s: float = RETRY_S
+    next_ping: float = 0.0
+    last_seq: int = 0
+    heard: float = 0.0
+    busy_until: float = 0.0
+    reason: str = ""  # why it is not ready
+    is_refused: bool = False
+
+    def silent_at(self) -> float:
+        return max(self.heard, self.busy_until) + SILENCE_S
+
+
+@dataclass(slots=True)
+class _Room:
+    room: RoomId
+    address: str
+    incarnation: str  # of the prefill node that may write
+    exposed: tuple[int, ...]
+    settle_s: float
+    deadline: float
+    state: RoomState = RoomState.OPEN
+    has_first_token: bool = False
+    next_abort: float = 0.0
+    abort_s: float = ABORT_S
+    settling_since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPeerView:
+    """One prefill peer, for people to look at."""
+
+    address: str
+    incarnation: str
+    state: PeerState
+    reason: str
+    is_refused: bool
+    contact_s: float
+    num_open_rooms: int
+    num_exposed_pages: int
+    num_quarantined_pages: int
+
+
+class DecodeRooms:
+    def __init__(self, identity: PeerIdentity, region: MemoryRegion, num_pages: int) -> None:
+        self._identity = identity
+        self._region = region
+        self._num_pages = num_pages
+        self._peers: dict[str, _Peer] = {}
+        self._rooms: dict[RoomId, _Room] = {}
+        self._last_epoch = 0
+        self._last_counter = 0
+        self._due = float("inf")
+
+    # ---- what the scheduler asks --------------------------------------------------------------------
+
+    def next_deadline(self) -> float:
+        """When `tick` is due at the latest; infinity while there is nothing to wait for.
+
+        To be late with it costs nothing but time: it is taken for a freeze, and counts begin again.
+        """
+        return self._due
+
+    def ready_peers(self) -> dict[str, str]:
+        """Incarnation -> address of the prefill nodes that may be used."""
+        return {peer.incarnation: peer.address for peer in self._peers.values() if _is_ready(peer)}
+
+    def ready_address(self, incarnation: str) -> str | None:
+        for peer in self._peers.values():
+            if _is_ready(peer) and peer.incarnation == incarnation:
+                return peer.address
+        return None
+
+    def may_expose(self, address: str, num_pages: int) -> bool:
+        """Whether `num_pages` more may be named to this prefill node: half of the pool, or one request.
+
+        What is in quarantine counts: one node that keeps failing can take no more than its half.
+        """
+        exposed = self.num_exposed_pages(address)
+        return exposed == 0 or exposed + num_pages <= self._num_pages // 2
+
+    def num_exposed_pages(self, address: str) -> int:
+        """Pages that this node may still write, those in quarantine included."""
+        return sum(len(room.exposed) for room in self._rooms.values() if room.address == address)
+
+    @property
+    def num_open_rooms(self) -> int:
+        return sum(room.state is RoomState.OPEN for room in self._rooms.values())
+
+    @property
+    def num_quarantined_pages(self) -> int:
+        return sum(len(room.exposed) for room in self._rooms.values() if room.state is not RoomState.OPEN)
+
+    @property
+    def is_idle(self) -> bool:
+        """No room, open or in quarantine."""
+        return not self._rooms
+
+    def state_of(self, room_id: RoomId) -> RoomState | None:
+        room = self._rooms.get(room_id)
+        return None if room is None else room.state
+
+    def peers(self) -> list[PrefillPeerView]:
+        """Every peer, and every address that is no peer any more but still holds pages in quarantine."""
+        addresses = dict.fromkeys([*self._peers, *(room.address for room in self._rooms.values())])
+        return [self._view(address) for address in addresses]
+
+    # ---- peers --------------------------------------------------------------------------------------
+
+    def add_peer(self, address: str, now: float) -> list[DecodeAction]:
+        """A prefill node joined the cluster. Known ones are left alone."""
+        if address in self._peers:
+            return []
+        peer = self._peers[address] = _Peer(address)
+        return self._connect(peer, now)
+
+    def remove_peer(self, address: str, now: float) -> list[DecodeAction]:
+        """A prefill node left the cluster. What it may still write stays in quarantine."""
+        peer = self._peers.get(address)
+        if peer is None:
+            return []
+        actions = self._lose(peer, "removed from the cluster", now)
+        del self._peers[address]
+        return actions
+
+    def on_link_down(self, address: str, epoch: int, now: float) -> list[DecodeAction]:
+        """The socket of this epoch reports that the connection is gone."""
+        peer = self._peers.get(address)
+        if peer is None or peer.epoch != epoch:
+            return []
+        return self._lose(peer, "the connection was closed", now)
+
+    def set_identity(self, identity: PeerIdentity, reason: str, now: float) -> list[DecodeAction]:
+        """Other weights, or another incarnation: shake hands with every peer again."""
+        self._identity = identity
+        actions: list[DecodeAction] = []
+        for peer in self._peers.values():
+            actions += self._lose(peer, reason, now)
+            actions += self._connect(peer, now)
+        return actions
+
+    def peer_death_proven(self, incarnation: str, now: float) -> list[DecodeAction]:
+        """Every process of this prefill incarnation is known to be gone, or an operator says so.
+
+        What it sent before may be on its way, so its pages settle like those of a failed room.
+        """
+        actions: list[DecodeAction] = []
+        for peer in self._peers.values():
+            if peer.incarnation == incarnation:
+                actions += self._lose(peer, "its death is proven", now)
+        for room in [room for room in self._rooms.values() if room.incarnation == incarnation]:
+            actions += self._settle(room, now)
+        return actions
+
+    # ---- rooms --------------------------------------------------------------------------------------
+
+    @property
+    def next_room_id(self) -> RoomId:
+        """The room that the next `open_room` opens; its pages are reserved under this name before."""
+        return RoomId(self._identity.incarnation, self._last_counter + 1)
+
+    def open_room(
+        self,
+        address: str,
+        *,
+        request_id: str,
+        attempt: int,
+        prompt_ids: tuple[int, ...],
+        output_ids: tuple[int, ...],
+        choices: tuple[int, ...],
+        sampling: SamplingParams,
+        dest_pages: tuple[int, ...],
+        num_cached_tokens: int,
+        deadline_s: float,
+        now: float,
+    ) -> tuple[RoomId, list[DecodeAction]]:
+        """Asks a ready peer to prefill into reserved pages.
+
+        From now on the pages behind the first `num_cached_tokens` are exposed. They come back by exactly one
+        of HandoffComplete, RoomEnded without quarantine, and PagesReleased.
+        """
+        peer = self._peers[address]
+        assert _is_ready(peer), f"{address} is not ready"
+        room_id = self.next_room_id
+        self._last_counter = room_id.counter
+        self._rooms[room_id] = _Room(
+            room=room_id,
+            address=address,
+            incarnation=peer.incarnation,
+            exposed=dest_pages[num_cached_tokens // self._identity.layout.page_size :],
+            settle_s=peer.settle_s,
+            deadline=now + deadline_s,
+        )
+        self._wake_by(now + deadline_s)
+        request = PrefillRequest(
+            room=room_id,
+            epoch=peer.epoch,
+            request_id=request_id,
+            attempt=attempt,
+            prompt_ids=prompt_ids,
+            output_ids=output_ids,
+            choices=choices,
+            sampling=sampling,
+            dest_pages=dest_pages,
+            num_cached_tokens=num_cached_tokens,
+            weight_version=self._identity.weight_version,
+            deadline_s=deadline_s,
+        )
+        return room_id, [SendToPrefill(address, request)]
+
+    def abort(self, room_id: RoomId, now: float) -> list[DecodeAction]:
+        """The request needs this room no more. Its pages come back by PagesReleased, unless it is over."""
+        room = self._rooms.get(room_id)
+        if room is None or room.state is not RoomState.OPEN:
+            return []
+        return self._drain(room, now)
+
+    def on_message(self, address: str, message: PeerToDecode, now: float) -> list[DecodeAction]:
+        """What a prefill node says. Anything of another epoch, or of a room that is over, is dropped."""
+        peer = self._peers.get(address)
+        if peer is None or peer.state is PeerState.WAITING or message.epoch != peer.epoch:
+            return []
+        peer.heard = max(peer.heard, now)
+        match message:
+            case ContactPing():
+                return [SendToPrefill(address, ContactPong(epoch=peer.epoch))]
+            case PeerWelcome():
+                return self._on_welcome(peer, message, now)
+            case PeerRefused():
+                return self._lose(peer, message.reason, now, is_refused=True)
+            case PeerPong():
+                peer.busy_until = now + message.busy_until_s
+                return []
+            case FirstToken() | HandoffDone() | RoomBusy() | RoomFailed() | Drained():
+                room = self._rooms.get(message.room)
+                # A later incarnation at the same address cannot speak for the one that may write.
+                if room is None or room.incarnation != peer.incarnation:
+                    return []
+                return self._on_room_message(room, message, now)
+            case _:
+                assert_never(message)
+
+    def tick(self, now: float) -> list[DecodeAction]:
+        """Does what is due. Feed received messages first: a held loop has unread pongs."""
+        if now < self._due:
+            return []
+        late_s = now - self._due
+        if late_s > LATE_TICK_S:
+            self._forgive(late_s, now)
+        actions: list[DecodeAction] = []
+        for peer in self._peers.values():
+            actions += self._tick_peer(peer, now)
+        for room in list(self._rooms.values()):
+            actions += self._tick_room(room, now)
+        self._due = min(
+            (
+                *(_peer_due(peer) for peer in self._peers.values()),
+                *(self._room_due(room, now) for room in self._rooms.values()),
+            ),
+            default=float("inf"),
+        )
+        return actions
+
+    # ---- peers, inside ------------------------------------------------------------------------------
+
+    def _connect(self, peer: _Peer, now: float) -> list[DecodeAction]:
+        self._last_epoch += 1
+        peer.state = PeerState.CONNECTING
+        peer.epoch = self._last_epoch
+        peer.heard = now
+        peer.busy_until = 0.0
+        peer.next_ping = now + PING_S
+        self._wake_by(peer.next_ping)
+        hello = PeerHello(
+            epoch=peer.epoch, identity=self._identity, region=self._region, num_pages=self._num_pages
+        )
+        return [OpenLink(peer.address, peer.epoch), SendToPrefill(peer.address, hello)]
+
+    def _on_welcome(self, peer: _Peer, welcome: PeerWelcome, now: float) -> list[DecodeAction]:
+        if peer.state is not PeerState.CONNECTING:
+            return []
+        peer.state = PeerState.READY
+        peer.incarnation = welcome.identity.incarnation
+        peer.settle_s = welcome.settle_s
+        peer.contact_s = welcome.contact_s
+        peer.retry_s = RETRY_S
+        peer.reason = ""
+        peer.is_refused = False
+        actions: list[DecodeAction] = [PeerReady(peer.address, peer.incarnation)]
+        for room in self._rooms.values():
+            # Rooms of earlier epochs whose end was not told: ask this epoch.
+            if room.state is RoomState.DRAINING and self._can_ask(room):
+                room.abort_s = ABORT_S
+                actions += self._send_abort(room, now)
+        return actions
+
+    def _lose(self, peer: _Peer, reason: str, now: float, *, is_refused: bool = False) -> list[DecodeAction]:
+        """Ends the epoch: its open rooms fail, and a new epoch is tried after a while."""
+        if peer.state is PeerState.WAITING:
+            return []
+        actions: list[DecodeAction] = []
+        was_ready, incarnation = _is_ready(peer), peer.incarnation
+        peer.state = PeerState.WAITING
+        peer.incarnation = ""
+        peer.reason = reason
+        peer.is_refused = is_refused
+        peer.retry_at = now + peer.retry_s
+        peer.retry_s = min(2 * peer.retry_s, MAX_RETRY_S)
+        self._wake_by(peer.retry_at)
+        for room in list(self._rooms.values()):
+            if room.address == peer.address and room.state is RoomState.OPEN:
+                actions += self._end(room, "peer_lost", f"prefill {peer.address}: {reason}", True, now)
+        if was_ready:
+            actions.append(PeerLost(peer.address, incarnation, reason))
+        actions.append(CloseLink(peer.address, peer.epoch))
+        return actions
+
+    def _tick_peer(self, peer: _Peer, now: float) -> list[DecodeAction]:
+        if peer.state is PeerState.WAITING:
+            return self._connect(peer, now) if now >= peer.retry_at else []
+        if now >= peer.silent_at():
+            return self._lose(peer, f"no answer for {now - peer.heard:.1f} s", now)
+        if now < peer.next_ping:
+            return []
+        peer.next_ping = now + PING_S
+        peer.last_seq += 1
+        return [SendToPrefill(peer.address, PeerPing(epoch=peer.epoch, seq=peer.last_seq))]
+
+    def _forgive(self, late_s: float, now: float) -> None:
+        """This process was held: peers were not silent meanwhile, and bytes may only now be landing."""
+        for peer in self._peers.values():
+            peer.heard += late_s
+        for room in self._rooms.values():
+            room.settling_since = now
+
+    # ---- rooms, inside ------------------------------------------------------------------------------
+
+    def _on_room_message(
+        self, room: _Room, message: FirstToken | HandoffDone | RoomBusy | RoomFailed | Drained, now: float
+    ) -> list[DecodeAction]:
+        match message:
+            case FirstToken():
+                if room.state is not RoomState.OPEN or room.has_first_token:
+                    return []
+                room.has_first_token = True
+                return [FirstTokenArrived(room.room, message)]
+            case HandoffDone():
+                return self._on_done(room, message, now)
+            case RoomBusy():
+                return self._on_busy(room)
+            case RoomFailed():
+                if room.state is not RoomState.OPEN:
+                    return []
+                # Drained follows by itself; an Abort asks for it only if it does not come.
+                return self._end(room, message.code, message.reason, message.retriable, now, ask=False)
+            case Drained():
+                return self._on_drained(room, message, now)
+            case _:
+                assert_never(message)
+
+    def _on_done(self, room: _Room, done: HandoffDone, now: float) -> list[DecodeAction]:
+        match room.state:
+            case RoomState.OPEN if room.has_first_token:
+                del self._rooms[room.room]
+                return [HandoffComplete(room.room, done)]
+            case RoomState.OPEN:
+                del self._rooms[room.room]
+                reason = "prefill ended the hand-off without a first token"
+                return [RoomEnded(room.room, "transfer_failed", reason, retriable=True, quarantined=False)]
+            case RoomState.DRAINING:
+                return self._release(room)
+            case RoomState.SETTLING:
+                return []
+            case _:
+                assert_never(room.state)
+
+    def _on_busy(self, room: _Room) -> list[DecodeAction]:
+        match room.state:
+            case RoomState.OPEN:
+                del self._rooms[room.room]
+                return [RoomEnded(room.room, "busy", "prefill's queue is full", True, quarantined=False)]
+            case RoomState.DRAINING:
+                return self._release(room)
+            case RoomState.SETTLING:
+                return []
+            case _:
+                assert_never(room.state)
+
+    def _on_drained(self, room: _Room, drained: Drained, now: float) -> list[DecodeAction]:
+        actions: list[DecodeAction] = []
+        if room.state is RoomState.OPEN:
+            reason = "prefill drained the room without a word"
+            actions += self._end(room, "transfer_failed", reason, True, now, ask=False)
+        if room.state is RoomState.SETTLING:
+            return actions
+        return actions + (self._release(room) if drained.clean else self._settle(room, now))
+
+    def _end(
+        self, room: _Room, code: FailureCode, reason: str, retriable: bool, now: float, *, ask: bool = True
+    ) -> list[DecodeAction]:
+        ended = RoomEnded(room.room, code, reason, retriable, quarantined=True)
+        return [ended, *self._drain(room, now, ask=ask)]
+
+    def _drain(self, room: _Room, now: float, *, ask: bool = True) -> list[DecodeAction]:
+        room.state = RoomState.DRAINING
+        if ask and self._can_ask(room):
+            return self._send_abort(room, now)
+        room.next_abort = now + room.abort_s
+        self._wake_by(room.next_abort)
+        return []
+
+    def _send_abort(self, room: _Room, now: float) -> list[DecodeAction]:
+        room.next_abort = now + room.abort_s
+        room.abort_s = min(2 * room.abort_s, MAX_ABORT_S)
+        self._wake_by(room.next_abort)
+        epoch = self._peers[room.address].epoch
+        return [SendToPrefill(room.address, AbortRoom(room=room.room, epoch=epoch))]
+
+    def _can_ask(self, room: _Room) -> bool:
+        """Whether the incarnation that may write this room's pages is there to be asked."""
+        peer = self._peers.get(room.address)
+        return peer is not None and _is_ready(peer) and peer.incarnation == room.incarnation
+
+    def _settle(self, room: _Room, now: float) -> list[DecodeAction]:
+        if room.settle_s == 0.0:
+            return self._release(room)
+        if room.state is not RoomState.SETTLING:
+            room.state = RoomState.SETTLING
+            room.settling_since = now
+            self._wake_by(now + SETTLE_TICK_S)
+        return []
+
+    def _release(self, room: _Room) -> list[DecodeAction]:
+        del self._rooms[room.room]
+        return [PagesReleased(room.room, room.exposed)]
+
+    def _tick_room(self, room: _Room, now: float) -> list[DecodeAction]:
+        match room.state:
+            case RoomState.OPEN:
+                if now < room.deadline:
+                    return []
+                return self._end(room, "deadline", "the hand-off is over its deadline", True, now)
+            case RoomState.DRAINING:
+                return self._send_abort(room, now) if now >= room.next_abort and self._can_ask(room) else []
+            case RoomState.SETTLING:
+                return self._release(room) if now - room.settling_since >= room.settle_s else []
+            case _:
+                assert_never(room.state)
+
+    def _room_due(self, room: _Room, now: float) -> float:
+        match room.state:
+            case RoomState.OPEN:
+                return room.deadline
+            case RoomState.DRAINING:
+                return room.next_abort if self._can_ask(room) else float("inf")
+            case RoomState.SETTLING:
+                return now + SETTLE_TICK_S
+            case _:
+                assert_never(room.state)
+
+    def _view(self, address: str) -> PrefillPeerView:
+        peer = self._peers.get(address) or _Peer(address, reason="removed from the cluster")
+        rooms = [room for room in self._rooms.values() if room.address == address]
+        held = [room for room in rooms if room.state is not RoomState.OPEN]
+        return PrefillPeerView(
+            address=address,
+            incarnation=peer.incarnation,
+            state=peer.state,
+            reason=peer.reason,
+            is_refused=peer.is_refused,
+            contact_s=peer.contact_s,
+            num_open_rooms=len(rooms) - len(held),
+            num_exposed_pages=sum(len(room.exposed) for room in rooms),
+            num_quarantined_pages=sum(
+                len(room.exposed) for room in rooms if room.state is not RoomState.OPEN
+            ),
+        )
+
+    def _wake_by(self, when: float) -> None:
+        self._due = min(self._due, when)
+
+
+def _is_ready(peer: _Peer) -> bool:
+    return peer.state is PeerState.READY
+
+
+def _peer_due(peer: _Peer) -> float:
+    if peer.state is PeerState.WAITING:
+        return peer.retry_at
+    return min(peer.next_ping, peer.silent_at())

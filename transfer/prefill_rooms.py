@@ -1,0 +1,569 @@
+"""Prefill's side of the hand-off: links, epochs and rooms.
+
+Life cycle of a link (one connection of a decode node; one epoch):
+
+    hello ─> refused                                   a mismatch; the link is forgotten
+          └> pinged ─pong─> meeting ─written─> ready   rooms may open
+                                    └failed─> refused
+    any state ─newer hello, silence, new identity─> ended: its rooms fail
+
+Life cycle of a room:
+
+    request ─> busy, skew or invalid: answered at once, nothing was written
+            └> open ─all pages written, first token sent─> done
+                    └abort, failure, deadline, end of epoch─> draining ─no write outstanding─> drained
+
+A state machine without I/O: `on_message`, `on_write_result` and `tick` take what happened and the time, and
+return actions for the loop. It names the writes; the backend reports by the same names.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from ..messages.node import FailureCode
+from ..messages.peer import (
+    AbortRoom,
+    ContactPing,
+    ContactPong,
+    Drained,
+    FirstToken,
+    HandoffDone,
+    MemoryRegion,
+    PeerHello,
+    PeerIdentity,
+    PeerPing,
+    PeerPong,
+    PeerRefused,
+    PeerToPrefill,
+    PeerWelcome,
+    PrefillRequest,
+    RoomBusy,
+    RoomFailed,
+    RoomId,
+    SampledFirstToken,
+)
+from ..messages.sampling import TokenLogprob
+from ..messages.timeline import Span
+from .actions import (
+    AdmitRoom,
+    CancelWrites,
+    DisconnectPeer,
+    MeetPeer,
+    PrefillAction,
+    ReleaseRoom,
+    SendToDecode,
+    SubmitWrite,
+)
+from .backends.base import WriteResult, WriteState
+from .compatibility import refusal
+from .copy_plan import MAX_RUN_BYTES, plan_runs
+
+SILENCE_S = 10.0  # a decode node that has not pinged for so long is gone; its rooms are a waste of work
+LATE_TICK_S = 0.25  # a tick this late means that the loop itself was held, not that a peer was silent
+
+
+class LinkState(enum.Enum):
+    PINGED = "pinged"
+    MEETING = "meeting"
+    READY = "ready"
+
+
+@dataclass(slots=True)
+class _Link:
+    link: bytes
+    hello: PeerHello
+    heard: float
+    state: LinkState = LinkState.PINGED
+    meeting_since: float = 0.0
+
+    @property
+    def incarnation(self) -> str:
+        return self.hello.identity.incarnation
+
+    @property
+    def epoch(self) -> int:
+        return self.hello.epoch
+
+
+@dataclass(slots=True)
+class _Decode:
+    """What outlives the epochs of one decode incarnation."""
+
+    mark: int = 0  # highest room counter seen; requests at or below it are old
+    epoch: int = -1  # highest epoch seen
+    link: _Link | None = None
+    met: MemoryRegion | None = None  # known to the backend
+
+
+@dataclass(slots=True)
+class _Room:
+    request: PrefillRequest
+    decode: _Decode
+    region: MemoryRegion
+    deadline: float
+    next_page: int  # index into dest_pages; those before it are submitted, or were held by decode
+    outstanding: set[int] = field(default_factory=set)
+    num_bytes: int = 0
+    first_submit: float | None = None
+    sent_first_token: bool = False
+    is_draining: bool = False
+    has_failed_write: bool = False
+
+
+@dataclass(slots=True)
+class PrefillRoomsStats:
+    """Totals since the start, for the metrics reporter."""
+
+    num_completed: int = 0
+    num_failed: int = 0
+    num_busy: int = 0
+    num_bytes: int = 0  # of completed rooms
+    transfer_s: float = 0.0  # first submission to last byte, summed over completed rooms
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePeerView:
+    """One link, for people to look at."""
+
+    incarnation: str
+    epoch: int
+    state: LinkState
+    num_rooms: int
+
+
+class PrefillRooms:
+    def __init__(
+        self,
+        identity: PeerIdentity,
+        *,
+        settle_s: float,
+        unix_minus_monotonic_s: float = 0.0,
+        max_run_bytes: int = MAX_RUN_BYTES,
+    ) -> None:
+        self.stats = PrefillRoomsStats()
+        self._identity = identity
+        self._settle_s = settle_s
+        self._unix_minus_monotonic_s = unix_minus_monotonic_s
+        self._max_run_bytes = max_run_bytes
+        self._links: dict[bytes, _Link] = {}
+        self._decodes: dict[str, _Decode] = {}  # by incarnation; one small entry per start of a decode node
+        self._rooms: dict[RoomId, _Room] = {}
+        self._meetings: dict[int, _Link] = {}  # handle of the first contact
+        self._room_of_write: dict[int, RoomId] = {}
+        self._last_handle = 0
+        self._busy_until = 0.0
+        self._due = float("inf")
+
+    # ---- what the scheduler asks --------------------------------------------------------------------
+
+    @property
+    def identity(self) -> PeerIdentity:
+        return self._identity
+
+    @property
+    def num_open_rooms(self) -> int:
+        return sum(not room.is_draining for room in self._rooms.values())
+
+    @property
+    def num_draining_rooms(self) -> int:
+        return sum(room.is_draining for room in self._rooms.values())
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._rooms
+
+    def is_open(self, room_id: RoomId) -> bool:
+        room = self._rooms.get(room_id)
+        return room is not None and not room.is_draining
+
+    def deadline_of(self, room_id: RoomId) -> float:
+        return self._rooms[room_id].deadline
+
+    def next_deadline(self) -> float:
+        """When `tick` is due at the latest; infinity while there is nothing to wait for."""
+        return self._due
+
+    def peers(self) -> list[DecodePeerView]:
+        return [
+            DecodePeerView(
+                incarnation=link.incarnation,
+                epoch=link.epoch,
+                state=link.state,
+                num_rooms=sum(room.decode.link is link for room in self._rooms.values()),
+            )
+            for link in self._links.values()
+        ]
+
+    # ---- control messages ---------------------------------------------------------------------------
+
+    def on_message(
+        self, link_id: bytes, message: PeerToPrefill, now: float, *, queue_has_room: bool
+    ) -> list[PrefillAction]:
+        if isinstance(message, PeerHello):
+            return self._on_hello(link_id, message, now)
+        link = self._links.get(link_id)
+        if link is None or link.epoch != message.epoch:
+            return self._on_stranger(link_id, message)
+        link.heard = now
+        match message:
+            case PeerPing():
+                return [self._pong(link, message.seq, now)]
+            case ContactPong():
+                return self._on_contact_pong(link, now)
+            case PrefillRequest():
+                return self._on_request(link, message, now, queue_has_room)
+            case AbortRoom():
+                return self._on_abort(link, message)
+            case _:
+                assert_never(message)
+
+    def _on_stranger(self, link_id: bytes, message: PeerToPrefill) -> list[PrefillAction]:
+        """A message of an ended epoch is dropped; a ping is told, so that its sender connects again."""
+        if not isinstance(message, PeerPing):
+            return []
+        reason = f"epoch {message.epoch} is over here; connect again"
+        return [SendToDecode(link_id, PeerRefused(epoch=message.epoch, reason=reason))]
+
+    def _on_hello(self, link_id: bytes, hello: PeerHello, now: float) -> list[PrefillAction]:
+        decode = self._decodes.setdefault(hello.identity.incarnation, _Decode())
+        if hello.epoch <= decode.epoch:
+            return []
+        decode.epoch = hello.epoch
+        actions: list[PrefillAction] = []
+        for old in (self._links.get(link_id), decode.link):
+            if old is not None:
+                actions += self._end_epoch(old, "peer_lost", f"epoch {hello.epoch} began")
+        reason = refusal(self._identity, hello)
+        if reason is not None:
+            actions.append(SendToDecode(link_id, PeerRefused(epoch=hello.epoch, reason=reason)))
+            return actions + self._disconnect_if_unused(decode)
+        decode.link = self._links[link_id] = _Link(link_id, hello, heard=now)
+        self._wake_by(now + SILENCE_S)
+        actions.append(SendToDecode(link_id, ContactPing(epoch=hello.epoch)))
+        return actions
+
+    def _on_contact_pong(self, link: _Link, now: float) -> list[PrefillAction]:
+        if link.state is not LinkState.PINGED:
+            return []
+        link.state = LinkState.MEETING
+        link.meeting_since = now
+        handle = self._new_handle()
+        self._meetings[handle] = link
+        self._decodes[link.incarnation].met = link.hello.region
+        return [MeetPeer(handle, link.hello.region)]
+
+    def _on_request(
+        self, link: _Link, request: PrefillRequest, now: float, queue_has_room: bool
+    ) -> list[PrefillAction]:
+        decode = self._decodes[link.incarnation]
+        room_id = request.room
+        if room_id.decode_incarnation != link.incarnation or room_id.counter <= decode.mark:
+            return []
+        decode.mark = room_id.counter
+        if link.state is not LinkState.READY:
+            return self._reject(link, request, "not_ready", f"the link is still {link.state.value}")
+        ours = self._identity.weight_version
+        if request.weight_version != ours:
+            reason = f"prefill serves weights {ours!r}, the request wants {request.weight_version!r}"
+            return self._reject(link, request, "version_skew", reason)
+        invalid = self._invalid(link, request)
+        if invalid is not None:
+            return self._reject(link, request, "invalid", invalid)
+        if not queue_has_room:
+            self.stats.num_busy += 1
+            return [SendToDecode(link.link, RoomBusy(room=room_id, epoch=link.epoch))]
+        deadline = now + request.deadline_s
+        self._rooms[room_id] = _Room(
+            request=request,
+            decode=decode,
+            region=link.hello.region,
+            deadline=deadline,
+            next_page=request.num_cached_tokens // self._identity.layout.page_size,
+        )
+        self._wake_by(deadline)
+        return [AdmitRoom(request)]
+
+    def _invalid(self, link: _Link, request: PrefillRequest) -> str | None:
+        page_size = self._identity.layout.page_size
+        num_tokens = len(request.prompt_ids) + len(request.output_ids)
+        num_pages = self._identity.layout.pages_for(num_tokens)
+        if not request.prompt_ids or not request.choices:
+            return "a request needs a prompt and a choice"
+        if len(request.dest_pages) != num_pages:
+            return f"{num_tokens} tokens need {num_pages} pages, {len(request.dest_pages)} were given"
+        if request.num_cached_tokens % page_size or not 0 <= request.num_cached_tokens <= num_tokens:
+            return f"{request.num_cached_tokens} cached tokens are no whole pages of the prompt"
+        if not all(0 <= page < link.hello.num_pages for page in request.dest_pages):
+            return f"a destination page lies outside of decode's {link.hello.num_pages} pages"
+        if len(set(request.dest_pages)) != num_pages:
+            return "a destination page is named twice"
+        return None
+
+    def _reject(
+        self, link: _Link, request: PrefillRequest, code: FailureCode, reason: str
+    ) -> list[PrefillAction]:
+        self.stats.num_failed += 1
+        room, epoch = request.room, link.epoch
+        failed = RoomFailed(room=room, epoch=epoch, reason=reason, code=code, retriable=code != "invalid")
+        return [
+            SendToDecode(link.link, failed),
+            SendToDecode(link.link, Drained(room=room, epoch=epoch, clean=True)),
+        ]
+
+    def _on_abort(self, link: _Link, abort: AbortRoom) -> list[PrefillAction]:
+        # A decode node that took a new incarnation still has rooms of the one before to ask about.
+        decode = self._decodes.setdefault(abort.room.decode_incarnation, _Decode())
+        if decode.link not in (None, link):
+            return []
+        decode.mark = max(decode.mark, abort.room.counter)
+        room = self._rooms.get(abort.room)
+        if room is None:
+            # It never came, or it is over and its end was lost on the way: what became of it is not known.
+            return [SendToDecode(link.link, Drained(room=abort.room, epoch=link.epoch, clean=False))]
+        return [] if room.is_draining else self._drain(room, "aborted by decode")
+
+    # ---- the scheduler's own events -----------------------------------------------------------------
+
+    def pages_ready(
+        self, room_id: RoomId, first_page: int, source_pages: Sequence[int], now: float
+    ) -> list[PrefillAction]:
+        """The pages from index `first_page` of the prompt on are computed: send those not sent before.
+
+        Pages that decode holds are skipped. No page may be left out: a gap is a ValueError. The last page of
+        the prompt is sent whole when it is only partly filled.
+        """
+        room = self._rooms.get(room_id)
+        if room is None or room.is_draining:
+            return []
+        if first_page > room.next_page:
+            raise ValueError(f"room {room_id}: page {room.next_page} was left out before page {first_page}")
+        end = first_page + len(source_pages)
+        if end > len(room.request.dest_pages):
+            raise ValueError(f"room {room_id}: page {end - 1} of {len(room.request.dest_pages)}")
+        if end <= room.next_page:
+            return []
+        runs = plan_runs(
+            source_pages[room.next_page - first_page :],
+            room.request.dest_pages[room.next_page : end],
+            self._identity.layout,
+            self._max_run_bytes,
+        )
+        room.next_page = end
+        if room.first_submit is None:
+            room.first_submit = now
+        actions: list[PrefillAction] = []
+        for run in runs:
+            handle = self._new_handle()
+            self._room_of_write[handle] = room_id
+            room.outstanding.add(handle)
+            room.num_bytes += run.num_bytes
+            actions.append(SubmitWrite(handle, room.region, run))
+        return actions
+
+    def first_token(
+        self,
+        room_id: RoomId,
+        tokens: tuple[SampledFirstToken, ...],
+        now: float,
+        *,
+        prompt_logprobs: tuple[TokenLogprob | None, ...] = (),
+        num_cached_tokens: int = 0,
+        spans: tuple[Span, ...] = (),
+    ) -> list[PrefillAction]:
+        """The first token of each choice is sampled: decode may stream it while pages are in flight."""
+        room = self._rooms.get(room_id)
+        if room is None or room.is_draining or room.sent_first_token:
+            return []
+        room.sent_first_token = True
+        link = self._link_of(room)
+        message = FirstToken(
+            room=room_id,
+            epoch=link.epoch,
+            tokens=tokens,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=num_cached_tokens,
+            spans=spans,
+        )
+        return [SendToDecode(link.link, message), *self._complete_if_done(room, now)]
+
+    def fail_room(
+        self, room_id: RoomId, code: FailureCode, reason: str, *, retriable: bool = True
+    ) -> list[PrefillAction]:
+        """The scheduler cannot go on with this room."""
+        room = self._rooms.get(room_id)
+        if room is None or room.is_draining:
+            return []
+        return self._fail(room, code, reason, retriable=retriable)
+
+    def fail_all(self, code: FailureCode, reason: str) -> list[PrefillAction]:
+        open_rooms = [room for room in self._rooms.values() if not room.is_draining]
+        return [action for room in open_rooms for action in self._fail(room, code, reason)]
+
+    def set_identity(self, identity: PeerIdentity, reason: str) -> list[PrefillAction]:
+        """Other weights, or another incarnation: every pair must shake hands again."""
+        self._identity = identity
+        actions: list[PrefillAction] = []
+        for link in list(self._links.values()):
+            for room in [room for room in self._rooms.values() if room.decode.link is link]:
+                if not room.is_draining:
+                    actions += self._fail(room, "version_skew", reason)
+            actions.append(SendToDecode(link.link, PeerRefused(epoch=link.epoch, reason=reason)))
+            actions += self._end_epoch(link, "version_skew", reason)
+        return actions
+
+    def announce_busy(self, until: float, now: float) -> list[PrefillAction]:
+        """The process will be held until then (a weight load, say): peers shall not suspect it."""
+        self._busy_until = until
+        return [self._pong(link, 0, now) for link in self._links.values()]
+
+    # ---- results of writes, and time ----------------------------------------------------------------
+
+    def on_write_result(self, result: WriteResult, now: float) -> list[PrefillAction]:
+        link = self._meetings.pop(result.handle, None)
+        if link is not None:
+            return self._on_met(link, result, now)
+        room = self._rooms[self._room_of_write.pop(result.handle)]
+        room.outstanding.discard(result.handle)
+        match result.state:
+            case WriteState.DONE:
+                pass
+            case WriteState.CANCELLED:
+                assert room.is_draining, "only a draining room's writes are cancelled"
+            case WriteState.FAILED:
+                room.has_failed_write = True
+                if not room.is_draining:
+                    return self._fail(room, "transfer_failed", result.reason)
+            case _:
+                assert_never(result.state)
+        return self._close_if_drained(room) if room.is_draining else self._complete_if_done(room, now)
+
+    def _on_met(self, link: _Link, result: WriteResult, now: float) -> list[PrefillAction]:
+        decode = self._decodes[link.incarnation]
+        if decode.link is not link:
+            return self._disconnect_if_unused(decode)
+        if result.state is WriteState.DONE:
+            link.state = LinkState.READY
+            welcome = PeerWelcome(
+                epoch=link.epoch,
+                identity=self._identity,
+                contact_s=now - link.meeting_since,
+                settle_s=self._settle_s,
+            )
+            return [SendToDecode(link.link, welcome)]
+        reason = f"the first contact failed: {result.reason}"
+        refused = SendToDecode(link.link, PeerRefused(epoch=link.epoch, reason=reason))
+        return [refused, *self._end_epoch(link, "transfer_failed", reason)]
+
+    def tick(self, now: float) -> list[PrefillAction]:
+        """Ends what has waited too long. Feed received messages first: a held loop has unread pings."""
+        if now < self._due:
+            return []
+        late_s = now - self._due
+        actions: list[PrefillAction] = []
+        for link in list(self._links.values()):
+            if late_s > LATE_TICK_S:
+                link.heard += late_s
+            if now - link.heard >= SILENCE_S:
+                reason = f"decode was silent for {now - link.heard:.0f} s"
+                actions += self._end_epoch(link, "peer_lost", reason)
+        for room in list(self._rooms.values()):
+            if now >= room.deadline and not room.is_draining:
+                actions += self._fail(
+                    room, "deadline", f"over its deadline on prefill by {now - room.deadline:.1f} s"
+                )
+        self._due = min(
+            (
+                *(link.heard + SILENCE_S for link in self._links.values()),
+                *(room.deadline for room in self._rooms.values() if not room.is_draining),
+            ),
+            default=float("inf"),
+        )
+        return actions
+
+    # ---- how things end -----------------------------------------------------------------------------
+
+    def _end_epoch(self, link: _Link, code: FailureCode, reason: str) -> list[PrefillAction]:
+        if self._links.get(link.link) is not link:
+            return []
+        del self._links[link.link]
+        decode = self._decodes[link.incarnation]
+        rooms = [room for room in self._rooms.values() if room.decode is decode and not room.is_draining]
+        decode.link = None  # so nothing is sent on it
+        actions = [action for room in rooms for action in self._fail(room, code, reason)]
+        return actions + self._disconnect_if_unused(decode)
+
+    def _fail(
+        self, room: _Room, code: FailureCode, reason: str, *, retriable: bool = True
+    ) -> list[PrefillAction]:
+        actions: list[PrefillAction] = []
+        link = room.decode.link
+        if link is not None:
+            failed = RoomFailed(
+                room=room.request.room, epoch=link.epoch, reason=reason, code=code, retriable=retriable
+            )
+            actions.append(SendToDecode(link.link, failed))
+        return actions + self._drain(room, reason)
+
+    def _drain(self, room: _Room, reason: str) -> list[PrefillAction]:
+        room.is_draining = True
+        self.stats.num_failed += 1
+        actions: list[PrefillAction] = [ReleaseRoom(room.request.room, completed=False, reason=reason)]
+        if room.outstanding:
+            actions.append(CancelWrites(tuple(sorted(room.outstanding))))
+        return actions + self._close_if_drained(room)
+
+    def _close_if_drained(self, room: _Room) -> list[PrefillAction]:
+        if room.outstanding:
+            return []
+        room_id = room.request.room
+        del self._rooms[room_id]
+        link = room.decode.link
+        if link is None:
+            return self._disconnect_if_unused(room.decode)
+        drained = Drained(room=room_id, epoch=link.epoch, clean=not room.has_failed_write)
+        return [SendToDecode(link.link, drained)]
+
+    def _complete_if_done(self, room: _Room, now: float) -> list[PrefillAction]:
+        has_all_pages = room.next_page == len(room.request.dest_pages)
+        if not has_all_pages or room.outstanding or not room.sent_first_token:
+            return []
+        room_id = room.request.room
+        del self._rooms[room_id]
+        started = now if room.first_submit is None else room.first_submit
+        self.stats.num_completed += 1
+        self.stats.num_bytes += room.num_bytes
+        self.stats.transfer_s += now - started
+        link = self._link_of(room)
+        span = Span("handoff", self._unix_minus_monotonic_s + started, now - started, room.num_bytes)
+        done = HandoffDone(room=room_id, epoch=link.epoch, num_bytes=room.num_bytes, spans=(span,))
+        return [SendToDecode(link.link, done), ReleaseRoom(room_id, completed=True)]
+
+    def _disconnect_if_unused(self, decode: _Decode) -> list[PrefillAction]:
+        region = decode.met
+        if region is None or decode.link is not None:
+            return []
+        if any(room.decode is decode for room in self._rooms.values()):
+            return []
+        if any(self._decodes[link.incarnation] is decode for link in self._meetings.values()):
+            return []
+        decode.met = None
+        return [DisconnectPeer(region)]
+
+    def _link_of(self, room: _Room) -> _Link:
+        assert room.decode.link is not None, "an open room's epoch is alive"
+        return room.decode.link
+
+    def _pong(self, link: _Link, seq: int, now: float) -> SendToDecode:
+        busy_until_s = max(0.0, self._busy_until - now)
+        return SendToDecode(link.link, PeerPong(epoch=link.epoch, seq=seq, busy_until_s=busy_until_s))
+
+    def _new_handle(self) -> int:
+        self._last_handle += 1
+        return self._last_handle
+
+    def _wake_by(self, when: float) -> None:
+        self._due = min(self._due, when)
