@@ -10,10 +10,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..messages.node import NodeEntry
+from ..messages.node import NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
-from .generation import AdminReply, ClusterAdmin, GenerateSpec, Generator, ModelCard, WorkerStatus
+from .generation import ClusterAdmin, GenerateSpec, Generator, ModelCard, WorkerStatus
 from .in_flight import InFlightRequests, new_request_id
 from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
 
@@ -70,9 +70,26 @@ def json_response(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-def reply_response(reply: AdminReply) -> Response:
-    """SGLang's form: 200 or 400, with the outcome in the body."""
-    return json_response({"success": reply.success, "message": reply.message}, 200 if reply.success else 400)
+def outcome(success: bool, message: str, *, failure_status: int = 400) -> Response:
+    """SGLang's form: the outcome in the body, beside its status."""
+    status = 200 if success else failure_status
+    return json_response({"success": success, "message": message}, status)
+
+
+def request_not_found(request_id: str) -> RequestError:
+    return RequestError(
+        f"No request {request_id!r} is in flight.",
+        status=404,
+        code="request_not_found",
+        error_type="not_found_error",
+    )
+
+
+async def read_abort(http: Request, limits: Limits) -> AbortRequest:
+    body = parse_request(parse_object(await read_body(http, limits)), AbortRequest, ABORT_RULES)
+    if not body.abort_all and not body.rid:
+        raise RequestError("Give `rid` or `abort_all`.", param="rid", code="missing_parameter")
+    return body
 
 
 def model_entry(card: ModelCard) -> ModelEntry:
@@ -105,11 +122,11 @@ def flush_timeout_s(http: Request) -> float:
     return timeout_s
 
 
-def worker_load(status: WorkerStatus) -> dict[str, Any]:
-    load = status.load
+def load_body(entry: NodeEntry, load: NodeLoad) -> dict[str, Any]:
+    """One node in /v1/loads and /get_load, with SGLang's names beside ours."""
     return {
-        "url": status.entry.url,
-        "role": status.entry.role,
+        "url": entry.url,
+        "role": entry.role,
         "dp_rank": 0,
         "num_reqs": load.num_running_reqs + load.num_waiting_reqs,
         "num_tokens": load.num_used_pages * load.page_size + load.num_queued_tokens,
@@ -168,7 +185,7 @@ class ClusterRoutes:
         started_s = time.perf_counter()
         try:
             generation = await self.generator.generate(spec)
-            async for _ in generation:
+            async for _token in generation:
                 pass
         except RequestError as error:
             raise RequestError(
@@ -209,11 +226,13 @@ class ClusterRoutes:
         return json_response({"weight_version": self.admin.weight_version()})
 
     async def load(self, _: Request) -> Response:
-        return json_response([worker_load(status) for status in self.admin.workers()])
+        return json_response(self._loads())
 
     async def loads(self, _: Request) -> Response:
-        loads = [worker_load(status) for status in self.admin.workers()]
-        return json_response({"timestamp": time.time(), "version": self.version, "loads": loads})
+        return json_response({"timestamp": time.time(), "version": self.version, "loads": self._loads()})
+
+    def _loads(self) -> list[dict[str, Any]]:
+        return [load_body(status.entry, status.load) for status in self.admin.workers()]
 
     async def metrics(self, _: Request) -> Response:
         return Response(await self.admin.metrics_text(), media_type=METRICS_MEDIA_TYPE)
@@ -229,12 +248,7 @@ class ClusterRoutes:
             if state is not None
         ]
         if not known:
-            raise RequestError(
-                f"No request {request_id!r} is in flight.",
-                status=404,
-                code="request_not_found",
-                error_type="not_found_error",
-            )
+            raise request_not_found(request_id)
         return json_response(known[0] if len(generation_ids) == 1 else {"requests": known})
 
     # ---- control --------------------------------------------------------------------------------
@@ -246,24 +260,22 @@ class ClusterRoutes:
     async def register_worker(self, http: Request) -> Response:
         raw = parse_object(await read_body(http, self.limits))
         body = parse_request(raw, RegisterRequest, REGISTER_RULES)
-        return reply_response(await self.admin.register_worker(body.url.rstrip("/"), body.entry))
+        reply = await self.admin.register_worker(body.url.rstrip("/"), body.entry)
+        return outcome(reply.success, reply.message)
 
     async def remove_worker(self, http: Request) -> Response:
         wanted = http.path_params["worker"].rstrip("/")
         urls = {status.entry.incarnation: status.entry.url for status in self.admin.workers()}
         reply = await self.admin.remove_worker(urls.get(wanted, wanted))
-        return json_response(
-            {"success": reply.success, "message": reply.message}, 200 if reply.success else 404
-        )
+        return outcome(reply.success, reply.message, failure_status=404)
 
     async def flush_cache(self, http: Request) -> Response:
-        return reply_response(await self.admin.flush_cache(flush_timeout_s(http)))
+        reply = await self.admin.flush_cache(flush_timeout_s(http))
+        return outcome(reply.success, reply.message)
 
     async def abort_request(self, http: Request) -> Response:
         """Idempotent: a request that is not there (any more) is no error."""
-        body = parse_request(parse_object(await read_body(http, self.limits)), AbortRequest, ABORT_RULES)
-        if not body.abort_all and not body.rid:
-            raise RequestError("Give `rid` or `abort_all`.", param="rid", code="missing_parameter")
+        body = await read_abort(http, self.limits)
         if body.abort_all:
             replies = [await self.admin.abort_requests("", True)]
         else:
@@ -280,4 +292,4 @@ class ClusterRoutes:
         if body.abort_all_requests:
             await self.admin.abort_requests("", True)
         reply = await self.admin.update_weights_from_disk(body.model_path, body.weight_version)
-        return reply_response(reply)
+        return outcome(reply.success, reply.message)

@@ -62,9 +62,8 @@ class ApiKeys:
         if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
             scheme, _, key = _header(scope, b"authorization").partition(" ")
             given = key.strip().encode()
-            if scheme.lower() != "bearer" or not any(
-                hmac.compare_digest(given, known) for known in self._keys
-            ):
+            is_known = any(hmac.compare_digest(given, known) for known in self._keys)
+            if scheme.lower() != "bearer" or not is_known:
                 refusal = RequestError(
                     "A valid API key is needed: `Authorization: Bearer KEY`.",
                     status=401,

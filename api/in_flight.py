@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ class InFlightRequests:
         self._generation_ids: dict[str, tuple[str, ...]] = {}
         self._active: set[str] = set()  # every generation's id
         self._is_draining = False
+        self._emptied = asyncio.Event()
+        self._emptied.set()
 
     def __len__(self) -> int:
         return len(self._generation_ids)
@@ -49,6 +52,15 @@ class InFlightRequests:
     def drain(self) -> None:
         """Refuse new requests from now on; those in flight go on."""
         self._is_draining = True
+
+    async def wait_empty(self, timeout_s: float) -> bool:
+        """False when some were still in flight after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._emptied.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def check_open(self) -> None:
         if self._is_draining:
@@ -85,9 +97,12 @@ class InFlightRequests:
             )
         self._generation_ids[key] = tuple(generation_ids)
         self._active.update(generation_ids)
+        self._emptied.clear()
 
         def end() -> None:
             self._active.difference_update(self._generation_ids.pop(key))
+            if not self._generation_ids:
+                self._emptied.set()
 
         return end
 

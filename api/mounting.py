@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from .errors import install_error_handlers
 from .gateway import ApiKeys, RequestIds
-from .openapi import Bodies, install_schemas
+from .openapi import NO_BODIES, Bodies, install_schemas
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 Lifespan: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -30,7 +30,7 @@ class Operation:
     methods: tuple[str, ...]
     paths: tuple[str, ...]
     handler: Handler
-    bodies: Bodies = Bodies()
+    bodies: Bodies = NO_BODIES
 
 
 def make_app(

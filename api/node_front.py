@@ -10,17 +10,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import time
+import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
+import uvloop
 import zmq.asyncio
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
 
-from ..messages.node import NodeEntry, Pong
+from ..messages.node import ModelInfo, NodeEntry, Pong
+from ..runtime.errors import RequestError
+from .admin import (
+    METRICS_MEDIA_TYPE,
+    WEIGHT_RULES,
+    AbortRequest,
+    ModelList,
+    UpdateWeightsRequest,
+    flush_timeout_s,
+    json_response,
+    load_body,
+    model_entry,
+    model_info,
+    outcome,
+    read_abort,
+    request_not_found,
+)
+from .generation import ModelCard
+from .mounting import GET, POST, VERSION, Operation, make_app
 from .node_client import NodeClient, NodeUnavailableError
+from .openapi import Bodies
+from .server import serve
+from .validation import Limits, parse_object, parse_request, read_body
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +57,7 @@ REGISTER_TIMEOUT_S = 1.0
 RECONNECT_INTERVAL_S = 0.2
 SCHEDULER_GONE_S = 10.0  # without a connection for so long, after there was one
 WEIGHTS_TIMEOUT_S = 600.0
+_STARTED_UNIX_S = int(time.time())
 
 
 class SchedulerLink:
@@ -82,7 +110,7 @@ class Registrar:
     def __init__(self, url: str, router_urls: Sequence[str], api_keys: Collection[str]) -> None:
         self._url = url
         self._is_registered = dict.fromkeys((router.rstrip("/") for router in router_urls), False)
-        headers = {"authorization": f"Bearer {key}" for key in list(api_keys)[:1]}
+        headers = {"authorization": f"Bearer {next(iter(api_keys))}"} if api_keys else {}
         timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S)
         self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
 
@@ -103,10 +131,221 @@ class Registrar:
         is_registered = not problem
         if is_registered != self._is_registered[router]:
             self._is_registered[router] = is_registered
-            log.info("registered with %s", router) if is_registered else log.warning(
-                "registration with %s failed: %s", router, problem
-            )
+            if is_registered:
+                log.info("registered with %s", router)
+            else:
+                log.warning("registration with %s failed: %s", router, problem)
 
     async def _leave(self, router: str) -> None:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             await self._session.delete(f"{router}/workers/{quote(self._url, safe='')}")
+
+
+class NodeRoutes:
+    """Handlers of a node's own routes. What they answer comes from the scheduler."""
+
+    def __init__(self, link: SchedulerLink, url: str) -> None:
+        self._link = link
+        self._url = url
+        self._limits = Limits()
+
+    async def health(self, _: Request) -> Response:
+        """This process and the scheduler's loop are alive."""
+        if not self._link.is_alive:
+            raise _unavailable("The scheduler does not answer.", "scheduler_silent")
+        return json_response({"status": "ok"})
+
+    async def live(self, _: Request) -> Response:
+        """This process is alive."""
+        return json_response({"status": "ok"})
+
+    async def ready(self, http: Request) -> Response:
+        """The scheduler is alive and takes work."""
+        pong = self._link.pong
+        if pong is not None and pong.draining:
+            raise _unavailable("The node is draining.", "draining")
+        return await self.health(http)
+
+    async def version_info(self, _: Request) -> Response:
+        return json_response({"version": VERSION})
+
+    async def server_info(self, _: Request) -> Response:
+        """Everything a router must know to use this node, and the fields that SGLang's clients look for."""
+        info = await self._link.client.server_info()
+        load = info.load
+        return json_response(
+            {
+                **info.config,
+                "version": VERSION,
+                "entry": msgspec.structs.replace(info.entry, url=self._url),
+                "zmq_address": info.entry.zmq_address,
+                "incarnation": info.entry.incarnation,
+                "role": info.entry.role,
+                "disaggregation_mode": "null" if info.entry.colocated else info.entry.role,
+                "model": info.model,
+                "model_path": info.model.model_path,
+                "served_model_name": info.model.model_name,
+                "weight_version": info.model.weight_version,
+                "tp_size": 1,
+                "dp_size": 1,
+                "max_total_num_tokens": load.num_total_pages * load.page_size,
+                "max_running_requests": load.max_running_requests,
+                "load": load,
+                "internal_states": [load],
+            }
+        )
+
+    async def model_info(self, _: Request) -> Response:
+        info = await self._link.client.server_info()
+        return json_response(model_info(_card(info.model), info.model.weight_version))
+
+    async def models(self, _: Request) -> Response:
+        info = await self._link.client.server_info()
+        return json_response(ModelList(data=[model_entry(_card(info.model))]))
+
+    async def load(self, _: Request) -> Response:
+        return json_response([await self._load()])
+
+    async def loads(self, _: Request) -> Response:
+        return json_response({"timestamp": time.time(), "version": VERSION, "loads": [await self._load()]})
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(await self._link.client.metrics(), media_type=METRICS_MEDIA_TYPE)
+
+    async def request_state(self, http: Request) -> Response:
+        request_id = http.path_params["request_id"]
+        reply = await self._link.client.request_state(request_id)
+        if not reply.state:
+            raise request_not_found(request_id)
+        return json_response(
+            {
+                "id": request_id,
+                "state": reply.state,
+                "age_s": reply.age_s,
+                "waits_for": reply.waits_for,
+                "details": reply.details,
+            }
+        )
+
+    async def flush_cache(self, http: Request) -> Response:
+        reply = await self._link.client.flush_cache(flush_timeout_s(http))
+        return outcome(reply.success, reply.message)
+
+    async def abort_request(self, http: Request) -> Response:
+        body = await read_abort(http, self._limits)
+        reply = await self._link.client.abort(body.rid or "", all_requests=body.abort_all)
+        return json_response({"success": reply.success, "message": reply.message})
+
+    async def update_weights(self, http: Request) -> Response:
+        """This node alone, which leaves the pairs of its cluster unlike: only with ``force``."""
+        raw = parse_object(await read_body(http, self._limits))
+        body = parse_request(raw, UpdateWeightsRequest, WEIGHT_RULES)
+        if not body.force:
+            return outcome(False, "This is one node of a cluster: update through the router, or say `force`.")
+        client = self._link.client
+        if body.abort_all_requests:
+            await client.abort(all_requests=True)
+        update_id = uuid.uuid4().hex
+        weight_version = body.weight_version or update_id
+        prepared = await client.prepare_weights(update_id, body.model_path, weight_version, WEIGHTS_TIMEOUT_S)
+        if not prepared.success:
+            return outcome(False, prepared.message)
+        committed = await client.commit_weights(update_id, WEIGHTS_TIMEOUT_S)
+        if not committed.success:
+            await client.discard_weights(update_id)
+        return outcome(committed.success, committed.message)
+
+    async def _load(self) -> dict[str, Any]:
+        pong = await self._link.client.ping()
+        return load_body(msgspec.structs.replace(pong.entry, url=self._url), pong.load)
+
+
+def _unavailable(message: str, code: str) -> RequestError:
+    return RequestError(message, status=503, code=code, error_type="service_unavailable")
+
+
+def _card(model: ModelInfo) -> ModelCard:
+    return ModelCard(
+        name=model.model_name,
+        path=model.model_path,
+        model_type=model.model_type,
+        architectures=model.architectures,
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        created=_STARTED_UNIX_S,
+    )
+
+
+def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
+    operations = [
+        Operation(GET, ("/health", "/ping"), routes.health),
+        Operation(GET, ("/live", "/liveness"), routes.live),
+        Operation(GET, ("/ready", "/readiness"), routes.ready),
+        Operation(GET, ("/version",), routes.version_info),
+        Operation(GET, ("/server_info", "/get_server_info"), routes.server_info),
+        Operation(GET, ("/model_info", "/get_model_info"), routes.model_info),
+        Operation(GET, ("/v1/models",), routes.models, Bodies(answer=ModelList)),
+        Operation(GET, ("/get_load",), routes.load),
+        Operation(GET, ("/v1/loads",), routes.loads),
+        Operation(GET, ("/metrics",), routes.metrics),
+        Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
+        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache),
+        Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest)),
+        Operation(POST, ("/update_weights_from_disk",), routes.update_weights, Bodies(UpdateWeightsRequest)),
+    ]
+    return make_app(operations, api_keys=api_keys)
+
+
+async def serve_node_front(
+    *,
+    zmq_address: str,
+    listener: socket.socket,
+    url: str,
+    router_urls: Sequence[str] = (),
+    api_keys: Collection[str] = (),
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers."""
+    stop = stop or asyncio.Event()
+    context = zmq.asyncio.Context()
+    link = SchedulerLink(context, zmq_address)
+    registrar = Registrar(url, router_urls, api_keys)
+    app = build_node_app(NodeRoutes(link, url), api_keys)
+    membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
+    try:
+        await serve(app, listener, stop=stop)
+    finally:
+        membership.cancel()
+        await asyncio.wait({membership})
+        await registrar.leave()
+        await link.close()
+        context.term()
+
+
+async def _keep_membership(link: SchedulerLink, registrar: Registrar, url: str, stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        pong = await link.ping()
+        if pong is not None and not pong.draining:
+            await registrar.renew(msgspec.structs.replace(pong.entry, url=url))
+        elif link.is_gone:
+            log.error("the scheduler is gone: ending")
+            stop.set()
+        await asyncio.sleep(RECONNECT_INTERVAL_S if link.client.is_lost else PING_INTERVAL_S)
+
+
+def run_node_front(
+    *,
+    zmq_address: str,
+    listener: socket.socket,
+    url: str,
+    router_urls: Sequence[str] = (),
+    api_keys: Collection[str] = (),
+) -> int:
+    """The process's main; returns its exit code."""
+    uvloop.run(
+        serve_node_front(
+            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, api_keys=api_keys
+        )
+    )
+    return 0

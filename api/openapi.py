@@ -42,6 +42,9 @@ class Bodies:
         return {200: success, "4XX": error, "5XX": error}
 
 
+NO_BODIES = Bodies()
+
+
 def _schema(body: type[msgspec.Struct]) -> dict[str, Any]:
     return {"schema": {"$ref": _REF.format(name=body.__name__)}}
 

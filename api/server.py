@@ -14,8 +14,6 @@ from .in_flight import InFlightRequests
 
 log = logging.getLogger(__name__)
 
-_DRAIN_POLL_S = 0.05
-
 
 class _Server(uvicorn.Server):
     """The first SIGTERM or SIGINT drains, the second ends at once."""
@@ -79,7 +77,6 @@ async def _drain(
     if in_flight is not None:
         in_flight.drain()
         log.info("draining: %d requests in flight", len(in_flight))
-        deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while len(in_flight) and asyncio.get_running_loop().time() < deadline_s:
-            await asyncio.sleep(_DRAIN_POLL_S)
+        if not await in_flight.wait_empty(timeout_s):
+            log.warning("%d requests have not ended within %g s", len(in_flight), timeout_s)
     server.should_exit = True

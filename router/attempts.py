@@ -41,7 +41,8 @@ class Retry:
 
     choices: tuple[int, ...]
     avoid: tuple[Pair, ...]
-    num_free_failures: int  # in a row; each makes the next delay longer
+    num_failures: int
+    num_free_failures: int  # in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +283,7 @@ def _retry(group: list[ChoiceState], pair: Pair) -> Retry:
     return Retry(
         choices=tuple(choice.index for choice in group),
         avoid=tuple(avoid),
+        num_failures=max(choice.num_failures for choice in group),
         num_free_failures=max(choice.num_free_failures for choice in group),
     )
 

@@ -179,11 +179,15 @@ class Cluster:
         if now < self._connect_not_before.get(incarnation, now):
             return
         self._connect_not_before[incarnation] = now + self._options.ping_interval_s
-        link = self._connect(
-            entry.zmq_address,
-            on_stream=self._handler.on_stream,
-            on_lost=lambda reason: self._on_link_lost(incarnation, reason),
-        )
+        try:
+            link = self._connect(
+                entry.zmq_address,
+                on_stream=self._handler.on_stream,
+                on_lost=lambda reason: self._on_link_lost(incarnation, reason),
+            )
+        except NodeUnavailableError as error:
+            log.warning("%s: %s", entry.url, error)
+            return
         connection = _Connection(link)
         self._connections[incarnation] = connection
         connection.heartbeat = self.spawn(self._heartbeat(incarnation, link))
@@ -192,7 +196,7 @@ class Cluster:
     def _on_link_lost(self, incarnation: str, reason: str) -> None:
         if incarnation in self._connections:
             self._disconnect(incarnation)
-            self._apply(self.registry.link_lost(incarnation, reason))
+            self._apply(self.registry.link_lost(incarnation, reason, self._clock()))
 
     def _disconnect(self, incarnation: str) -> None:
         if self.registry.get(incarnation) is None:

@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 import zmq.asyncio
 
-from ..api.node_client import NodeClient, StreamMessage
+from ..api.node_client import NodeClient, NodeUnavailableError, StreamMessage
 from ..messages.node import CallReply, ClientToNode, NodeEntry, Pong, RequestStateReply, ServerInfoReply
 
 
@@ -46,7 +46,10 @@ class NodeLink(Protocol):
 
 
 class Connector(Protocol):
-    """Opens a link. ``on_lost`` is called once if it ends by itself; both callbacks run in the event loop."""
+    """Opens a link. ``on_lost`` is called once if it ends by itself; both callbacks run in the event loop.
+
+    Raises NodeUnavailableError for what is no address.
+    """
 
     def __call__(
         self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
@@ -66,7 +69,10 @@ class ZmqConnector:
     def __call__(
         self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
     ) -> NodeLink:
-        return NodeClient(self._context, address, on_stream=on_stream, on_lost=on_lost)
+        try:
+            return NodeClient(self._context, address, on_stream=on_stream, on_lost=on_lost)
+        except zmq.ZMQError as error:
+            raise NodeUnavailableError(f"cannot connect to {address!r}: {error}") from error
 
 
 class _ServerInfo(msgspec.Struct):

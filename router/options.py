@@ -24,8 +24,10 @@ class RouterOptions:
     gate_patience_s: float = 1.0  # the gates are hints: the head of the queue passes them after this long
     busy_delay_s: float = 0.02  # before a request sent back at no cost goes again; doubles each time
     max_busy_delay_s: float = 0.5
+    retry_delay_s: float = 0.25  # before the second new attempt; longer before each further one
     resend_interval_s: float = 0.5  # between two requests for the same gap
 
     unstreamed_interval: int = 16  # tokens per TokenOutput when the client does not stream
     weight_drain_s: float = 600.0  # for running requests to end before new weights are loaded
-    weight_update_s: float = 600.0  # for nodes to load, swap and be ready again
+    weight_update_s: float = 600.0  # for each node to load, and to swap
+    weight_ready_s: float = 30.0  # for nodes that have swapped to be pairs again

@@ -156,12 +156,15 @@ class NodeRegistry:
             self._by_url[node.entry.url] = incarnation
         return [NodeChanged(old, node.entry)] if old != node.entry else []
 
-    def link_lost(self, incarnation: str, reason: str) -> list[NodeEvent]:
+    def link_lost(self, incarnation: str, reason: str, now: float) -> list[NodeEvent]:
+        """It has half a lease left to be heard of again."""
         node = self._nodes.get(incarnation)
         if node is None:
             return []
+        was_healthy = node.last_pong_at is not None
         node.last_pong_at = None
-        return [NodeSilent(node.entry, reason)]
+        node.lease_until = min(node.lease_until, now + self._lease_s / 2)
+        return [NodeSilent(node.entry, reason)] if was_healthy else []
 
     def not_connected(self, prefill: str, decode: str) -> None:
         """Decode said that it cannot use this prefill node; believed until its next pong."""

@@ -40,7 +40,7 @@ from ..messages.node import (
 from ..messages.timeline import Span
 from ..runtime.errors import RequestError
 from .admission import AdmissionQueue, Ticket
-from .attempts import COST_NO_ATTEMPT, RequestRecord
+from .attempts import COST_NO_ATTEMPT, RequestRecord, Retry
 from .cluster import Cluster
 from .generation import RoutedGeneration
 from .ledger import Attempt, Ledger
@@ -392,17 +392,18 @@ class RouterService:
                 record.spec.priority,
                 arrived_at=record.arrived_at,
                 now=now,
-                delay_s=self._delay_s(failure, retry.num_free_failures),
+                delay_s=self._delay_s(failure, retry),
                 avoid=retry.avoid,
             )
         if record.done:
             self._end(generation, "finished")
 
-    def _delay_s(self, failure: AttemptFailed, num_free_failures: int) -> float:
-        if failure.code not in COST_NO_ATTEMPT:
-            return 0.0
-        doublings = min(num_free_failures - 1, 10)
-        return min(self._options.max_busy_delay_s, self._options.busy_delay_s * 2.0**doublings)
+    def _delay_s(self, failure: AttemptFailed, retry: Retry) -> float:
+        """None after a first failure; then longer each time, so that what ails a pair may pass."""
+        if failure.code in COST_NO_ATTEMPT:
+            doublings = min(retry.num_free_failures - 1, 10)
+            return min(self._options.max_busy_delay_s, self._options.busy_delay_s * 2.0**doublings)
+        return self._options.retry_delay_s * (retry.num_failures - 1)
 
     def on_ping(self, incarnation: str) -> None:
         self._ledger.ping(incarnation)
@@ -599,7 +600,7 @@ class RouterService:
                 )
             reply = await self._roll_out(model_path, version, update_id)
             if reply.success and not await self._until(
-                lambda: self._serves(version), self._options.weight_update_s
+                lambda: self._serves(version), self._options.weight_ready_s
             ):
                 return AdminReply(False, f"new weights are loaded, but {self._nodes.explain_no_pair()}")
             return reply

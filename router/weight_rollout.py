@@ -55,5 +55,5 @@ async def roll_out(
         return AdminReply(False, f"the old weights serve on; {reasons}")
     committed = await ask_all(links, lambda link: link.commit_weights(update_id, timeout_s))
     if reasons := failures(committed):
-        return AdminReply(False, f"not every node has the new weights, those without pair apart; {reasons}")
+        return AdminReply(False, f"some nodes kept the old weights and pair only with one another; {reasons}")
     return AdminReply(True, f"{len(links)} nodes serve weight version {weight_version}")

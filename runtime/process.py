@@ -33,9 +33,13 @@ def spawn(arguments: Sequence[str], pass_fds: Sequence[int] = ()) -> subprocess.
 
 def end(process: subprocess.Popen[Any], grace_s: float) -> None:
     """SIGTERM, then SIGKILL after `grace_s`."""
-    if process.poll() is not None:
-        return
-    process.terminate()
+    if process.poll() is None:
+        process.terminate()
+        wait_or_kill(process, grace_s)
+
+
+def wait_or_kill(process: subprocess.Popen[Any], grace_s: float) -> None:
+    """Give a process that was told to end its time; a second SIGTERM would cut its drain short."""
     try:
         process.wait(grace_s)
     except subprocess.TimeoutExpired:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .errors import StartupError
-from .process import end, obituary, spawn
+from .process import obituary, spawn, wait_or_kill
 
 _log = logging.getLogger(__name__)
 _RESTART_AFTER_S = 1.0
@@ -56,7 +56,7 @@ class Supervisor:
                 child.process.terminate()
         for child in self._children:
             if child.process is not None:
-                end(child.process, child.grace_s)
+                wait_or_kill(child.process, child.grace_s)
 
     def _on_signal(self, number: int, frame: object) -> None:
         del number, frame

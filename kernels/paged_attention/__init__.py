@@ -13,4 +13,10 @@ Slots of a page at or after the sequence's end may hold anything, NaN included: 
 from .eager import paged_attention
 from .plan import AttentionPlan, AttentionRow, grouping_key, plan_attention
 
-__all__ = ["AttentionPlan", "AttentionRow", "grouping_key", "paged_attention", "plan_attention"]
+__all__ = [
+    "AttentionPlan",
+    "AttentionRow",
+    "grouping_key",
+    "paged_attention",
+    "plan_attention",
+]

@@ -72,6 +72,7 @@ def test_each_token_goes_out_once_in_its_step(streamer: OutputStreamer, wire: Wi
     (output,) = step(streamer, wire, 11)
     assert (output.request_id, output.attempt, output.choice) == ("request", 1, 0)
     assert (output.position, output.token_ids, output.finish) == (0, (11,), None)
+    assert (output.num_cached_tokens, output.weight_version, output.prompt_logprobs) == (0, "", ())
     (output,) = step(streamer, wire, 12, 13)
     assert (output.position, output.token_ids) == (1, (12, 13))
     assert step(streamer, wire) == []
@@ -239,6 +240,7 @@ def test_a_gap_includes_what_the_interval_held_back(streamer: OutputStreamer, wi
     assert streamer.resend(KEY, 0, 1)
     (output,) = step(streamer, wire)
     assert (output.position, output.token_ids) == (0, (1, 2))  # nothing had been sent: the cursor stays
+    assert step(streamer, wire, 3) == []  # the gap is closed: the interval holds again
 
 
 def test_what_is_not_on_record_cannot_be_sent_again(streamer: OutputStreamer, wire: Wire) -> None:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 from pdserve.api.generation import GenerateSpec, ModelCard
@@ -108,6 +109,8 @@ class FakeNode:
     pace_s: float = 0.0  # between tokens
     fail_with: list[AttemptFailed | FailureCode] = field(default_factory=list)  # one for each next attempt
     prepare_reply: str = ""  # why it refuses new weights
+    commit_reply: str = ""  # why it fails to swap
+    hangs_in: str = "no call"  # until its link is lost
     received: list[ClientToNode] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     links: list[FakeLink] = field(default_factory=list)
@@ -216,6 +219,8 @@ class FakeLink:
     async def _answer(self, what: str) -> None:
         self.node.calls.append(what)
         await asyncio.sleep(0)
+        if what.startswith(self.node.hangs_in):
+            await self.lost.wait()
         if self.lost.is_set():
             raise NodeUnavailableError("lost")
 
@@ -272,8 +277,9 @@ class FakeLink:
 
     async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply:
         await self._answer("commit")
-        values = {name: getattr(self.node.entry, name) for name in self.node.entry.__struct_fields__}
-        self.node.entry = NodeEntry(**{**values, "weight_version": self.prepared})
+        if self.node.commit_reply:
+            return CallReply(call_id=1, success=False, message=self.node.commit_reply)
+        self.node.entry = msgspec.structs.replace(self.node.entry, weight_version=self.prepared)
         return CallReply(call_id=1, success=True)
 
     async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply:
@@ -297,7 +303,9 @@ class FakeNet:
     def connect(
         self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
     ) -> FakeLink:
-        node = next(node for node in self.nodes.values() if node.entry.zmq_address == address)
+        node = next((node for node in self.nodes.values() if node.entry.zmq_address == address), None)
+        if node is None:
+            raise NodeUnavailableError(f"cannot connect to {address!r}")
         return FakeLink(node, on_stream, on_lost)
 
     async def lookup(self, url: str) -> NodeEntry | None:
@@ -316,6 +324,7 @@ class Bench:
             "ping_interval_s": 0.01,
             "poll_interval_s": 0.01,
             "roster_interval_s": 0.05,
+            "retry_delay_s": 0.001,
         }
 
     async def start(self, **options: object) -> RouterService:

@@ -15,11 +15,11 @@ from pdserve.api.generation import GenerateSpec
 from pdserve.runtime.errors import RequestError
 
 Bench = Any  # of conftest.py, which pytest's importlib mode does not let tests import
-FAULTS = ("kill", "restart", "freeze", "thaw", "busy", "fail", "reset", "stop short")
+FAULTS = ("kill", "restart", "freeze", "busy", "fail", "reset", "stop short")
 
 
 def hurt(rng: random.Random, nodes: list[Any]) -> None:
-    """One fault at one node. At least one decode node of the others stays as it is."""
+    """One fault at one node, and another node is well again."""
     node = rng.choice(nodes)
     match rng.choice(FAULTS):
         case "kill":
@@ -31,8 +31,6 @@ def hurt(rng: random.Random, nodes: list[Any]) -> None:
             node.alive = True
         case "freeze":
             node.answers_pings = False
-        case "thaw":
-            node.answers_pings, node.alive, node.tokens_per_attempt = True, True, None
         case "busy":
             node.fail_with += ["busy"] * rng.randrange(4)
         case "fail":
@@ -42,6 +40,11 @@ def hurt(rng: random.Random, nodes: list[Any]) -> None:
                 link.reset("connection lost")
         case "stop short":
             node.tokens_per_attempt = rng.randrange(4)
+    heal(rng.choice(nodes))
+
+
+def heal(node: Any) -> None:  # noqa: ANN401 (a FakeNode)
+    node.answers_pings, node.alive, node.tokens_per_attempt = True, True, None
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -86,20 +89,20 @@ async def test_every_stream_is_right_under_faults(
 
     async def torment() -> None:
         while True:
-            hurt(rng, decodes[1:])  # the first one lives
-            await asyncio.sleep(0.002)
+            hurt(rng, decodes)
+            await asyncio.sleep(0.01)
 
     tormentor = asyncio.create_task(torment())
     pending = []
     for i in range(60):
         pending.append(asyncio.create_task(one(i)))
         await asyncio.sleep(0.002)
-    for _ in range(50):
+    for _ in range(100):
         assert bench.service.violations() == []
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.005)
     tormentor.cancel()
     for node in decodes:
-        node.answers_pings, node.alive, node.tokens_per_attempt, node.fail_with = True, True, None, []
+        heal(node)
     # What hangs on a node that stopped short would wait for its deadline: lose those links.
     for node in decodes:
         for link in list(node.links):
@@ -108,6 +111,5 @@ async def test_every_stream_is_right_under_faults(
         await asyncio.gather(*pending)
     assert set(outcomes) <= {"ended", "left", "failed 503"}
     assert (outcomes.total(), outcomes["ended"] > 30) == (60, True)
-    print(outcomes, bench.service.counters)
     assert bench.service.counters.attempts["peer_lost"] > 10
     assert bench.service.num_running == 0

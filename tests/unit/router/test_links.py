@@ -12,6 +12,7 @@ import zmq.asyncio
 from aiohttp import web
 
 from pdserve.api.generation import GenerateSpec, ModelCard
+from pdserve.api.node_client import NodeUnavailableError
 from pdserve.messages.codec import Codec
 from pdserve.messages.node import (
     ClientToNode,
@@ -78,6 +79,13 @@ async def test_what_is_no_node_is_none(
 async def test_nobody_there_is_none() -> None:
     assert await HttpEntryLookup()("http://127.0.0.1:1") is None
     assert await HttpEntryLookup()("no url") is None
+
+
+async def test_what_is_no_address_is_unavailable() -> None:
+    context = zmq.asyncio.Context()
+    with pytest.raises(NodeUnavailableError, match="cannot connect to 'nonsense'"):
+        ZmqConnector(context)("nonsense", on_stream=lambda message: None, on_lost=lambda reason: None)
+    context.destroy(linger=0)
 
 
 async def test_a_request_over_real_sockets(

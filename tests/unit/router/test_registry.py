@@ -78,9 +78,19 @@ def test_a_registered_node_is_healthy_only_while_it_answers_pings(
 
 def test_a_lost_link_makes_a_node_silent_at_once(registry: NodeRegistry, entry: Entry) -> None:
     join(registry, entry(), 0.0)
-    assert registry.link_lost("d-1", "reset") == [NodeSilent(entry(), "reset")]
+    assert registry.link_lost("d-1", "reset", 0.1) == [NodeSilent(entry(), "reset")]
     assert registry.usable() == []
-    assert registry.link_lost("unknown", "reset") == []
+    assert registry.link_lost("d-1", "cannot connect", 0.1) == []  # told once
+    assert registry.link_lost("unknown", "reset", 0.1) == []
+
+
+def test_a_lost_link_leaves_half_a_lease_to_be_heard_of_again(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry(), 0.0)
+    registry.link_lost("d-1", "reset", 0.1)
+    registry.register(entry(), 2.5)
+    assert registry.expire(7.5) == []
+    registry.link_lost("d-1", "cannot connect", 3.0)
+    assert registry.expire(5.6) == [NodeLost(entry(), "its lease ended")]
 
 
 def test_another_incarnation_at_the_url_is_a_restart(registry: NodeRegistry, entry: Entry) -> None:

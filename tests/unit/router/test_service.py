@@ -464,6 +464,15 @@ async def test_a_dead_node_leaves_the_workers(bench: Bench) -> None:
     assert bench.service.readiness() == (False, "no decode node is registered")
 
 
+async def test_a_node_with_a_bad_address_harms_nobody(
+    bench: Bench, spec: Spec, entry: Callable[..., NodeEntry], expected: Expected
+) -> None:
+    await small_cluster(bench)
+    bad = entry("decode", "bad", zmq_address="nonsense")
+    assert (await bench.service.register_worker(bad.url, bad)).success
+    assert await read(await bench.service.generate(spec())) == {0: expected((1, 2, 3), 0, 8)}
+
+
 async def test_a_node_whose_link_broke_is_connected_again(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
     decode.links[0].reset("connection lost")
@@ -564,6 +573,35 @@ async def test_weights_that_one_node_refuses_are_taken_by_none(
     generation = await bench.service.generate(spec())
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
     assert generation.info.weight_version == "v1"
+
+
+async def test_a_node_that_fails_to_swap_is_named_and_pairs_with_nobody(bench: Bench) -> None:
+    prefill, _ = await small_cluster(bench)
+    prefill.commit_reply = "not idle"
+    reply = await bench.service.update_weights_from_disk("/new", "v2")
+    assert not reply.success
+    assert "http://p: not idle" in reply.message
+    await bench.until(lambda: not bench.service.readiness()[0])
+    assert bench.service.readiness() == (False, "nodes serve different weight versions: v1, v2")
+
+
+async def test_a_node_that_dies_during_the_update_is_named(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.hangs_in = "prepare"
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2"))
+    await bench.until(lambda: "prepare /new v2" in decode.calls)
+    decode.die()
+    reply = await update
+    assert (reply.success, "http://d: lost" in reply.message) == (False, True)
+    assert "discard" in prefill.calls
+
+
+async def test_a_node_that_dies_after_the_update_does_not_hold_requests_for_long(bench: Bench) -> None:
+    _, decode = await small_cluster(bench, weight_ready_s=0.1)
+    decode.hangs_in = "ping"
+    reply = await bench.service.update_weights_from_disk("/new", "v2")
+    assert (reply.success, "new weights are loaded, but" in reply.message) == (False, True)
+    assert not bench.service._queue.held
 
 
 async def test_weights_have_a_version_of_their_own_each_time(bench: Bench) -> None:

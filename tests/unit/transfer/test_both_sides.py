@@ -8,19 +8,11 @@ reach is ever given back. Held at the end, when everything is well again: no pag
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+import random
+from collections import Counter, deque
 from typing import TYPE_CHECKING, assert_never
 
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+import pytest
 
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill, RoomId
 from pdserve.messages.sampling import SamplingParams
@@ -61,7 +53,6 @@ class Link:
     prefill: str  # the incarnation it is connected to
     to_prefill: deque[PeerToPrefill] = dataclasses.field(default_factory=deque)
     to_decode: deque[PeerToDecode] = dataclasses.field(default_factory=deque)
-    is_up: bool = True
 
 
 @dataclasses.dataclass
@@ -77,15 +68,16 @@ class WireWrite:
     is_dead: bool = False  # its sender died: nobody will report it
 
 
-class Pair(RuleBasedStateMachine):
-    def __init__(self, make: Factory) -> None:
-        super().__init__()
+class Pair:
+    def __init__(self, make: Factory, rng: random.Random) -> None:
+        self.rng = rng
         self.make = make
         self.now = 100.0
         self.links: dict[int, Link] = {}
         self.wire: list[WireWrite] = []
         self.deaths: list[str] = []
         self.num_starts = 0
+        self.seen: Counter[str] = Counter()
         self.admitted: dict[RoomId, int] = {}  # room -> next page to compute, on the living prefill
         self.requests: dict[RoomId, AdmitRoom] = {}
         self.free = set(range(self.make.num_pages))
@@ -95,7 +87,6 @@ class Pair(RuleBasedStateMachine):
         self.start_prefill()
         self.decode = DecodeRooms(self.make.identity("D1"), self.make.region(), self.make.num_pages)
 
-    @initialize()
     def join(self) -> None:
         self.run_decode(self.decode.add_peer(ADDRESS, self.now))
         self.all_messages_arrive()
@@ -141,11 +132,12 @@ class Pair(RuleBasedStateMachine):
 
     def run_decode(self, actions: list[DecodeAction]) -> None:
         for action in actions:
+            self.seen[type(action).__name__] += 1
             match action:
                 case OpenLink(_, epoch):
                     self.links[epoch] = Link(epoch, self.incarnation)
-                case CloseLink(_, epoch):
-                    self.links[epoch].is_up = False
+                case CloseLink():
+                    pass
                 case SendToPrefill(_, message):
                     self.links[max(self.links)].to_prefill.append(message)
                 case PeerReady() | PeerLost():
@@ -157,6 +149,7 @@ class Pair(RuleBasedStateMachine):
                     self.assert_unreachable(pages)
                     self.private[room] = pages
                 case RoomEnded(room, quarantined=True):
+                    self.seen[action.code] += 1
                     assert room in self.held
                 case RoomEnded(room):
                     self.give_back(room, self.held[room])
@@ -189,30 +182,26 @@ class Pair(RuleBasedStateMachine):
 
     def deliver_to_prefill(self, link: Link, queue_has_room: bool = True) -> None:
         message = link.to_prefill.popleft()
-        if link.is_up and link.prefill == self.incarnation:
+        if link.prefill == self.incarnation:
             link_id = str(link.epoch).encode()
             actions = self.prefill.on_message(link_id, message, self.now, queue_has_room=queue_has_room)
             self.run_prefill(actions)
 
-    def deliver_to_decode(self, link: Link, twice: bool = False) -> None:
+    def deliver_to_decode(self, link: Link, num_times: int = 1) -> None:
         message = link.to_decode.popleft()
-        if link.is_up:
-            for _ in range(1 + twice):
-                self.run_decode(self.decode.on_message(ADDRESS, message, self.now))
+        for _ in range(num_times):
+            self.run_decode(self.decode.on_message(ADDRESS, message, self.now))
 
-    @rule(queue_has_room=st.booleans(), data=st.data())
-    def some_message_reaches_prefill(self, queue_has_room: bool, data: st.DataObject) -> None:
+    def some_message_reaches_prefill(self) -> None:
         links = [link for link in self.links.values() if link.to_prefill]
         if links:
-            self.deliver_to_prefill(data.draw(st.sampled_from(links)), queue_has_room)
+            self.deliver_to_prefill(self.rng.choice(links), queue_has_room=self.rng.random() < 0.8)
 
-    @rule(twice=st.booleans(), data=st.data())
-    def some_message_reaches_decode(self, twice: bool, data: st.DataObject) -> None:
+    def some_message_reaches_decode(self) -> None:
         links = [link for link in self.links.values() if link.to_decode]
         if links:
-            self.deliver_to_decode(data.draw(st.sampled_from(links)), twice)
+            self.deliver_to_decode(self.rng.choice(links), num_times=self.rng.choice((1, 1, 2)))
 
-    @rule()
     def all_messages_arrive(self) -> None:
         for _ in range(8):
             for link in list(self.links.values()):
@@ -221,14 +210,15 @@ class Pair(RuleBasedStateMachine):
                 while link.to_decode:
                     self.deliver_to_decode(link)
 
-    @rule(num_pages=st.integers(1, 12), num_cached=st.integers(0, 3))
-    def decode_opens_a_room(self, num_pages: int, num_cached: int) -> None:
+    def decode_opens_a_room(self) -> None:
+        num_pages = self.rng.randint(1, 12)
+        num_cached = min(num_pages, self.rng.choice((0, 0, 1, 3)))
         address = self.decode.ready_address(self.incarnation)
-        num_exposed = max(0, num_pages - num_cached)
-        if address is None or len(self.free) < num_pages or not self.decode.may_expose(address, num_exposed):
+        if address is None or len(self.free) < num_pages:
             return
-        pages = tuple(sorted(self.free)[:num_pages])
-        num_cached = min(num_cached, num_pages)
+        if not self.decode.may_expose(address, num_pages - num_cached):
+            return
+        pages = tuple(self.rng.sample(sorted(self.free), num_pages))
         self.free.difference_update(pages[num_cached:])
         room, actions = self.decode.open_room(
             address,
@@ -246,16 +236,17 @@ class Pair(RuleBasedStateMachine):
         self.held[room] = pages[num_cached:]
         self.run_decode(actions)
 
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def decode_aborts(self, data: st.DataObject) -> None:
-        self.run_decode(self.decode.abort(data.draw(st.sampled_from(list(self.held))), self.now))
+    def decode_finishes_a_request(self) -> None:
+        if self.private:
+            self.free.update(self.private.pop(self.rng.choice(list(self.private))))
 
-    @precondition(lambda self: self.admitted)
-    @rule(data=st.data(), num_pages=st.integers(1, 12))
-    def prefill_computes_a_chunk(self, data: st.DataObject, num_pages: int) -> None:
-        room = data.draw(st.sampled_from(list(self.admitted)))
-        self.compute(room, num_pages)
+    def decode_aborts(self) -> None:
+        if self.held:
+            self.run_decode(self.decode.abort(self.rng.choice(list(self.held)), self.now))
+
+    def prefill_computes_a_chunk(self) -> None:
+        if self.admitted:
+            self.compute(self.rng.choice(list(self.admitted)), self.rng.randint(1, 12))
 
     def compute(self, room: RoomId, num_pages: int) -> None:
         total = len(self.requests[room].request.dest_pages)
@@ -266,25 +257,25 @@ class Pair(RuleBasedStateMachine):
         if end == total:
             self.run_prefill(self.prefill.first_token(room, self.make.token, self.now))
 
-    @precondition(lambda self: self.admitted)
-    @rule(data=st.data())
-    def prefill_gives_up_a_room(self, data: st.DataObject) -> None:
-        room = data.draw(st.sampled_from(list(self.admitted)))
-        self.run_prefill(self.prefill.fail_room(room, "transfer_failed", "out of memory"))
+    def prefill_gives_up_a_room(self) -> None:
+        if self.admitted:
+            room = self.rng.choice(list(self.admitted))
+            self.run_prefill(self.prefill.fail_room(room, "transfer_failed", "out of memory"))
 
-    @precondition(lambda self: self.own_writes())
-    @rule(data=st.data(), state=st.sampled_from([WriteState.DONE, WriteState.DONE, WriteState.FAILED]))
-    def a_write_ends(self, data: st.DataObject, state: WriteState) -> None:
-        self.report(data.draw(st.sampled_from(self.own_writes())), state)
+    def a_write_is_done(self) -> None:
+        if writes := self.own_writes():
+            self.report(self.rng.choice(writes), WriteState.DONE)
 
-    @rule()
+    def a_write_fails(self) -> None:
+        if writes := self.own_writes():
+            self.report(self.rng.choice(writes), WriteState.FAILED)
+
     def all_writes_start(self) -> None:
         for write in self.own_writes():
             write.is_sent = True
 
-    @rule(awake_s=st.sampled_from([0.01, 0.2, 0.2, 0.25]))
-    def time_passes(self, awake_s: float) -> None:
-        self.pass_time(awake_s)
+    def time_passes(self) -> None:
+        self.pass_time(self.rng.choice((0.01, 0.2, 0.25)))
 
     def pass_time(self, awake_s: float) -> None:
         self.now += awake_s
@@ -301,20 +292,19 @@ class Pair(RuleBasedStateMachine):
         assert self.decode.next_deadline() > self.now
         assert self.prefill.next_deadline() > self.now
 
-    @rule(frozen_s=st.sampled_from([0.6, 3.0, 30.0]))
-    def decode_is_frozen(self, frozen_s: float) -> None:
+    def decode_is_frozen(self) -> None:
         """Bytes wait in the kernel meanwhile: nothing lands, and `landing_s` stands still."""
-        self.now += frozen_s
+        self.now += self.rng.choice((0.6, 3.0, 30.0))
         self.run_decode(self.decode.tick(self.now))
 
-    @rule()
     def the_link_breaks(self) -> None:
+        """What is under way is lost, or still arrives though its epoch is over."""
         link = self.links[max(self.links)]
-        link.to_prefill.clear()
-        link.to_decode.clear()
+        if self.rng.random() < 0.5:
+            link.to_prefill.clear()
+            link.to_decode.clear()
         self.run_decode(self.decode.on_link_down(ADDRESS, link.epoch, self.now))
 
-    @rule()
     def prefill_dies_and_starts_again(self) -> None:
         for write in self.own_writes():
             self.wire.remove(write)
@@ -323,42 +313,40 @@ class Pair(RuleBasedStateMachine):
         self.deaths.append(self.incarnation)
         self.start_prefill()
 
-    @precondition(lambda self: self.deaths)
-    @rule()
     def a_death_is_proven(self) -> None:
+        if not self.deaths:
+            return
         dead = self.deaths.pop()
         for write in self.wire:
             if write.prefill == dead and write.landing_s is None:
                 write.landing_s = SETTLE_S
         self.run_decode(self.decode.peer_death_proven(dead, self.now))
 
-    @rule()
     def weights_change_on_prefill(self) -> None:
         identity = self.make.identity(self.incarnation)
         self.run_prefill(self.prefill.set_identity(identity, "weights were updated"))
 
     # ---- what always holds --------------------------------------------------------------------------
 
-    @invariant()
     def every_page_has_one_owner(self) -> None:
         owned = [page for pages in (*self.held.values(), *self.private.values()) for page in pages]
         assert len(owned) == len(set(owned))
         assert not self.free & set(owned)
         assert len(self.free) + len(owned) == self.make.num_pages
 
-    @invariant()
     def books_agree(self) -> None:
         assert self.decode.num_exposed_pages(ADDRESS) == sum(len(pages) for pages in self.held.values())
         assert self.prefill.num_open_rooms == len(self.admitted)
 
-    def teardown(self) -> None:
+    def recover(self) -> None:
         """Everything is well again: what is open completes, the rest drains, and nothing is left."""
         while self.deaths:
             self.a_death_is_proven()
-        for _ in range(120):
+        for _ in range(80):
             self.all_messages_arrive()
             for room in list(self.admitted):
                 self.compute(room, 64)
+            self.all_writes_start()
             for write in self.own_writes():
                 self.report(write, WriteState.DONE)
             self.pass_time(0.25)
@@ -370,7 +358,36 @@ class Pair(RuleBasedStateMachine):
         assert peer.state is PeerState.READY
 
 
-def test_no_reachable_page_is_given_back_and_nothing_is_left(make: Factory) -> None:
-    run_state_machine_as_test(
-        lambda: Pair(make), settings=settings(max_examples=100, stateful_step_count=50, deadline=None)
-    )
+WEIGHTS = {
+    Pair.some_message_reaches_prefill: 20,
+    Pair.some_message_reaches_decode: 20,
+    Pair.all_messages_arrive: 10,
+    Pair.decode_opens_a_room: 20,
+    Pair.decode_finishes_a_request: 10,
+    Pair.prefill_computes_a_chunk: 30,
+    Pair.all_writes_start: 10,
+    Pair.a_write_is_done: 40,
+    Pair.a_write_fails: 2,
+    Pair.time_passes: 10,
+    Pair.decode_aborts: 3,
+    Pair.prefill_gives_up_a_room: 1,
+    Pair.decode_is_frozen: 1,
+    Pair.the_link_breaks: 1,
+    Pair.prefill_dies_and_starts_again: 0.5,
+    Pair.a_death_is_proven: 0.5,
+    Pair.weights_change_on_prefill: 0.3,
+}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_reachable_page_is_given_back_and_nothing_is_left(make: Factory, seed: int) -> None:
+    rng = random.Random(seed)
+    pair = Pair(make, rng)
+    pair.join()
+    for step in range(3000):
+        rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0](pair)
+        pair.every_page_has_one_owner()
+        pair.books_agree()
+        if step % 500 == 499:
+            pair.recover()
+

@@ -1,0 +1,194 @@
+"""`pdserve doctor`: which transports, kernels and devices work here, what is missing, what listens where."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from .runtime.errors import StartupError
+from .runtime.process import available_memory_bytes
+
+MOONCAKE_TCP_NOTE = (
+    "Mooncake's TCP transport listens on 0.0.0.0 on two ports per node, whatever address it is given:"
+    " whoever reaches them can write into the KV pool. Use it in trusted networks only."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. ``mend`` says what to do where something is missing."""
+
+    name: str
+    is_good: bool
+    detail: str
+    mend: str = ""
+
+
+def run_doctor(urls: Sequence[str]) -> int:
+    """Print the report. Returns 1 when no transfer backend or no torch works here, else 0."""
+    transports = list(check_transports())
+    kernels = list(check_kernels())
+    _print("Transports", transports)
+    _print("Kernels", kernels)
+    _print("Devices", check_devices())
+    _print("Listening (pdserve processes on this host)", listening_sockets())
+    for url in urls:
+        _print(url, [ask_server(url)])
+    print(f"\nNote: {MOONCAKE_TCP_NOTE}")
+    can_serve = any(finding.is_good for finding in transports) and kernels[0].is_good
+    return 0 if can_serve else 1
+
+
+def check_transports() -> Iterator[Finding]:
+    yield _shm()
+    tcp = _mooncake()
+    yield tcp
+    yield _rdma(tcp.is_good)
+
+
+def _shm() -> Finding:
+    folder = Path("/dev/shm")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return Finding("shm", False, f"{folder} cannot be written", "mount a tmpfs there")
+    free = shutil.disk_usage(folder).free
+    return Finding("shm", True, f"{free / 2**30:.1f} GiB free in {folder} (one host only)")
+
+
+def _mooncake() -> Finding:
+    name = "mooncake tcp"
+    try:
+        importlib.import_module("mooncake.engine")
+    except ModuleNotFoundError:
+        wheel = "mooncake-transfer-engine-non-cuda (or mooncake-transfer-engine on a GPU node)"
+        return Finding(name, False, "not installed", f"pip install {wheel}")
+    except ImportError as error:  # the wheel is there, a shared library of the system is not
+        libraries = "libibverbs1 librdmacm1 libnuma1"
+        return Finding(name, False, str(error), f"apt-get install {libraries}")
+    return Finding(name, True, _version("mooncake-transfer-engine"))
+
+
+def _rdma(has_mooncake: bool) -> Finding:
+    name = "mooncake rdma"
+    folder = Path("/sys/class/infiniband")
+    devices = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not devices:
+        return Finding(name, False, f"no RDMA device in {folder}", "--transport tcp, or a host with a card")
+    if not has_mooncake:
+        return Finding(name, False, ", ".join(devices), "mooncake is missing, see above")
+    return Finding(name, True, ", ".join(devices))
+
+
+def check_kernels() -> Iterator[Finding]:
+    """torch first: nothing computes without it."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        yield Finding("torch", False, str(error), "pip install torch (2.11 or newer)")
+        return
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding("torch", True, f"{torch.__version__}, CPU kernels {capability}")
+    for module, package in (("triton", "triton"), ("flashinfer", "flashinfer-python")):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            yield Finding(module, False, "not installed (used on GPUs only)", f"pip install {package}")
+        else:
+            yield Finding(module, True, _version(package))
+
+
+def check_devices() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0))
+    memory = available_memory_bytes() / 2**30
+    yield Finding("cpu", True, f"{platform.machine()}, {cores} cores, {memory:.1f} GiB free")
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return
+    if not torch.cuda.is_available():
+        yield Finding("gpu", False, "none that torch sees")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(f"gpu {index}", True, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+
+
+def listening_sockets() -> Iterator[Finding]:
+    """Every TCP port that a pdserve process of this host listens on."""
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        command = process.info["cmdline"] or []
+        role = _role(command)
+        if role is None:
+            continue
+        try:
+            connections = process.net_connections(kind="tcp")
+        except psutil.Error:
+            yield Finding(f"pid {process.pid}", False, f"{role}: its sockets cannot be read", "run as root")
+            continue
+        for connection in connections:
+            if connection.status == psutil.CONN_LISTEN:
+                address, port = connection.laddr[:2]
+                is_open = address in ("0.0.0.0", "::")
+                detail = f"{role} listens on {address}:{port}" + (" (every interface)" if is_open else "")
+                yield Finding(f"pid {process.pid}", True, detail)
+
+
+def _role(command: Sequence[str]) -> str | None:
+    """Which part of pdserve a command line runs, if any."""
+    roles = ("router", "prefill", "decode", "node-front", "up")
+    for program, argument in itertools.pairwise([*command, ""]):
+        name = os.path.basename(program)
+        if name == "pdserve" and argument in roles:
+            return argument
+        if name.startswith("pdserve-") and name.removeprefix("pdserve-") in roles:
+            return name.removeprefix("pdserve-")
+    return None
+
+
+def ask_server(url: str) -> Finding:
+    """What a running router or node says of itself."""
+    if not url.startswith(("http://", "https://")):
+        raise StartupError(f"--url {url}: a URL is expected, such as http://127.0.0.1:8000")
+    try:
+        with urllib.request.urlopen(f"{url}/server_info", timeout=5) as response:
+            info = json.loads(response.read())
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        return Finding("server_info", False, str(error), "is it running, and is the port right?")
+    entry = info.get("entry", {})
+    if not entry:
+        return Finding(
+            "router", True, f"{len(info.get('prefill', []))} prefill, {len(info.get('decode', []))} decode"
+        )
+    detail = f"{entry['role']} node, zmq {entry['zmq_address']}, KV over {info.get('transport', '?')}"
+    return Finding("node", True, detail)
+
+
+def _version(package: str) -> str:
+    for name in (package, f"{package}-non-cuda", f"{package}-cuda13"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "version unknown"
+
+
+def _print(title: str, findings: Sequence[Finding] | Iterator[Finding]) -> None:
+    print(f"\n{title}")
+    rows = list(findings)
+    for finding in rows:
+        mark = "ok  " if finding.is_good else "no  "
+        mend = f"  -> {finding.mend}" if finding.mend else ""
+        print(f"  {mark}{finding.name:<15} {finding.detail}{mend}")
+    if not rows:
+        print("  none")

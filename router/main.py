@@ -1,0 +1,108 @@
+"""Builds the router from its parts and serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from pathlib import Path
+
+import uvloop
+import zmq.asyncio
+from prometheus_client import CollectorRegistry
+
+from ..api.app import build_router_app
+from ..api.generation import ModelCard
+from ..api.in_flight import InFlightRequests
+from ..api.server import serve
+from ..api.tokenization import Tokenizer
+from ..api.validation import GenerationDefaults
+from ..engine.model_config import ModelConfig
+from ..runtime.config import RouterConfig
+from ..runtime.errors import StartupError
+from ..runtime.listen import http_url
+from .links import HttpEntryLookup, ZmqConnector
+from .options import RouterOptions
+from .service import RouterService
+
+_log = logging.getLogger(__name__)
+
+
+def run_router(config: RouterConfig, listener: socket.socket) -> int:
+    """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
+    path = Path(config.model).expanduser()
+    if not path.is_dir():
+        raise StartupError(f"no model at {config.model}: a folder in Hugging Face format is expected")
+    tokenizer = Tokenizer.from_directory(path)
+    defaults = GenerationDefaults.from_directory(path)
+    card = _model_card(config, path)
+    uvloop.run(_serve(config, listener, card, tokenizer, defaults))
+    return 0
+
+
+async def _serve(
+    config: RouterConfig,
+    listener: socket.socket,
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    defaults: GenerationDefaults,
+) -> None:
+    registry = CollectorRegistry()
+    context = zmq.asyncio.Context()
+    service = RouterService(
+        RouterOptions(
+            max_attempts=config.max_attempts,
+            max_queued_requests=config.max_queued_requests,
+            request_timeout_s=config.request_timeout,
+        ),
+        model=card,
+        connect=ZmqConnector(context),
+        lookup=HttpEntryLookup(config.api_key[0] if config.api_key else ""),
+        static_urls=(*config.prefill, *config.decode),
+        metrics_registry=registry,
+    )
+    in_flight = InFlightRequests()
+    app = build_router_app(
+        card=card,
+        tokenizer=tokenizer,
+        generation_defaults=defaults,
+        generator=service,
+        admin=service,
+        registry=registry,
+        in_flight=in_flight,
+        api_keys=config.api_key,
+    )
+    await service.start()
+    _log.info("%s serves %s", http_url(config.host, listener), card.name)
+    serving = asyncio.create_task(
+        serve(app, listener, in_flight=in_flight, drain_timeout_s=config.drain_timeout)
+    )
+    try:
+        await asyncio.wait({serving, service.crashed}, return_when=asyncio.FIRST_COMPLETED)
+        if service.crashed.done():
+            service.crashed.result()  # raises what ended a background task
+        await serving
+    finally:
+        serving.cancel()
+        await service.close()
+        context.destroy(linger=0)
+
+
+def _model_card(config: RouterConfig, path: Path) -> ModelCard:
+    model = ModelConfig.from_dir(path)
+    max_model_len = config.max_model_len or model.max_model_len
+    if max_model_len > model.max_model_len:
+        raise StartupError(
+            f"--max-model-len {max_model_len}: the model was made for at most {model.max_model_len} tokens"
+        )
+    return ModelCard(
+        name=config.served_model_name,
+        path=str(path),
+        model_type=model.family,
+        architectures=(model.architecture,),
+        vocab_size=model.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        created=int(time.time()),
+    )

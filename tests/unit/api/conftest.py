@@ -1,0 +1,138 @@
+"""A real server on a free port around a FakeGenerator, and a small byte-level tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from prometheus_client import CollectorRegistry, generate_latest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RustTokenizer
+
+from pdserve.api.app import build_router_app
+from pdserve.api.generation import ModelCard
+from pdserve.api.in_flight import InFlightRequests
+from pdserve.api.server import serve
+from pdserve.api.tokenization import Tokenizer
+from pdserve.api.validation import GenerationDefaults, Limits
+from pdserve.tests.unit.api.fakes import FakeAdmin, FakeGenerator
+
+CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+TEXT = "The quick brown fox jumps over the lazy dog. Été, 你好, 🙂 and naïve café."
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def byte_level_backend() -> RustTokenizer:
+    backend = RustTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT.replace("你好", "").replace("🙂", "")] * 4, trainer)
+    backend.add_tokens([AddedToken("<tool call>", special=False, normalized=False)])
+    return backend
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(
+        byte_level_backend(),
+        special_tokens={"eos_token": "<|im_end|>"},
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture
+def card(tokenizer: Tokenizer) -> ModelCard:
+    return ModelCard(
+        name="org/tiny",
+        path="/models/tiny",
+        model_type="qwen3",
+        architectures=("Qwen3ForCausalLM",),
+        vocab_size=tokenizer.vocab_size,
+        max_model_len=256,
+        eos_token_ids=(2,),
+        created=1_700_000_000,
+    )
+
+
+@dataclass
+class Api:
+    """A running server, its fakes, and a client."""
+
+    url: str
+    generator: FakeGenerator
+    admin: FakeAdmin
+    in_flight: InFlightRequests
+    http: aiohttp.ClientSession
+
+    async def post(self, path: str, body: object, **headers: str) -> tuple[int, Any]:
+        async with self.http.post(self.url + path, json=body, headers=headers) as answer:
+            return answer.status, await answer.json()
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.http.get(self.url + path) as answer:
+            return answer.status, await answer.json()
+
+    async def stream(self, path: str, body: object) -> str:
+        """The whole raw stream."""
+        async with self.http.post(self.url + path, json=body) as answer:
+            assert answer.status == 200, await answer.text()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            return (await answer.read()).decode()
+
+
+@pytest.fixture
+def api_keys() -> tuple[str, ...]:
+    return ()
+
+
+@pytest.fixture
+def limits() -> Limits:
+    return Limits(max_body_bytes=20_000)
+
+
+@pytest_asyncio.fixture
+async def api(
+    tokenizer: Tokenizer, card: ModelCard, api_keys: tuple[str, ...], limits: Limits
+) -> AsyncIterator[Api]:
+    generator = FakeGenerator(tokenizer.encode(" quick brown fox jumps"))
+    admin = FakeAdmin()
+    in_flight = InFlightRequests()
+    registry = CollectorRegistry()
+    admin.metrics = lambda: generate_latest(registry).decode()
+    app = build_router_app(
+        card=card,
+        tokenizer=tokenizer,
+        generation_defaults=GenerationDefaults(temperature=0.6, top_p=0.9),
+        generator=generator,
+        admin=admin,
+        registry=registry,
+        in_flight=in_flight,
+        api_keys=api_keys,
+        limits=limits,
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    stop = asyncio.Event()
+    server = asyncio.create_task(serve(app, listener, in_flight=in_flight, stop=stop, drain_timeout_s=2.0))
+    async with aiohttp.ClientSession() as http:
+        yield Api(url, generator, admin, in_flight, http)
+    stop.set()
+    await server
+    assert len(in_flight) == 0

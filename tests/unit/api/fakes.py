@@ -1,0 +1,174 @@
+"""A Generator and a ClusterAdmin that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeAlias
+
+from pdserve.api.generation import (
+    AdminReply,
+    ChoiceDelta,
+    GenerateSpec,
+    GenerationInfo,
+    WorkerStatus,
+)
+from pdserve.messages.node import NodeEntry, NodeLoad
+from pdserve.messages.sampling import TokenLogprob
+from pdserve.messages.timeline import Span
+from pdserve.runtime.errors import RequestError
+
+# A delta to give, an error to raise, or an event to wait for.
+Step: TypeAlias = ChoiceDelta | RequestError | asyncio.Event
+
+ENTRY = NodeEntry(
+    url="http://127.0.0.1:8100",
+    role="prefill",
+    incarnation="p-1",
+    zmq_address="tcp://127.0.0.1:5555",
+    model_name="org/tiny",
+    model_fingerprint="f",
+    weight_version="7",
+)
+
+
+def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
+    """The chosen token is the second best; the best is the next id."""
+    ranked = [(token_id + 1, -0.5), (token_id, -1.0), (token_id + 2, -2.0)]
+    return TokenLogprob(token_id, -1.0, tuple(ranked[:num_top]))
+
+
+class FakeGeneration:
+    def __init__(self, spec: GenerateSpec, steps: Sequence[Step]) -> None:
+        self.spec = spec
+        self.steps = steps
+        self.stopped: list[int] = []
+        self.is_cancelled = False
+        self.has_ended = False
+        sampling = spec.sampling
+        prompt_logprobs: list[TokenLogprob | None] = []
+        if sampling.num_prompt_logprobs is not None:
+            for position, token_id in enumerate(spec.prompt_ids):
+                if position >= sampling.prompt_logprobs_start:
+                    logprob = logprob_of(token_id, sampling.num_prompt_logprobs) if position else None
+                    prompt_logprobs.append(logprob)
+        self.info = GenerationInfo(
+            prompt_logprobs=tuple(prompt_logprobs),
+            num_cached_tokens=2,
+            weight_version="7",
+            spans=[Span("prefill", 101.5, 0.25), Span("queue", 100.0, 1.5), Span("handoff", 101.75, 0.5, 4096)],
+        )
+
+    async def __aiter__(self) -> AsyncIterator[ChoiceDelta]:
+        for step in self.steps:
+            match step:
+                case ChoiceDelta():
+                    if step.choice not in self.stopped:
+                        yield step
+                case RequestError():
+                    raise step
+                case asyncio.Event():
+                    await step.wait()
+        self.has_ended = True
+
+    def stop_choice(self, choice: int) -> None:
+        self.stopped.append(choice)
+
+    def cancel(self) -> None:
+        self.is_cancelled = not self.has_ended
+
+
+def one_by_one(
+    token_ids: Sequence[int],
+    spec: GenerateSpec,
+    *,
+    choice: int = 0,
+    finish: str = "length",
+    matched: int | None = None,
+) -> list[ChoiceDelta]:
+    """The tokens of a choice, a delta each, with logprobs where the spec asks for them."""
+    num_top = spec.sampling.num_logprobs
+    return [
+        ChoiceDelta(
+            choice,
+            (token_id,),
+            () if num_top is None else (logprob_of(token_id, num_top),),
+            finish if position == len(token_ids) - 1 else None,  # type: ignore[arg-type]
+            matched if position == len(token_ids) - 1 else None,
+        )
+        for position, token_id in enumerate(token_ids)
+    ]
+
+
+class FakeGenerator:
+    """Every choice gets ``token_ids`` (at most max_tokens of them), unless ``script`` says otherwise."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self.token_ids = tuple(token_ids)
+        self.script: Callable[[GenerateSpec], Sequence[Step]] | None = None
+        self.refusal: RequestError | None = None
+        self.generations: list[FakeGeneration] = []
+
+    @property
+    def specs(self) -> list[GenerateSpec]:
+        return [generation.spec for generation in self.generations]
+
+    async def generate(self, spec: GenerateSpec) -> FakeGeneration:
+        if self.refusal is not None:
+            raise self.refusal
+        steps = self._default(spec) if self.script is None else self.script(spec)
+        self.generations.append(FakeGeneration(spec, steps))
+        return self.generations[-1]
+
+    def _default(self, spec: GenerateSpec) -> list[Step]:
+        ids = self.token_ids[: spec.sampling.max_tokens]
+        choices = [one_by_one(ids, spec, choice=choice) for choice in range(spec.num_choices)]
+        return [delta for together in zip(*choices, strict=True) for delta in together]
+
+
+class FakeAdmin:
+    def __init__(self) -> None:
+        self.ready: tuple[bool, str] = (True, "")
+        self.calls: list[tuple[Any, ...]] = []
+        self.reply = AdminReply(True, "done")
+        self.states: dict[str, dict[str, Any]] = {}
+        self.metrics: Callable[[], str] = str
+
+    def readiness(self) -> tuple[bool, str]:
+        return self.ready
+
+    def workers(self) -> list[WorkerStatus]:
+        load = NodeLoad(num_running_reqs=3, num_waiting_reqs=1, num_used_pages=4, page_size=16)
+        return [WorkerStatus(entry=ENTRY, healthy=True, ready=True, lease_s=4.5, load=load)]
+
+    async def register_worker(self, url: str, entry: NodeEntry | None) -> AdminReply:
+        self.calls.append(("register", url, entry))
+        return self.reply
+
+    async def remove_worker(self, url: str) -> AdminReply:
+        self.calls.append(("remove", url))
+        return self.reply
+
+    async def flush_cache(self, timeout_s: float) -> AdminReply:
+        self.calls.append(("flush", timeout_s))
+        return self.reply
+
+    async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply:
+        self.calls.append(("abort", request_id, all_requests))
+        return self.reply
+
+    async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
+        self.calls.append(("update", model_path, weight_version))
+        return self.reply
+
+    async def request_state(self, request_id: str) -> dict[str, Any] | None:
+        return self.states.get(request_id)
+
+    async def server_info(self) -> dict[str, Any]:
+        return {"role": "router", "internal_states": [{}]}
+
+    def weight_version(self) -> str:
+        return "7"
+
+    async def metrics_text(self) -> str:
+        return self.metrics()

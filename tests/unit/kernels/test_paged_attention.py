@@ -1,0 +1,129 @@
+"""paged_attention and store_kv against their references, on pools whose unwritten slots hold NaN."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from pdserve.engine.kv_pool import KVPool
+from pdserve.kernels.paged_attention import AttentionRow, grouping_key, paged_attention, plan_attention
+from pdserve.kernels.paged_attention import reference as attention_reference
+from pdserve.kernels.store_kv import reference as store_reference
+from pdserve.kernels.store_kv import store_kv_
+from pdserve.messages.kv_layout import KVLayout
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
+NUM_PAGES = 160
+NUM_LAYERS = 3
+LAYER = 1
+
+
+def nan_pool(page_size: int, num_kv_heads: int, head_dim: int, dtype: str, padded: bool) -> KVPool:
+    dense = KVLayout(
+        num_kv_heads=num_kv_heads, num_layers=NUM_LAYERS, page_size=page_size, head_dim=head_dim, dtype=dtype
+    )
+    # A stride that is no multiple of anything but the item.
+    stride = dense.page_bytes + 3 * (4 if dtype == "float32" else 2) if padded else 0
+    layout = KVLayout(
+        num_kv_heads=num_kv_heads,
+        num_layers=NUM_LAYERS,
+        page_size=page_size,
+        head_dim=head_dim,
+        dtype=dtype,
+        page_stride_bytes=stride,
+    )
+    pool = KVPool(layout, NUM_PAGES, torch.device("cpu"))
+    pool.poison(range(NUM_PAGES))
+    return pool
+
+
+def rows_over(pool: KVPool, spans: list[tuple[int, int]]) -> list[AttentionRow]:
+    """Rows of (start, num_tokens) on pages of their own, in random order; what they may read is written."""
+    page_size = pool.layout.page_size
+    free = list(range(NUM_PAGES))
+    random.Random(0).shuffle(free)
+    rows = []
+    for start, num_tokens in spans:
+        count = pool.layout.pages_for(start + num_tokens)
+        pages, free = free[:count], free[count:]
+        for position in range(start + num_tokens):
+            slot = pool.layer(LAYER)[pages[position // page_size], :, :, position % page_size]
+            slot.copy_(torch.randn(slot.shape))
+        rows.append(AttentionRow(start, num_tokens, pages))
+    return sorted(rows, key=lambda row: grouping_key(row.num_tokens, pool.layout.pages_for(row.end)))
+
+
+SPANS = {
+    "one-token": [(0, 1)],
+    "whole-prompt": [(0, 33)],
+    "chunk-after-half-a-page": [(13, 20)],
+    "decode-alone": [(40, 1)],
+    "decode-alike": [(16, 1), (17, 1), (31, 1), (30, 1)],
+    "decode-padded-tables": [(161, 1), (160, 1), (175, 1), (199, 1), (150, 1)],
+    "mixed": [(0, 5), (63, 1), (7, 1), (21, 9), (0, 1), (64, 1), (47, 2)],
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded-stride"])
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS.keys())
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "page_size", "dtype"),
+    [
+        (6, 2, 16, 16, "float32"),
+        (5, 1, 24, 4, "float32"),
+        (3, 3, 18, 7, "float32"),
+        (4, 2, 32, 16, "bfloat16"),
+        (7, 7, 20, 8, "float16"),
+    ],
+)
+def test_paged_attention(
+    spans: list[tuple[int, int]],
+    padded: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+) -> None:
+    pool = nan_pool(page_size, num_kv_heads, head_dim, dtype, padded)
+    rows = rows_over(pool, spans)
+    num_tokens = sum(row.num_tokens for row in rows)
+    # Queries are part of a wider tensor, as in the model.
+    fused = torch.randn(num_tokens, num_heads + 2, head_dim).to(pool.data.dtype)
+    q, layer, scale = fused[:, :num_heads], pool.layer(LAYER), head_dim**-0.5
+    before = layer.clone()
+    actual = paged_attention(q, layer, plan_attention(rows, page_size, q.dtype), scale)
+    expected = attention_reference.paged_attention(q, layer, rows, scale)
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(layer, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_alike_tables_make_one_group() -> None:
+    rows = [AttentionRow(end - 1, 1, range(64)) for end in (129, 145, 160)]  # 9, 10 and 10 pages of 16
+    plan = plan_attention(rows, 16, torch.float32)
+    assert [group.num_rows for group in plan.groups] == [3]
+
+
+@pytest.mark.parametrize("num_pages", range(1, 200))
+def test_padding_wastes_at_most_a_fifth_and_never_pads_a_single_page(num_pages: int) -> None:
+    _, padded = grouping_key(1, num_pages)
+    assert num_pages <= padded <= 1.2 * num_pages
+    assert padded == num_pages or num_pages >= 2
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded-stride"])
+@pytest.mark.parametrize(("num_tokens", "num_kv_heads", "head_dim"), [(1, 1, 2), (5, 3, 18), (40, 2, 64)])
+def test_store_kv(num_tokens: int, num_kv_heads: int, head_dim: int, padded: bool) -> None:
+    page_size = 5
+    pool = nan_pool(page_size, num_kv_heads, head_dim, "float32", padded)
+    expected = nan_pool(page_size, num_kv_heads, head_dim, "float32", padded)
+    fused = torch.randn(num_tokens, 4 * num_kv_heads, head_dim)
+    kv = fused[:, 2 * num_kv_heads :].view(num_tokens, 2, num_kv_heads, head_dim)
+    slots = torch.randperm(NUM_PAGES * page_size)[:num_tokens]
+    page, offset = slots // page_size, slots % page_size
+    store_kv_(pool.layer(LAYER), kv, page, offset)
+    store_reference.store_kv_(expected.layer(LAYER), kv, page, offset)
+    torch.testing.assert_close(pool.data, expected.data, rtol=0, atol=0, equal_nan=True)
+    assert int(pool.data.isfinite().sum()) == kv.numel()
