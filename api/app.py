@@ -18,7 +18,7 @@ from .admin import (
 from .generation import ClusterAdmin, Generator, ModelCard
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
-from .mounting import GET, POST, VERSION, Lifespan, Operation, make_app
+from .mounting import GET, POST, Lifespan, Operation, make_app
 from .native import Native
 from .native_types import (
     DetokenizeAnswer,
@@ -36,6 +36,7 @@ from .text_run import Serving
 from .tokenization import Tokenizer
 from .tokens import TokenRoutes
 from .validation import GenerationDefaults, Limits
+from .version import VERSION
 
 
 def build_router_app(

@@ -60,11 +60,13 @@ class WindowDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []
         self._num_shown = 0  # leading tokens of the window whose text was given
 
     def push(self, token_id: int) -> str:
+        if token_id in self._skipped or not self._tokenizer.token_string(token_id):
+            return ""  # as if it were not there: a run of byte tokens goes on behind it
         self._window.append(token_id)
         if self._tokenizer.is_byte_token(token_id):
             return ""
@@ -85,7 +87,7 @@ class WindowDecoder:
         return self._decode(self._window)[len(shown) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 def text_decoder(tokenizer: Tokenizer, *, skip_special_tokens: bool) -> TextDecoder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TypeAlias
 
 from fastapi import FastAPI, Request
@@ -14,11 +13,11 @@ from starlette.responses import Response
 from .errors import install_error_handlers
 from .gateway import ApiKeys, RequestIds
 from .openapi import NO_BODIES, Bodies, install_schemas
+from .version import VERSION
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 Lifespan: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-VERSION = version("pdserve")
 GET = ("GET", "HEAD")
 POST = ("POST",)
 

@@ -25,6 +25,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, Pong
 from ..runtime.errors import RequestError
 from .admin import (
@@ -43,11 +44,12 @@ from .admin import (
     request_not_found,
 )
 from .generation import ModelCard
-from .mounting import GET, POST, VERSION, Operation, make_app
+from .mounting import GET, POST, Operation, make_app
 from .node_client import NodeClient, NodeUnavailableError
 from .openapi import Bodies
 from .server import serve
 from .validation import Limits, parse_object, parse_request, read_body
+from .version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +188,8 @@ class NodeRoutes:
                 "model_path": info.model.model_path,
                 "served_model_name": info.model.model_name,
                 "weight_version": info.model.weight_version,
+                "kv_layout": _kv_layout(info.kv_layout),
+                "transport": info.transport,
                 "tp_size": 1,
                 "dp_size": 1,
                 "max_total_num_tokens": load.num_total_pages * load.page_size,
@@ -295,6 +299,10 @@ def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
         Operation(POST, ("/update_weights_from_disk",), routes.update_weights, Bodies(UpdateWeightsRequest)),
     ]
     return make_app(operations, api_keys=api_keys)
+
+
+def _kv_layout(layout: KVLayout | None) -> dict[str, Any] | None:
+    return None if layout is None else {**msgspec.structs.asdict(layout), "page_bytes": layout.page_bytes}
 
 
 async def serve_node_front(

@@ -13,8 +13,9 @@ from .generation import ModelCard
 from .openai_types import OpenAIRequest
 from .text_run import Serving
 from .validation import SamplingFields, check_range, parse_stops, sampling_params
+from .version import VERSION
 
-SYSTEM_FINGERPRINT = "pdserve-0.1.0"
+SYSTEM_FINGERPRINT = f"pdserve-{VERSION}"
 
 
 @dataclass(frozen=True, slots=True)

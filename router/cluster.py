@@ -36,6 +36,8 @@ class ClusterHandler(Protocol):
 
     def on_node_event(self, event: NodeEvent) -> None: ...
 
+    def is_working(self, incarnation: str) -> bool: ...
+
     def on_ping(self, incarnation: str) -> None: ...
 
     def on_pong(self, incarnation: str, pong: Pong) -> None: ...
@@ -128,17 +130,25 @@ class Cluster:
             return AdminReply(False, f"{url}/server_info does not answer as a node")
         self._apply(self.registry.register(entry, self._clock(), by_hand=by_hand))
         if self.registry.was_removed(entry.incarnation):
-            return AdminReply(False, "this node was removed by an operator")
+            return AdminReply(False, "this node was taken out; restart it, or register its URL by hand")
         return AdminReply(True)
 
     def remove(self, url: str) -> AdminReply:
-        events = self.registry.remove(url)
-        self._apply(events)
-        return AdminReply(True) if events else AdminReply(False, f"no node at {url}")
+        """The node gets no new work, and is forgotten once what it works on has ended."""
+        if not self.registry.take_out(url):
+            return AdminReply(False, f"no node at {url}")
+        self._forget_idle_leavers()
+        return AdminReply(True)
+
+    def _forget_idle_leavers(self) -> None:
+        for node in list(self.registry):
+            if node.leaving and not self._handler.is_working(node.incarnation):
+                self._apply(self.registry.forget(node.incarnation))
 
     def tick(self, now: float, *, expire: bool) -> None:
         if expire:
             self._apply(self.registry.expire(now))
+        self._forget_idle_leavers()
         for node in self.registry:
             if node.incarnation not in self._connections:
                 self._open_link(node.entry, now)

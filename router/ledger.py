@@ -141,6 +141,14 @@ class Ledger:
         """The attempt, while it is open."""
         return self._attempts.get((request_id, number))
 
+    def is_working(self, incarnation: str) -> bool:
+        """Whether an open attempt decodes there, or waits for its first token from there."""
+        return any(
+            attempt.pair.decode == incarnation
+            or (attempt.pair.prefill == incarnation and attempt.awaits_first_token)
+            for attempt in self._attempts.values()
+        )
+
     def on_decode(self, incarnation: str) -> list[Attempt]:
         return [attempt for attempt in self._attempts.values() if attempt.pair.decode == incarnation]
 

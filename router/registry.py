@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
+
 from ..messages.node import NodeEntry, NodeLoad, Pong
 
 
@@ -62,15 +64,16 @@ class NodeRecord:
     load: NodeLoad = field(default_factory=NodeLoad)
     ready_peers: frozenset[str] = frozenset()
     refused_peers: dict[str, str] = field(default_factory=dict)
-    draining: bool = False
+    draining: bool = False  # it says so
+    leaving: bool = False  # it, or an operator, took it out: what runs there may end
+
+    @property
+    def takes_work(self) -> bool:
+        return self.last_pong_at is not None and not self.draining and not self.leaving
 
     @property
     def incarnation(self) -> str:
         return self.entry.incarnation
-
-    @property
-    def prefills(self) -> bool:
-        return self.entry.role == "prefill" or self.entry.colocated
 
 
 def may_pair(prefill: NodeEntry, decode: NodeEntry) -> bool:
@@ -89,7 +92,7 @@ class NodeRegistry:
         self._nodes: dict[str, NodeRecord] = {}  # by incarnation
         self._by_url: dict[str, str] = {}  # url -> incarnation
         self._superseded: deque[str] = deque(maxlen=256)  # by a restart: a late registration changes nothing
-        self._removed: set[str] = set()  # by an operator, until registered by hand
+        self._removed: set[str] = set()  # taken out: they come back by hand or as another incarnation
 
     def __iter__(self) -> Iterator[NodeRecord]:
         return iter(self._nodes.values())
@@ -121,6 +124,7 @@ class NodeRegistry:
         known = self._nodes.get(entry.incarnation)
         if known is not None:
             known.lease_until = now + self._lease_s
+            known.leaving = False
             return []
         before = self.at_url(entry.url)
         if before is not None:
@@ -131,29 +135,25 @@ class NodeRegistry:
         return [NodeRestarted(before.entry, entry) if before is not None else NodeJoined(entry)]
 
     def pong(self, incarnation: str, pong: Pong, now: float) -> list[NodeEvent]:
-        """``incarnation``: who was asked. Another one may answer at the same address."""
+        """``incarnation``: who was asked. If another one answers there, it will register itself or be polled.
+
+        Where a node is reached is known from its registration; its scheduler may not know its URL.
+        """
         node = self._nodes.get(incarnation)
         if node is None:
             return []
+        old = node.entry
         if pong.entry.incarnation != incarnation:
-            if pong.entry.url == node.entry.url:
-                return self.register(pong.entry, now)
             self._drop(node)
             self._superseded.append(incarnation)
-            return [
-                NodeLost(node.entry, "its address is another node's now"),
-                *self.register(pong.entry, now),
-            ]
-        old, node.entry = node.entry, pong.entry
+            return [NodeLost(old, "another incarnation answers at its address")]
+        node.entry = msgspec.structs.replace(pong.entry, url=old.url, zmq_address=old.zmq_address)
         node.lease_until = now + self._lease_s
         node.last_pong_at = now
         node.load = pong.load
         node.ready_peers = frozenset(pong.ready_peers)
         node.refused_peers = pong.refused_peers
         node.draining = pong.draining
-        if old.url != node.entry.url:
-            self._by_url.pop(old.url, None)
-            self._by_url[node.entry.url] = incarnation
         return [NodeChanged(old, node.entry)] if old != node.entry else []
 
     def link_lost(self, incarnation: str, reason: str, now: float) -> list[NodeEvent]:
@@ -172,14 +172,22 @@ class NodeRegistry:
         if node is not None:
             node.ready_peers -= {prefill}
 
-    def remove(self, url: str) -> list[NodeEvent]:
-        """An operator takes the node out; it stays out until it restarts or is registered by hand."""
+    def take_out(self, url: str) -> bool:
+        """No new work; its registrations count no more until it restarts or is registered by hand."""
         node = self.at_url(url)
+        if node is None:
+            return False
+        node.leaving = True
+        self._removed.add(node.incarnation)
+        return True
+
+    def forget(self, incarnation: str) -> list[NodeEvent]:
+        """A leaving node has nothing to do any more."""
+        node = self._nodes.get(incarnation)
         if node is None:
             return []
         self._drop(node)
-        self._removed.add(node.incarnation)
-        return [NodeLost(node.entry, "removed by an operator")]
+        return [NodeLost(node.entry, "it was taken out")]
 
     def was_removed(self, incarnation: str) -> bool:
         return incarnation in self._removed
@@ -215,7 +223,7 @@ class NodeRegistry:
 
     def usable(self) -> list[NodeRecord]:
         """Nodes that may get new work, if they have a peer to do it with."""
-        return [node for node in self._nodes.values() if node.last_pong_at is not None and not node.draining]
+        return [node for node in self._nodes.values() if node.takes_work]
 
     def ready_pairs(self) -> list[tuple[NodeRecord, NodeRecord]]:
         """(prefill, decode) that may be given a request; a colocated decode node pairs with itself."""
@@ -245,7 +253,7 @@ class NodeRegistry:
         for role, nodes in (("decode", decodes), ("prefill", prefills)):
             if nodes and all(node.last_pong_at is None for node in nodes):
                 return f"no {role} node answers"
-            if nodes and all(node.draining or node.last_pong_at is None for node in nodes):
+            if nodes and not any(node.takes_work for node in nodes):
                 return f"every {role} node is draining"
         refusals = [
             f"{node.entry.url} refuses {url}: {reason}"

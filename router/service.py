@@ -405,6 +405,9 @@ class RouterService:
             return min(self._options.max_busy_delay_s, self._options.busy_delay_s * 2.0**doublings)
         return self._options.retry_delay_s * (retry.num_failures - 1)
 
+    def is_working(self, incarnation: str) -> bool:
+        return self._ledger.is_working(incarnation)
+
     def on_ping(self, incarnation: str) -> None:
         self._ledger.ping(incarnation)
 
@@ -753,7 +756,7 @@ class RouterService:
     def _worker_state(self, node: NodeRecord, is_ready: bool) -> str:
         if not self._nodes.healthy(node):
             return "silent"
-        if node.draining:
+        if not node.takes_work:
             return "draining"
         return "ready" if is_ready else "unpaired"
 

@@ -50,7 +50,7 @@ _PREFILL = frozenset({"prefill"})
 FLAGS: tuple[Flag, ...] = (
     Flag(names=("--model", "--model-path"), roles=_ALL, positional=True, default=str(SHIPPED_MODEL),
          help="checkpoint folder in Hugging Face format (default: the shipped model)"),
-    Flag(names=("--served-model-name",), roles=_ALL, help="name that clients ask for (default: the path)"),
+    Flag(names=("--served-model-name",), roles=_ALL, help="name that clients ask for (default: the path as given)"),
     Flag(names=("--host",), roles=_ALL, default="127.0.0.1", help="address to listen on"),
     Flag(names=("--port",), roles=_ALL, kind=int,
          help="HTTP port, or the next free one (default: router 8000, prefill 8100, decode 8200)"),
@@ -297,7 +297,9 @@ def node_config(role: Literal["prefill", "decode"], given: Mapping[str, Any]) ->
 def _filled(values: Mapping[str, Any], role: str, config_type: type) -> dict[str, Any]:
     filled = dict(values)
     filled["port"] = DEFAULT_PORTS[role] if values["port"] is None else values["port"]
-    filled["served_model_name"] = values["served_model_name"] or values["model"]
+    is_shipped = values["model"] == str(SHIPPED_MODEL)
+    path_as_given = SHIPPED_MODEL.name if is_shipped else values["model"]
+    filled["served_model_name"] = values["served_model_name"] or path_as_given
     names = {field.name for field in fields(config_type)}
     return {name: value for name, value in filled.items() if name in names}
 

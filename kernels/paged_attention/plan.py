@@ -62,8 +62,8 @@ class AttentionPlan:
 def grouping_key(num_tokens: int, num_pages: int) -> tuple[bool, int]:
     """Rows with equal keys are computed together if they stand side by side; sort the rows of a batch by it.
 
-    Tables are alike when they round up to the same quarter of a power of two, so that padding wastes at most
-    a fifth. Groups of padded tables hold rows of at least two pages each: a row's first page is full.
+    Tables are alike when they round up to the same quarter of a power of two, so that padding wastes less
+    than a quarter. Groups of padded tables hold rows of at least two pages each: a row's first page is full.
     """
     if num_tokens > 1:
         return True, 0

@@ -169,6 +169,7 @@ class ShmBackend:
         if self._fd >= 0:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._directory / self._object_name)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping has a descriptor of its own, and lives on
             os.close(self._fd)
             self._fd = -1
 

@@ -56,7 +56,11 @@ class FakeGeneration:
             prompt_logprobs=tuple(prompt_logprobs),
             num_cached_tokens=2,
             weight_version="7",
-            spans=[Span("prefill", 101.5, 0.25), Span("queue", 100.0, 1.5), Span("handoff", 101.75, 0.5, 4096)],
+            spans=[
+                Span("prefill", 101.5, 0.25),
+                Span("queue", 100.0, 1.5),
+                Span("handoff", 101.75, 0.5, 4096),
+            ],
         )
 
     async def __aiter__(self) -> AsyncIterator[ChoiceDelta]:

@@ -4,7 +4,9 @@ from pdserve.tests.unit.api.conftest import Api
 
 
 async def test_answers(api: Api) -> None:
-    status, answer = await api.post("/v1/completions", {"model": "org/tiny", "prompt": "The", "max_tokens": 3})
+    status, answer = await api.post(
+        "/v1/completions", {"model": "org/tiny", "prompt": "The", "max_tokens": 3}
+    )
     print(answer)
     assert status == 200
 

@@ -15,7 +15,7 @@ from pdserve.kernels.store_kv import store_kv_
 from pdserve.messages.kv_layout import KVLayout
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
-NUM_PAGES = 160
+NUM_PAGES = 260
 NUM_LAYERS = 3
 LAYER = 1
 
@@ -106,11 +106,11 @@ def test_alike_tables_make_one_group() -> None:
     assert [group.num_rows for group in plan.groups] == [3]
 
 
-@pytest.mark.parametrize("num_pages", range(1, 200))
-def test_padding_wastes_at_most_a_fifth_and_never_pads_a_single_page(num_pages: int) -> None:
-    _, padded = grouping_key(1, num_pages)
-    assert num_pages <= padded <= 1.2 * num_pages
-    assert padded == num_pages or num_pages >= 2
+def test_padding_wastes_less_than_a_quarter_and_never_pads_a_single_page() -> None:
+    for num_pages in range(1, 1000):
+        _, padded = grouping_key(1, num_pages)
+        assert num_pages <= padded < 1.25 * num_pages
+        assert padded == num_pages or num_pages >= 2
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded-stride"])

@@ -104,19 +104,21 @@ def test_another_incarnation_at_the_url_is_a_restart(registry: NodeRegistry, ent
     assert registry.get("d-1") is None
 
 
-def test_a_restart_is_seen_by_a_pong_too(registry: NodeRegistry, entry: Entry) -> None:
+def test_another_incarnation_may_answer_at_the_address(registry: NodeRegistry, entry: Entry) -> None:
     old, new = entry(), entry(incarnation="d-2")
     join(registry, old, 0.0)
-    assert registry.pong("d-1", pong(new), 1.0) == [NodeRestarted(old, new)]
-
-
-def test_another_node_may_answer_at_the_address(registry: NodeRegistry, entry: Entry) -> None:
-    old, other = entry(), entry(name="e")
-    join(registry, old, 0.0)
-    assert registry.pong("d-1", pong(other), 1.0) == [
-        NodeLost(old, "its address is another node's now"),
-        NodeJoined(other),
+    assert registry.pong("d-1", pong(new), 1.0) == [
+        NodeLost(old, "another incarnation answers at its address")
     ]
+    assert registry.register(old, 1.1) == []
+    assert registry.register(new, 1.2) == [NodeJoined(new)]
+
+
+def test_where_a_node_is_reached_is_known_from_its_registration(registry: NodeRegistry, entry: Entry) -> None:
+    registry.register(entry(), 0.0)
+    inside = entry(url="", zmq_address="tcp://0.0.0.0:5")
+    assert registry.pong("d-1", pong(inside), 0.1) == []
+    assert registry.at_url("http://d") is registry.get("d-1")
 
 
 def test_what_a_node_serves_is_learned_from_its_pongs(registry: NodeRegistry, entry: Entry) -> None:
@@ -129,13 +131,25 @@ def test_what_a_node_serves_is_learned_from_its_pongs(registry: NodeRegistry, en
     assert node.entry == new
 
 
-def test_a_removed_node_stays_out_until_registered_by_hand(registry: NodeRegistry, entry: Entry) -> None:
-    join(registry, entry(), 0.0)
-    assert registry.remove("http://d") == [NodeLost(entry(), "removed by an operator")]
-    assert registry.remove("http://d") == []
+def test_a_node_that_is_taken_out_ends_its_work_and_stays_out(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry(colocated=True), 0.0)
+    assert registry.take_out("http://d")
+    assert registry.ready_pairs() == []
+    registry.pong("d-1", pong(entry(colocated=True)), 1.0)
+    assert registry.ready_pairs() == []
+    assert registry.forget("d-1") == [NodeLost(entry(colocated=True), "it was taken out")]
+    assert registry.forget("d-1") == []
+    assert not registry.take_out("http://d")
     assert registry.register(entry(), 1.0) == []
     assert registry.was_removed("d-1")
     assert registry.register(entry(), 2.0, by_hand=True) == [NodeJoined(entry())]
+
+
+def test_a_leaving_node_may_be_named_again(registry: NodeRegistry, entry: Entry) -> None:
+    join(registry, entry(colocated=True), 0.0)
+    registry.take_out("http://d")
+    assert registry.register(entry(), 1.0, by_hand=True) == []
+    assert len(registry.ready_pairs()) == 1
 
 
 def test_the_routers_own_stall_is_nobodys_fault(registry: NodeRegistry, entry: Entry) -> None:

@@ -489,6 +489,17 @@ async def test_a_draining_node_gets_no_new_work(bench: Bench, spec: Spec) -> Non
     assert (len(d.requests()), len(e.requests())) == (0, 4)
 
 
+async def test_a_node_that_leaves_ends_what_it_works_on(bench: Bench, spec: Spec, expected: Expected) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.pace_s = 0.001
+    generation = await bench.service.generate(spec(max_tokens=100))
+    assert (await bench.service.remove_worker("http://d")).success
+    assert bench.service.readiness() == (False, "every decode node is draining")
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 100)}
+    assert generation.info.num_attempts == 1
+    await bench.until(lambda: [w.entry for w in bench.service.workers()] == [prefill.entry])
+
+
 async def test_an_operator_removes_a_node_and_names_it_again(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
     assert (await bench.service.remove_worker("http://d")).success

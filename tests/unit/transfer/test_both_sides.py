@@ -390,4 +390,3 @@ def test_no_reachable_page_is_given_back_and_nothing_is_left(make: Factory, seed
         pair.books_agree()
         if step % 500 == 499:
             pair.recover()
-

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from pdserve.api.tokenization import Tokenizer
+from pdserve.runtime.errors import RequestError, StartupError
+from pdserve.tests.unit.api.conftest import CHAT_TEMPLATE, byte_level_backend
+
+TOKENIZER = Tokenizer(byte_level_backend())
+
+QWEN_LIKE = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != 'system' %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>\\n' }}
+    {%- endif %}
+    {%- if loop.index > 9 %}{%- break %}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+{%- if enable_thinking is defined %}{{ {'thinking': enable_thinking, 'tag': '<é>'} | tojson }}{% endif %}"""
+LLAMA_LIKE = """{{ bos_token }}{% for message in messages %}
+{% set content = '[' + message['role'] + '] ' + message['content'] %}
+{{ content }}{% if message.role == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}
+
+{% endfor %}"""
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": 'Hello <there> & "you"'}],
+    [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " Hi \n"},
+        {"role": "assistant", "content": " Well then, "},
+    ],
+]
+
+
+def checkpoint(folder: Path, **config: object) -> Path:
+    byte_level_backend().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, QWEN_LIKE, LLAMA_LIKE], ids=["plain", "qwen", "llama"])
+@pytest.mark.parametrize("chat", CHATS, ids=["user", "three"])
+@pytest.mark.parametrize("mode", ["prompt", "none", "continue"])
+def test_chats_render_as_transformers_does(
+    tmp_path: Path, template: str, chat: list[dict[str, Any]], mode: str
+) -> None:
+    bos = {"__type": "AddedToken", "content": "<|endoftext|>", "special": True}
+    folder = checkpoint(tmp_path, bos_token=bos, eos_token="<|im_end|>", chat_template=template)
+    reference = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
+    options = {"add_generation_prompt": mode == "prompt", "continue_final_message": mode == "continue"}
+    expected = reference.apply_chat_template(
+        chat, chat_template=template, tokenize=False, enable_thinking=False, **options
+    )
+    ours = Tokenizer.from_directory(folder).apply_chat_template(
+        chat, template_kwargs={"enable_thinking": False}, **options
+    )
+    assert ours == expected
+
+
+def test_the_template_comes_from_its_file_a_list_or_the_config(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "from a list"}]
+    folder = checkpoint(tmp_path, chat_template=named)
+    assert Tokenizer.from_directory(folder).apply_chat_template(CHATS[0]) == "from a list"
+    (folder / "chat_template.jinja").write_text("from its file")
+    assert Tokenizer.from_directory(folder).apply_chat_template(CHATS[0]) == "from its file"
+
+
+def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_directory(checkpoint(tmp_path))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(RequestError, match="no chat template") as caught:
+        tokenizer.apply_chat_template(CHATS[0])
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[5].content + 1 }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages[0].content / 2 }}",
+    ],
+)
+def test_what_a_template_refuses_is_the_clients_affair(template: str) -> None:
+    with pytest.raises(RequestError, match="refused the messages") as caught:
+        Tokenizer(byte_level_backend(), chat_template=template).apply_chat_template(CHATS[0])
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+def test_a_developer_is_the_system_to_templates_that_know_no_developer() -> None:
+    chat = [{"role": "developer", "content": "x"}]
+    old = Tokenizer(byte_level_backend(), chat_template="{{ messages[0].role }}")
+    assert old.apply_chat_template(chat) == "system"
+    new = Tokenizer(byte_level_backend(), chat_template="{{ messages[0].role }}{# developer #}")
+    assert new.apply_chat_template(chat) == "developer"
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"tokenizer\.json"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=40))
+def test_token_bytes_joined_are_the_text(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert b"".join(TOKENIZER.token_bytes(token_id) for token_id in ids) == text.encode()
+
+
+def test_names_of_tokens() -> None:
+    assert TOKENIZER.token_text(0) == "<|endoftext|>"
+    partial = TOKENIZER.encode("🙂", add_special_tokens=False)[0]
+    assert TOKENIZER.token_text(partial) == "bytes:\\xf0"
+    assert TOKENIZER.token_bytes(partial) == b"\xf0"
+    added = TOKENIZER.encode("<tool call>", add_special_tokens=False)
+    assert [TOKENIZER.token_text(token_id) for token_id in added] == ["<tool call>"]
+    assert TOKENIZER.token_bytes(10**6) == b""
+
+
+async def test_long_texts_are_encoded_in_a_thread() -> None:
+    text = "The quick brown fox. " * 500
+    assert await TOKENIZER.encode_async(text) == TOKENIZER.encode(text)

@@ -1,0 +1,140 @@
+"""Random checkpoints from ``scripts/make_checkpoint``, and sequences computed through a poisoned pool."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
+from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
+from pdserve.engine.model_config import ModelConfig, kv_layout
+from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
+from pdserve.engine.weights import load_weights
+from pdserve.messages.kv_layout import KVLayout
+from pdserve.messages.sampling import SamplingParams
+
+CPU = torch.device("cpu")
+SCRIPT = Path(__file__).parents[3] / "scripts" / "make_checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_script() -> ModuleType:
+    loader = SourceFileLoader("make_checkpoint", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("make_checkpoint", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    checkpoint_script: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``checkpoint(model, **options of make_checkpoint)`` → its folder; the same one for the same arguments."""
+    made: dict[str, Path] = {}
+
+    def make(model: str, **options: Any) -> Path:
+        key = repr((model, sorted(options.items())))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(model)
+            checkpoint_script.make_checkpoint(model, made[key], **options)
+        return made[key]
+
+    return make
+
+
+@dataclass
+class Harness:
+    """A runner over a pool whose unwritten slots hold NaN, with page tables handed out in a scattered order."""
+
+    config: ModelConfig
+    layout: KVLayout
+    pool: KVPool
+    runner: ModelRunner
+    free_pages: list[int] = field(default_factory=list)
+    step: int = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        page_size: int = 4,
+        num_pages: int = 128,
+        dtype: str = "auto",
+        padding_bytes: int = 0,
+    ) -> Harness:
+        config = ModelConfig.from_dir(folder)
+        layout = kv_layout(config, page_size, dtype)
+        if padding_bytes:
+            layout = kv_layout(config, page_size, dtype, layout.page_bytes + padding_bytes)
+        pool = KVPool(layout, num_pages, CPU)
+        pool.poison(range(num_pages))
+        weights = load_weights(folder, config, TORCH_DTYPES[layout.dtype], CPU)
+        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(7)).tolist()
+        return cls(config, layout, pool, ModelRunner(config, weights, pool, CPU), order)
+
+    def pages(self, num_tokens: int) -> list[int]:
+        count = self.layout.pages_for(num_tokens)
+        taken, self.free_pages = self.free_pages[:count], self.free_pages[count:]
+        assert len(taken) == count
+        return taken
+
+    def forward(
+        self, *rows: ScheduledRow, page_copies: tuple[tuple[int, int], ...] = ()
+    ) -> dict[str | int, RowOutput]:
+        """One step. → the output of each row by its id."""
+        self.step += 1
+        batch = ForwardBatch.build(
+            ScheduleBatch(rows, page_copies), step=self.step, config=self.config, layout=self.layout
+        )
+        output: ForwardOutput = self.runner.forward(batch)
+        assert output.step == self.step
+        assert [row.row_id for row in output.rows] == [row.row_id for row in rows]
+        return {row.row_id: row for row in output.rows}
+
+    def row(self, token_ids: Sequence[int], **changes: Any) -> ScheduledRow:
+        """The whole prompt in one chunk on new pages, choice 0 sampled; `changes` replace fields."""
+        row = ScheduledRow(
+            row_id="row",
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            start=0,
+            num_tokens=len(token_ids),
+            pages=changes["pages"] if "pages" in changes else self.pages(len(token_ids)),
+            sampling=SamplingParams(temperature=0.0),
+            choices=(0,),
+        )
+        return replace(row, **changes)
+
+
+@pytest.fixture(scope="session")
+def harness() -> Callable[..., Harness]:
+    return Harness.load
+
+
+@pytest.fixture
+def prompt() -> Callable[[int, int], list[int]]:
+    """``prompt(length, seed)``: random ids that every miniature's vocabulary has."""
+
+    def make(length: int, seed: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        ids: list[int] = torch.randint(3, 380, (length,), generator=generator).tolist()
+        return ids
+
+    return make

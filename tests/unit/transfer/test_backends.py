@@ -1,0 +1,495 @@
+"""What every backend must do, between two processes, and what each does of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pdserve.messages.peer import MemoryRegion
+from pdserve.runtime.errors import StartupError
+from pdserve.transfer.backends import create_backend, mooncake, shm
+from pdserve.transfer.backends.base import (
+    Completions,
+    FairQueue,
+    TransferBackend,
+    Write,
+    WriteResult,
+    WriteState,
+)
+from pdserve.transfer.copy_plan import Run
+
+POOL_BYTES = 1 << 20
+KINDS = [("shm", "shm"), ("mooncake", "tcp")]
+DONE, FAILED, CANCELLED = WriteState.DONE, WriteState.FAILED, WriteState.CANCELLED
+
+
+class DecodeProcess:
+    def __init__(self, name: str, transport: str) -> None:
+        script = Path(__file__).with_name("decode_process.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), name, transport, str(POOL_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.region = msgspec.json.decode(self.answer(), type=MemoryRegion)
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes.fromhex(self.ask(f"read {offset} {length}"))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        self.process.communicate(timeout=20)
+
+
+@dataclasses.dataclass
+class Source:
+    """The prefill side: a backend, its pool, and results awaited as the loop does."""
+
+    backend: TransferBackend
+    pool: memoryview
+    handles: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
+
+    def results(self, num: int) -> dict[int, WriteResult]:
+        found: dict[int, WriteResult] = {}
+        while len(found) < num:
+            readable, _, _ = select.select([self.backend], [], [], 30)
+            assert readable, f"{num - len(found)} results did not come"
+            for result in self.backend.poll():
+                assert result.handle not in found, "a result was given twice"
+                found[result.handle] = result
+        return found
+
+    def meet(self, region: MemoryRegion) -> WriteResult:
+        handle = next(self.handles)
+        self.backend.first_contact(handle, region)
+        return self.results(1)[handle]
+
+    def write(self, region: MemoryRegion, *runs: Run) -> list[WriteResult]:
+        handles = [next(self.handles) for _ in runs]
+        for handle, run in zip(handles, runs, strict=True):
+            self.backend.submit(handle, region, run)
+        results = self.results(len(runs))
+        return [results[handle] for handle in handles]
+
+
+def start_source(name: str, transport: str) -> Source:
+    backend = create_backend(name, transport, "127.0.0.1")
+    source = Source(backend, backend.allocate(POOL_BYTES))
+    source.pool[:] = random.Random(0).randbytes(POOL_BYTES)
+    backend.register()
+    return source
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=["shm", "mooncake-tcp"])
+def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def source(kind: tuple[str, str]) -> Iterator[Source]:
+    source = start_source(*kind)
+    yield source
+    assert source.backend.num_outstanding == 0
+    source.backend.close()
+
+
+@pytest.fixture(scope="module")
+def spawn(kind: tuple[str, str]) -> Iterator[Callable[[], DecodeProcess]]:
+    with contextlib.ExitStack() as stack:
+
+        def spawn() -> DecodeProcess:
+            process = DecodeProcess(*kind)
+            stack.callback(process.end)
+            return process
+
+        yield spawn
+
+
+@pytest.fixture(scope="module")
+def decode(source: Source, spawn: Callable[[], DecodeProcess]) -> DecodeProcess:
+    process = spawn()
+    assert source.meet(process.region).state is DONE
+    return process
+
+
+# ---- what every backend must do ---------------------------------------------------------------------
+
+
+def test_it_is_what_was_asked_for(kind: tuple[str, str], source: Source) -> None:
+    assert (source.backend.name, source.backend.transport) == kind
+    assert source.backend.settle_s == (0.0 if kind[0] == "shm" else 2.0)
+
+
+def test_the_first_contact_touches_no_page(source: Source, spawn: Callable[[], DecodeProcess]) -> None:
+    process = spawn()
+    assert source.meet(process.region).state is DONE
+    assert process.read(0, POOL_BYTES) == bytes(POOL_BYTES)
+
+
+def test_bytes_are_in_place_when_a_write_is_done(source: Source, decode: DecodeProcess) -> None:
+    (result,) = source.write(decode.region, Run(source=4096, dest=100, num_bytes=5001))
+    assert result.state is DONE
+    assert decode.read(100, 5001) == source.pool[4096 : 4096 + 5001]
+
+
+def test_the_ends_of_the_pool_can_be_written(source: Source, decode: DecodeProcess) -> None:
+    results = source.write(decode.region, Run(0, POOL_BYTES - 7, 7), Run(POOL_BYTES - 9, 0, 9))
+    assert [result.state for result in results] == [DONE, DONE]
+    assert decode.read(POOL_BYTES - 7, 7) == source.pool[:7]
+    assert decode.read(0, 9) == source.pool[POOL_BYTES - 9 :]
+
+
+def test_many_runs_in_any_order(source: Source, decode: DecodeProcess) -> None:
+    size, rng = 1024, random.Random(1)
+    dests = rng.sample(range(POOL_BYTES // size), 300)
+    runs = [Run(index * size, dest * size, size) for index, dest in enumerate(dests)]
+    results = source.write(decode.region, *runs)
+    assert {result.state for result in results} == {DONE}
+    received = decode.read(0, POOL_BYTES)
+    for run in runs:
+        assert received[run.dest : run.dest + size] == source.pool[run.source : run.source + size]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run(0, POOL_BYTES - 8, 16),  # into the scratch bytes
+        Run(0, -8, 8),
+        Run(0, 1 << 40, 8),
+        Run(POOL_BYTES - 8, 0, 16),
+        Run(-8, 0, 8),
+        Run(0, 0, 0),
+    ],
+)
+def test_a_run_outside_of_a_pool_fails_and_sends_nothing(
+    source: Source, decode: DecodeProcess, run: Run
+) -> None:
+    before = decode.read(0, POOL_BYTES)
+    (result,) = source.write(decode.region, run)
+    assert result.state is FAILED
+    assert result.reason
+    assert decode.read(0, POOL_BYTES) == before
+
+
+def test_no_result_means_not_readable(source: Source, decode: DecodeProcess) -> None:
+    source.write(decode.region, Run(0, 0, 8))
+    assert select.select([source.backend], [], [], 0) == ([], [], [])
+    assert source.backend.poll() == []
+    assert source.backend.num_outstanding == 0
+    assert source.backend.stuck_s(time.monotonic()) == 0.0
+
+
+def test_cancelling_ends_every_write_once(source: Source, decode: DecodeProcess) -> None:
+    """Some had started and some had not, as luck has it. All end, and what is done is in place."""
+    size = POOL_BYTES // 256
+    runs = {next(source.handles): Run(index * size, index * size, size) for index in range(256)}
+    for handle, run in runs.items():
+        source.backend.submit(handle, decode.region, run)
+    source.backend.cancel([*runs, 10**9])
+    results = source.results(len(runs))
+    assert {result.state for result in results.values()} <= {DONE, CANCELLED}
+    received = decode.read(0, POOL_BYTES)
+    for handle, result in results.items():
+        if result.state is DONE:
+            at = runs[handle].dest
+            assert received[at : at + size] == source.pool[at : at + size]
+
+
+def test_two_peers_at_once(source: Source, decode: DecodeProcess, spawn: Callable[[], DecodeProcess]) -> None:
+    other = spawn()
+    assert source.meet(other.region).state is DONE
+    handles = [next(source.handles) for _ in range(100)]
+    for index, handle in enumerate(handles):
+        region = (decode, other)[index % 2].region
+        source.backend.submit(handle, region, Run(index * 64, index * 64, 64))
+    assert {result.state for result in source.results(100).values()} == {DONE}
+    for index in range(100):
+        assert (decode, other)[index % 2].read(index * 64, 64) == source.pool[index * 64 : index * 64 + 64]
+
+
+def test_writes_to_a_dead_peer_fail_and_others_go_on(
+    source: Source, decode: DecodeProcess, spawn: Callable[[], DecodeProcess]
+) -> None:
+    victim = spawn()
+    assert source.meet(victim.region).state is DONE
+    victim.kill()
+    results = source.write(victim.region, Run(0, 0, 64), Run(64, 64, 64))
+    assert [result.state for result in results] == [FAILED, FAILED]
+    assert all(result.reason for result in results)
+    assert source.write(decode.region, Run(0, 0, 64))[0].state is DONE
+    source.backend.disconnect(victim.region)
+
+
+def test_the_first_contact_with_a_dead_peer_fails(source: Source, spawn: Callable[[], DecodeProcess]) -> None:
+    victim = spawn()
+    victim.kill()
+    result = source.meet(victim.region)
+    assert result.state is FAILED
+    assert result.reason
+
+
+def test_a_closed_pool_takes_no_more_writes(source: Source, spawn: Callable[[], DecodeProcess]) -> None:
+    leaving = spawn()
+    assert source.meet(leaving.region).state is DONE
+    assert leaving.ask("close") == "closed"
+    assert source.write(leaving.region, Run(0, 0, 64))[0].state is FAILED
+
+
+def test_a_peer_can_be_met_again(source: Source, decode: DecodeProcess) -> None:
+    source.backend.disconnect(decode.region)
+    assert source.meet(decode.region).state is DONE
+    assert source.write(decode.region, Run(0, 0, 64))[0].state is DONE
+
+
+# ---- shm --------------------------------------------------------------------------------------------
+
+
+def shm_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob(f"{shm.PREFIX}*")}
+
+
+def test_shm_removes_its_file_on_close() -> None:
+    backend = shm.ShmBackend()
+    pool = backend.allocate(4096)
+    name = Path(backend.register().session).name
+    assert name in shm_files()
+    backend.close()
+    assert name not in shm_files()
+    pool[:] = b"x" * 4096  # the memory outlives the name
+
+
+def test_shm_removes_what_a_killed_process_left_and_nothing_else() -> None:
+    living, dead = DecodeProcess("shm", "shm"), DecodeProcess("shm", "shm")
+    dead.kill()
+    names = {Path(process.region.session).name for process in (living, dead)}
+    assert names <= shm_files()
+    shm.remove_abandoned(Path("/dev/shm"))
+    assert names & shm_files() == {Path(living.region.session).name}
+    living.end()
+
+
+def test_shm_says_when_memory_is_short() -> None:
+    backend = shm.ShmBackend()
+    with pytest.raises(StartupError, match=r"MiB free and the KV pool needs .* --shm-size"):
+        backend.allocate(1 << 50)
+    backend.close()
+
+
+def test_shm_maps_only_pools(tmp_path: Path) -> None:
+    source = start_source("shm", "shm")
+    for name in ("secret", "../../dev/shm/secret", f"{shm.PREFIX}secret"):
+        (tmp_path / Path(name).name).write_bytes(bytes(8192))
+        region = MemoryRegion(session=str(tmp_path / name), address=0, num_bytes=8192, scratch_address=4096)
+        assert source.meet(region).state is FAILED
+        assert source.write(region, Run(0, 0, 8))[0].state is FAILED
+    source.backend.close()
+
+
+def test_shm_refuses_a_pool_smaller_than_announced() -> None:
+    source, owner = start_source("shm", "shm"), shm.ShmBackend()
+    owner.allocate(4096)
+    region = msgspec.structs.replace(owner.register(), num_bytes=1 << 20, scratch_address=(1 << 20) - 8)
+    result = source.meet(region)
+    assert result.state is FAILED
+    assert "were announced" in result.reason
+    source.backend.close()
+    owner.close()
+
+
+# ---- mooncake ---------------------------------------------------------------------------------------
+
+
+class FrozenEngine:
+    """Accepts writes to `healthy`; a submission to any other session blocks until `thaw`, lock held."""
+
+    def __init__(self) -> None:
+        self.lock, self.thawed = threading.Lock(), threading.Event()
+        self.next_batch = itertools.count(1)
+
+    def initialize(self, host: str, metadata: str, protocol: str, device: str, /) -> int:
+        return 0
+
+    def get_rpc_port(self) -> int:
+        return 1
+
+    def register_memory(self, address: int, num_bytes: int, /) -> int:
+        return 0
+
+    def unregister_memory(self, address: int, /) -> int:
+        return 0
+
+    def transfer_submit_write(self, session: str, local: int, peer: int, num_bytes: int, /) -> int:
+        with self.lock:
+            if session != "healthy":
+                self.thawed.wait()
+                return 0
+            return next(self.next_batch)
+
+    def transfer_check_status(self, batch_id: int, /) -> int:
+        return 1
+
+
+def test_a_frozen_newcomer_holds_no_result_and_no_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FrozenEngine()
+    monkeypatch.setattr(mooncake, "start_engine", lambda *_: engine)
+    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "")
+    source = Source(backend, backend.allocate(4096))
+    region = msgspec.structs.replace(backend.register(), session="healthy")
+    assert source.meet(region).state is DONE
+    backend.first_contact(next(source.handles), msgspec.structs.replace(region, session="frozen"))
+    began = time.monotonic()
+    assert backend.stuck_s(began + 5) > 4
+    backend.submit(101, region, Run(0, 0, 8))  # returns at once; waits its turn
+    backend.submit(102, region, Run(0, 0, 8))
+    backend.cancel([101])
+    assert source.results(1)[101].state is CANCELLED
+    engine.thawed.set()
+    states = {result.state for result in source.results(2).values()}
+    assert states == {DONE, FAILED}
+    assert backend.stuck_s(time.monotonic()) == 0.0
+    backend.close()
+
+
+def test_mooncake_is_stopped_and_goes_on(spawn_mooncake: DecodeProcess) -> None:
+    """A write to a frozen peer is pending for as long as it takes: never failed by a timeout."""
+    source = start_source("mooncake", "tcp")
+    assert source.meet(spawn_mooncake.region).state is DONE
+    os.kill(spawn_mooncake.process.pid, signal.SIGSTOP)
+    source.backend.submit(500, spawn_mooncake.region, Run(0, 0, POOL_BYTES))
+    assert select.select([source.backend], [], [], 0.5) == ([], [], [])
+    os.kill(spawn_mooncake.process.pid, signal.SIGCONT)
+    assert source.results(1)[500].state is DONE
+    assert spawn_mooncake.read(0, POOL_BYTES) == source.pool
+    source.backend.close()
+
+
+@pytest.fixture
+def spawn_mooncake() -> Iterator[DecodeProcess]:
+    process = DecodeProcess("mooncake", "tcp")
+    yield process
+    process.end()
+
+
+def test_rdma_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mooncake, "INFINIBAND", tmp_path)
+    with pytest.raises(StartupError, match="shows no RDMA device"):
+        create_backend("mooncake", "rdma", "127.0.0.1")
+    (tmp_path / "mlx5_0").mkdir()
+    with pytest.raises(StartupError, match="no RDMA device mlx5_7 here; found mlx5_0"):
+        create_backend("mooncake", "rdma", "127.0.0.1", "mlx5_7")
+
+
+def test_rdma_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mooncake reports success on TCP when a device is there but cannot be opened."""
+    monkeypatch.setattr(mooncake, "INFINIBAND", tmp_path)
+    (tmp_path / "mlx5_0").mkdir()
+    with pytest.raises(StartupError, match="came up without them"):
+        create_backend("mooncake", "rdma", "127.0.0.1")
+
+
+def test_a_missing_wheel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mooncake.engine", None)
+    with pytest.raises(StartupError, match="pip install mooncake-transfer-engine"):
+        create_backend("mooncake", "tcp", "127.0.0.1")
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(StartupError, match="no transfer backend 'nfs'; there are shm, mooncake"):
+        create_backend("nfs", "tcp", "127.0.0.1")
+    with pytest.raises(StartupError, match="shm has no transport 'rdma'"):
+        create_backend("shm", "rdma", "127.0.0.1")
+
+
+# ---- the parts they are made of ---------------------------------------------------------------------
+
+
+def write(handle: int, session: str, num_bytes: int = 10) -> Write:
+    region = MemoryRegion(session=session, address=0, num_bytes=1000, scratch_address=900)
+    return Write(handle, region, Run(0, 0, num_bytes))
+
+
+def take_all(queue: FairQueue) -> list[int]:
+    return [taken.handle for taken in iter(queue.take, None)]
+
+
+def test_peers_take_turns_and_each_keeps_its_order() -> None:
+    queue = FairQueue(max_bytes_per_peer=1000)
+    for handle, session in enumerate("aaabbc"):
+        queue.put(write(handle, session))
+    assert take_all(queue) == [0, 3, 5, 1, 4, 2]
+    assert len(queue) == 0
+
+
+def test_bytes_in_flight_are_bounded_for_each_peer() -> None:
+    queue = FairQueue(max_bytes_per_peer=25)
+    writes = [write(handle, "a") for handle in range(4)]
+    for each in writes:
+        queue.put(each)
+    queue.put(write(9, "b"))
+    assert take_all(queue) == [0, 9, 1]
+    queue.finished(writes[0])
+    assert take_all(queue) == [2]
+
+
+def test_one_write_longer_than_the_bound_goes_alone() -> None:
+    queue = FairQueue(max_bytes_per_peer=5)
+    first, second = write(1, "a"), write(2, "a")
+    queue.put(first)
+    queue.put(second)
+    assert take_all(queue) == [1]
+    queue.finished(first)
+    assert take_all(queue) == [2]
+
+
+def test_only_what_is_queued_can_be_cancelled() -> None:
+    queue = FairQueue(max_bytes_per_peer=10)
+    queue.put(write(1, "a"))
+    queue.put(write(2, "a"))
+    assert take_all(queue) == [1]
+    assert [queue.cancel(handle) for handle in (1, 2, 2, 3)] == [False, True, False, False]
+    assert len(queue) == 0
+
+
+def test_the_descriptor_is_readable_exactly_while_there_are_results() -> None:
+    completions = Completions()
+
+    def readable() -> bool:
+        return bool(select.select([completions], [], [], 0)[0])
+
+    assert not readable()
+    completions.push(WriteResult(1, DONE))
+    completions.push(WriteResult(2, FAILED, "lost"))
+    assert readable()
+    assert [result.handle for result in completions.drain()] == [1, 2]
+    assert not readable()
+    assert completions.drain() == []
+    completions.close()
+    completions.push(WriteResult(3, DONE))  # a thread that ends late does no harm
