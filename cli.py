@@ -34,11 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     up = commands.add_parser("up", help="a router, prefill and decode nodes on this machine")
-    add_flags(up, frozenset(_ROLES))
-    for kind in ("prefill", "decode"):
-        up.add_argument(
-            f"--num-{kind}", type=int, metavar="N", default=1, help=f"{kind} nodes to start (default: 1)"
-        )
+    add_flags(up, frozenset({"up", *_ROLES}))
     for role in _ROLES:
         _add_role_arguments(commands.add_parser(role, help=f"one {role}"), role)
     if argv is None:
@@ -89,6 +85,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
         "doctor": _doctor,
         "node-front": _node_front,
     }
+    if (parent_pid := given.pop("parent_pid", None)) is not None:
+        die_with_parent(parent_pid)
     try:
         return runs[command](given)
     except StartupError as error:
@@ -102,11 +100,15 @@ def _add_role_arguments(parser: argparse.ArgumentParser, role: str) -> None:
     add_flags(parser, frozenset({role}))
     # Given by `pdserve up`, which bound the socket: the port is known before this process has started.
     parser.add_argument("--listen-fd", type=int, default=None, help=argparse.SUPPRESS)
+    _add_child_argument(parser)
+
+
+def _add_child_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parent-pid", type=int, default=None, help=argparse.SUPPRESS)  # see `spawn`
 
 
 def _listener(given: Mapping[str, Any], host: str, port: int) -> socket.socket:
     if given.get("listen_fd") is not None:
-        die_with_parent()
         return inherit_http(given["listen_fd"])
     return bind_http(host, port)
 
@@ -144,11 +146,11 @@ def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", action="append", default=[])
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text")
+    _add_child_argument(parser)
 
 
 def _node_front(given: dict[str, Any]) -> int:
     configure_logging(f"{given['role']}-front", given["log_level"], given["log_format"])
-    die_with_parent()
     from .api.node_front import run_node_front
 
     return run_node_front(
@@ -179,8 +181,9 @@ def _up(given: dict[str, Any]) -> int:
     config = router_config(given)
     configure_logging("up", config.log_level, config.log_format)
     is_colocated = bool(resolve("decode", given)["colocated"])
-    num_prefill = 0 if is_colocated else given["num_prefill"]
-    num_decode = given["num_decode"]
+    counts = resolve("up", given)
+    num_prefill = 0 if is_colocated else counts["num_prefill"]
+    num_decode = counts["num_decode"]
     if num_decode < 1 or (num_prefill < 1 and not is_colocated):
         raise StartupError("--num-prefill and --num-decode must be 1 or more (or use --colocated)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import importlib.metadata
 import itertools
@@ -9,7 +10,6 @@ import json
 import os
 import platform
 import shutil
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,6 +133,8 @@ def listening_sockets() -> Iterator[Finding]:
             continue
         try:
             connections = process.net_connections(kind="tcp")
+        except psutil.NoSuchProcess:  # it has just ended
+            continue
         except psutil.Error:
             yield Finding(f"pid {process.pid}", False, f"{role}: its sockets cannot be read", "run as root")
             continue
@@ -161,11 +163,13 @@ def ask_server(url: str) -> Finding:
     if not url.startswith(("http://", "https://")):
         raise StartupError(f"--url {url}: a URL is expected, such as http://127.0.0.1:8000")
     try:
-        with urllib.request.urlopen(f"{url}/server_info", timeout=5) as response:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=5) as response:
             info = json.loads(response.read())
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (http.client.HTTPException, OSError, ValueError) as error:
         return Finding("server_info", False, str(error), "is it running, and is the port right?")
-    entry = info.get("entry", {})
+    entry = info.get("entry", {}) if isinstance(info, dict) else None
+    if entry is None:
+        return Finding("server_info", False, "it answers, but is no pdserve", "is the port right?")
     if not entry:
         return Finding(
             "router", True, f"{len(info.get('prefill', []))} prefill, {len(info.get('decode', []))} decode"

@@ -59,6 +59,12 @@ class LocalCluster:
         text = f":\n{self._log_path.read_text()}" if self._log_path else ""
         raise StartupError(f"pdserve {' '.join(self._arguments)} ended with exit code {code}{text}")
 
+    @property
+    def pid(self) -> int:
+        """Of `pdserve up`, whose children are the router and the nodes."""
+        assert self._process is not None, "the cluster was not started"
+        return self._process.pid
+
     def stop(self) -> int:
         """Ends the cluster and returns its exit code."""
         if self._process is None:

@@ -5,6 +5,7 @@ A node is two processes: this one, whose loop is the scheduler, and its HTTP fro
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -146,21 +147,26 @@ def start_node(
 
     zmq_address = f"tcp://{host}:{server_port}"
     url = http_url(host, listener)
-    front = _start_front(config, listener, zmq_address, url)
+    with contextlib.ExitStack() as undo:
+        # Early, so that it imports its modules while the model is read.
+        front = _start_front(config, listener, zmq_address, url)
+        undo.callback(end, front, grace_s=5.0)
 
-    backend = create_backend(
-        config.transfer_backend,
-        "shm" if config.transfer_backend == "shm" else config.transport,
-        host,
-        config.ib_device,
-    )
-    num_pages = _num_pages(config, layout, max_model_len)
-    memory = backend.allocate(num_pages * layout.stride_bytes)
-    pool = KVPool(layout, num_pages, torch.device("cpu"), memory=memory)
-    region = backend.register()
-    model = load_model(path, dtype)
-    runner = ModelRunner(model.config, model.weights, pool, torch.device("cpu"))
-    engine = EngineThread(runner, config.num_threads)
+        backend = create_backend(
+            config.transfer_backend,
+            "shm" if config.transfer_backend == "shm" else config.transport,
+            host,
+            config.ib_device,
+        )
+        undo.callback(backend.close)
+        num_pages = _num_pages(config, layout, max_model_len)
+        memory = backend.allocate(num_pages * layout.stride_bytes)
+        pool = KVPool(layout, num_pages, torch.device("cpu"), memory=memory)
+        region = backend.register()
+        model = load_model(path, dtype)
+        runner = ModelRunner(model.config, model.weights, pool, torch.device("cpu"))
+        engine = EngineThread(runner, config.num_threads)
+        undo.pop_all()  # nothing below fails
 
     incarnation = uuid.uuid4().hex
     identity = _identity(model.fingerprint, INITIAL_WEIGHT_VERSION, incarnation, layout, backend)
@@ -250,10 +256,8 @@ def _start_front(
     arguments = ["node-front", "--role", config.role, "--zmq-address", zmq_address]
     arguments += ["--listen-fd", str(listener.fileno()), "--url", url]
     arguments += ["--log-level", config.log_level, "--log-format", config.log_format]
-    for router in config.router:
-        arguments += ["--router", router]
-    for key in config.api_key:
-        arguments += ["--api-key", key]
+    arguments += [f"--router={url}" for url in config.router]
+    arguments += [f"--api-key={key}" for key in config.api_key]
     return spawn(arguments, pass_fds=(listener.fileno(),))
 
 
@@ -268,10 +272,14 @@ def _max_model_len(config: NodeConfig, model_config: ModelConfig) -> int:
 
 def _num_pages(config: NodeConfig, layout: KVLayout, max_model_len: int) -> int:
     context_pages = layout.pages_for(max_model_len)
+    available_bytes = available_memory_bytes()
     if config.kv_cache_gb is not None:
         num_pages = int(config.kv_cache_gb * 2**30) // layout.stride_bytes
+        if num_pages * layout.stride_bytes > available_bytes:
+            wanted, left = config.kv_cache_gb, available_bytes / 2**30
+            raise StartupError(f"--kv-cache-gb {wanted}: this host has {left:.1f} GiB left")
     else:
-        affordable = int(available_memory_bytes() * _SHARE_OF_FREE_MEMORY) // layout.stride_bytes
+        affordable = int(available_bytes * _SHARE_OF_FREE_MEMORY) // layout.stride_bytes
         num_pages = min(affordable, _DEFAULT_POOL_CONTEXTS * context_pages)
     if num_pages < 1:
         raise StartupError(f"no KV page of {layout.stride_bytes:,} bytes fits; give more with --kv-cache-gb")

@@ -58,6 +58,7 @@ class WeightUpdater(Generic[C]):
         self._load = load
         self._start_job = start_job
         self._loading: _Loading | None = None
+        self._is_discarded = False  # the update that is loading
         self._prepared: Prepared[C] | None = None
 
     @property
@@ -71,6 +72,7 @@ class WeightUpdater(Generic[C]):
             return Answer(link, CallReply(call_id=message.call_id, success=False, message=busy))
         self._prepared = None
         self._loading = _Loading(link, message)
+        self._is_discarded = False
         path = Path(message.model_path)
         self._start_job("load weights", lambda: self._load(path))
         return None
@@ -78,6 +80,8 @@ class WeightUpdater(Generic[C]):
     def loaded(self, checkpoint: C) -> Answer:
         loading = self._take_loading()
         message = loading.message
+        if self._is_discarded:
+            return self._no(loading.link, message.call_id, f"update {message.update_id} was discarded")
         self._prepared = Prepared(message.update_id, message.model_path, message.weight_version, checkpoint)
         return Answer(loading.link, CallReply(call_id=message.call_id, success=True, message="prepared"))
 
@@ -98,6 +102,8 @@ class WeightUpdater(Generic[C]):
         return Answer(link, reply), prepared
 
     def discard(self, link: bytes, message: DiscardWeights) -> Answer:
+        if self._loading is not None and self._loading.message.update_id == message.update_id:
+            self._is_discarded = True  # it cannot be stopped; what it loads is dropped
         if self._prepared is not None and self._prepared.update_id == message.update_id:
             self._prepared = None
         return Answer(link, CallReply(call_id=message.call_id, success=True))

@@ -55,12 +55,18 @@ class PeerLinks:
             link.channel.send(message)
 
     def receive(self) -> Iterator[tuple[str, PeerToDecode | LinkDown]]:
-        """Everything that has arrived; a link that went down is reported after its last message."""
+        """Everything that has arrived; a link that went down is reported after its last message.
+
+        What a message leads to may close its own link, or replace it: what else came on it is dropped then.
+        """
         for address, link in list(self._links.items()):
-            for message in link.channel.receive():
+            for message in list(link.channel.receive()) if self._is_open(address, link) else ():
                 if isinstance(message, MalformedMessage):
                     _log.warning("dropped a malformed message from %s: %s", address, message.error)
-                else:
+                elif self._is_open(address, link):
                     yield address, message
-            if link.channel.lost:
+            if self._is_open(address, link) and link.channel.lost:
                 yield address, LinkDown(link.epoch)
+
+    def _is_open(self, address: str, link: _Link) -> bool:
+        return self._links.get(address) is link

@@ -122,8 +122,13 @@ class ClientChannel(Generic[T]):
                 self.lost = True
 
     def send(self, message: msgspec.Struct) -> None:
-        if not self.lost:
+        """A message to a lost node is dropped: its epoch has ended."""
+        if self.lost:
+            return
+        try:
             self.socket.send(self._codec.encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # the connection has just ended, and the monitor was not read yet
+            self.lost = True
 
     def close(self) -> None:
         self.socket.disable_monitor()

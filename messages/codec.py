@@ -13,7 +13,8 @@ class Codec(Generic[T]):
     """Decodes one receiver's union and encodes anything.
 
     A tag outside the union, a missing field or a wrong type raises msgspec.ValidationError, which names
-    the path; a receiver logs it and goes on.
+    the path; bytes that are no message at all raise its base, msgspec.DecodeError, and nothing else. A
+    receiver logs it and goes on.
     """
 
     def __init__(self, receives: object) -> None:
@@ -24,4 +25,7 @@ class Codec(Generic[T]):
         return self._encoder.encode(message)
 
     def decode(self, data: bytes) -> T:
-        return self._decoder.decode(data)
+        try:
+            return self._decoder.decode(data)
+        except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through as they are
+            raise msgspec.DecodeError(str(error)) from error

@@ -263,7 +263,8 @@ class PrefillScheduler:
             job.match = self.cache.match(job.token_ids, max_tokens=job.reusable_tokens)
             self.cache.lock(job.match)
             cached = job.match.pages
-            if (num_missing := num_pages - len(cached) - self.allocator.num_free) > 0:
+            num_missing = num_pages - len(cached) - self.allocator.num_free
+            if 0 < num_missing <= self.cache.num_evictable:  # else the rest of the cache would go for nothing
                 self.cache.evict(num_missing)
         own = self.allocator.allocate_private(job.room, num_pages - len(cached))
         if own is None:
@@ -368,8 +369,10 @@ class PrefillScheduler:
 
     def reply(self, result: ControlResult[LoadedModel], now: float) -> None:
         if result.swap is not None:
-            # Idle: nothing reads the weights. Every pair shakes hands again under the new version.
+            # Idle: nothing reads the weights, nothing is locked. What the old ones computed is worth nothing
+            # now, and every pair shakes hands again under the new version.
             identity = self.swap(result.swap)
+            self.drop_cache()
             self.act(self.rooms.set_identity(identity, f"weights are {identity.weight_version} now"), now)
         for link, message in result.replies:
             self.send(link, message)

@@ -561,7 +561,10 @@ class RouterService:
         return AdminReply(all(answer.success for answer in answers), "; ".join(map(str, answers)))
 
     async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply:
-        """Ours end with finish reason "abort"; nodes are asked too, others may have sent them the request."""
+        """Ours end with finish reason "abort"; nodes are asked too, others may have sent them the request.
+
+        A request that is not known (any more) is no error.
+        """
         aborted = [
             generation
             for generation in list(self._generations.values())
@@ -574,7 +577,7 @@ class RouterService:
         )
         if aborted or all_requests or any(answer.success for answer in answers):
             return AdminReply(True, f"{len(aborted)} requests of this router aborted")
-        return AdminReply(False, f"no request {request_id!r} is known")
+        return AdminReply(True, f"no request {request_id!r} is known")
 
     def _abort(self, generation: RoutedGeneration) -> None:
         if self._forget(generation):

@@ -7,6 +7,7 @@ A value is resolved once, at start: default, then the YAML file's top level, the
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ import yaml
 from .errors import StartupError
 from .logs import LEVELS
 
-ProcessRole: TypeAlias = Literal["router", "prefill", "decode"]
+ProcessRole: TypeAlias = Literal["up", "router", "prefill", "decode"]
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-python"
 DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
 
@@ -46,11 +47,13 @@ _NODES = frozenset({"prefill", "decode"})
 _ROUTER = frozenset({"router"})
 _DECODE = frozenset({"decode"})
 _PREFILL = frozenset({"prefill"})
+_UP = frozenset({"up"})
 
 FLAGS: tuple[Flag, ...] = (
     Flag(names=("--model", "--model-path"), roles=_ALL, positional=True, default=str(SHIPPED_MODEL),
          help="checkpoint folder in Hugging Face format (default: the shipped model)"),
-    Flag(names=("--served-model-name",), roles=_ALL, help="name that clients ask for (default: the path as given)"),
+    Flag(names=("--served-model-name",), roles=_ALL,
+         help="name that clients ask for (default: the path as given)"),
     Flag(names=("--host",), roles=_ALL, default="127.0.0.1", help="address to listen on"),
     Flag(names=("--port",), roles=_ALL, kind=int,
          help="HTTP port, or the next free one (default: router 8000, prefill 8100, decode 8200)"),
@@ -99,6 +102,8 @@ FLAGS: tuple[Flag, ...] = (
          help="requests waiting before new ones get 429"),
     Flag(names=("--drain-timeout", "--shutdown-timeout"), roles=_ROUTER, kind=float, default=60.0,
          help="seconds that running requests get after SIGTERM"),
+    Flag(names=("--num-prefill",), roles=_UP, kind=int, default=1, help="prefill nodes to start"),
+    Flag(names=("--num-decode",), roles=_UP, kind=int, default=1, help="decode nodes to start"),
     Flag(names=("--log-level",), roles=_ALL, default="info", choices=LEVELS, help="of messages shown"),
     Flag(names=("--log-format",), roles=_ALL, default="text", choices=("text", "json"), help="of the log"),
 )  # fmt: skip
@@ -208,7 +213,7 @@ def resolve(role: ProcessRole, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _file_layers(path: Path, role: str) -> list[dict[str, Any]]:
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise StartupError(f"--config {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -230,8 +235,8 @@ def _file_layers(path: Path, role: str) -> list[dict[str, Any]]:
 
 
 def _is_block(document: Mapping[str, Any], name: str) -> bool:
-    # `router:` is a block, but also the flag --router (a URL or a list of them).
-    return isinstance(document.get(name), dict)
+    # `router:` is a block, perhaps an empty one, but also the flag --router (a URL or a list of them).
+    return name in document and isinstance(document[name], dict | None)
 
 
 def _file_values(path: Path, mapping: Mapping[Any, Any], role: str | None) -> dict[str, Any]:
@@ -269,8 +274,14 @@ def _check(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and value < 1:
             raise StartupError(f"--{name.replace('_', '-')} {value}: 1 or more is expected")
-    if (size := values.get("kv_cache_gb")) is not None and size <= 0:
-        raise StartupError(f"--kv-cache-gb {size}: more than 0 is expected")
+    for name in ("kv_cache_gb", "request_timeout", "drain_timeout"):
+        value = values.get(name)
+        if value is not None and not 0 < value < math.inf:
+            raise StartupError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+    if values.get("host") == "":
+        raise StartupError("--host is empty; give an address, such as 127.0.0.1 or 0.0.0.0")
+    if "" in (values.get("api_key") or ()):
+        raise StartupError("--api-key is empty; give a token, or leave the flag out to let everyone ask")
     if (port := values.get("port")) is not None and not 0 <= port <= 65535:
         raise StartupError(f"--port {port}: 0 to 65535 is expected")
     for name in ("router", "prefill", "decode"):
@@ -288,6 +299,10 @@ def node_config(role: Literal["prefill", "decode"], given: Mapping[str, Any]) ->
     values = resolve(role, given)
     values["role"] = role
     values["advertise_host"] = values["advertise_host"] or ""
+    for name in ("host", "advertise_host"):
+        if ":" in values[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise StartupError(f"{flag} {values[name]}: nodes take IPv4 addresses or names")
     if values["num_threads"] is None:
         # A node started by hand does not know its neighbours; one prefill and one decode is the usual pair.
         values["num_threads"] = max(1, (os.cpu_count() or 1) // 2)
@@ -308,19 +323,16 @@ def forwarded_flags(given: Mapping[str, Any], role: ProcessRole, dropped: Sequen
     """The given flags that `role` takes, as arguments for a child process."""
     arguments: list[str] = []
     if given.get("config"):
-        arguments += ["--config", str(given["config"])]
+        arguments.append(f"--config={given['config']}")
     if "model_positional" in given:
-        arguments += ["--model", str(given["model_positional"])]
+        arguments.append(f"--model={given['model_positional']}")
     for flag in FLAGS:
         if flag.field not in given or role not in flag.roles or flag.field in dropped:
             continue
         value = given[flag.field]
         if flag.kind is bool:
-            if value:
-                arguments.append(flag.names[0])
-        elif flag.repeatable:
-            for item in value:
-                arguments += [flag.names[0], str(item)]
+            arguments.append(flag.names[0] if value else flag.names[0].replace("--", "--no-", 1))
         else:
-            arguments += [flag.names[0], str(value)]
+            # With `=`, because a value may begin with a dash.
+            arguments += [f"{flag.names[0]}={item}" for item in (value if flag.repeatable else (value,))]
     return arguments

@@ -21,7 +21,8 @@ def bind_http(host: str, port: int) -> socket.socket:
     `port` 0 takes any free one. Raises StartupError when none of 100 ports is free or the host is not ours.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in range(port, min(port + _PORTS_TRIED, 65536)):
+    candidates = range(port, min(port + _PORTS_TRIED, 65536))
+    for candidate in candidates:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -37,9 +38,7 @@ def bind_http(host: str, port: int) -> socket.socket:
         if port and candidate != port:
             _log.warning("port %d is taken, using %d", port, candidate)
         return listener
-    raise StartupError(
-        f"ports {port} to {port + _PORTS_TRIED - 1} on {host} are all taken; choose another --port"
-    )
+    raise StartupError(f"ports {port} to {candidates[-1]} on {host} are all taken; choose another --port")
 
 
 def inherit_http(fd: int) -> socket.socket:

@@ -15,19 +15,23 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Ask the kernel for SIGTERM when the parent ends (Linux only), whatever ends it."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent_pid:  # it ended before it was asked for
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def spawn(arguments: Sequence[str], pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """Start `pdserve ARGUMENTS…` with this interpreter, in a process group of its own.
+    """Start `pdserve ARGUMENTS…` with this interpreter, in a process group of its own. It dies with us.
 
     Own group: Ctrl-C reaches the parent alone, which then ends its children in order. `-P` keeps the
     working directory off the child's module path: a checkout of pdserve has folders named like packages.
     """
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "pdserve", *arguments], process_group=0, pass_fds=pass_fds
+        [sys.executable, "-P", "-m", "pdserve", *arguments, "--parent-pid", str(os.getpid())],
+        process_group=0,
+        pass_fds=pass_fds,
     )
 
 

@@ -141,6 +141,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     once = "--once" in arguments
     arguments = [argument for argument in arguments if argument != "--once"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the `finally`
     up = subprocess.Popen(
         [sys.executable, "-P", "-m", "pdserve", "up", *arguments],
         stdout=subprocess.PIPE,

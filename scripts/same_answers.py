@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 from pdserve.bench.local_cluster import LocalCluster
 
@@ -55,13 +55,15 @@ class Reference:
     """The same checkpoint in `transformers`, fp32."""
 
     def __init__(self, model_dir: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
         self.vocab_size = int(self.model.config.vocab_size)
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        input_ids = torch.tensor([list(prompt)])
         output = self.model.generate(
-            torch.tensor([list(prompt)]),
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),  # left out, tokens equal to the pad id are masked
             do_sample=False,
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
@@ -147,7 +149,7 @@ def compare(
 def run_family(family: str, work_dir: Path, arguments: Sequence[str]) -> Tally:
     model_dir = ROOT / "assets" / "tiny-python" if family == "shipped" else work_dir / family
     if family != "shipped":
-        maker = [sys.executable, "-P", str(ROOT / "scripts" / "make_checkpoint.py"), family, str(model_dir)]
+        maker = [sys.executable, "-P", str(ROOT / "scripts" / "make_checkpoint"), family, str(model_dir)]
         subprocess.run([*maker, "--dtype", "float32"], check=True, stdout=subprocess.DEVNULL)
     reference = Reference(model_dir)
     rng = np.random.default_rng(0)
@@ -185,6 +187,7 @@ def main() -> int:
     parser.add_argument("--family", default="all", choices=("all", *FAMILIES))
     options, arguments = parser.parse_known_args()
     torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
     families = FAMILIES if options.family == "all" else (options.family,)
     is_good = True
     with tempfile.TemporaryDirectory() as work_dir:

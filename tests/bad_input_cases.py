@@ -3,6 +3,7 @@
 Every answer is ``{"error": {"message", "type", "param", "code"}}``.
 """
 
+# ruff: noqa: E501 (a table, one case a line)
 from __future__ import annotations
 
 import json

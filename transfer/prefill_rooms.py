@@ -462,11 +462,11 @@ class PrefillRooms:
         """Ends what has waited too long. Feed received messages first: a held loop has unread pings."""
         if now < self._due:
             return []
-        late_s = now - self._due
+        was_held = now - self._due > LATE_TICK_S
         actions: list[PrefillAction] = []
         for link in list(self._links.values()):
-            if late_s > LATE_TICK_S:
-                link.heard += late_s
+            if was_held:
+                link.heard = now
             if now - link.heard >= SILENCE_S:
                 reason = f"decode was silent for {now - link.heard:.0f} s"
                 actions += self._end_epoch(link, "peer_lost", reason)

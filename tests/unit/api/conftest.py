@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,21 @@ class Api:
             return (await answer.read()).decode()
 
 
+def chunks(raw: str) -> list[dict[str, Any]]:
+    """The chunks of a well-formed stream: data lines only, ended by [DONE]."""
+    events = raw.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: ") and "\n" not in event for event in events[:-1])
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` holds; the test fails if it never does."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 (anything may make it true)
+            await asyncio.sleep(0.002)
+
+
 @pytest.fixture
 def api_keys() -> tuple[str, ...]:
     return ()
@@ -129,10 +145,10 @@ async def api(
     )
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    stop = asyncio.Event()
-    server = asyncio.create_task(serve(app, listener, in_flight=in_flight, stop=stop, drain_timeout_s=2.0))
+    server = asyncio.create_task(serve(app, listener, in_flight=in_flight))
     async with aiohttp.ClientSession() as http:
         yield Api(url, generator, admin, in_flight, http)
-    stop.set()
-    await server
     assert len(in_flight) == 0
+    server.cancel()  # at once; test_server.py ends one properly
+    await asyncio.wait({server})
+    listener.close()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -45,10 +44,10 @@ def checkpoint_script() -> ModuleType:
 def checkpoint(
     checkpoint_script: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """``checkpoint(model, **options of make_checkpoint)`` → its folder; the same one for the same arguments."""
+    """``checkpoint(model, **options of make_checkpoint)`` → its folder; one for the same arguments."""
     made: dict[str, Path] = {}
 
-    def make(model: str, **options: Any) -> Path:
+    def make(model: str, **options: object) -> Path:
         key = repr((model, sorted(options.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(model)
@@ -60,7 +59,7 @@ def checkpoint(
 
 @dataclass
 class Harness:
-    """A runner over a pool whose unwritten slots hold NaN, with page tables handed out in a scattered order."""
+    """A runner over a pool whose unwritten slots hold NaN; page tables are given out in a scattered order."""
 
     config: ModelConfig
     layout: KVLayout
@@ -108,7 +107,7 @@ class Harness:
         assert [row.row_id for row in output.rows] == [row.row_id for row in rows]
         return {row.row_id: row for row in output.rows}
 
-    def row(self, token_ids: Sequence[int], **changes: Any) -> ScheduledRow:
+    def row(self, token_ids: Sequence[int], **changes: object) -> ScheduledRow:
         """The whole prompt in one chunk on new pages, choice 0 sampled; `changes` replace fields."""
         row = ScheduledRow(
             row_id="row",

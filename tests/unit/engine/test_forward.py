@@ -1,4 +1,4 @@
-"""Logits through chunks, pages and mixed batches equal those of transformers over the whole sequence, in float32."""
+"""Logits through chunks, pages and mixed batches equal transformers' over the whole sequence, in float32."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pdserve.engine.forward_batch import ForwardBatch
+from pdserve.engine.schedule_batch import ScheduleBatch
+from pdserve.engine.weights import load_weights
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
 
 LLAMA3 = {
@@ -116,7 +119,7 @@ def test_a_mixed_batch_equals_transformers(
     model: str,
     padding_bytes: int,
 ) -> None:
-    """Decode rows of one page and of many beside whole prompts, late chunks and a chunk that samples nothing."""
+    """Decode rows of one page and of many beside whole prompts, late chunks and one that samples nothing."""
     folder = checkpoint(model)
     engine = harness(folder, padding_bytes=padding_bytes, num_pages=192)
     spans = {
@@ -149,7 +152,7 @@ def test_a_mixed_batch_equals_transformers(
 def test_prompt_logprobs_start_and_end_where_they_should(
     checkpoint: Callable[..., Path], harness: Callable[..., Any], prompt: Callable[..., list[int]]
 ) -> None:
-    """Positions 7 to 18 of a prompt of 19: none before, none of the outputs behind, no gap at a chunk's end."""
+    """Positions 7 to 18 of a prompt of 19: none before, no outputs behind, no gap at a chunk's end."""
     engine = harness(checkpoint("llama"))
     token_ids = prompt(22)  # three outputs are being computed again
     row = replace(engine.row(token_ids), num_prompt_tokens=19, prompt_logprobs_from=7, choices=())
@@ -232,16 +235,14 @@ def test_swapped_weights_are_used(
     before = one.forward(one.row(token_ids, sampling=WITH_LOGPROBS))["row"]
     expected = other.forward(other.row(token_ids, sampling=WITH_LOGPROBS))["row"]
     assert before != expected
-    one.runner.swap_weights(other.runner._weights)
+    new = load_weights(checkpoint("qwen3", seed=5), one.config, torch.float32, torch.device("cpu"))
+    one.runner.swap_weights(new)
     assert one.forward(one.row(token_ids, sampling=WITH_LOGPROBS))["row"] == expected
 
 
 def test_what_is_appended_after_building_is_not_seen(
     checkpoint: Callable[..., Path], harness: Callable[..., Any], prompt: Callable[..., list[int]]
 ) -> None:
-    from pdserve.engine.forward_batch import ForwardBatch
-    from pdserve.engine.schedule_batch import ScheduleBatch
-
     engine = harness(checkpoint("llama"))
     token_ids = prompt(9)
     row = engine.row(

@@ -531,7 +531,8 @@ async def test_abort_ends_a_request_by_its_exact_id(bench: Bench, spec: Spec) ->
     _, decode = await small_cluster(bench)
     decode.tokens_per_attempt = 1
     generations = [await bench.service.generate(spec(name)) for name in ("r", "r2")]
-    assert not (await bench.service.abort_requests("unknown", False)).success
+    reply = await bench.service.abort_requests("unknown", False)
+    assert (reply.success, reply.message) == (True, "no request 'unknown' is known")
     assert (await bench.service.abort_requests("r", False)).success
     deltas = [delta async for delta in generations[0]]
     assert deltas[-1].finish_reason == "abort"

@@ -1,0 +1,121 @@
+"""A scheduler's control socket that answers as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from pdserve.messages.codec import Codec
+from pdserve.messages.node import (
+    AbortRequests,
+    CallReply,
+    CancelRequest,
+    ClientToNode,
+    CommitWeights,
+    DiscardWeights,
+    FlushCache,
+    GenerateRequest,
+    GetMetrics,
+    GetRequestState,
+    GetServerInfo,
+    MetricsReply,
+    ModelInfo,
+    NodeEntry,
+    NodeLoad,
+    Ping,
+    Pong,
+    PrepareWeights,
+    RequestStateReply,
+    ResendFrom,
+    Roster,
+    ServerInfoReply,
+)
+
+MODEL = ModelInfo(
+    model_name="org/tiny",
+    model_path="/models/tiny",
+    model_type="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    vocab_size=404,
+    max_model_len=256,
+    eos_token_ids=(2,),
+    dtype="float32",
+    weight_version="7",
+    model_fingerprint="f",
+)
+LOAD = NodeLoad(
+    num_running_reqs=2, num_waiting_reqs=1, num_total_pages=10, page_size=16, max_running_requests=64
+)
+
+
+class FakeScheduler:
+    def __init__(self, context: zmq.asyncio.Context) -> None:
+        self._socket = context.socket(zmq.ROUTER)
+        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self.address = f"tcp://127.0.0.1:{port}"
+        self.entry = NodeEntry(
+            url="",
+            role="decode",
+            incarnation="d-1",
+            zmq_address=self.address,
+            model_name="org/tiny",
+            model_fingerprint="f",
+            weight_version="7",
+        )
+        self.received: list[ClientToNode] = []
+        self.is_silent = False
+        self.is_draining = False
+        self.outcome: Callable[[ClientToNode], tuple[bool, str]] = lambda _: (True, "done")
+        self._codec: Codec[ClientToNode] = Codec(ClientToNode)
+        self._client = b""
+        self._task = asyncio.create_task(self._serve())
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        self._socket.close(linger=0)
+
+    async def send(self, message: msgspec.Struct) -> None:
+        await self._socket.send_multipart([self._client, self._codec.encode(message)])
+
+    async def send_raw(self, data: bytes) -> None:
+        await self._socket.send_multipart([self._client, data])
+
+    async def _serve(self) -> None:
+        while True:
+            self._client, data = await self._socket.recv_multipart()
+            message = self._codec.decode(data)
+            self.received.append(message)
+            reply = self._reply(message)
+            if reply is not None and not self.is_silent:
+                await self.send(reply)
+
+    def _reply(self, message: ClientToNode) -> msgspec.Struct | None:
+        match message:
+            case Ping(call_id):
+                return Pong(
+                    call_id=call_id,
+                    entry=self.entry,
+                    load=LOAD,
+                    ready_peers=(),
+                    refused_peers={},
+                    draining=self.is_draining,
+                )
+            case GetServerInfo(call_id):
+                return ServerInfoReply(
+                    call_id=call_id, entry=self.entry, model=MODEL, config={"page_size": 16}, load=LOAD
+                )
+            case GetMetrics(call_id):
+                return MetricsReply(call_id=call_id, text="pd_x 1\n")
+            case GetRequestState(call_id, request_id):
+                state = "decoding" if request_id == "known" else ""
+                return RequestStateReply(call_id=call_id, state=state, age_s=0.5)
+            case FlushCache() | AbortRequests() | PrepareWeights() | CommitWeights() | DiscardWeights():
+                success, text = self.outcome(message)
+                return CallReply(call_id=message.call_id, success=success, message=text)
+            case GenerateRequest() | CancelRequest() | ResendFrom() | Roster():
+                return None

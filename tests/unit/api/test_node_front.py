@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+import zmq.asyncio
+
+from pdserve.api import node_front
+from pdserve.api.node_front import serve_node_front
+from pdserve.messages.node import CommitWeights, DiscardWeights, FlushCache, PrepareWeights
+from pdserve.tests.unit.api.conftest import Api, eventually
+from pdserve.tests.unit.api.scheduler import FakeScheduler
+
+
+@dataclass
+class Front:
+    url: str
+    scheduler: FakeScheduler
+    http: aiohttp.ClientSession
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.http.get(self.url + path) as answer:
+            return answer.status, await answer.json()
+
+    async def post(self, path: str, body: object) -> tuple[int, Any]:
+        async with self.http.post(self.url + path, json=body) as answer:
+            return answer.status, await answer.json()
+
+    async def is_healthy(self) -> None:
+        async with asyncio.timeout(10):
+            while (await self.get("/health"))[0] != 200:  # noqa: ASYNC110 (another process in real life)
+                await asyncio.sleep(0.005)
+
+
+@pytest_asyncio.fixture
+async def front(api: Api, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Front]:
+    """A node front registered with the router that ``api`` is."""
+    monkeypatch.setattr(node_front, "PING_INTERVAL_S", 0.02)
+    monkeypatch.setattr(node_front, "PING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(node_front, "RECONNECT_INTERVAL_S", 0.02)
+    monkeypatch.setattr(node_front, "SCHEDULER_GONE_S", 0.1)
+    context = zmq.asyncio.Context()
+    scheduler = FakeScheduler(context)
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    stop = asyncio.Event()
+    task = asyncio.create_task(
+        serve_node_front(
+            zmq_address=scheduler.address, listener=listener, url=url, router_urls=[f"{api.url}/"], stop=stop
+        )
+    )
+    async with aiohttp.ClientSession() as http:
+        front = Front(url, scheduler, http, stop, task)
+        await front.is_healthy()
+        yield front
+    stop.set()
+    await asyncio.wait_for(task, 10)
+    await scheduler.close()
+    context.term()
+
+
+async def test_it_registers_while_the_scheduler_answers(api: Api, front: Front) -> None:
+    await eventually(lambda: len(api.admin.calls) >= 2)
+    kind, url, entry = api.admin.calls[0]
+    assert (kind, url, entry.url, entry.incarnation) == ("register", front.url, front.url, "d-1")
+    front.scheduler.is_silent = True
+    await asyncio.sleep(0.3)  # a ping is under way; it fails
+    num_calls = len(api.admin.calls)
+    await asyncio.sleep(0.3)
+    assert len(api.admin.calls) == num_calls
+    assert (await front.get("/health"))[0] == 503
+    assert (await front.get("/live"))[0] == 200
+    front.scheduler.is_silent = False
+    await eventually(lambda: len(api.admin.calls) > num_calls)
+    front.stop.set()
+    await asyncio.wait_for(front.task, 10)
+    assert api.admin.calls[-1] == ("remove", front.url)
+
+
+async def test_a_draining_node_does_not_renew_its_lease(api: Api, front: Front) -> None:
+    front.scheduler.is_draining = True
+    await asyncio.sleep(0.2)
+    num_calls = len(api.admin.calls)
+    await asyncio.sleep(0.2)
+    assert len(api.admin.calls) == num_calls
+    assert (await front.get("/ready"))[1]["error"]["code"] == "draining"
+    assert (await front.get("/health"))[0] == 200
+
+
+async def test_it_ends_with_its_scheduler(front: Front) -> None:
+    await front.scheduler.close()
+    await asyncio.wait_for(front.task, 10)
+
+
+async def test_facts(front: Front) -> None:
+    _, info = await front.get("/server_info")
+    assert info["zmq_address"] == front.scheduler.address
+    assert (info["entry"]["url"], info["role"], info["disaggregation_mode"]) == (
+        front.url,
+        "decode",
+        "decode",
+    )
+    assert (info["max_total_num_tokens"], info["max_running_requests"], info["page_size"]) == (160, 64, 16)
+    assert (info["model"]["vocab_size"], info["served_model_name"]) == (404, "org/tiny")
+    assert info["internal_states"][0]["num_running_reqs"] == 2
+    assert (await front.get("/get_model_info"))[1]["model_type"] == "qwen3"
+    assert (await front.get("/v1/models"))[1]["data"][0]["id"] == "org/tiny"
+    assert (await front.get("/get_load"))[1][0]["num_reqs"] == 3
+    assert (await front.get("/v1/loads"))[1]["loads"][0]["url"] == front.url
+    assert (await front.get("/version"))[0] == 200
+    async with front.http.get(f"{front.url}/metrics") as answer:
+        assert await answer.text() == "pd_x 1\n"
+
+
+async def test_requests(front: Front) -> None:
+    assert (await front.get("/requests/known"))[1]["state"] == "decoding"
+    status, answer = await front.get("/requests/other")
+    assert (status, answer["error"]["code"]) == (404, "request_not_found")
+    assert (await front.post("/abort_request", {"abort_all": True}))[1]["success"]
+    assert (await front.post("/abort_request", {}))[0] == 400
+
+
+async def test_flush(front: Front) -> None:
+    assert (await front.post("/flush_cache?timeout=1", {}))[0] == 200
+    front.scheduler.outcome = lambda _: (False, "busy")
+    assert await front.post("/flush_cache", {}) == (400, {"success": False, "message": "busy"})
+    sent = [message for message in front.scheduler.received if isinstance(message, FlushCache)]
+    assert [message.timeout_s for message in sent] == [1.0, 0.0]
+
+
+def weight_messages(front: Front) -> list[type]:
+    kinds = (PrepareWeights, CommitWeights, DiscardWeights)
+    return [type(message) for message in front.scheduler.received if isinstance(message, kinds)]
+
+
+async def test_one_node_alone_is_updated_only_by_force(front: Front) -> None:
+    status, answer = await front.post("/update_weights_from_disk", {"model_path": "/new"})
+    assert (status, answer["success"]) == (400, False)
+    assert weight_messages(front) == []
+    body = {"model_path": "/new", "weight_version": "8", "force": True}
+    assert (await front.post("/update_weights_from_disk", body))[0] == 200
+    assert weight_messages(front) == [PrepareWeights, CommitWeights]
+
+
+async def test_a_failed_update_is_discarded(front: Front) -> None:
+    front.scheduler.outcome = lambda message: (not isinstance(message, CommitWeights), "not idle")
+    body = {"model_path": "/new", "force": True}
+    status, answer = await front.post("/update_weights_from_disk", body)
+    assert (status, answer["message"]) == (400, "not idle")
+    assert weight_messages(front) == [PrepareWeights, CommitWeights, DiscardWeights]
+
+
+async def test_a_scheduler_that_does_not_answer_is_a_503(front: Front) -> None:
+    await front.scheduler.close()
+    status, answer = await front.get("/server_info")
+    assert (status, answer["error"]["code"]) == (503, "node_unavailable")

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+
+from pdserve.api.tokenization import Tokenizer
+from pdserve.runtime.errors import RequestError
+from pdserve.tests.unit.api.conftest import Api, chunks
+from pdserve.tests.unit.api.fakes import one_by_one
+
+PATH = "/v1/chat/completions"
+HI: list[Any] = [{"role": "user", "content": "The fox"}]
+OUTPUT = " quick brown fox jumps"
+
+
+@pytest_asyncio.fixture
+async def client(api: Api) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{api.url}/v1", api_key="x", max_retries=0) as client:
+        yield client
+
+
+def prompt_text(api: Api, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(api.generator.specs[-1].prompt_ids, skip_special_tokens=False)
+
+
+async def test_an_answer(api: Api, tokenizer: Tokenizer) -> None:
+    status, answer = await api.post(PATH, {"model": "org/tiny", "messages": HI})
+    assert status == 200
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["object"] == "chat.completion"
+    assert answer["weight_version"] == "7"
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": OUTPUT, "refusal": None}
+    assert choice["finish_reason"] == "length"
+    prompt = prompt_text(api, tokenizer)
+    assert prompt == "<|im_start|>user\nThe fox<|im_end|>\n<|im_start|>assistant\n"
+    num_prompt = len(api.generator.specs[0].prompt_ids)
+    assert answer["usage"]["prompt_tokens"] == num_prompt
+    assert api.generator.specs[0].sampling.max_tokens == 256 - num_prompt  # the rest of the context
+
+
+async def test_the_openai_client_streams(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="org/tiny", messages=HI, stream=True, stream_options={"include_usage": True}
+    )
+    parts = [part async for part in stream]
+    deltas = [part.choices[0].delta for part in parts[:-1]]
+    assert (deltas[0].role, deltas[0].content) == ("assistant", "")
+    assert all(delta.role is None for delta in deltas[1:])
+    assert "".join(delta.content or "" for delta in deltas) == OUTPUT
+    reasons = [part.choices[0].finish_reason for part in parts[:-1]]
+    assert reasons == [None] * (len(reasons) - 1) + ["length"]
+    assert parts[-1].choices == []
+    assert parts[-1].usage is not None
+    assert parts[-1].usage.completion_tokens == 4
+
+
+async def test_the_openai_client_reads_logprobs_and_choices(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(
+        model="org/tiny", messages=HI, n=2, logprobs=True, top_logprobs=2, max_completion_tokens=2
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    logprobs = answer.choices[1].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [entry.token for entry in logprobs.content] == [" quick", " brown"]
+    assert logprobs.content[0].bytes == list(b" quick")
+    assert [top.logprob for top in logprobs.content[0].top_logprobs] == [-0.5, -1.0]
+
+
+async def test_the_openai_client_sees_errors(api: Api, client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as not_found:
+        await client.chat.completions.create(model="no/such", messages=HI)
+    assert (not_found.value.code, not_found.value.param) == ("model_not_found", "model")
+    api.generator.script = lambda spec: [
+        *one_by_one(api.generator.token_ids, spec)[:2],
+        RequestError("no pair is left", status=503, code="no_pair"),
+    ]
+    stream = await client.chat.completions.create(model="org/tiny", messages=HI, stream=True)
+    received: list[str] = []
+
+    async def receive_all() -> None:
+        async for part in stream:
+            received.append(part.choices[0].delta.content or "")
+
+    with pytest.raises(openai.APIError, match="no pair is left"):
+        await receive_all()
+    assert "".join(received) == " quick brown"
+
+
+async def test_the_openai_client_lists_models(client: openai.AsyncOpenAI) -> None:
+    models = [model async for model in client.models.list()]
+    assert [model.id for model in models] == ["org/tiny"]
+    assert (await client.models.retrieve("org/tiny")).id == "org/tiny"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_stream(api: Api, n: int) -> None:
+    body = {"messages": HI, "stream": True, "n": n, "return_token_ids": True, "prompt_logprobs": 0}
+    parts = chunks(await api.stream(PATH, body))
+    assert all(part["object"] == "chat.completion.chunk" for part in parts)
+    roles = [part for part in parts if "role" in part["choices"][0]["delta"]]
+    assert len(roles) == n
+    assert parts[0]["prompt_token_ids"] == list(api.generator.specs[0].prompt_ids)
+    assert parts[0]["prompt_logprobs"][0] is None
+    for number in range(n):
+        choices = [part["choices"][0] for part in parts if part["choices"][0]["index"] == number]
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == OUTPUT
+        assert choices[-1]["finish_reason"] == "length"
+        ids = [token_id for choice in choices for token_id in choice.get("token_ids", [])]
+        assert ids == list(api.generator.token_ids)
+
+
+async def test_text_parts_are_lines(api: Api, tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    await api.post(PATH, {"messages": [{"role": "user", "content": parts}]})
+    assert "<|im_start|>user\none\ntwo<|im_end|>" in prompt_text(api, tokenizer)
+
+
+async def test_the_final_message_is_continued(api: Api, tokenizer: Tokenizer) -> None:
+    messages = [*HI, {"role": "assistant", "content": "It jumps"}]
+    status, _ = await api.post(PATH, {"messages": messages, "continue_final_message": True})
+    assert status == 200
+    assert prompt_text(api, tokenizer).endswith("<|im_start|>assistant\nIt jumps")
+
+
+async def test_a_stop_string(api: Api) -> None:
+    _, answer = await api.post(PATH, {"messages": HI, "stop": "brown", "include_stop_str_in_output": True})
+    choice = answer["choices"][0]
+    assert (choice["message"]["content"], choice["stop_reason"]) == (" quick brown", "brown")
+
+
+async def test_what_langchain_and_benchmarks_send(api: Api) -> None:
+    body = {
+        "model": "org/tiny",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "The"}]}],
+        "max_completion_tokens": 3,
+        "stream": False,
+        "temperature": None,
+        "frequency_penalty": 0,
+        "ignore_eos": True,
+        "n": 1,
+        "no_stop_trim": False,
+        "separate_reasoning": True,
+        "return_hidden_states": False,
+    }
+    status, answer = await api.post(PATH, body)
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 3)

@@ -1,0 +1,268 @@
+"""What holds on every generating endpoint: failures, clients that leave, ids, keys, draining, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pdserve.api.generation import GenerateSpec
+from pdserve.runtime.errors import RequestError
+from pdserve.tests.unit.api.conftest import Api, chunks, eventually
+from pdserve.tests.unit.api.fakes import Step, one_by_one
+
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "The"}),
+    ("/v1/completions", {"prompt": ["The", "fox"]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "The"}]}),
+    ("/generate", {"text": "The"}),
+]
+ENDPOINTS = pytest.mark.parametrize(("path", "body"), BODIES, ids=["text", "batch", "chat", "native"])
+STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+@ENDPOINTS
+@STREAMED
+async def test_refusals_keep_their_status(api: Api, path: str, body: dict[str, Any], stream: bool) -> None:
+    api.generator.refusal = RequestError(
+        "the queue is full", status=429, code="queue_full", error_type="rate_limit_error", retry_after_s=2.5
+    )
+    async with api.http.post(api.url + path, json={**body, "stream": stream}) as answer:
+        assert answer.status == 429
+        assert answer.headers["retry-after"] == "3"
+        assert answer.headers["content-type"] == "application/json"
+        assert (await answer.json())["error"]["code"] == "queue_full"
+
+
+@ENDPOINTS
+async def test_failing_before_the_first_token_keeps_its_status(
+    api: Api, path: str, body: dict[str, Any]
+) -> None:
+    api.generator.script = lambda spec: [RequestError("no pair", status=503)]
+    async with api.http.post(api.url + path, json={**body, "stream": True}) as answer:
+        assert answer.status == 503
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+@ENDPOINTS
+async def test_failing_in_mid_stream_is_an_error_event_and_an_aborted_connection(
+    api: Api, path: str, body: dict[str, Any]
+) -> None:
+    api.generator.script = lambda spec: [
+        *one_by_one(api.generator.token_ids, spec)[:2],
+        RequestError("the last attempt failed", status=503, code="attempts_exhausted"),
+    ]
+    received = bytearray()
+
+    async def receive_all(answer: aiohttp.ClientResponse) -> None:
+        async for part in answer.content.iter_any():
+            received.extend(part)
+
+    async with api.http.post(api.url + path, json={**body, "stream": True}) as answer:
+        assert answer.status == 200
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await receive_all(answer)
+    events = received.decode().split("\n\n")
+    error = json.loads(events[-2].removeprefix("data: "))["error"]
+    assert (error["message"], error["code"]) == ("the last attempt failed", "attempts_exhausted")
+    assert b"[DONE]" not in received
+
+
+@ENDPOINTS
+async def test_failing_when_not_streamed_is_a_status(api: Api, path: str, body: dict[str, Any]) -> None:
+    api.generator.script = lambda spec: [
+        *one_by_one(api.generator.token_ids, spec)[:2],
+        RequestError("too late", status=504),
+    ]
+    status, answer = await api.post(path, body)
+    assert (status, answer["error"]["message"]) == (504, "too late")
+
+
+@ENDPOINTS
+@STREAMED
+async def test_a_client_that_leaves_cancels_its_generations(
+    api: Api, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    def first_token_then_nothing(spec: GenerateSpec) -> list[Step]:
+        return [*one_by_one(api.generator.token_ids, spec)[:1], asyncio.Event()]
+
+    api.generator.script = first_token_then_nothing
+    request = asyncio.create_task(api.http.post(api.url + path, json={**body, "stream": stream}))
+    await eventually(lambda: bool(api.generator.generations))
+    if stream:
+        answer = await request
+        await answer.content.readany()
+        assert len(api.in_flight) == 1
+        answer.close()
+    else:
+        await asyncio.sleep(0.02)
+        request.cancel()
+    await eventually(lambda: len(api.in_flight) == 0)
+    assert all(generation.is_cancelled for generation in api.generator.generations)
+
+
+@ENDPOINTS
+async def test_bugs_are_answered_with_a_500(api: Api, path: str, body: dict[str, Any]) -> None:
+    def broken(spec: GenerateSpec) -> list[Step]:
+        raise ZeroDivisionError
+
+    api.generator.script = broken
+    status, answer = await api.post(path, body)
+    assert (status, answer["error"]["code"]) == (500, "internal_error")
+
+
+# ---- ids --------------------------------------------------------------------------------------------
+
+
+async def test_the_header_names_the_request(api: Api) -> None:
+    async with api.http.post(
+        f"{api.url}/v1/completions", json={"prompt": "The"}, headers={"X-Request-ID": "trace-1"}
+    ) as answer:
+        assert answer.headers["x-request-id"] == "trace-1"
+        assert (await answer.json())["id"] == "cmpl-trace-1"
+    assert api.generator.specs[0].request_id == "cmpl-trace-1"
+
+
+async def test_unsafe_header_ids_are_replaced(api: Api) -> None:
+    async with api.http.get(f"{api.url}/health", headers={"X-Request-ID": "é" * 300}) as answer:
+        assert len(answer.headers["x-request-id"]) == 32
+
+
+async def in_flight(
+    api: Api, body: dict[str, Any], **headers: str
+) -> tuple[asyncio.Event, asyncio.Task[Any]]:
+    """A request that waits for the event."""
+    goes_on = asyncio.Event()
+    known = len(api.generator.generations)
+    api.generator.script = lambda spec: [goes_on, *one_by_one(api.generator.token_ids, spec)]
+    task = asyncio.create_task(api.post("/v1/completions", body, **headers))
+    await eventually(lambda: len(api.generator.generations) > known)
+    api.generator.script = None
+    return goes_on, task
+
+
+async def test_the_same_rid_twice_at_once_is_refused(api: Api) -> None:
+    goes_on, first = await in_flight(api, {"prompt": "The", "rid": "mine"})
+    for path, body in BODIES:
+        status, answer = await api.post(path, {**body, "rid": "mine"})
+        assert (status, answer["error"]["code"]) == (409, "duplicate_request_id")
+    goes_on.set()
+    assert (await first)[0] == 200
+    assert (await api.post("/generate", {"text": "The", "rid": "mine"}))[0] == 200
+
+
+async def test_the_same_header_twice_at_once_is_made_unique(api: Api) -> None:
+    goes_on, first = await in_flight(api, {"prompt": "The"}, **{"X-Request-ID": "trace"})
+    status, second = await api.post("/v1/completions", {"prompt": "The"}, **{"X-Request-ID": "trace"})
+    goes_on.set()
+    assert status == 200
+    assert second["id"].startswith("cmpl-trace-")
+    assert (await first)[1]["id"] == "cmpl-trace"
+
+
+async def test_requests_are_found_and_aborted_by_rid(api: Api) -> None:
+    goes_on, first = await in_flight(api, {"prompt": "The", "rid": "mine"})
+    api.admin.states["cmpl-mine"] = {"state": "decoding", "age_s": 0.5, "waits_for": "a step"}
+    for name in ("mine", "cmpl-mine"):
+        assert (await api.get(f"/requests/{name}"))[1] == {
+            "id": "cmpl-mine",
+            "state": "decoding",
+            "age_s": 0.5,
+            "waits_for": "a step",
+        }
+    assert (await api.post("/abort_request", {"rid": "mine"}))[0] == 200
+    assert api.admin.calls == [("abort", "cmpl-mine", False)]
+    goes_on.set()
+    await first
+
+
+# ---- the door ---------------------------------------------------------------------------------------
+
+
+async def test_draining_refuses_new_requests_and_ends_old_ones(api: Api) -> None:
+    goes_on, first = await in_flight(api, {"prompt": "The"})
+    assert (await api.get("/ready"))[0] == 200
+    api.in_flight.drain()
+    status, answer = await api.get("/ready")
+    assert (status, answer["error"]["message"]) == (503, "draining")
+    assert (await api.get("/health"))[0] == 200
+    for path, body in BODIES:
+        async with api.http.post(api.url + path, json=body) as refused:
+            assert refused.status == 503
+            assert "retry-after" in refused.headers
+    assert not await api.in_flight.wait_empty(0.01)
+    goes_on.set()
+    assert (await first)[0] == 200
+    assert await api.in_flight.wait_empty(5.0)
+
+
+@pytest.mark.parametrize("api_keys", [("k1", "k2")])
+async def test_api_keys(api: Api) -> None:
+    for path in ("/health", "/ready", "/live", "/metrics", "/version", "/openapi.json"):
+        async with api.http.get(api.url + path) as answer:
+            assert answer.status == 200, path
+    for path in ("/v1/models", "/workers", "/server_info", "/health_generate"):
+        status, refusal = await api.get(path)
+        assert (status, refusal["error"]["code"]) == (401, "invalid_api_key"), path
+    body = {"prompt": "The"}
+    for header in ("", "Bearer", "Bearer wrong", "Basic k1", "Bearer k1x"):
+        assert (await api.post("/v1/completions", body, authorization=header))[0] == 401
+    for header in ("Bearer k1", "bearer k2"):
+        assert (await api.post("/v1/completions", body, authorization=header))[0] == 200
+
+
+async def test_an_empty_bearer_is_fine_without_keys(api: Api) -> None:
+    assert (await api.post("/v1/completions", {"prompt": "The"}, authorization="Bearer "))[0] == 200
+
+
+# ---- metrics ----------------------------------------------------------------------------------------
+
+
+def sample(page: str, name: str) -> float:
+    return sum(
+        entry.value
+        for family in text_string_to_metric_families(page)
+        for entry in family.samples
+        if entry.name == name
+    )
+
+
+async def test_counters_equal_what_clients_received(api: Api) -> None:
+    usages = [
+        (await api.post("/v1/completions", {"prompt": ["The", "fox"], "n": 2}))[1]["usage"],
+        (await api.post("/v1/completions", {"prompt": "The", "stop": "brown"}))[1]["usage"],
+        (
+            await api.post(
+                "/v1/completions", {"prompt": "The quick", "max_tokens": 0, "echo": True, "logprobs": 1}
+            )
+        )[1]["usage"],
+        (await api.post("/generate", {"text": "The"}))[1]["meta_info"],
+    ]
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    for path, body in BODIES[:3]:
+        usages.append(chunks(await api.stream(path, {**body, **options}))[-1]["usage"])
+    page = await (await api.http.get(f"{api.url}/metrics")).text()
+    assert sample(page, "pd_prompt_tokens_total") == sum(usage["prompt_tokens"] for usage in usages)
+    assert sample(page, "pd_generation_tokens_total") == sum(usage["completion_tokens"] for usage in usages)
+    assert sample(page, "pd_request_success_total") == 4 + 1 + 1 + 1 + 1 + 2 + 1
+    assert sample(page, "pd_e2e_request_latency_seconds_count") == len(usages)
+    assert sample(page, "pd_time_to_first_token_seconds_count") == 3
+    # Streams alone have gaps: one per token but the first of each choice.
+    assert sample(page, "pd_inter_token_latency_seconds_count") == 4 * 3
+    assert 'role="router"' in page
+
+
+async def test_failed_requests_count_what_was_delivered(api: Api) -> None:
+    api.generator.script = lambda spec: [
+        *one_by_one(api.generator.token_ids, spec)[:2],
+        RequestError("gone", status=503),
+    ]
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await api.stream("/v1/completions", {"prompt": "The", "stream": True})
+    page = await (await api.http.get(f"{api.url}/metrics")).text()
+    assert sample(page, "pd_generation_tokens_total") == 2
+    assert sample(page, "pd_request_success_total") == 0

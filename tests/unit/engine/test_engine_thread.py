@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdserve.engine.engine_thread import EngineThread, Finished, JobResult
+from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput
+from pdserve.engine.loader import Engine, load_engine
+from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
+from pdserve.messages.sampling import SamplingParams
+from pdserve.runtime.errors import StartupError
+
+
+@pytest.fixture
+def engine(checkpoint: Callable[..., Path]) -> Iterator[Engine]:
+    loaded = load_engine(checkpoint("mistral"), num_pages=8, num_threads=1, page_size=4)
+    yield loaded
+    assert loaded.thread.close()
+
+
+def batch_of(engine: Engine, step: int, token: int = 5) -> ForwardBatch:
+    row = ScheduledRow(
+        row_id="only",
+        token_ids=[token, 6, 7],
+        num_prompt_tokens=3,
+        start=0,
+        num_tokens=3,
+        pages=[2],
+        sampling=SamplingParams(temperature=0.0),
+        choices=(0,),
+    )
+    return ForwardBatch.build(ScheduleBatch((row,)), step=step, config=engine.config, layout=engine.layout)
+
+
+def wait_for(thread: EngineThread, count: int) -> list[Finished]:
+    """Sleeps on the file descriptor, as the scheduler's loop does."""
+    results: list[Finished] = []
+    while len(results) < count:
+        readable, _, _ = select.select([thread], [], [], 20)
+        assert readable, "nothing finished"
+        results += thread.poll()
+    return results
+
+
+def test_forwards_finish_in_order(engine: Engine) -> None:
+    for step in range(5):
+        engine.thread.submit(batch_of(engine, step, token=5 + step))
+    assert engine.thread.num_queued == 5
+    outputs = wait_for(engine.thread, 5)
+    assert engine.thread.num_queued == 0
+    expected = [engine.runner.forward(batch_of(engine, step, token=5 + step)) for step in range(5)]
+    for output, same in zip(outputs, expected, strict=True):
+        assert isinstance(output, ForwardOutput)
+        assert (output.step, output.rows) == (same.step, same.rows)
+        assert output.started <= output.finished
+
+
+def test_nothing_is_readable_before_and_after(engine: Engine) -> None:
+    assert select.select([engine.thread], [], [], 0)[0] == []
+    engine.thread.submit(batch_of(engine, 0))
+    wait_for(engine.thread, 1)
+    assert select.select([engine.thread], [], [], 0)[0] == []
+    assert engine.thread.poll() == []
+
+
+def test_jobs_run_between_forwards_on_the_same_thread(engine: Engine) -> None:
+    ran_on: list[Any] = []
+
+    def job() -> str:
+        ran_on.append((threading.current_thread(), torch.get_num_threads()))
+        return "done"
+
+    engine.thread.submit(batch_of(engine, 0))
+    engine.thread.submit_job("load", job)
+    engine.thread.submit(batch_of(engine, 1))
+    first, result, second = wait_for(engine.thread, 3)
+    assert [type(item) for item in (first, result, second)] == [ForwardOutput, JobResult, ForwardOutput]
+    assert isinstance(result, JobResult)
+    assert (result.name, result.value, result.error) == ("load", "done", None)
+    assert ran_on[0][0] is not threading.current_thread()
+    assert ran_on[0][1] == 1
+
+
+def test_a_jobs_refusal_is_its_result(engine: Engine) -> None:
+    def refuse() -> None:
+        raise StartupError("no such checkpoint")
+
+    engine.thread.submit_job("load", refuse)
+    (result,) = wait_for(engine.thread, 1)
+    assert isinstance(result, JobResult)
+    assert str(result.error) == "no such checkpoint"
+
+
+def test_what_a_forward_raises_is_raised_in_the_loop(engine: Engine) -> None:
+    engine.thread.submit(batch_of(engine, 0, token=10_000))  # outside the vocabulary
+    with pytest.raises(IndexError):
+        wait_for(engine.thread, 1)
+
+
+def test_progress_tells_what_runs_and_since_when(engine: Engine) -> None:
+    release, running = threading.Event(), threading.Event()
+
+    def job() -> None:
+        running.set()
+        release.wait(20)
+
+    before = time.monotonic()
+    engine.thread.submit_job("slow", job, expected_s=3.0)
+    assert running.wait(20)
+    progress = engine.thread.progress
+    assert progress is not None
+    assert (progress.step, progress.name, progress.expected_s) == (None, "slow", 3.0)
+    assert before <= progress.started <= time.monotonic()
+    release.set()
+    wait_for(engine.thread, 1)
+    assert engine.thread.progress is None
+
+
+def test_expectations_follow_what_was_measured(engine: Engine) -> None:
+    at_first = engine.thread.expected_s(batch_of(engine, 0))
+    for step in range(20):
+        engine.thread.submit(batch_of(engine, step))
+    wait_for(engine.thread, 20)
+    assert engine.thread.expected_s(batch_of(engine, 0)) < at_first
+
+
+def test_close_finishes_what_is_queued(checkpoint: Callable[..., Path]) -> None:
+    engine = load_engine(checkpoint("mistral"), num_pages=8, num_threads=1, page_size=4)
+    done: list[int] = []
+    engine.thread.submit_job("one", lambda: done.append(1))
+    assert engine.thread.close()
+    assert done == [1]

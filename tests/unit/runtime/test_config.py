@@ -1,0 +1,330 @@
+"""Settings: where a value comes from, and what a bad one says."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdserve.runtime.config import (
+    DEFAULT_PORTS,
+    FLAGS,
+    SHIPPED_MODEL,
+    Flag,
+    NodeConfig,
+    ProcessRole,
+    RouterConfig,
+    add_flags,
+    forwarded_flags,
+    node_config,
+    resolve,
+    router_config,
+)
+from pdserve.runtime.errors import StartupError
+
+ALL = frozenset({"up", "router", "prefill", "decode"})
+NODES = frozenset({"prefill", "decode"})
+ROLES: tuple[ProcessRole, ...] = ("up", "router", "prefill", "decode")
+WriteConfig = Callable[[str], Path]
+
+
+def given(role: str, *arguments: str) -> dict[str, Any]:
+    """What the command line of `role` gave (`up` takes the flags of every role)."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ALL if role == "up" else frozenset({role}))
+    return vars(parser.parse_args(arguments))
+
+
+def refusal(role: ProcessRole, values: Mapping[str, Any]) -> str:
+    """The one line that refuses `values`."""
+    with pytest.raises(StartupError) as caught:
+        if role == "router":
+            router_config(values)
+        elif role == "up":
+            resolve(role, values)
+        else:
+            node_config(role, values)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> WriteConfig:
+    def write(text: str) -> Path:
+        path = tmp_path / "pdserve.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# ---- the table of flags ------------------------------------------------------------------------------
+
+# As it was promised: names with their aliases, who takes it, default, choices, whether it repeats.
+TABLE: tuple[tuple[str, frozenset[str], object, str, bool], ...] = (
+    ("--model --model-path", NODES | {"router"}, str(SHIPPED_MODEL), "", False),
+    ("--served-model-name", NODES | {"router"}, None, "", False),
+    ("--host", NODES | {"router"}, "127.0.0.1", "", False),
+    ("--port", NODES | {"router"}, None, "", False),
+    ("--api-key", NODES | {"router"}, (), "", True),
+    ("--dtype", NODES, "auto", "auto float32 bfloat16 float16", False),
+    ("--max-model-len", NODES | {"router"}, None, "", False),
+    ("--page-size --block-size", NODES, 16, "", False),
+    ("--kv-cache-gb", NODES, None, "", False),
+    ("--chunked-prefill-size --max-num-batched-tokens", NODES, 2048, "", False),
+    ("--max-running-requests --max-num-seqs", NODES, 64, "", False),
+    ("--num-prefill", frozenset({"up"}), 1, "", False),
+    ("--num-decode", frozenset({"up"}), 1, "", False),
+    ("--num-threads", NODES, None, "", False),
+    ("--transfer-backend --disaggregation-transfer-backend", NODES, "mooncake", "mooncake shm", False),
+    ("--transport", NODES, "tcp", "tcp rdma", False),
+    ("--ib-device", NODES, "", "", False),
+    ("--router", NODES, (), "", True),
+    ("--prefill", frozenset({"router"}), (), "", True),
+    ("--decode", frozenset({"router"}), (), "", True),
+    ("--colocated", frozenset({"decode"}), False, "", False),
+    ("--log-level", NODES | {"router"}, "info", "debug info warning error", False),
+    ("--log-format", NODES | {"router"}, "text", "text json", False),
+)
+
+
+@pytest.mark.parametrize(("names", "roles", "default", "choices", "repeatable"), TABLE)
+def test_every_flag_of_the_table_is_there(
+    names: str, roles: frozenset[str], default: object, choices: str, repeatable: bool
+) -> None:
+    first, *aliases = names.split()
+    (flag,) = (flag for flag in FLAGS if flag.names[0] == first)
+    assert set(aliases) <= set(flag.names)
+    assert flag.roles == roles
+    assert flag.default == default
+    assert flag.choices == tuple(choices.split())
+    assert flag.repeatable is repeatable
+
+
+def test_each_name_belongs_to_one_flag() -> None:
+    names = [name for flag in FLAGS for name in flag.names]
+    assert len(names) == len(set(names))
+
+
+def example(flag: Flag, index: int = 0) -> str:
+    """A value that `flag` takes and that is not its default."""
+    if flag.choices:
+        return next(choice for choice in flag.choices if choice != flag.default)
+    if flag.kind in (int, float):
+        return str(7 + index)
+    return f"http://10.0.0.1:{9000 + index}" if flag.repeatable else f"value-{index}"
+
+
+ALIASES = [
+    pytest.param(flag, alias, id=alias) for flag in FLAGS for alias in flag.names[1:] if flag.kind is not bool
+]
+
+
+@pytest.mark.parametrize(("flag", "alias"), ALIASES)
+def test_an_alias_is_the_flag_itself(flag: Flag, alias: str) -> None:
+    (role, *_) = flag.roles
+    by_alias = given(role, alias, example(flag))
+    assert by_alias == given(role, flag.names[0], example(flag))
+    assert flag.field in by_alias
+
+
+@pytest.mark.parametrize("name", ["--no-enable-prefix-caching", "--disable-radix-cache"])
+def test_the_prefix_cache_is_switched_off_in_both_dialects(name: str) -> None:
+    assert node_config("prefill", given("prefill", name)).disable_prefix_cache
+    assert not node_config("prefill", given("prefill")).disable_prefix_cache
+
+
+def test_the_configs_hold_exactly_the_flags_of_their_roles() -> None:
+    for config_type, roles in ((RouterConfig, {"router"}), (NodeConfig, {"prefill", "decode"})):
+        fields = {field.name for field in dataclasses.fields(config_type)} - {"role"}
+        assert fields == {flag.field for flag in FLAGS if flag.roles & roles}
+
+
+# ---- defaults -----------------------------------------------------------------------------------------
+
+
+def test_without_flags_the_shipped_model_is_served_under_its_name() -> None:
+    router = router_config({})
+    assert (router.model, router.served_model_name) == (str(SHIPPED_MODEL), "tiny-python")
+    assert (router.host, router.port, router.api_key) == ("127.0.0.1", DEFAULT_PORTS["router"], ())
+    assert node_config("prefill", {}).port == 8100
+    assert node_config("decode", {}).port == 8200
+    assert node_config("decode", {}).num_threads >= 1
+
+
+def test_another_model_is_served_under_its_path_as_given() -> None:
+    assert router_config(given("router", "../my-model")).served_model_name == "../my-model"
+    named = router_config(given("router", "../my-model", "--served-model-name", "mine"))
+    assert (named.model, named.served_model_name) == ("../my-model", "mine")
+
+
+def test_the_model_is_positional_or_a_flag() -> None:
+    assert router_config(given("router", "a")).model == "a"
+    assert router_config(given("router", "--model-path", "a")).model == "a"
+    assert router_config(given("router", "a", "--model", "a")).model == "a"
+    assert "'a'" in refusal("router", given("router", "a", "--model", "b"))
+    assert "'b'" in refusal("router", given("router", "a", "--model", "b"))
+
+
+def test_port_0_is_kept() -> None:
+    assert router_config(given("router", "--port", "0")).port == 0
+
+
+def test_repeatable_flags_add_up() -> None:
+    arguments = ("--api-key", "one", "--api-key", "two", "--prefill", "http://a:1", "--prefill", "http://b:2")
+    config = router_config(given("router", *arguments))
+    assert config.api_key == ("one", "two")
+    assert config.prefill == ("http://a:1", "http://b:2")
+    assert config.decode == ()
+
+
+# ---- the YAML file ------------------------------------------------------------------------------------
+
+
+def test_flags_override_the_role_block_overrides_the_top_overrides_the_default(
+    write_config: WriteConfig,
+) -> None:
+    path = write_config(
+        """
+        page-size: 32
+        max-num-seqs: 5
+        chunked_prefill_size: 512
+        decode: {max-running-requests: 6, chunked-prefill-size: 256}
+        """
+    )
+    prefill = node_config("prefill", given("prefill", "--config", str(path)))
+    assert (prefill.page_size, prefill.max_running_requests, prefill.chunked_prefill_size) == (32, 5, 512)
+    decode = node_config("decode", given("decode", "--config", str(path), "--chunked-prefill-size", "128"))
+    assert (decode.page_size, decode.max_running_requests, decode.chunked_prefill_size) == (32, 6, 128)
+    assert decode.transport == "tcp"
+
+
+def test_a_top_level_key_of_another_role_is_passed_over(write_config: WriteConfig) -> None:
+    path = write_config("max-attempts: 7\nnum-decode: 2\n")
+    assert router_config({"config": path}).max_attempts == 7
+    assert node_config("decode", {"config": path}).page_size == 16
+    assert resolve("up", {"config": path})["num_decode"] == 2
+
+
+@pytest.mark.parametrize("value", ["http://r:1", "[http://r:1]"])
+def test_router_is_a_flag_when_it_is_no_block(write_config: WriteConfig, value: str) -> None:
+    assert node_config("decode", {"config": write_config(f"router: {value}")}).router == ("http://r:1",)
+
+
+def test_router_is_a_block_when_it_is_a_mapping(write_config: WriteConfig) -> None:
+    path = write_config("router: {port: 9000}\nprefill: {router: [http://r:1]}\n")
+    assert router_config({"config": path}).port == 9000
+    prefill = node_config("prefill", {"config": path})
+    assert (prefill.port, prefill.router) == (8100, ("http://r:1",))
+
+
+def test_an_empty_block_says_nothing(write_config: WriteConfig) -> None:
+    path = write_config("router:\nprefill:\ndecode:\n")
+    assert router_config({"config": path}) == router_config({})
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("pages: 3", "'pages'"),
+        ("decode: {max-attempts: 3}", "'max-attempts'"),
+        ("page-size: big", "page-size: 'big' is not int"),
+        ("page-size: true", "page-size: True is not int"),
+        ("page-size:", "page-size: None is not int"),
+        ("colocated: 1", "colocated: 1 is not bool"),
+        ("dtype: float8", "float32 | bfloat16"),
+        ("api-key: [1]", "api-key: 1 is not str"),
+        ("- page-size", "mapping of flag names"),
+        ("", "mapping of flag names"),
+        ("a: [", "is not YAML"),
+        ("a: \x07", "is not YAML"),
+        ("page-size: 0", "--page-size 0"),
+        ("kv-cache-gb: .nan", "--kv-cache-gb nan"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(write_config: WriteConfig, text: str, named: str) -> None:
+    assert named in refusal("decode", {"config": write_config(text)})
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "absent.yaml") in refusal("router", {"config": tmp_path / "absent.yaml"})
+    assert str(tmp_path) in refusal("router", {"config": tmp_path})
+    (tmp_path / "latin.yaml").write_bytes(b"host: \xff\xfe\xfa\n")
+    assert "latin.yaml is not YAML" in refusal("router", {"config": tmp_path / "latin.yaml"})
+
+
+def test_a_float_may_be_written_as_an_integer(write_config: WriteConfig) -> None:
+    assert node_config("decode", {"config": write_config("kv-cache-gb: 2")}).kv_cache_gb == 2
+
+
+# ---- bad values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("role", "arguments", "named"),
+    [
+        ("decode", "--page-size 0", "--page-size 0: 1 or more"),
+        ("decode", "--chunked-prefill-size -1", "--chunked-prefill-size -1"),
+        ("decode", "--max-num-seqs 0", "--max-running-requests 0"),
+        ("decode", "--max-model-len 0", "--max-model-len 0"),
+        ("decode", "--num-threads 0", "--num-threads 0"),
+        ("decode", "--kv-cache-gb 0", "--kv-cache-gb 0.0: a number above 0"),
+        ("decode", "--kv-cache-gb nan", "--kv-cache-gb nan"),
+        ("decode", "--kv-cache-gb inf", "--kv-cache-gb inf"),
+        ("decode", "--port 65536", "--port 65536: 0 to 65535"),
+        ("decode", "--port -1", "--port -1"),
+        ("decode", "--host ::1", "--host ::1: nodes take IPv4"),
+        ("decode", "--advertise-host fe80::1", "--advertise-host fe80::1"),
+        ("decode", "--router 127.0.0.1:8000", "--router 127.0.0.1:8000: a URL is expected, such as http://"),
+        ("prefill", "--max-queued-prefills 0", "--max-queued-prefills 0"),
+        ("router", "--prefill a:1", "--prefill a:1: a URL"),
+        ("router", "--decode a:1", "--decode a:1: a URL"),
+        ("router", "--max-attempts 0", "--max-attempts 0"),
+        ("router", "--max-queued-requests 0", "--max-queued-requests 0"),
+        ("router", "--request-timeout 0", "--request-timeout 0.0"),
+        ("router", "--drain-timeout -2", "--drain-timeout -2.0"),
+        ("router", "--api-key=", "--api-key is empty"),
+        ("router", "--host=", "--host is empty"),
+    ],
+)
+def test_a_bad_value_names_its_flag_and_what_is_expected(
+    role: ProcessRole, arguments: str, named: str
+) -> None:
+    assert named in refusal(role, given(role, *arguments.split()))
+
+
+# ---- flags for children -------------------------------------------------------------------------------
+
+FORWARDED: tuple[tuple[str, ...], ...] = (
+    (),
+    ("model", "--host", "0.0.0.0", "--port", "9000", "--api-key", "a", "--api-key=-b"),
+    ("--model=-odd", "--served-model-name", "a name with spaces", "--max-model-len", "128"),
+    ("--dtype", "float32", "--kv-cache-gb", "0.125", "--page-size", "8", "--no-enable-prefix-caching"),
+    ("--colocated", "--poison-reserved-pages", "--transfer-backend", "shm", "--router", "http://a:1"),
+    ("--no-colocated", "--prefill", "http://a:1", "--prefill", "http://b:2", "--max-attempts", "9"),
+    ("--num-prefill", "2", "--num-decode", "3", "--num-threads", "2", "--log-format", "json"),
+)
+
+
+@pytest.mark.parametrize("arguments", FORWARDED)
+@pytest.mark.parametrize("role", ["router", "prefill", "decode"])
+def test_a_child_resolves_what_its_parent_was_given(role: ProcessRole, arguments: tuple[str, ...]) -> None:
+    ours = given("up", *arguments)
+    assert resolve(role, given(role, *forwarded_flags(ours, role))) == resolve(role, ours)
+
+
+def test_a_flag_overrides_the_file_in_the_child_too(write_config: WriteConfig) -> None:
+    path = write_config("colocated: true\npage-size: 8\n")
+    ours = given("up", "--config", str(path), "--no-colocated")
+    theirs = node_config("decode", given("decode", *forwarded_flags(ours, "decode")))
+    assert (theirs.colocated, theirs.page_size) == (False, 8)
+
+
+def test_what_the_parent_decides_itself_is_dropped() -> None:
+    ours = given("up", "--host", "0.0.0.0", "--port", "9000", "--page-size", "8")
+    assert forwarded_flags(ours, "decode", dropped=("host", "port")) == ["--page-size=8"]
