@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import serve
+from . import handoff, serve
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,6 +16,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     serve_parser = commands.add_parser("serve", help=serve_summary, description=serve_summary)
     serve.add_arguments(serve_parser)
     serve_parser.set_defaults(run_bench=serve.main)
+    handoff_summary = "what the hand-off costs: two nodes against one that does both, on this machine"
+    handoff_parser = commands.add_parser("handoff", help=handoff_summary, description=handoff.__doc__)
+    handoff.add_arguments(handoff_parser)
+    handoff_parser.set_defaults(run_bench=handoff.main)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -46,7 +46,6 @@ class _Choice:
     resend: bool = False  # the receiver waits for what is behind the cursor, whatever the interval
     finish: Finish | None = None
     finish_sent: bool = False
-    spans: tuple[Span, ...] = ()
 
 
 @dataclass(slots=True)
@@ -59,6 +58,8 @@ class _Attempt:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     num_cached_tokens: int = 0
     failure: AttemptFailed | None = None
+    spans: list[Span] = field(default_factory=list)
+    num_spans_sent: int = 0
 
     @property
     def is_closed(self) -> bool:
@@ -152,11 +153,14 @@ class OutputStreamer:
             record.logprobs.append(logprob)
         self._dirty[key] = None
 
-    def finish(self, key: StreamKey, choice: int, finish: Finish, spans: Sequence[Span] = ()) -> None:
+    def note(self, key: StreamKey, spans: Sequence[Span]) -> None:
+        """Parts of the request's timeline. They ride on the next output, whichever choice it is of."""
+        self._open_attempt(key).spans += spans
+
+    def finish(self, key: StreamKey, choice: int, finish: Finish) -> None:
         """The choice ends with the tokens that it has (none is fine). Once."""
         record = self._unfinished(key, choice)
         record.finish = finish
-        record.spans = tuple(spans)
         self._dirty[key] = None
 
     def fail(self, key: StreamKey, code: FailureCode, reason: str, retriable: bool) -> None:
@@ -197,6 +201,7 @@ class OutputStreamer:
         record.num_sent = min(record.num_sent, position - attempt.base)
         record.finish_sent = False
         record.resend = True
+        attempt.num_spans_sent = 0  # which of them were lost is not known; the receiver takes each once
         self._dirty[key] = None
         return True
 
@@ -247,6 +252,8 @@ class OutputStreamer:
         record.resend = False
         is_opening = start == 0
         has_prompt = is_opening and choice == attempt.first_choice
+        spans = tuple(attempt.spans[attempt.num_spans_sent :])
+        attempt.num_spans_sent = len(attempt.spans)
         return TokenOutput(
             request_id=key.request_id,
             attempt=key.attempt,
@@ -258,7 +265,7 @@ class OutputStreamer:
             num_cached_tokens=attempt.num_cached_tokens if is_opening else 0,
             weight_version=attempt.weight_version if is_opening else "",
             finish=finish,
-            spans=record.spans if finish is not None else (),
+            spans=spans,
         )
 
     @staticmethod

@@ -74,7 +74,7 @@ from ..transfer.actions import (
     SendToPrefill,
 )
 from ..transfer.decode_rooms import DecodeRooms
-from .admission import Capacity, choose_admitted
+from .admission import OVERTAKING_LIMIT_S, Capacity, choose_admitted
 from .batching import DecodeRow, PrefillRow, Row, decode_row, prefill_rows
 from .peer_links import LinkDown, PeerLinks
 from .request_pages import RequestPages
@@ -314,13 +314,17 @@ class DecodeScheduler:
             if request.state is not RequestState.WAITING
         )
         capacity = Capacity(self.pages.num_available, num_places)
+        awaited: set[str] = set()  # prefill nodes that an old request waits for: younger ones let it pass
         for request in choose_admitted(waiting, capacity, lambda r: self.pages.need(r).total, now):
-            if request.message.prefill_incarnation:
-                self.start_handoff(request, now)
+            if incarnation := request.message.prefill_incarnation:
+                if incarnation in awaited or self.start_handoff(request, now):
+                    continue
+                if now - request.arrived_s > OVERTAKING_LIMIT_S:
+                    awaited.add(incarnation)
             else:
                 self.pages.allocate_prompt(request)
                 request.enter(RequestState.LOCAL_PREFILL, now)
-                request.spans.append(self.span("reserve", request.arrived_s, now))
+                self.note(request, "reserve", request.arrived_s, now)
 
     def expire(self, now: float) -> None:
         """Rooms have their own deadlines; who waits or runs is looked at here."""
@@ -335,14 +339,15 @@ class DecodeScheduler:
 
     # ---- 2: the hand-off ----------------------------------------------------------------------------
 
-    def start_handoff(self, request: DecodeRequest, now: float) -> None:
+    def start_handoff(self, request: DecodeRequest, now: float) -> bool:
+        """False: it goes on waiting, as half of the pool is enough for one prefill node."""
         message = request.message
         address = self.rooms.ready_address(message.prefill_incarnation)
         if address is None:
             self.fail(request, "not_ready", "the prefill node is not connected any more", retriable=True)
-            return
+            return True
         if not self.rooms.may_expose(address, self.pages.need(request).prompt):
-            return  # it goes on waiting: half of the pool is enough for one prefill node
+            return False
         dest_pages = self.pages.expose(request, self.rooms.next_room_id)
         request.room, actions = self.rooms.open_room(
             address,
@@ -359,14 +364,15 @@ class DecodeScheduler:
         )
         self.by_room[request.room] = request
         request.enter(RequestState.HANDOFF, now)
-        request.spans.append(self.span("reserve", request.arrived_s, now))
+        self.note(request, "reserve", request.arrived_s, now)
         self.act(actions, now)
+        return True
 
     def take_first_token(self, action: FirstTokenArrived, now: float) -> None:
         """Streamed at once, while the last pages are in flight."""
         request = self.by_room[action.room]
         message = action.message
-        request.spans += message.spans
+        self.streamer.note(request.key, message.spans)
         self.streamer.prompt_done(
             request.key, num_cached_tokens=message.num_cached_tokens, prompt_logprobs=message.prompt_logprobs
         )
@@ -380,7 +386,7 @@ class DecodeScheduler:
     def finish_handoff(self, action: HandoffComplete, now: float) -> None:
         request = self.by_room.pop(action.room)
         request.room = None
-        request.spans += action.message.spans
+        self.streamer.note(request.key, action.message.spans)
         self.pages.adopt(request, action.room)
         self.start_running(request, now)
 
@@ -441,7 +447,7 @@ class DecodeScheduler:
             case PrefillRow(request=request):
                 request.sequences[0].in_forward = True
                 if request.num_prefilled == 0:
-                    request.spans.append(self.span("prefill_queue", request.state_since_s, now))
+                    self.note(request, "prefill_queue", request.state_since_s, now)
                     request.state_since_s = now
                 request.num_prefilled += row.row.num_tokens
             case _:
@@ -470,7 +476,7 @@ class DecodeScheduler:
         request = self.requests[sequence.key]
         if not request.has_decoded:
             request.has_decoded = True
-            request.spans.append(self.span("first_decode_step", request.state_since_s, now))
+            self.note(request, "first_decode_step", request.state_since_s, now)
         sampled = result.tokens[0]
         self.take_token(request, sequence, sampled.token_id, sampled.logprob)
         self.forget_if_over(request)
@@ -486,7 +492,7 @@ class DecodeScheduler:
         request.prompt_logprobs += result.prompt_logprobs
         if not result.tokens:
             return
-        request.spans.append(self.span("prefill", request.state_since_s, now))
+        self.note(request, "prefill", request.state_since_s, now)
         self.streamer.prompt_done(request.key, prompt_logprobs=request.prompt_logprobs)
         self.start_running(request, now)
         for sequence, sampled in zip(request.sequences, result.tokens, strict=True):
@@ -515,9 +521,7 @@ class DecodeScheduler:
     # ---- 4: gone ------------------------------------------------------------------------------------
 
     def finish(self, request: DecodeRequest, sequence: Sequence, finish: Finish) -> None:
-        """The choice has ended; the last one to end carries the request's timeline."""
-        is_last = len(request.live_sequences) == 1
-        self.streamer.finish(request.key, sequence.choice, finish, request.spans if is_last else ())
+        self.streamer.finish(request.key, sequence.choice, finish)
         self.end_sequence(request, sequence)
 
     def end_sequence(self, request: DecodeRequest, sequence: Sequence) -> None:
@@ -664,5 +668,7 @@ class DecodeScheduler:
                 )
         return RequestStateReply(call_id=message.call_id)
 
-    def span(self, name: str, start_s: float, end_s: float) -> Span:
-        return Span(name, start_s + self.unix_minus_monotonic_s, end_s - start_s)
+    def note(self, request: DecodeRequest, name: str, start_s: float, end_s: float) -> None:
+        """A span of the request's timeline, measured here."""
+        span = Span(name, start_s + self.unix_minus_monotonic_s, end_s - start_s)
+        self.streamer.note(request.key, (span,))

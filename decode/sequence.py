@@ -9,7 +9,6 @@ from ..components.output_streamer import StreamKey
 from ..messages.node import GenerateRequest
 from ..messages.peer import RoomId
 from ..messages.sampling import TokenLogprob
-from ..messages.timeline import Span
 
 
 class RequestState(enum.Enum):
@@ -58,7 +57,6 @@ class DecodeRequest:
     num_prefilled: int = 0  # LOCAL_PREFILL: prompt tokens computed, or in a forward
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # LOCAL_PREFILL
     has_decoded: bool = False  # its first step after the hand-off is done
-    spans: list[Span] = field(default_factory=list)
 
     @property
     def num_prefill_tokens(self) -> int:

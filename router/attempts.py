@@ -7,7 +7,8 @@ Values and ``now`` in, decisions out; the service acts on them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -66,6 +67,7 @@ class RequestRecord:
         resend_interval_s: float,
         eos_token_ids: Collection[int],
         max_model_len: int,
+        attempt_numbers: Iterator[int] | None = None,
     ) -> None:
         self.spec = spec
         self.arrived_at = arrived_at
@@ -76,6 +78,8 @@ class RequestRecord:
         self._resend_interval_s = resend_interval_s
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
+        # A node keeps (request id, attempt) on record after its end, and a client may use its id again.
+        self._attempt_numbers = attempt_numbers or itertools.count(1)
         self._num_unfinished = spec.num_choices
         self._page_hashes: dict[int, list[int]] = {}  # by page size
 
@@ -121,7 +125,7 @@ class RequestRecord:
         self.info.num_attempts += 1
         attempt = Attempt(
             request_id=self.request_id,
-            number=self.info.num_attempts,
+            number=next(self._attempt_numbers),
             pair=chosen.pair,
             open_choices=set(choices),
             num_uncached_tokens=chosen.num_uncached_tokens,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections import Counter
@@ -103,6 +104,7 @@ class RouterService:
         self._ledger = Ledger()
         self._prefixes = PrefixIndex()
         self._generations: dict[str, RoutedGeneration] = {}
+        self._attempt_numbers = itertools.count(1)  # one row for all requests: none is used twice
         self._draining = False
         self._weight_update: asyncio.Task[AdminReply] | None = None
         self._is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
@@ -178,6 +180,7 @@ class RouterService:
             resend_interval_s=self._options.resend_interval_s,
             eos_token_ids=self._model.eos_token_ids,
             max_model_len=self._model.max_model_len,
+            attempt_numbers=self._attempt_numbers,
         )
         try:
             self._queue.offer(spec.request_id, tuple(range(spec.num_choices)), spec.priority, now)

@@ -9,6 +9,7 @@ import pytest
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.tests.e2e.reference import Reference
 
 # fp32, so that answers can be compared; NaN in reserved pages, so that a page that did not travel shows;
 # small chunks, so that prompts of the tests have several.
@@ -34,3 +35,8 @@ def cluster(shared_cluster: LocalCluster) -> Iterator[LocalCluster]:
 @pytest.fixture
 def log_path(tmp_path: Path) -> Path:
     return tmp_path / "cluster.log"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    return Reference(SHIPPED_MODEL)

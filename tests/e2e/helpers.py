@@ -1,4 +1,4 @@
-"""What end-to-end tests share: a client that records a whole stream, waiting, metrics, processes of a cluster."""
+"""What end-to-end tests share: a client that records whole streams, waiting, metrics, processes."""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ def test_a_choice_finishes_exactly_once(streamer: OutputStreamer, wire: Wire) ->
     streamer.open(KEY, [0])
     span = Span("decode", 1.0, 0.5)
     streamer.append(KEY, 0, 11)
-    streamer.finish(KEY, 0, STOP, [span])
+    streamer.note(KEY, [span])
+    streamer.finish(KEY, 0, STOP)
     (output,) = step(streamer, wire)
     assert (output.token_ids, output.finish, output.spans) == ((11,), STOP, (span,))
     assert step(streamer, wire) == []

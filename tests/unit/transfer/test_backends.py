@@ -327,12 +327,12 @@ def test_shm_refuses_a_pool_smaller_than_announced() -> None:
 # ---- mooncake ---------------------------------------------------------------------------------------
 
 
-class FrozenEngine:
-    """Accepts writes to `healthy`; a submission to any other session blocks until `thaw`, lock held."""
+class StuckEngine:
+    """Holds its lock while it meets any session but `healthy`, and ends no write before `finish` is set."""
 
     def __init__(self) -> None:
-        self.lock, self.thawed = threading.Lock(), threading.Event()
-        self.next_batch = itertools.count(1)
+        self.lock, self.thawed, self.finish = threading.Lock(), threading.Event(), threading.Event()
+        self.num_submitted = 0
 
     def initialize(self, host: str, metadata: str, protocol: str, device: str, /) -> int:
         return 0
@@ -348,32 +348,38 @@ class FrozenEngine:
 
     def transfer_submit_write(self, session: str, local: int, peer: int, num_bytes: int, /) -> int:
         with self.lock:
-            if session != "healthy":
-                self.thawed.wait()
-                return 0
-            return next(self.next_batch)
+            if session == "healthy":
+                self.num_submitted += 1
+                return self.num_submitted
+            self.thawed.wait()
+            return 0
 
     def transfer_check_status(self, batch_id: int, /) -> int:
-        return 1
+        return int(self.finish.is_set())
 
 
-def test_a_frozen_newcomer_holds_no_result_and_no_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FrozenEngine()
+def test_meeting_a_frozen_peer_holds_up_no_result_and_no_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = StuckEngine()
     monkeypatch.setattr(mooncake, "start_engine", lambda *_: engine)
     backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "")
     source = Source(backend, backend.allocate(4096))
     region = msgspec.structs.replace(backend.register(), session="healthy")
-    assert source.meet(region).state is DONE
-    backend.first_contact(next(source.handles), msgspec.structs.replace(region, session="frozen"))
+    backend.submit(1, region, Run(0, 0, 8))
+    while not engine.num_submitted:
+        time.sleep(0.001)
+    backend.first_contact(2, msgspec.structs.replace(region, session="frozen"))
     began = time.monotonic()
+    backend.submit(3, region, Run(0, 0, 8))  # returns at once, and waits
+    backend.submit(4, region, Run(0, 0, 8))
+    time.sleep(0.02)
     assert backend.stuck_s(began + 5) > 4
-    backend.submit(101, region, Run(0, 0, 8))  # returns at once; waits its turn
-    backend.submit(102, region, Run(0, 0, 8))
-    backend.cancel([101])
-    assert source.results(1)[101].state is CANCELLED
+    engine.finish.set()
+    assert source.results(1)[1].state is DONE
+    backend.cancel([3])
+    assert source.results(1)[3].state is CANCELLED
     engine.thawed.set()
-    states = {result.state for result in source.results(2).values()}
-    assert states == {DONE, FAILED}
+    results = source.results(2)
+    assert (results[2].state, results[4].state) == (FAILED, DONE)
     assert backend.stuck_s(time.monotonic()) == 0.0
     backend.close()
 

@@ -462,6 +462,19 @@ def test_rooms_of_a_lost_epoch_are_asked_for_in_the_next(node: Node) -> None:
     assert node.on(Drained(room=room, epoch=node.epoch, clean=True)) == [PagesReleased(room, PAGES)]
 
 
+def test_nobody_speaks_for_a_room_before_the_welcome_says_who_it_is(node: Node) -> None:
+    room = node.open()
+    lose(node)
+    assert node.on(Drained(room=room, epoch=node.epoch, clean=True)) == []
+    assert node.rooms.state_of(room) is RoomState.DRAINING
+
+
+def test_a_peer_that_was_ready_is_soon_tried_again(node: Node) -> None:
+    for _ in range(3):
+        lose(node)
+        node.welcome()
+
+
 def test_a_new_incarnation_frees_nothing_and_cannot_speak_for_the_old_one(node: Node) -> None:
     room = node.open()
     lose(node)

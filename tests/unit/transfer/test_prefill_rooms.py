@@ -218,6 +218,12 @@ def test_the_first_token_may_be_last(node: Node) -> None:
     assert node.first_token(room) == []
 
 
+def test_the_first_token_is_sent_once(node: Node) -> None:
+    room = node.open()
+    assert len(node.first_token(room)) == 1
+    assert node.first_token(room) == []
+
+
 def test_pages_that_decode_holds_are_not_written(node: Node) -> None:
     page = node.make.layout.page_bytes
     room = node.open(num_tokens=64, num_cached_tokens=32)
@@ -369,7 +375,7 @@ def test_an_abort_after_the_end_is_answered_without_a_promise(node: Node) -> Non
 
 
 def test_a_room_over_its_deadline_fails(node: Node) -> None:
-    room = node.open(deadline_s=3.0)
+    room, later = node.open(deadline_s=3.0), node.open(2, deadline_s=5.0)
     assert node.rooms.next_deadline() == 13.0
     assert node.rooms.tick(12.9) == []
     failed, release, drained = node.rooms.tick(13.0)
@@ -379,6 +385,8 @@ def test_a_room_over_its_deadline_fails(node: Node) -> None:
     assert isinstance(release, ReleaseRoom)
     assert drained == sent(Drained(room=room, epoch=1, clean=True))
     assert node.rooms.tick(13.0) == []
+    assert node.rooms.next_deadline() == 15.0
+    assert node.rooms.is_open(later)
 
 
 def test_the_scheduler_may_fail_a_room_or_all(node: Node) -> None:

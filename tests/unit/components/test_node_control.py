@@ -1,0 +1,181 @@
+"""NodeControl: each control call gets its answer, now or when it is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pdserve.components.flush_wrapper import FlushWrapper
+from pdserve.components.metrics_reporter import MetricsReporter
+from pdserve.components.node_control import ControlMessage, ControlResult, NodeControl
+from pdserve.components.node_status import NodeStatus
+from pdserve.components.weight_updater import WeightUpdater
+from pdserve.messages.kv_layout import KVLayout
+from pdserve.messages.node import (
+    CallReply,
+    CommitWeights,
+    DiscardWeights,
+    FlushCache,
+    GetMetrics,
+    GetServerInfo,
+    MetricsReply,
+    ModelInfo,
+    NodeEntry,
+    NodeLoad,
+    PrepareWeights,
+    ServerInfoReply,
+)
+from pdserve.runtime.config import node_config
+
+LINK = b"router"
+LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
+
+
+@dataclass(frozen=True)
+class FakeCheckpoint:
+    path: Path
+    fingerprint: str = "new digest"
+
+
+def make_status() -> NodeStatus:
+    entry = NodeEntry(
+        url="http://d",
+        role="decode",
+        incarnation="d1",
+        zmq_address="tcp://d:1",
+        model_name="tiny",
+        model_fingerprint="digest",
+        weight_version="w1",
+    )
+    model = ModelInfo(
+        model_name="tiny",
+        model_path="/models/tiny",
+        model_type="qwen3",
+        architectures=(),
+        vocab_size=9,
+        max_model_len=64,
+        eos_token_ids=(),
+        dtype="float32",
+        weight_version="w1",
+        model_fingerprint="digest",
+    )
+    return NodeStatus(entry, model, node_config("decode", {}), LAYOUT, "shm")
+
+
+@dataclass
+class Bench:
+    jobs: list[Callable[[], FakeCheckpoint]] = field(default_factory=list)
+    can_drop: bool = True
+    num_drops: int = 0
+
+    def __post_init__(self) -> None:
+        self.weights = WeightUpdater(FakeCheckpoint, lambda _, run: self.jobs.append(run))
+        self.control = NodeControl(
+            status=make_status(),
+            flush=FlushWrapper(),
+            weights=self.weights,
+            metrics=MetricsReporter("tiny", "decode"),
+            drop_cache=self.drop_cache,
+        )
+
+    def drop_cache(self) -> bool:
+        self.num_drops += 1
+        return self.can_drop
+
+    def handle(
+        self, message: ControlMessage, now: float = 0.0, *, idle: bool = True
+    ) -> ControlResult[FakeCheckpoint]:
+        load = NodeLoad(num_running_reqs=0 if idle else 3, num_generated_tokens=11)
+        return self.control.handle(LINK, message, now, load=load, idle=idle)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def reply(result: ControlResult[FakeCheckpoint]) -> msgspec.Struct:
+    ((link, message),) = result.replies
+    assert link == LINK
+    return message
+
+
+def outcome(result: ControlResult[FakeCheckpoint]) -> tuple[int, bool]:
+    message = reply(result)
+    assert isinstance(message, CallReply)
+    assert message.message
+    return message.call_id, message.success
+
+
+def test_an_idle_node_flushes_at_once(bench: Bench) -> None:
+    assert outcome(bench.handle(FlushCache(call_id=1))) == (1, True)
+    assert bench.num_drops == 1
+
+
+def test_a_cache_that_could_not_be_dropped_is_told(bench: Bench) -> None:
+    bench.can_drop = False
+    assert outcome(bench.handle(FlushCache(call_id=1))) == (1, False)
+
+
+def test_a_busy_node_without_a_timeout_refuses_and_drops_nothing(bench: Bench) -> None:
+    assert outcome(bench.handle(FlushCache(call_id=1), idle=False)) == (1, False)
+    assert bench.num_drops == 0
+    assert bench.control.deadline is None
+
+
+def test_a_flush_waits_for_the_node_to_be_idle(bench: Bench) -> None:
+    assert bench.handle(FlushCache(call_id=1, timeout_s=5.0), 100.0, idle=False).replies == []
+    assert bench.control.deadline == 105.0
+    assert bench.control.poll(104.0, idle=False).replies == []
+    assert outcome(bench.handle(FlushCache(call_id=2, timeout_s=5.0), 104.0, idle=False)) == (2, False)
+    assert outcome(bench.control.poll(104.0, idle=True)) == (1, True)
+    assert bench.num_drops == 1
+    assert bench.control.deadline is None
+    assert bench.control.poll(200.0, idle=True).replies == []
+
+
+def test_a_flush_that_waited_too_long_is_told_and_drops_nothing(bench: Bench) -> None:
+    bench.handle(FlushCache(call_id=1, timeout_s=5.0), 100.0, idle=False)
+    assert outcome(bench.control.poll(105.0, idle=False)) == (1, False)
+    assert bench.num_drops == 0
+
+
+def test_weights_are_prepared_then_swapped(bench: Bench) -> None:
+    prepare = PrepareWeights(call_id=1, update_id="u", model_path="/models/next", weight_version="w2")
+    assert bench.handle(prepare).replies == []
+    assert outcome(bench.handle(prepare)) == (1, False)
+    bench.weights.loaded(bench.jobs.pop()())
+
+    refused = bench.handle(CommitWeights(call_id=2, update_id="u"), idle=False)
+    assert (outcome(refused), refused.swap) == ((2, False), None)
+    done = bench.handle(CommitWeights(call_id=3, update_id="u"))
+    assert outcome(done) == (3, True)
+    assert done.swap is not None
+    assert (done.swap.checkpoint.path, done.swap.weight_version) == (Path("/models/next"), "w2")
+    assert bench.num_drops == 0, "the cache goes with the swap, which is the scheduler's"
+
+
+def test_discarded_weights_are_not_swapped(bench: Bench) -> None:
+    bench.handle(PrepareWeights(call_id=1, update_id="u", model_path="/m", weight_version="w2"))
+    bench.weights.loaded(bench.jobs.pop()())
+    discarded = bench.handle(DiscardWeights(call_id=2, update_id="u"))
+    assert reply(discarded) == CallReply(call_id=2, success=True)
+    assert bench.handle(CommitWeights(call_id=3, update_id="u")).swap is None
+
+
+def test_server_info_carries_the_load(bench: Bench) -> None:
+    info = reply(bench.handle(GetServerInfo(call_id=4), idle=False))
+    assert isinstance(info, ServerInfoReply)
+    assert (info.call_id, info.load.num_running_reqs, info.model.model_name) == (4, 3, "tiny")
+
+
+def test_metrics_are_as_new_as_the_load(bench: Bench) -> None:
+    metrics = reply(bench.handle(GetMetrics(call_id=5), idle=False))
+    assert isinstance(metrics, MetricsReply)
+    assert metrics.call_id == 5
+    assert 'pd_num_running_reqs{model_name="tiny",role="decode"} 3.0' in metrics.text
+    assert 'pd_generation_tokens_total{model_name="tiny",role="decode"} 11.0' in metrics.text

@@ -1,0 +1,290 @@
+"""What a node does besides serving: flush, weights, drain, rosters, load and metrics."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pdserve.messages.node import (
+    CallReply,
+    CommitWeights,
+    DiscardWeights,
+    FlushCache,
+    GenerateRequest,
+    GetMetrics,
+    GetServerInfo,
+    MetricsReply,
+    Ping,
+    Pong,
+    PrepareWeights,
+    Roster,
+    ServerInfoReply,
+)
+from pdserve.messages.sampling import SamplingParams
+
+from .cluster import ADDRESS, DecodeNode, Pair, PrefillNode, expected_tokens, kv_of, prompt_of
+
+ADMIN = b"admin"
+
+
+def reply_of(pair: Pair, node: PrefillNode | DecodeNode, message: object) -> CallReply:
+    send = pair.to_decode if node is pair.decode else pair.to_prefill
+    send(message, ADMIN)  # type: ignore[arg-type]
+    reply = pair.last_reply(node, ADMIN)
+    assert isinstance(reply, CallReply)
+    return reply
+
+
+def num_replies(node: PrefillNode | DecodeNode) -> int:
+    return len(node.server.sent.get(ADMIN, ()))
+
+
+# ---- flush ------------------------------------------------------------------------------------------
+
+
+def test_an_idle_node_flushes_at_once() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(12))
+    pair.finish()
+    assert pair.prefill.allocator.counts().shared == 3
+    assert reply_of(pair, pair.prefill, FlushCache(call_id=1)).success
+    assert reply_of(pair, pair.decode, FlushCache(call_id=2)).success
+    assert pair.prefill.allocator.num_free == 32
+    pair.start("b", prompt_of(12))
+    pair.finish()
+    assert pair.stream("b").num_cached_tokens == 0
+
+
+def test_a_flush_with_a_timeout_waits_for_idle_and_a_second_one_is_refused() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(12))
+    assert not reply_of(pair, pair.prefill, FlushCache(call_id=1)).success, "busy, and no timeout"
+    pair.to_prefill(FlushCache(call_id=2, timeout_s=10.0), ADMIN)
+    assert num_replies(pair.prefill) == 1
+    second = reply_of(pair, pair.prefill, FlushCache(call_id=3, timeout_s=10.0))
+    assert (second.call_id, second.success) == (3, False)
+    assert "already in progress" in second.message
+    pair.run()
+    assert pair.last_reply(pair.prefill, ADMIN) == CallReply(call_id=2, success=True, message="Cache flushed.")
+    assert pair.prefill.allocator.num_free == 32
+    pair.finish()
+
+
+def test_a_flush_times_out_on_a_busy_node() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(12))
+    for node, send in ((pair.prefill, pair.to_prefill), (pair.decode, pair.to_decode)):
+        send(FlushCache(call_id=2, timeout_s=1.5), ADMIN)
+        assert node.scheduler.next_deadline() <= pair.now + 1.5
+    pair.advance(2.0)
+    for node in (pair.prefill, pair.decode):
+        reply = pair.last_reply(node, ADMIN)
+        assert isinstance(reply, CallReply)
+        assert (reply.call_id, reply.success) == (2, False)
+    pair.finish()
+    pair.check_answer("a", prompt_of(12), 4)
+
+
+# ---- weights ----------------------------------------------------------------------------------------
+
+
+def prepare(pair: Pair, node: PrefillNode | DecodeNode, path: str = "weights-2") -> CallReply:
+    message = PrepareWeights(call_id=1, update_id="u1", model_path=path, weight_version="v2")
+    send = pair.to_decode if node is pair.decode else pair.to_prefill
+    send(message, ADMIN)
+    pair.compute(node)  # loading is a job of the engine thread
+    reply = pair.last_reply(node, ADMIN)
+    assert isinstance(reply, CallReply)
+    return reply
+
+
+def commit(pair: Pair, node: PrefillNode | DecodeNode) -> CallReply:
+    return reply_of(pair, node, CommitWeights(call_id=2, update_id="u1"))
+
+
+def test_new_weights_renew_the_handshake_and_forget_what_the_old_ones_computed() -> None:
+    pair = Pair()
+    prompt = prompt_of(14)
+    pair.start("a", prompt)
+    pair.finish()
+    assert pair.stream("a").weight_version == "default"
+    for node in (pair.prefill, pair.decode):
+        assert prepare(pair, node).success
+    assert commit(pair, pair.prefill).success
+    assert pair.decode.rooms.ready_peers() == {}, "other weights are no pair"
+    pair.start("between", prompt)
+    failure = pair.stream("between").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("not_ready", True)
+
+    assert commit(pair, pair.decode).success
+    pair.advance(1.0)
+    assert pair.decode.rooms.ready_peers() == {"prefill-1": ADDRESS}
+    pair.start("b", prompt)
+    pair.finish()
+    pair.check_answer("b", prompt, 4)  # the engine verifies the KV of every position
+    stream = pair.stream("b")
+    assert (stream.weight_version, stream.num_cached_tokens) == ("v2", 0)
+    page = pair.prefill.allocator.shared_pages()[0]
+    assert pair.prefill.pool.pages[page][0] in kv_of(prompt, "weights-2")
+
+
+def test_a_busy_node_does_not_commit_and_keeps_the_update() -> None:
+    pair = Pair()
+    for node in (pair.prefill, pair.decode):
+        pair.start("a", prompt_of(9), attempt=1 if node is pair.prefill else 2)
+        # Loading waits its turn behind the forwards that are queued.
+        message = PrepareWeights(call_id=1, update_id="u1", model_path="weights-2", weight_version="v2")
+        (pair.to_prefill if node is pair.prefill else pair.to_decode)(message, ADMIN)
+        while num_replies(node) == 0:
+            pair.compute(node)
+        assert pair.last_reply(node, ADMIN) == CallReply(call_id=1, success=True, message="prepared")
+        assert commit(pair, node) == CallReply(call_id=2, success=False, message="the node is not idle")
+        pair.run()
+    pair.check_answer("a", prompt_of(9), 4)
+    assert pair.stream("a", 2).tokens == {0: expected_tokens(prompt_of(9), 4)}
+    for node in (pair.prefill, pair.decode):
+        assert commit(pair, node).success
+    pair.finish()
+
+
+def test_a_wrong_checkpoint_is_refused_and_the_old_weights_serve_on() -> None:
+    pair = Pair()
+    for node in (pair.prefill, pair.decode):
+        reply = prepare(pair, node, "wrong-model")
+        assert not reply.success
+        assert "cannot replace the model" in reply.message
+        assert not commit(pair, node).success
+        assert node.status.weight_version == "default"
+    pair.start("a", prompt_of(9))
+    pair.finish()
+    pair.check_answer("a", prompt_of(9), 4)
+
+
+def test_a_discarded_update_cannot_be_committed() -> None:
+    pair = Pair()
+    assert prepare(pair, pair.prefill).success
+    assert reply_of(pair, pair.prefill, DiscardWeights(call_id=3, update_id="u1")).success
+    assert commit(pair, pair.prefill) == CallReply(
+        call_id=2, success=False, message="update u1 is not prepared here"
+    )
+    pair.finish()
+
+
+def test_serving_goes_on_while_weights_load() -> None:
+    pair = Pair()
+    pair.to_prefill(
+        PrepareWeights(call_id=1, update_id="u1", model_path="weights-2", weight_version="v2"), ADMIN
+    )
+    pair.start("a", prompt_of(9))
+    pair.finish()
+    pair.check_answer("a", prompt_of(9), 4)
+    second = PrepareWeights(call_id=9, update_id="u2", model_path="weights-3", weight_version="v3")
+    pair.to_prefill(second, ADMIN)
+    busy = reply_of(pair, pair.prefill, msgspec.structs.replace(second, call_id=10))
+    assert (busy.call_id, busy.success) == (10, False)
+    pair.finish()
+
+
+# ---- drain, rosters, what is shown ------------------------------------------------------------------
+
+
+def test_a_draining_prefill_node_takes_nothing_new_and_ends_what_it_has() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(9))
+    pair.prefill.scheduler.is_draining = True
+    pair.start("b", prompt_of(9, seed=1))
+    failure = pair.stream("b").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("busy", True)
+    pair.finish()
+    pair.check_answer("a", prompt_of(9), 4)
+
+
+def test_a_draining_decode_node_takes_nothing_new_and_ends_what_it_has() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(9))
+    pair.decode.scheduler.is_draining = True
+    pair.start("b", prompt_of(9, seed=1))
+    failure = pair.stream("b").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("shutting_down", True)
+    pair.to_decode(Ping(call_id=1), ADMIN)
+    pong = pair.last_reply(pair.decode, ADMIN)
+    assert isinstance(pong, Pong)
+    assert pong.draining
+    pair.finish()
+    pair.check_answer("a", prompt_of(9), 4)
+
+
+def test_peers_are_the_union_of_what_routers_name() -> None:
+    pair = Pair()
+    entry = pair.prefill.status.entry
+    pair.to_decode(Roster(router_id="second", nodes=(entry, pair.decode.status.entry)))
+    pair.to_decode(Roster(router_id="router", nodes=()))
+    assert pair.decode.rooms.ready_peers() == {"prefill-1": ADDRESS}, "the second one still names it"
+    pair.start("a", prompt_of(9))
+    pair.backend.has_started = True
+    pair.compute()
+    pair.to_decode(Roster(router_id="second", nodes=()))
+    assert pair.decode.rooms.peers()[0].state.value == "waiting"
+    failure = pair.stream("a").failure
+    assert failure is not None
+    assert failure.code == "peer_lost"
+    pair.to_decode(Roster(router_id="second", nodes=(entry,)))
+    pair.finish()
+
+
+def test_a_refused_pair_says_why_and_is_tried_again() -> None:
+    pair = Pair()
+    pair.prefill.rooms._identity = msgspec.structs.replace(pair.prefill.identity, model_fingerprint="other")
+    pair.network.cut()
+    pair.advance(1.0)
+    pair.to_decode(Ping(call_id=1), ADMIN)
+    pong = pair.last_reply(pair.decode, ADMIN)
+    assert isinstance(pong, Pong)
+    assert pong.ready_peers == ()
+    assert "model differs" in pong.refused_peers[ADDRESS]
+    pair.prefill.rooms._identity = pair.prefill.identity
+    pair.advance(5.0)
+    assert pair.decode.rooms.ready_peers() == {"prefill-1": ADDRESS}
+    pair.finish()
+
+
+def test_load_and_metrics_tell_the_same() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(12))
+    pair.run()
+    pair.start("b", prompt_of(14))
+    pair.to_prefill(GetServerInfo(call_id=1), ADMIN)
+    info = pair.last_reply(pair.prefill, ADMIN)
+    assert isinstance(info, ServerInfoReply)
+    assert (info.load.num_running_reqs, info.load.num_queued_tokens) == (1, 2)
+    assert info.load.num_cached_prompt_tokens == 12
+    pair.to_decode(GetMetrics(call_id=2), ADMIN)
+    metrics = pair.last_reply(pair.decode, ADMIN)
+    assert isinstance(metrics, MetricsReply)
+    assert 'pd_num_decode_transfer_queue_reqs{model_name="model",role="decode"} 1.0' in metrics.text
+    assert 'pd_num_pages{model_name="model",role="decode",state="exposed"} 4.0' in metrics.text
+    pair.finish()
+    pair.to_prefill(GetMetrics(call_id=3), ADMIN)
+    metrics = pair.last_reply(pair.prefill, ADMIN)
+    assert isinstance(metrics, MetricsReply)
+    assert 'pd_prompt_tokens_total{model_name="model",role="prefill"} 14.0' in metrics.text
+    assert 'pd_rooms_total{model_name="model",outcome="done",role="prefill"} 2.0' in metrics.text
+
+
+def test_what_is_not_for_a_prefill_node_is_dropped() -> None:
+    pair = Pair()
+    request = GenerateRequest(
+        request_id="a",
+        attempt=1,
+        prompt_ids=(1,),
+        output_ids=(),
+        choices=(0,),
+        sampling=SamplingParams(),
+        prefill_incarnation="",
+        deadline_s=1.0,
+    )
+    pair.to_prefill(request)
+    assert pair.prefill.server.sent == {}
+    pair.finish()

@@ -1,0 +1,136 @@
+"""`pdserve up`: children that die too early, later, or again and again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from pdserve.runtime import supervisor as supervisor_module
+from pdserve.runtime.errors import StartupError
+from pdserve.runtime.supervisor import Child, Supervisor
+
+DEADLINE_S = 30.0
+SLEEP = "import time; time.sleep(600)"
+
+
+@pytest.fixture(autouse=True)
+def tiny_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child's one argument is the Python it runs; nothing waits for long."""
+
+    def spawn(arguments: Sequence[str], pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-S", "-P", "-c", *arguments], pass_fds=pass_fds)
+
+    monkeypatch.setattr(supervisor_module, "spawn", spawn)
+    monkeypatch.setattr(supervisor_module, "_RESTART_AFTER_S", 0.0)
+    monkeypatch.setattr(supervisor_module, "_POLL_S", 0.01)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The supervisor takes the process's signal handlers; pytest gets its own back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def child(code: str, name: str = "decode 0") -> Child:
+    return Child(name, [code], grace_s=DEADLINE_S)
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def process_of(child: Child) -> subprocess.Popen[bytes]:
+    assert child.process is not None
+    return child.process
+
+
+def test_ready_children_go_on_until_the_block_ends() -> None:
+    first, second = child(SLEEP, "router"), child(SLEEP)
+    with Supervisor([first, second]) as supervisor:
+        assert supervisor.wait_until(lambda: True, DEADLINE_S)
+        assert process_of(first).poll() is None
+        assert process_of(second).poll() is None
+    assert process_of(first).returncode == process_of(second).returncode == -signal.SIGTERM
+
+
+def test_a_child_that_ends_before_the_cluster_is_ready_ends_the_start() -> None:
+    healthy, broken = child(SLEEP, "router"), child("raise SystemExit(3)", "prefill 0")
+    with (
+        pytest.raises(StartupError, match=r"^prefill 0 \(pid \d+\) ended with exit code 3 before the cluster"),
+        Supervisor([healthy, broken]) as supervisor,
+    ):
+        supervisor.wait_until(lambda: False, DEADLINE_S)
+    assert process_of(healthy).returncode == -signal.SIGTERM
+
+
+def test_a_cluster_that_is_never_ready_is_given_up() -> None:
+    with (
+        pytest.raises(StartupError, match="the cluster was not ready within 0 s"),
+        Supervisor([child(SLEEP)]) as supervisor,
+    ):
+        supervisor.wait_until(lambda: False, 0.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait(number: signal.Signals) -> None:
+    started = child(SLEEP)
+
+    def ready() -> bool:
+        os.kill(os.getpid(), number)
+        return False
+
+    with Supervisor([started]) as supervisor:
+        assert not supervisor.wait_until(ready, DEADLINE_S)
+    assert process_of(started).returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_and_the_children(number: signal.Signals) -> None:
+    started = child(f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(600)")
+    with Supervisor([started]) as supervisor:
+        assert supervisor.run() == 0
+    assert process_of(started).returncode == -signal.SIGTERM
+
+
+def test_a_child_that_dies_is_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    mortal, other = child(SLEEP), child(SLEEP, "router")
+    with Supervisor([mortal, other]) as supervisor:
+        first, unharmed = process_of(mortal), process_of(other)
+        first.kill()
+        first.wait()
+        assert wait_for(lambda: keep_alive_once(supervisor, mortal) and mortal.process is not None)
+        assert process_of(mortal).pid != first.pid
+        assert process_of(mortal).poll() is None
+        assert process_of(other) is unharmed
+    assert mortal.num_restarts == 1
+    assert f"decode 0 (pid {first.pid}) was ended by SIGKILL; starting it again" in caplog.messages
+
+
+def keep_alive_once(supervisor: Supervisor, child: Child) -> bool:
+    return supervisor._keep_alive(child, time.monotonic())
+
+
+def test_a_child_that_keeps_dying_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_MAX_RESTARTS", 2)
+    mortal, healthy = child("raise SystemExit(9)"), child(SLEEP, "router")
+    with Supervisor([mortal, healthy]) as supervisor:
+        assert supervisor.run() == 1
+    assert mortal.num_restarts == 2
+    assert caplog.messages[-1].endswith("ended with exit code 9; it was started 2 times, giving up")
+    assert process_of(healthy).returncode == -signal.SIGTERM
