@@ -268,12 +268,7 @@ class DecodeScheduler:
             ],
             state_since_s=now,
         )
-        need = self.pages.need(request).total
-        if need > self.allocator.num_pages or len(request.sequences) > self.limits.max_running:
-            reason = (
-                f"the request may need {need} KV pages and {len(request.sequences)} places in the batch; "
-                f"the decode node has {self.allocator.num_pages} and {self.limits.max_running}"
-            )
+        if (reason := self.impossible(request)) is not None:
             self.refuse(link, message, "invalid", reason)
             return
         if not self.has_prefill(message):
@@ -287,6 +282,19 @@ class DecodeScheduler:
             weight_version=self.status.weight_version,
         )
         self.requests[key] = request
+
+    def impossible(self, request: DecodeRequest) -> str | None:
+        """Why this request can never be served here; None if it can."""
+        need, num_choices = self.pages.need(request).total, len(request.sequences)
+        if need > self.allocator.num_pages or num_choices > self.limits.max_running:
+            return (
+                f"the request may need {need} KV pages and {num_choices} places in the batch; "
+                f"the decode node has {self.allocator.num_pages} and {self.limits.max_running}"
+            )
+        token_ids = request.sequences[0].token_ids
+        if not token_ids or min(token_ids) < 0 or max(token_ids) >= self.status.model.vocab_size:
+            return f"token ids from 0 to {self.status.model.vocab_size - 1} are expected, at least one"
+        return None
 
     def has_prefill(self, message: GenerateRequest) -> bool:
         if not message.prefill_incarnation:

@@ -149,7 +149,7 @@ def compare(
 def run_family(family: str, work_dir: Path, arguments: Sequence[str]) -> Tally:
     model_dir = ROOT / "assets" / "tiny-python" if family == "shipped" else work_dir / family
     if family != "shipped":
-        maker = [sys.executable, "-P", str(ROOT / "scripts" / "make_checkpoint"), family, str(model_dir)]
+        maker = [sys.executable, "-P", str(ROOT / "scripts" / "make_checkpoint.py"), family, str(model_dir)]
         subprocess.run([*maker, "--dtype", "float32"], check=True, stdout=subprocess.DEVNULL)
     reference = Reference(model_dir)
     rng = np.random.default_rng(0)

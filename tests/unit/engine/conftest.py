@@ -22,7 +22,7 @@ from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
 
 CPU = torch.device("cpu")
-SCRIPT = Path(__file__).parents[3] / "scripts" / "make_checkpoint"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "make_checkpoint.py"
 
 
 @pytest.fixture(autouse=True)

@@ -120,7 +120,7 @@ GENERATE = msgspec.to_builtins(
         ({**GENERATE, "sampling": {"top_p": "all"}}, "at `$.sampling.top_p`"),
         ({**GENERATE, "deadline_s": None}, "at `$.deadline_s`"),
         ([1, 2], "Expected `object`, got `array`"),
-        (None, "got `null`"),
+        (None, "Expected `object`, got `None`"),
     ],
 )
 def test_what_is_no_message_of_the_receiver_is_refused_with_its_path(body: object, says: str) -> None:

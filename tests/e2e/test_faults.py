@@ -1,0 +1,197 @@
+"""Nodes are killed and frozen under load: no stream is lost, no token is missing, repeated or another one.
+
+Two prefill and two decode nodes; `pdserve up` starts a killed one again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.tests.e2e.helpers import (
+    COMPLETIONS,
+    GREEDY,
+    Body,
+    Stream,
+    all_paired,
+    frozen,
+    greedy_ids,
+    in_background,
+    kill_nodes,
+    metric,
+    num_busy,
+    num_quarantined,
+    random_ids,
+    request,
+    scheduler_process,
+    stream_all,
+    wait_until,
+)
+
+FLAGS = ["--dtype", "float32", "--poison-reserved-pages", "--chunked-prefill-size", "16"]
+NODES = ["--num-prefill", "2", "--num-decode", "2", "--num-threads", "1"]
+LEASE_S = 5.0
+RESTART_S = 60.0  # a whole node on a loaded machine
+SAMPLED: Body = {"temperature": 0.8, "seed": 11, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    log_path = tmp_path_factory.mktemp("faults") / "log"
+    with LocalCluster([str(SHIPPED_MODEL), *FLAGS, *NODES], log_path=log_path) as cluster:
+        yield cluster
+    log = log_path.read_text()
+    assert "Traceback" not in log, log
+
+
+@pytest.fixture
+def nodes(started: LocalCluster) -> Iterator[LocalCluster]:
+    """Four nodes, all paired, with nothing to do and nothing cached; afterwards nothing is left but quarantine.
+
+    Pages that a killed node might still have written stay in quarantine until its death is proven.
+    """
+    wait_until(lambda: all_paired(started, 2, 2), RESTART_S, "four nodes, all paired")
+    assert request(started.url, "/flush_cache?timeout=30").status == 200
+    yield started
+    wait_until(lambda: num_busy(started) == 0, 20.0, "nodes without work")
+
+
+def node_with(cluster: LocalCluster, request_id: str, state: str) -> str:
+    """The URL of the node on which this request is in this state; empty while there is none."""
+    reply = request(cluster.url, f"/requests/{request_id}")
+    if reply.status != 200:
+        return ""
+    return next((url for url, node in reply.json["nodes"].items() if node["state"] == state), "")
+
+
+def failed_attempts(cluster: LocalCluster) -> float:
+    text = cluster.get("/metrics")
+    failures = ("peer_lost", "not_ready", "transfer_failed")
+    return sum(metric(text, "pd_router_attempts_total", code=code) for code in failures)
+
+
+def named(bodies: list[Body], name: str) -> list[Body]:
+    return [{**body, "request_id": f"{name}-{number}"} for number, body in enumerate(bodies)]
+
+
+def test_prefill_node_killed_during_prefill(nodes: LocalCluster) -> None:
+    bodies: list[Body] = [
+        {"prompt": random_ids(1, 1200), "max_tokens": 30, **GREEDY},
+        {"prompt": random_ids(2, 900), "max_tokens": 30, "n": 2, **SAMPLED},
+        {"prompt": random_ids(3, 1000), "max_tokens": 30, **SAMPLED},
+        {"prompt": random_ids(4, 1100), "max_tokens": 30, "n": 2, **GREEDY},
+    ]
+    undisturbed = stream_all(nodes.url, bodies)
+    assert request(nodes.url, "/flush_cache?timeout=30").status == 200
+
+    failed_before = failed_attempts(nodes)
+    streams = [Stream(nodes.url, body) for body in named(bodies, "prefill-dies")]
+    victim = wait_until(
+        lambda: node_with(nodes, "prefill-dies-0", "computing"), 30.0, "a prompt that is being computed"
+    )
+    kill_nodes(nodes, [victim])
+    died_at = time.monotonic()
+    wait_until(
+        lambda: victim not in [worker["url"] for worker in nodes.workers()],
+        LEASE_S + 1.0,
+        f"{victim} to leave /workers; it died {time.monotonic() - died_at:.1f} s ago",
+    )
+    answers = [stream.answer() for stream in streams]
+    for answer, before in zip(answers, undisturbed, strict=True):
+        assert answer.is_proper, answer
+        assert answer.token_ids == before.token_ids
+        assert answer.texts == before.texts
+    assert failed_attempts(nodes) > failed_before
+    wait_until(lambda: all_paired(nodes, 2, 2), RESTART_S, "the killed node to be back")
+    assert victim not in [worker["url"] for worker in nodes.workers()]
+
+
+def test_decode_node_killed_in_mid_stream(nodes: LocalCluster) -> None:
+    bodies: list[Body] = [
+        {
+            "prompt": random_ids(10 + number, 20 + 15 * number),
+            "max_tokens": 200,
+            "n": number % 2 + 1,
+            **sampling,
+        }
+        for number, sampling in enumerate((GREEDY, GREEDY, SAMPLED, SAMPLED, GREEDY, SAMPLED))
+    ]
+    undisturbed = stream_all(nodes.url, bodies)
+
+    failed_before = failed_attempts(nodes)
+    streams = [Stream(nodes.url, body) for body in named(bodies, "decode-dies")]
+    for stream in streams:
+        stream.wait_for_tokens(5)
+    victim = node_with(nodes, "decode-dies-0", "running")
+    assert victim
+    kill_nodes(nodes, [victim])
+    assert not streams[0].is_over, "the stream was over before its node was killed"
+    answers = [stream.answer() for stream in streams]
+    for answer, before in zip(answers, undisturbed, strict=True):
+        assert answer.is_proper, answer
+        assert answer.token_ids == before.token_ids
+        assert answer.texts == before.texts
+    assert failed_attempts(nodes) > failed_before
+    wait_until(
+        lambda: victim not in [worker["url"] for worker in nodes.workers()],
+        LEASE_S + 1.0,
+        "the victim to leave",
+    )
+
+
+def test_prefill_node_frozen_during_hand_off(nodes: LocalCluster) -> None:
+    body: Body = {"prompt": random_ids(20, 1200), "max_tokens": 20, **SAMPLED}
+    (undisturbed,) = stream_all(nodes.url, [body])
+    assert request(nodes.url, "/flush_cache?timeout=30").status == 200
+    quarantined_before = num_quarantined(nodes)
+
+    stream = Stream(nodes.url, {**body, "request_id": "frozen"})
+    url = wait_until(lambda: node_with(nodes, "frozen", "computing"), 30.0, "a prompt that is being computed")
+    process = scheduler_process(nodes, url)
+    with frozen(process):
+        frozen_at = time.monotonic()
+        answer = stream.answer()
+        assert answer.is_proper, answer
+        assert answer.token_ids == undisturbed.token_ids
+        wait_until(lambda: num_quarantined(nodes) > quarantined_before, 5.0, "pages in quarantine")
+        time.sleep(max(0.0, frozen_at + 4.0 - time.monotonic()))
+        assert num_quarantined(nodes) > quarantined_before, "the frozen node might still write"
+    wait_until(lambda: num_quarantined(nodes) == quarantined_before, 30.0, "the node to drain its room")
+    wait_until(lambda: all_paired(nodes, 2, 2), 30.0, "the node to be used again")
+    assert scheduler_process(nodes, url).pid == process.pid
+    assert greedy_ids(nodes.url, body["prompt"], 5) == greedy_ids(nodes.url, body["prompt"], 5)
+
+
+def test_no_node_of_a_role_is_left(nodes: LocalCluster) -> None:
+    """While prefill is gone, running streams go on and new requests wait; without decode all of them fail."""
+    long: Body = {"prompt": random_ids(30, 40), "max_tokens": 1500, "n": 4, **GREEDY}
+    new: Body = {"prompt": random_ids(31, 40), "max_tokens": 8, **GREEDY}
+    expected = greedy_ids(nodes.url, new["prompt"], 8)
+    with frozen(psutil.Process(nodes.pid)):  # so that nobody starts them again
+        stream = Stream(nodes.url, long)
+        stream.wait_for_tokens(8)
+        kill_nodes(nodes, [worker["url"] for worker in nodes.workers("prefill")])
+        stream.wait_for_tokens(stream.num_tokens + 40)
+        is_answered, reply_to_new = in_background(lambda: request(nodes.url, COMPLETIONS, new))
+        wait_until(lambda: request(nodes.url, "/ready").status == 503, 10.0, "/ready to say no")
+        assert not is_answered()
+        assert not stream.is_over
+        kill_nodes(nodes, [worker["url"] for worker in nodes.workers("decode")])
+
+        reply = reply_to_new()
+        assert reply.status == 503
+        assert int(reply.headers["retry-after"]) >= 1
+        assert reply.json["error"]["code"] == "no_ready_pair"
+        cut = stream.answer()
+        assert cut.error is not None
+        assert cut.is_cut
+        assert not cut.is_done
+        assert not cut.finish_reasons
+    wait_until(lambda: all_paired(nodes, 2, 2), RESTART_S, "all nodes to be back")
+    assert greedy_ids(nodes.url, new["prompt"], 8) == expected
