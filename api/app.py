@@ -18,7 +18,7 @@ from .admin import (
 from .generation import ClusterAdmin, Generator, ModelCard
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
-from .mounting import GET, POST, Lifespan, Operation, make_app
+from .mounting import GET, POST, Operation, make_app
 from .native import Native
 from .native_types import (
     DetokenizeAnswer,
@@ -50,7 +50,6 @@ def build_router_app(
     in_flight: InFlightRequests,
     api_keys: Collection[str] = (),
     limits: Limits | None = None,
-    lifespan: Lifespan | None = None,
 ) -> FastAPI:
     """The whole surface of a router.
 
@@ -118,4 +117,4 @@ def build_router_app(
         Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest)),
         Operation(POST, ("/update_weights_from_disk",), cluster.update_weights, Bodies(UpdateWeightsRequest)),
     ]
-    return make_app(operations, api_keys=api_keys, lifespan=lifespan)
+    return make_app(operations, api_keys=api_keys)

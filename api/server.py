@@ -54,6 +54,7 @@ async def serve(
         app,
         http="httptools",
         ws="none",
+        lifespan="off",
         access_log=False,
         server_header=False,
         log_config=None,

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -224,6 +226,7 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
 
     A second signal ends it at once. Returns the process's exit code.
     """
+    threading.excepthook = _end_process
     num_signals = 0
 
     def on_signal(number: int, frame: object) -> None:
@@ -248,6 +251,18 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
         node.waiter.wait(min(_LONGEST_SLEEP_S, max(0.0, scheduler.next_deadline() - now)))
     node.close()
     return 0
+
+
+def _end_process(failure: threading.ExceptHookArgs) -> None:
+    """A helper thread died of a bug: what it held would stay pending for ever, so everything ends, loudly."""
+    name = failure.thread.name if failure.thread else "?"
+    _log.critical(
+        "thread %s failed",
+        name,
+        exc_info=(failure.exc_type, failure.exc_value or failure.exc_type(), failure.exc_traceback),
+    )
+    logging.shutdown()
+    os._exit(1)
 
 
 def _start_front(

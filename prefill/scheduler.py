@@ -89,6 +89,7 @@ _log = logging.getLogger(__name__)
 # One forward runs while the next one waits behind it: chunks need nothing of each other's results, so the
 # engine never pauses for the loop.
 _MAX_FORWARDS = 2
+_STUCK_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +173,7 @@ class PrefillScheduler:
     def handle(self, link: bytes, message: ToPrefill, now: float) -> None:
         match message:
             case PeerHello() | PeerPing() | ContactPong() | PrefillRequest() | AbortRoom():
-                self.act(self.rooms.on_message(link, message, now, queue_has_room=self.has_room), now)
+                self.act(self.rooms.on_message(link, message, now, queue_has_room=self.has_room(now)), now)
             case Ping():
                 pong = self.status.pong(
                     message.call_id,
@@ -227,10 +228,11 @@ class PrefillScheduler:
 
     # ---- 1 to 2: waiting for pages ------------------------------------------------------------------
 
-    @property
-    def has_room(self) -> bool:
+    def has_room(self, now: float) -> bool:
+        """Whether a new room may open. Not while the transfer engine hangs in a call: others can take it."""
         num_waiting = sum(job.state is JobState.WAITING for job in self.jobs.values())
-        return num_waiting < self.limits.max_waiting and not self.is_draining
+        is_stuck = self.backend.stuck_s(now) > _STUCK_S
+        return num_waiting < self.limits.max_waiting and not is_stuck and not self.is_draining
 
     def new_job(self, request: PrefillRequest, now: float) -> PrefillJob:
         token_ids = (*request.prompt_ids, *request.output_ids)

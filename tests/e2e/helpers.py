@@ -148,9 +148,12 @@ class Stream:
             if response.status != 200:
                 answer.error = json.loads(response.read())["error"]
                 return
-            for line in response:
-                if line.startswith(b"data: "):
-                    self._take(line.removeprefix(b"data: ").strip())
+            pending = b""
+            while piece := response.read1():  # its readline takes a connection that was cut for a clean end
+                *lines, pending = (pending + piece).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: "):
+                        self._take(line.removeprefix(b"data: "))
         except (http.client.HTTPException, ConnectionError):
             answer.is_cut = True
         finally:
@@ -267,12 +270,15 @@ def frozen(process: psutil.Process) -> Iterator[None]:
             process.send_signal(signal.SIGCONT)
 
 
-def kill_nodes(cluster: LocalCluster, urls: Sequence[str]) -> None:
-    """kill -9 of the schedulers; returns when they and their fronts are gone."""
+def kill_nodes(cluster: LocalCluster, urls: Sequence[str], *, with_fronts: bool = False) -> None:
+    """kill -9 of the schedulers, or of all processes of the nodes; returns when those are gone.
+
+    A front whose scheduler dies takes leave of the router; with both dead, the router learns it by itself.
+    """
     schedulers = [scheduler_process(cluster, url) for url in urls]
     fronts = [front for scheduler in schedulers for front in scheduler.children()]
-    for scheduler in schedulers:
-        scheduler.kill()
+    for process in (*(fronts if with_fronts else ()), *schedulers):
+        process.kill()
     gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     wait_until(
         lambda: all(not p.is_running() or p.status() in gone for p in (*schedulers, *fronts)),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
@@ -52,7 +51,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def nodes(started: LocalCluster) -> Iterator[LocalCluster]:
-    """Four nodes, all paired, with nothing to do and nothing cached; afterwards nothing is left but quarantine.
+    """Four nodes, all paired, idle, nothing cached. Afterwards nothing is left on them but quarantine.
 
     Pages that a killed node might still have written stay in quarantine until its death is proven.
     """
@@ -95,12 +94,11 @@ def test_prefill_node_killed_during_prefill(nodes: LocalCluster) -> None:
     victim = wait_until(
         lambda: node_with(nodes, "prefill-dies-0", "computing"), 30.0, "a prompt that is being computed"
     )
-    kill_nodes(nodes, [victim])
-    died_at = time.monotonic()
+    kill_nodes(nodes, [victim], with_fronts=True)
     wait_until(
         lambda: victim not in [worker["url"] for worker in nodes.workers()],
         LEASE_S + 1.0,
-        f"{victim} to leave /workers; it died {time.monotonic() - died_at:.1f} s ago",
+        "the killed node to leave /workers",
     )
     answers = [stream.answer() for stream in streams]
     for answer, before in zip(answers, undisturbed, strict=True):

@@ -64,7 +64,9 @@ def test_a_flush_with_a_timeout_waits_for_idle_and_a_second_one_is_refused() -> 
     assert (second.call_id, second.success) == (3, False)
     assert "already in progress" in second.message
     pair.run()
-    assert pair.last_reply(pair.prefill, ADMIN) == CallReply(call_id=2, success=True, message="Cache flushed.")
+    assert pair.last_reply(pair.prefill, ADMIN) == CallReply(
+        call_id=2, success=True, message="Cache flushed."
+    )
     assert pair.prefill.allocator.num_free == 32
     pair.finish()
 

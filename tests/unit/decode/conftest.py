@@ -1,0 +1,49 @@
+"""Requests as the decode scheduler holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from pdserve.components.output_streamer import StreamKey
+from pdserve.decode.sequence import DecodeRequest, RequestState, Sequence
+from pdserve.messages.node import GenerateRequest
+from pdserve.messages.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Builds them: `make("a", num_tokens=10)`."""
+
+    def __call__(
+        self,
+        request_id: str = "a",
+        *,
+        num_tokens: int = 10,
+        output_ids: tuple[int, ...] = (),
+        choices: tuple[int, ...] = (0,),
+        arrived_s: float = 0.0,
+        state: RequestState = RequestState.WAITING,
+        **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
+    ) -> DecodeRequest:
+        key = StreamKey(b"router", request_id, 1)
+        prompt_ids = tuple(range(1, num_tokens + 1))
+        message = GenerateRequest(
+            request_id=request_id,
+            attempt=1,
+            prompt_ids=prompt_ids,
+            output_ids=output_ids,
+            choices=choices,
+            sampling=SamplingParams(**sampling),
+            prefill_incarnation="prefill",
+            deadline_s=10.0,
+        )
+        sequences = [Sequence(key, choice, [*prompt_ids, *output_ids], num_tokens) for choice in choices]
+        return DecodeRequest(key, message, arrived_s, arrived_s + 10.0, sequences, state=state)
+
+
+@pytest.fixture
+def make() -> Requests:
+    return Requests()
