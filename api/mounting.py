@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,7 +15,6 @@ from .openapi import NO_BODIES, Bodies, install_schemas
 from .version import VERSION
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
-Lifespan: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 GET = ("GET", "HEAD")
 POST = ("POST",)
@@ -32,10 +30,8 @@ class Operation:
     bodies: Bodies = NO_BODIES
 
 
-def make_app(
-    operations: Sequence[Operation], *, api_keys: Collection[str], lifespan: Lifespan | None = None
-) -> FastAPI:
-    app = FastAPI(title="pdserve", version=VERSION, lifespan=lifespan, redoc_url=None)
+def make_app(operations: Sequence[Operation], *, api_keys: Collection[str]) -> FastAPI:
+    app = FastAPI(title="pdserve", version=VERSION, redoc_url=None)
     for operation in operations:
         for path in operation.paths:
             for method in operation.methods:

@@ -328,7 +328,7 @@ async def serve_node_front(
         await asyncio.wait({membership})
         await registrar.leave()
         await link.close()
-        context.term()
+        context.destroy(linger=0)
 
 
 async def _keep_membership(link: SchedulerLink, registrar: Registrar, url: str, stop: asyncio.Event) -> None:

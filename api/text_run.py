@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from msgspec import UNSET, UnsetType
 
 from ..messages.timeline import Span
-from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta, joined
+from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta
 from .generation import ChoiceDelta, GenerateSpec, Generation, GenerationInfo, Generator, ModelCard
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
@@ -63,13 +63,15 @@ class TextRun:
         return next(filter(None, reversed(versions)), self._serving.weight_version())
 
     async def deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        """(prompt, delta) as tokens come, each choice's in order. A delta without new text is held back and
-        given together with the next. However this ends, nothing goes on running."""
+        """(prompt, delta) as tokens come, each choice's in order. However this ends, nothing goes on running.
+
+        A token whose text must wait (half a character, the beginning of a stop string) is given at once with
+        empty text, as vLLM does: who measures the time between tokens sees each when it came.
+        """
         detokenizers = [
             [Detokenizer(self._serving.tokenizer, job.options) for _ in range(job.spec.num_choices)]
             for job in self._jobs
         ]
-        held: dict[tuple[int, int], list[TextDelta]] = {}
         async with contextlib.aclosing(self._arrivals()) as arrivals:
             async for prompt, delta in arrivals:
                 detokenizer = detokenizers[prompt][delta.choice]
@@ -79,12 +81,7 @@ class TextRun:
                 if shown.finish_reason is not None and delta.finish_reason is None:
                     self._generations[prompt].stop_choice(delta.choice)
                 self.num_completion_tokens += len(shown.token_ids)
-                key = (prompt, delta.choice)
-                if shown.text or shown.finish_reason is not None:
-                    earlier = held.pop(key, None)
-                    yield prompt, shown if earlier is None else joined([*earlier, shown])
-                elif shown.token_ids:
-                    held.setdefault(key, []).append(shown)
+                yield prompt, shown
 
     async def scores(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """For specs of one token that only serve the prompt's logprobs: (prompt, an empty delta) each."""

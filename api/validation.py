@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -170,7 +170,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 def parse_request(value: Mapping[str, Any], request_type: type[S], rules: FieldRules) -> S:
     """`value` as a `request_type`. Raises RequestError that names the field."""
-    own_fields: Collection[str] = {field.name for field in msgspec.structs.fields(request_type)}
+    own_fields = request_type.__struct_fields__
     given: dict[str, Any] = {}
     for name, content in value.items():
         if content is None:

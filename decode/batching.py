@@ -67,7 +67,7 @@ def _prefill_row(request: seq.DecodeRequest, num_tokens: int) -> PrefillRow:
         num_tokens=num_tokens,
         pages=request.sequences[0].pages,
         sampling=sampling,
-        choices=message.choices if end == request.num_prefill_tokens else (),
+        choices=request.choices if end == request.num_prefill_tokens else (),
         num_output_tokens=len(message.output_ids),
         prompt_logprobs_from=sampling.prompt_logprobs_start if wants_prompt_logprobs else None,
     )

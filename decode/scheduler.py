@@ -363,7 +363,7 @@ class DecodeScheduler:
             attempt=message.attempt,
             prompt_ids=message.prompt_ids,
             output_ids=message.output_ids,
-            choices=message.choices,
+            choices=request.choices,
             sampling=message.sampling,
             dest_pages=tuple(dest_pages),
             num_cached_tokens=0,
@@ -558,6 +558,8 @@ class DecodeScheduler:
                 self.end_sequence(request, sequence)
         if not request.live_sequences:
             self.drop_room(request, now)
+        elif request.state is RequestState.WAITING:
+            request.sequences = request.live_sequences  # nothing is reserved for the others
 
     def fail(self, request: DecodeRequest, code: FailureCode, reason: str, *, retriable: bool) -> None:
         self.streamer.fail(request.key, code, reason, retriable)

@@ -64,6 +64,11 @@ class DecodeRequest:
         return len(self.message.prompt_ids) + len(self.message.output_ids)
 
     @property
+    def choices(self) -> tuple[int, ...]:
+        """Those that are asked for; without the ones that were cancelled while it waited."""
+        return tuple(sequence.choice for sequence in self.sequences)
+
+    @property
     def live_sequences(self) -> list[Sequence]:
         return [sequence for sequence in self.sequences if not sequence.is_finished]
 

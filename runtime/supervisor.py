@@ -19,6 +19,7 @@ from .process import obituary, spawn, wait_or_kill
 _log = logging.getLogger(__name__)
 _RESTART_AFTER_S = 1.0
 _MAX_RESTARTS = 5
+_STEADY_AFTER_S = 60.0  # a child that ran for this long does not "keep dying"
 _POLL_S = 0.1
 
 
@@ -29,15 +30,18 @@ class Child:
     grace_s: float  # between SIGTERM and SIGKILL
     pass_fds: tuple[int, ...] = ()
     process: subprocess.Popen[bytes] | None = None
-    num_restarts: int = 0
+    num_restarts: int = 0  # since it last ran steadily
+    started_at: float = field(default=0.0)
     died_at: float = field(default=0.0)
 
     def start(self) -> None:
         self.process = spawn(self.arguments, self.pass_fds)
+        self.started_at = time.monotonic()
 
 
 class Supervisor:
-    """Starts children in order and ends them in reverse order of their list."""
+    """Starts children in order. The first one, the router, ends before the others are told to: what it has
+    accepted needs them. A second signal ends all at once."""
 
     def __init__(self, children: Sequence[Child]) -> None:
         self._children = list(children)
@@ -51,16 +55,23 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self._children:
-            if child.process is not None and child.process.poll() is None:
-                child.process.terminate()
-        for child in self._children:
-            if child.process is not None:
-                wait_or_kill(child.process, child.grace_s)
+        for children in (self._children[:1], self._children[1:]):
+            self._terminate(children)
+            for child in children:
+                if child.process is not None:
+                    wait_or_kill(child.process, child.grace_s)
 
     def _on_signal(self, number: int, frame: object) -> None:
         del number, frame
+        if self._stopping:
+            self._terminate(self._children)
         self._stopping = True
+
+    @staticmethod
+    def _terminate(children: Sequence[Child]) -> None:
+        for child in children:
+            if child.process is not None and child.process.poll() is None:
+                child.process.terminate()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         """True when `ready`; False when a signal asked to stop.
@@ -97,6 +108,8 @@ class Supervisor:
             return True
         if process.poll() is None:
             return True
+        if now - child.started_at > _STEADY_AFTER_S:
+            child.num_restarts = 0
         if child.num_restarts >= _MAX_RESTARTS:
             _log.error("%s; it was started %d times, giving up", obituary(child.name, process), _MAX_RESTARTS)
             return False

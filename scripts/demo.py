@@ -56,18 +56,18 @@ def ask(url: str, path: str, body: dict[str, Any]) -> Answer:
     connection = http.client.HTTPConnection(target.hostname or "127.0.0.1", target.port, timeout=120)
     body = {**body, "stream": True, "timeline": True, "temperature": 0.6, "top_p": 0.9}
     answer = Answer(started=time.monotonic())
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        answer.error = f"HTTP {response.status}: {response.read().decode(errors='replace')}"
-        return answer
     try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            answer.error = f"HTTP {response.status}: {response.read().decode(errors='replace')}"
+            return answer
         for data in events(response):
             if data == "[DONE]":
                 answer.is_done = True
                 break
             take(answer, json.loads(data))
-    except (http.client.HTTPException, OSError) as error:
+    except (http.client.HTTPException, OSError, ValueError) as error:
         answer.error = answer.error or f"the stream broke: {error!r}"
     finally:
         connection.close()

@@ -96,7 +96,7 @@ class FakeScheduler:
 
     def _reply(self, message: ClientToNode) -> msgspec.Struct | None:
         match message:
-            case Ping(call_id):
+            case Ping(call_id=call_id):
                 return Pong(
                     call_id=call_id,
                     entry=self.entry,
@@ -105,13 +105,13 @@ class FakeScheduler:
                     refused_peers={},
                     draining=self.is_draining,
                 )
-            case GetServerInfo(call_id):
+            case GetServerInfo(call_id=call_id):
                 return ServerInfoReply(
                     call_id=call_id, entry=self.entry, model=MODEL, config={"page_size": 16}, load=LOAD
                 )
-            case GetMetrics(call_id):
+            case GetMetrics(call_id=call_id):
                 return MetricsReply(call_id=call_id, text="pd_x 1\n")
-            case GetRequestState(call_id, request_id):
+            case GetRequestState(call_id=call_id, request_id=request_id):
                 state = "decoding" if request_id == "known" else ""
                 return RequestStateReply(call_id=call_id, state=state, age_s=0.5)
             case FlushCache() | AbortRequests() | PrepareWeights() | CommitWeights() | DiscardWeights():

@@ -17,7 +17,7 @@ from pdserve.tests.unit.api.scheduler import MODEL, FakeScheduler
 async def context() -> AsyncIterator[zmq.asyncio.Context]:
     context = zmq.asyncio.Context()
     yield context
-    context.term()
+    context.destroy(linger=0)
 
 
 @pytest_asyncio.fixture

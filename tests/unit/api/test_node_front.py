@@ -64,7 +64,7 @@ async def front(api: Api, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fron
     stop.set()
     await asyncio.wait_for(task, 10)
     await scheduler.close()
-    context.term()
+    context.destroy(linger=0)
 
 
 async def test_it_registers_while_the_scheduler_answers(api: Api, front: Front) -> None:

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdserve.api.generation import GenerateSpec
+from pdserve.api.generation import ChoiceDelta, GenerateSpec
 from pdserve.runtime.errors import RequestError
 from pdserve.tests.unit.api.conftest import Api, chunks, eventually
 from pdserve.tests.unit.api.fakes import Step, one_by_one
@@ -266,3 +266,12 @@ async def test_failed_requests_count_what_was_delivered(api: Api) -> None:
     page = await (await api.http.get(f"{api.url}/metrics")).text()
     assert sample(page, "pd_generation_tokens_total") == 2
     assert sample(page, "pd_request_success_total") == 0
+
+
+async def test_a_chunk_of_k_tokens_gives_k_gaps(api: Api) -> None:
+    ids = api.generator.token_ids
+    api.generator.script = lambda spec: [ChoiceDelta(0, ids[:1]), ChoiceDelta(0, ids[1:], (), "length")]
+    await api.stream("/v1/completions", {"prompt": "The", "stream": True})
+    page = await (await api.http.get(f"{api.url}/metrics")).text()
+    assert sample(page, "pd_inter_token_latency_seconds_count") == len(ids) - 1
+    assert sample(page, "pd_time_to_first_token_seconds_count") == 1

@@ -134,8 +134,8 @@ def test_a_flush_waits_for_the_node_to_be_idle(bench: Bench) -> None:
     assert outcome(bench.handle(FlushCache(call_id=2, timeout_s=5.0), 104.0, idle=False)) == (2, False)
     assert outcome(bench.control.poll(104.0, idle=True)) == (1, True)
     assert bench.num_drops == 1
-    assert bench.control.deadline is None
     assert bench.control.poll(200.0, idle=True).replies == []
+    assert bench.control.deadline is None
 
 
 def test_a_flush_that_waited_too_long_is_told_and_drops_nothing(bench: Bench) -> None:

@@ -33,7 +33,7 @@ class Bench:
 
     def step(self) -> list[int]:
         """The calls that one turn of the loop gets; waits until there is something to read."""
-        assert self.server.socket.poll(DEADLINE_S * 1000)
+        assert self.server.socket.poll(int(DEADLINE_S * 1000))
         return [message.call_id for _, message in self.receiver.receive() if isinstance(message, Ping)]
 
     def steps_until(self, call_id: int) -> list[list[int]]:
@@ -68,7 +68,7 @@ def test_a_step_that_is_left_half_way_loses_nothing(bench: Bench) -> None:
     bench.send(*range(6))
     received: list[int] = []
     while len(received) < 6:
-        assert bench.server.socket.poll(DEADLINE_S * 1000)
+        assert bench.server.socket.poll(int(DEADLINE_S * 1000))
         for _, message in bench.receiver.receive():
             assert isinstance(message, Ping)
             received.append(message.call_id)

@@ -171,7 +171,7 @@ def test_a_monitor_wakes_whoever_waits_for_the_loss(server: Server, client: Clie
     receive(server, 1)
     list(client.receive())
     server.close()
-    assert client.monitor.poll(DEADLINE_S * 1000)
+    assert client.monitor.poll(int(DEADLINE_S * 1000))
 
 
 def test_a_taken_port_is_refused(context: Context, server: Server) -> None:

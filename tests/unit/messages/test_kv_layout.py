@@ -29,7 +29,8 @@ def test_pages_are_dense_unless_a_stride_is_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_pages"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3), (10**9, 62500000)]
+    ("num_tokens", "num_pages"),
+    [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3), (10**9, 62500000)],
 )
 def test_a_started_page_is_a_page(num_tokens: int, num_pages: int) -> None:
     assert LAYOUT.pages_for(num_tokens) == num_pages

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pdserve.messages.node import (
@@ -26,7 +28,7 @@ STATES = [
 ]
 
 
-def bring_to(pair: Pair, state: str, request_id: str = "a", **options: object) -> None:
+def bring_to(pair: Pair, state: str, request_id: str = "a", **options: Any) -> None:  # noqa: ANN401
     """A request of two chunks, up to this state; the writes up to here have started."""
     pair.backend.has_started = True
     if state == "waiting":
@@ -151,6 +153,19 @@ def test_one_choice_may_be_cancelled_alone(pair: Pair) -> None:
     assert 0 not in stream.tokens
     assert stream.tokens[2] == expected_tokens(PROMPT, 2, 2)
     pair.check_answer("a", PROMPT, 6, 1)
+
+
+@pytest.mark.parametrize("is_colocated", [False, True])
+@pytest.mark.parametrize("choice", [0, 1])
+def test_one_choice_may_be_cancelled_while_its_request_waits(is_colocated: bool, choice: int) -> None:
+    pair = Pair(decode_pages=8, is_colocated=is_colocated)
+    pair.start("first", prompt_of(20, seed=1), max_tokens=12)
+    pair.start("a", PROMPT, max_tokens=6, choices=(0, 1))
+    assert pair.state("a") == "waiting"
+    pair.cancel("a", choice)
+    pair.finish()
+    assert pair.stream("a").reasons == {1 - choice: "length"}
+    pair.check_answer("a", PROMPT, 6, 1 - choice)
 
 
 def test_cancelling_the_last_choice_ends_the_hand_off(pair: Pair) -> None:

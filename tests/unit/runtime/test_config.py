@@ -28,7 +28,6 @@ from pdserve.runtime.errors import StartupError
 
 ALL = frozenset({"up", "router", "prefill", "decode"})
 NODES = frozenset({"prefill", "decode"})
-ROLES: tuple[ProcessRole, ...] = ("up", "router", "prefill", "decode")
 WriteConfig = Callable[[str], Path]
 
 
@@ -39,15 +38,15 @@ def given(role: str, *arguments: str) -> dict[str, Any]:
     return vars(parser.parse_args(arguments))
 
 
+def config_of(role: ProcessRole, values: Mapping[str, Any]) -> RouterConfig | NodeConfig:
+    assert role != "up"
+    return router_config(values) if role == "router" else node_config(role, values)
+
+
 def refusal(role: ProcessRole, values: Mapping[str, Any]) -> str:
     """The one line that refuses `values`."""
     with pytest.raises(StartupError) as caught:
-        if role == "router":
-            router_config(values)
-        elif role == "up":
-            resolve(role, values)
-        else:
-            node_config(role, values)
+        config_of(role, values)
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -57,7 +58,7 @@ def test_when_every_port_is_taken_the_range_is_named(taken: int, monkeypatch: py
 
 def test_the_range_ends_with_the_last_port(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise OSError(listen.errno.EADDRINUSE, "Address already in use")
+        raise OSError(errno.EADDRINUSE, "Address already in use")
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
     with pytest.raises(StartupError, match="ports 65530 to 65535 on"):
@@ -80,7 +81,6 @@ def test_a_url_puts_an_ipv6_address_in_brackets() -> None:
 
 
 def test_a_descriptor_is_inherited_with_its_address() -> None:
-    with bind_http("127.0.0.1", 0) as listener:
-        with inherit_http(os.dup(listener.fileno())) as inherited:
-            assert inherited.getsockname() == listener.getsockname()
-            assert inherited.family == socket.AF_INET
+    with bind_http("127.0.0.1", 0) as listener, inherit_http(os.dup(listener.fileno())) as inherited:
+        assert inherited.getsockname() == listener.getsockname()
+        assert inherited.family == socket.AF_INET

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from pdserve.runtime import process as process_module
 from pdserve.runtime.process import available_memory_bytes, end, obituary, routable_host, spawn, wait_or_kill
 
 DEADLINE_S = 30.0
@@ -125,7 +124,7 @@ def test_spawn_keeps_the_working_directory_off_the_module_path(monkeypatch: pyte
     def popen(arguments: list[str], **options: object) -> None:
         seen.update(options, arguments=arguments)
 
-    monkeypatch.setattr(process_module.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     spawn(["router", "--port", "0"], pass_fds=(7,))
     assert seen == {
         "arguments": [

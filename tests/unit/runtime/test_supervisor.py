@@ -13,6 +13,7 @@ import pytest
 
 from pdserve.runtime import supervisor as supervisor_module
 from pdserve.runtime.errors import StartupError
+from pdserve.runtime.process import wait_or_kill
 from pdserve.runtime.supervisor import Child, Supervisor
 
 DEADLINE_S = 30.0
@@ -70,7 +71,9 @@ def test_ready_children_go_on_until_the_block_ends() -> None:
 def test_a_child_that_ends_before_the_cluster_is_ready_ends_the_start() -> None:
     healthy, broken = child(SLEEP, "router"), child("raise SystemExit(3)", "prefill 0")
     with (
-        pytest.raises(StartupError, match=r"^prefill 0 \(pid \d+\) ended with exit code 3 before the cluster"),
+        pytest.raises(
+            StartupError, match=r"^prefill 0 \(pid \d+\) ended with exit code 3 before the cluster"
+        ),
         Supervisor([healthy, broken]) as supervisor,
     ):
         supervisor.wait_until(lambda: False, DEADLINE_S)
@@ -134,3 +137,38 @@ def test_a_child_that_keeps_dying_is_given_up(
     assert mortal.num_restarts == 2
     assert caplog.messages[-1].endswith("ended with exit code 9; it was started 2 times, giving up")
     assert process_of(healthy).returncode == -signal.SIGTERM
+
+
+def test_a_child_that_dies_now_and_then_is_always_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "_MAX_RESTARTS", 1)
+    mortal = child("")
+    with Supervisor([mortal]) as supervisor:
+        for _ in range(3):
+            process_of(mortal).wait()
+            an_hour_later = time.monotonic() + 3600.0
+            assert supervisor._keep_alive(mortal, an_hour_later)
+            assert mortal.num_restarts == 1
+            assert supervisor._keep_alive(mortal, an_hour_later)
+            assert mortal.process is not None
+
+
+def test_the_router_has_ended_before_the_nodes_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, prefill, decode = (child(SLEEP, name) for name in ("router", "prefill 0", "decode 0"))
+    events: list[tuple[str, int]] = []
+    terminate = subprocess.Popen.terminate
+
+    def tell(process: subprocess.Popen[bytes]) -> None:
+        events.append(("told", process.pid))
+        terminate(process)
+
+    def wait(process: subprocess.Popen[bytes], grace_s: float) -> None:
+        wait_or_kill(process, grace_s)
+        events.append(("ended", process.pid))
+
+    monkeypatch.setattr(subprocess.Popen, "terminate", tell)
+    monkeypatch.setattr(supervisor_module, "wait_or_kill", wait)
+    with Supervisor([router, prefill, decode]):
+        pass
+    pids = [process_of(started).pid for started in (router, prefill, decode)]
+    assert events[:2] == [("told", pids[0]), ("ended", pids[0])]
+    assert events[2:] == [(event, pid) for event in ("told", "ended") for pid in pids[1:]]

@@ -1,0 +1,203 @@
+"""Other backends and shapes of a cluster answer the same; what operators look at; keys; ports; imports."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.bench.local_cluster import LocalCluster
+from pdserve.tests.e2e.helpers import (
+    COMPLETIONS,
+    GREEDY,
+    Body,
+    Stream,
+    greedy_ids,
+    random_ids,
+    request,
+    router_process,
+    stream_all,
+    wait_until,
+)
+
+FLAGS = ["--dtype", "float32", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
+KEYS = ("first-key", "second-key")
+PROMPTS = [random_ids(80 + length, length) for length in (1, 16, 40, 200)]
+
+
+@pytest.fixture(scope="module")
+def expected(shared_cluster: LocalCluster) -> list[list[int]]:
+    """What the cluster over Mooncake answers."""
+    return [greedy_ids(shared_cluster.url, prompt, 24) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def taken_port() -> Iterator[int]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield int(holder.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def guarded_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guarded") / "log"
+
+
+@pytest.fixture(scope="module")
+def guarded(taken_port: int, guarded_log: Path) -> Iterator[LocalCluster]:
+    """Over shared memory, with API keys, on a port that is taken."""
+    keys = [word for key in KEYS for word in ("--api-key", key)]
+    flags = [*FLAGS, "--transfer-backend", "shm", "--port", str(taken_port), *keys]
+    with LocalCluster(flags, log_path=guarded_log) as cluster:
+        yield cluster
+    log = guarded_log.read_text()
+    assert "Traceback" not in log, log
+
+
+# ---- the same answers -------------------------------------------------------------------------------
+
+
+def test_shared_memory_answers_the_same(guarded: LocalCluster, expected: list[list[int]]) -> None:
+    headers = {"Authorization": f"Bearer {KEYS[1]}"}
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        body = {"prompt": prompt, "max_tokens": 24, "return_token_ids": True, **GREEDY}
+        reply = request(guarded.url, COMPLETIONS, body, headers=headers)
+        assert reply.status == 200, reply.text
+        assert reply.json["choices"][0]["token_ids"] == ids
+    info = request(guarded.url, "/server_info", headers=headers).json
+    assert info["prefill"][0]["config"]["transfer_backend"] == "shm"
+
+
+def test_colocated_answers_the_same(expected: list[list[int]], log_path: Path) -> None:
+    with LocalCluster([*FLAGS, "--colocated"], log_path=log_path) as cluster:
+        assert [worker["role"] for worker in cluster.workers()] == ["decode"]
+        assert [greedy_ids(cluster.url, prompt, 24) for prompt in PROMPTS] == expected
+        body: Body = {"max_tokens": 24, **GREEDY}
+        answers = stream_all(cluster.url, [{"prompt": prompt, "n": 2, **body} for prompt in PROMPTS])
+        assert [answer.token_ids for answer in answers] == [{0: ids, 1: ids} for ids in expected]
+        cluster.wait_idle(timeout_s=10.0)
+        cluster.flush()
+    assert "Traceback" not in log_path.read_text(), log_path.read_text()
+
+
+# ---- keys and ports ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/models", "/workers", "/flush_cache", "/metrics", "/docs"])
+def test_without_a_key_nothing_is_told(guarded: LocalCluster, path: str) -> None:
+    body = {"prompt": [5], "max_tokens": 1} if path == COMPLETIONS else None
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEYS[0]}"}):
+        reply = request(guarded.url, path, body, headers=headers)
+        assert reply.status == 401, (path, headers)
+        assert reply.json["error"]["type"] == "authentication_error"
+        assert reply.headers["www-authenticate"] == "Bearer"
+    for key in KEYS:
+        assert request(guarded.url, path, body, headers={"Authorization": f"Bearer {key}"}).status == 200
+
+
+def test_probes_need_no_key(guarded: LocalCluster) -> None:
+    assert request(guarded.url, "/health").status == 200
+    assert request(guarded.url, "/ready").status == 200
+
+
+def test_nodes_ask_for_the_key_too(guarded: LocalCluster) -> None:
+    headers = {"Authorization": f"Bearer {KEYS[0]}"}
+    for worker in request(guarded.url, "/workers", headers=headers).json["workers"]:
+        assert request(worker["url"], "/server_info").status == 401
+        assert request(worker["url"], "/server_info", headers=headers).status == 200
+
+
+def test_a_taken_port_means_the_next_free_one(
+    guarded: LocalCluster, taken_port: int, guarded_log: Path
+) -> None:
+    port = int(guarded.url.rsplit(":", 1)[1])
+    assert taken_port < port <= taken_port + 100
+    assert f"port {taken_port} is taken, using {port}" in guarded_log.read_text()
+
+
+# ---- what operators look at -------------------------------------------------------------------------
+
+
+def test_the_state_of_a_running_request(cluster: LocalCluster) -> None:
+    body: Body = {"prompt": [5, 6, 7], "max_tokens": 1000, "request_id": "watched", "n": 2, **GREEDY}
+    assert request(cluster.url, "/requests/watched").status == 404
+    stream = Stream(cluster.url, body)
+    stream.wait_for_tokens(10)
+    state = cluster.get("/requests/watched")
+    assert state["state"] == "streaming"
+    assert 0 < state["age_s"] <= state["total_age_s"] < 600
+    assert 0 < state["remaining_s"] < 600
+    assert state["num_attempts"] == 1
+    assert [choice["index"] for choice in state["choices"]] == [0, 1]
+    assert all(choice["num_tokens"] >= 1 and not choice["finished"] for choice in state["choices"])
+    prefill, decode = cluster.workers("prefill")[0]["url"], cluster.workers("decode")[0]["url"]
+    assert {(choice["prefill"], choice["decode"]) for choice in state["choices"]} == {(prefill, decode)}
+    assert state["nodes"].keys() == {decode}
+    on_node = state["nodes"][decode]
+    assert (on_node["state"], on_node["waits_for"]) == ("running", "the next step")
+    assert on_node["age_s"] > 0
+
+    # Aborting ends it as a stream that is complete, and says so.
+    reply = request(cluster.url, "/abort_request", {"rid": "watched"})
+    assert (reply.status, reply.json["success"]) == (200, True)
+    answer = stream.answer()
+    assert answer.is_proper, answer
+    assert answer.finish_reasons == {0: "abort", 1: "abort"}
+    assert 0 < len(answer.token_ids[0]) < 1000
+    assert request(cluster.url, "/requests/watched").status == 404
+    assert request(cluster.url, "/abort_request", {"rid": "watched"}).status == 200  # idempotent
+
+
+def test_abort_all(cluster: LocalCluster) -> None:
+    bodies: list[Body] = [{"prompt": [5 + i], "max_tokens": 1500, **GREEDY} for i in range(4)]
+    streams = [Stream(cluster.url, body) for body in bodies]
+    for stream in streams:
+        stream.wait_for_tokens(2)
+    assert request(cluster.url, "/abort_request", {"abort_all": True}).status == 200
+    assert [stream.answer().finish_reasons for stream in streams] == [{0: "abort"}] * 4
+
+
+def test_flush_waits_for_what_runs(cluster: LocalCluster) -> None:
+    prompt = random_ids(90, 100)
+    greedy_ids(cluster.url, prompt, 2)
+
+    def num_cached() -> int:
+        answer = cluster.post(COMPLETIONS, {"prompt": prompt, "max_tokens": 1, **GREEDY})
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert num_cached() == 96
+    stream = Stream(cluster.url, {"prompt": [5, 6], "max_tokens": 300, **GREEDY})
+    stream.wait_for_tokens(2)
+    assert request(cluster.url, "/flush_cache?timeout=60", {}).status == 200
+    wait_until(lambda: stream.is_over, 5.0, "the stream, which the flush waited for")
+    assert stream.answer().is_proper
+    assert num_cached() == 0
+    assert request(cluster.url, "/flush_cache?timeout=much").status == 400
+
+
+def test_health_generate(cluster: LocalCluster) -> None:
+    reply = request(cluster.url, "/health_generate")
+    assert (reply.status, reply.json["status"]) == (200, "ok")
+    assert reply.json["latency_s"] > 0
+
+
+# ---- imports ----------------------------------------------------------------------------------------
+
+
+def test_the_running_router_has_no_torch(cluster: LocalCluster) -> None:
+    greedy_ids(cluster.url, [5, 6, 7], 2)
+    maps = Path(f"/proc/{router_process(cluster).pid}/maps").read_text()
+    assert "tokenizers" in maps  # the right process
+    for library in ("libtorch", "torch/lib", "mooncake", "safetensors"):
+        assert library not in maps
+
+
+def test_the_router_imports_neither_torch_nor_transformers() -> None:
+    modules = "pdserve.router.main, pdserve.api.node_front, pdserve.bench.serve"
+    check = f"import {modules}, sys; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-P", "-c", check], check=True, timeout=60)

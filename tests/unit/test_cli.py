@@ -1,0 +1,295 @@
+"""The command line: what each command takes, and that a failed start is one line and no orphan."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pdserve import cli
+from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, add_flags
+from pdserve.runtime.errors import StartupError
+from pdserve.runtime.listen import bind_http
+from pdserve.runtime.supervisor import Child
+
+COMMANDS = ("up", "router", "prefill", "decode", "bench", "doctor")
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """Commands configure logging and take signals; pytest gets its own back."""
+    root, ours = logging.getLogger(), logging.getLogger("pdserve")
+    kept = list(root.handlers), root.level, ours.level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    root.handlers[:], level, our_level = kept
+    root.setLevel(level)
+    ours.setLevel(our_level)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def unsupported_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_bytes((SHIPPED_MODEL / name).read_bytes())
+    config = json.loads((SHIPPED_MODEL / "config.json").read_text())
+    config.update(model_type="mamba", architectures=["MambaForCausalLM"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# ---- in this process ----------------------------------------------------------------------------------
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    return int(caught.value.code or 0)
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {command}" in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(command, "--help") == 0
+    assert f"pdserve {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("role", ["router", "prefill", "decode"])
+def test_the_help_of_a_role_has_its_flags_and_no_other(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exit_code(role, "--help")
+    words = capsys.readouterr().out.replace(",", " ").split()
+    for flag in FLAGS:
+        assert (flag.names[0] in words) == (role in flag.roles), flag.names[0]
+    assert "--config" in words
+    assert "--parent-pid" not in words, "is no business of people"
+
+
+def test_up_takes_the_flags_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    exit_code("up", "--help")
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert [flag.names[0] for flag in FLAGS if flag.names[0] not in words] == []
+
+
+@pytest.mark.parametrize("role", ["router", "prefill", "decode"])
+def test_a_role_has_a_binary_of_its_own(
+    role: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name=f"pdserve-{role}")
+    monkeypatch.setattr(sys, "argv", [f"pdserve-{role}", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        entry.load()()
+    assert caught.value.code == 0
+    assert f"usage: pdserve-{role} " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [f"pdserve-{role}", "/no/such/model", "--port", "0"])
+    assert entry.load()() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((), "COMMAND"),
+        (("serve",), "'serve'"),
+        (("router", "--no-such-flag"), "--no-such-flag"),
+        (("decode", "--dtype", "int4"), "--dtype"),
+        (("decode", "--port", "http"), "--port"),
+        (("prefill", "--colocated"), "--colocated"),
+    ],
+)
+def test_a_wrong_command_line_is_a_usage_error(
+    arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*arguments) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that cannot start."""
+    assert cli.main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("command", ["up", "router", "prefill", "decode"])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--config", "/no/such.yaml"), "--config /no/such.yaml: No such file or directory"),
+        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1:"),
+        (("--port", "70000"), "--port 70000"),
+        (("a", "--model", "b"), "two models were given"),
+    ],
+)
+def test_a_start_that_fails_is_one_line(
+    command: str, arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"pdserve {command}: " in (line := failure(capsys, command, *arguments))
+    assert named in line
+
+
+@pytest.mark.parametrize("command", ["router", "prefill", "decode"])
+def test_a_model_that_is_not_there_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(capsys, command, "/no/such/model", "--port", "0")
+    assert line.startswith(f"pdserve {command}: no model at /no/such/model: ")
+
+
+@pytest.mark.parametrize("command", ["router", "prefill", "decode"])
+def test_a_model_that_is_not_supported_is_named(
+    command: str, unsupported_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "mamba" in failure(capsys, command, str(unsupported_model), "--port", "0").lower()
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path) in failure(capsys, "decode", str(tmp_path), "--port", "0")
+    assert str(tmp_path) in failure(capsys, "router", str(tmp_path), "--port", "0")
+
+
+@pytest.mark.parametrize("arguments", [("--num-decode", "0"), ("--num-prefill", "0")])
+def test_a_cluster_needs_nodes(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--num-prefill and --num-decode" in failure(capsys, "up", "--port", "0", *arguments)
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_router", interrupted)
+    assert cli.main(["router"]) == 130
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("router",),
+        ("prefill",),
+        ("decode",),
+        ("node-front", "--role", "decode", "--zmq-address", "tcp://h:1", "--listen-fd", "3", "--url", "u"),
+    ],
+)
+def test_every_process_that_is_spawned_dies_with_its_parent(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends_with(parent_pid: int) -> None:
+        raise KeyboardInterrupt(parent_pid)
+
+    monkeypatch.setattr(cli, "die_with_parent", ends_with)
+    with pytest.raises(KeyboardInterrupt, match="77"):
+        cli.main([*arguments, "--parent-pid", "77"])
+
+
+# ---- the children of `up` -----------------------------------------------------------------------------
+
+
+class NoChildrenError(StartupError):
+    """Ends `up` where it would start its processes."""
+
+
+def children(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Child]:
+    """The processes that `up` would start."""
+    started: list[Child] = []
+
+    def take(wanted: Sequence[Child]) -> None:
+        started.extend(wanted)
+        raise NoChildrenError("taken")
+
+    monkeypatch.setattr(cli, "Supervisor", take)
+    assert cli.main(["up", "--port", "0", *arguments]) == 1
+    return started
+
+
+def values(child: Child) -> dict[str, Any]:
+    """What a child's own command line would give it."""
+    role, *arguments = child.arguments
+    parser = argparse.ArgumentParser()
+    add_flags(parser, frozenset({role}))
+    parser.add_argument("--listen-fd", type=int)
+    return vars(parser.parse_args(arguments))
+
+
+def test_up_starts_one_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, prefill, decode = children(monkeypatch, "--page-size", "8", "--max-attempts", "5")
+    assert [child.name for child in (router, prefill, decode)] == ["router", "prefill 0", "decode 0"]
+    assert router.pass_fds == (values(router)["listen_fd"],)
+    assert values(router)["max_attempts"] == 5
+    assert "page_size" not in values(router)
+    for node in (prefill, decode):
+        assert (values(node)["page_size"], values(node)["port"]) == (8, 0)
+        assert values(node)["num_threads"] == max(1, (os.cpu_count() or 1) // 2)
+        assert values(node)["router"][0].startswith("http://127.0.0.1:")
+    assert router.grace_s > 60, "its drain is not cut short"
+
+
+def test_up_starts_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = [child.name for child in children(monkeypatch, "--num-prefill", "2", "--num-decode", "3")]
+    assert names == ["router", "prefill 0", "prefill 1", "decode 0", "decode 1", "decode 2"]
+    (tmp_path / "c.yaml").write_text("num-prefill: 2\n")
+    names = [child.name for child in children(monkeypatch, "--config", str(tmp_path / "c.yaml"))]
+    assert names == ["router", "prefill 0", "prefill 1", "decode 0"]
+
+
+def test_a_colocated_cluster_has_no_prefill_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [child.name for child in children(monkeypatch, "--colocated")] == ["router", "decode 0"]
+
+
+def test_nodes_find_a_router_that_listens_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, prefill, _ = children(monkeypatch, "--host", "0.0.0.0")
+    assert values(prefill)["router"][0].startswith("http://127.0.0.1:")
+    assert values(prefill)["host"] == "0.0.0.0"
+
+
+def test_up_takes_the_next_port_when_its_own_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with bind_http("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        _, prefill, _ = children(monkeypatch, "--port", str(port))
+    assert f"port {port} is taken, using " in capsys.readouterr().err
+    assert values(prefill)["router"] != [f"http://127.0.0.1:{port}"]
+
+
+# ---- as a process -------------------------------------------------------------------------------------
+
+
+def test_a_node_that_fails_after_its_front_was_started_takes_it_along(tmp_path: Path) -> None:
+    """The backend refuses RDMA on a host without a device, when the front is already there."""
+    if Path("/sys/class/infiniband").is_dir() and list(Path("/sys/class/infiniband").iterdir()):
+        pytest.skip("this host has RDMA devices")
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "pdserve", "prefill", "--transport", "rdma", "--port", "0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, output) == (1, "")
+    (line,) = errors.splitlines()
+    assert line.startswith("pdserve prefill: transport rdma was asked for")
+    assert "--transport tcp" in line
+    fronts = [
+        front.info["cmdline"]
+        for front in psutil.process_iter(["cmdline"])
+        if (front.info["cmdline"] or [])[-2:] == ["--parent-pid", str(process.pid)]
+    ]
+    assert fronts == []

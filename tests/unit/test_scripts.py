@@ -1,0 +1,240 @@
+"""The scripts: shell that parses, and a demo that says whether both answers ended properly."""
+
+from __future__ import annotations
+
+import http.server
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import pdserve
+from pdserve.runtime.listen import bind_http
+
+ROOT = Path(pdserve.__file__).resolve().parent
+SHELL = sorted(
+    path
+    for folder in (ROOT / "scripts", ROOT / ".ci")
+    for path in folder.iterdir()
+    if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash")
+)
+Serve = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    """scripts/demo.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- shell --------------------------------------------------------------------------------------------
+
+
+def test_the_promised_scripts_are_there() -> None:
+    names = {"setup", "run", "test", "check", "launch_router", "launch_prefill", "launch_decode"}
+    assert names <= {path.name for path in SHELL}
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_a_shell_script_parses_and_can_be_run(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert os.access(path, os.X_OK)
+    assert "set -euo pipefail" in path.read_text()
+
+
+# ---- the demo against a server that holds its line, or does not ---------------------------------------
+
+
+def event(body: object) -> bytes:
+    return b"data: " + (body if isinstance(body, bytes) else json.dumps(body).encode()) + b"\n\n"
+
+
+def piece(text: str, finish_reason: str | None = None) -> bytes:
+    return event({"choices": [{"text": text, "finish_reason": finish_reason}]})
+
+
+DONE = event(b"[DONE]")
+TIMELINE = event(
+    {"choices": [], "timeline": {"spans": [{"name": "handoff", "num_bytes": 8, "duration_s": 1}]}}
+)
+WHOLE = [piece("def"), piece(" f", "stop"), TIMELINE, DONE]
+
+
+class _Streams(http.server.BaseHTTPRequestHandler):
+    """Streams the server's `pieces` in chunks; without the last, empty chunk when `is_cut`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(getattr(self.server, "status", 200))
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for data in getattr(self.server, "pieces", []):
+            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        if not getattr(self.server, "is_cut", False):
+            self.wfile.write(b"0\r\n\r\n")
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Streams)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+
+    def stream(pieces: list[bytes], *, status: int = 200, is_cut: bool = False) -> str:
+        vars(server).update(pieces=pieces, status=status, is_cut=is_cut)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield stream
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_both_answers_are_shown_with_their_table(
+    demo: ModuleType, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.show(serve(WHOLE))
+    shown = capsys.readouterr().out
+    assert shown.count("def f") >= 2
+    assert "TTFT" in shown
+    assert re.search(r"^ +handoff +1000\.0 ms +1000\.0 ms$", shown, re.MULTILINE)
+    assert re.search(r"^ +KV bytes handed off +8 +8$", shown, re.MULTILINE)
+
+
+def test_an_answer_is_read_event_by_event(demo: ModuleType, serve: Serve) -> None:
+    chat = event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+    words = event({"choices": [{"delta": {"content": "hi"}, "finish_reason": None}]})
+    last = event({"choices": [{"delta": {}, "finish_reason": "length"}]})
+    answer = demo.ask(serve([chat, words, b": a comment\n\n", last, DONE]), "/v1/chat/completions", {})
+    assert answer.ended_properly
+    assert (len(answer.token_times), answer.finish_reason, answer.spans) == (1, "length", {})
+
+
+BROKEN: dict[str, tuple[list[bytes], bool]] = {
+    "cut-in-the-middle": ([piece("def")], True),
+    "cut-before-done": ([piece("def", "stop")], True),
+    "ended-without-done": ([piece("def", "stop")], False),
+    "no-finish-reason": ([piece("def"), DONE], False),
+    "no-token": ([piece("", "stop"), DONE], False),
+    "nothing": ([], False),
+    "error-event": ([piece("def", "stop"), event({"error": {"message": "lost the node"}}), DONE], False),
+    "half-an-event": ([piece("def", "stop"), b'data: {"cho\n\n'], True),
+}
+
+
+@pytest.mark.parametrize(("pieces", "is_cut"), BROKEN.values(), ids=BROKEN.keys())
+def test_an_answer_that_did_not_end_properly_is_a_failure(
+    demo: ModuleType, serve: Serve, pieces: list[bytes], is_cut: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not demo.show(serve(pieces, is_cut=is_cut))
+    assert "an answer did not end properly: " in capsys.readouterr().err
+
+
+def test_a_refusal_is_shown(demo: ModuleType, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not demo.show(serve([b'{"error": "no pair"}'], status=503))
+    assert "HTTP 503" in capsys.readouterr().err
+
+
+def test_nobody_there_is_a_failure(demo: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with bind_http("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    assert not demo.show(f"http://127.0.0.1:{port}")
+    assert "the stream broke" in capsys.readouterr().err
+
+
+# ---- the demo as a process, around an `up` of ours ----------------------------------------------------
+
+FAKE_UP = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(__file__).parent
+def end(*_):
+    (folder / "ended").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+(folder / "arguments").write_text(" ".join(sys.argv[1:]))
+url = (folder / "url").read_text()
+if url:
+    print("pdserve is ready at", url, flush=True)
+    time.sleep(600)
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def fake_pdserve(tmp_path: Path) -> Path:
+    """A folder that holds a `pdserve` module in place of ours."""
+    (tmp_path / "pdserve.py").write_text(FAKE_UP)
+    shutil.copy(ROOT / "scripts" / "demo.py", tmp_path / "demo.py")
+    return tmp_path
+
+
+def start_demo(folder: Path, url: str, *arguments: str) -> subprocess.Popen[str]:
+    (folder / "url").write_text(url)
+    return subprocess.Popen(
+        [sys.executable, "-P", str(folder / "demo.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_once_ends_the_cluster_and_says_that_all_is_well(fake_pdserve: Path, serve: Serve) -> None:
+    process = start_demo(fake_pdserve, serve(WHOLE), "--once", "--port", "9000")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "def f" in output
+    assert (fake_pdserve / "ended").exists()
+    assert (fake_pdserve / "arguments").read_text() == "up --port 9000"
+
+
+def test_once_fails_when_a_stream_is_cut(fake_pdserve: Path, serve: Serve) -> None:
+    process = start_demo(fake_pdserve, serve(WHOLE[:1], is_cut=True), "--once")
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert (fake_pdserve / "ended").exists()
+
+
+def test_a_cluster_that_does_not_start_gives_its_exit_code(fake_pdserve: Path) -> None:
+    process = start_demo(fake_pdserve, "", "--once")
+    process.communicate(timeout=60)
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_the_cluster_ends_with_the_demo(
+    fake_pdserve: Path, serve: Serve, number: signal.Signals, code: int
+) -> None:
+    process = start_demo(fake_pdserve, serve(WHOLE))
+    assert process.stdout is not None
+    deadline = time.monotonic() + 60
+    while "The cluster goes on at" not in process.stdout.readline():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (fake_pdserve / "ended").exists()
