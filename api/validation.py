@@ -6,7 +6,6 @@ answer; only what is known to be harmless is ignored.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import Request
 
+from ..engine.model_config import read_generation_defaults
 from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
 from .errors import unsupported
@@ -51,12 +51,9 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> GenerationDefaults:
-        file = Path(directory) / "generation_config.json"
-        if not file.is_file():
-            return cls()
-        config = json.loads(file.read_text(encoding="utf-8"))
-        known = {name: config[name] for name in cls.__struct_fields__ if config.get(name) is not None}
-        return msgspec.convert(known, cls)
+        values = read_generation_defaults(Path(directory))
+        values.pop("eos_token_id", None)  # the model's business
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

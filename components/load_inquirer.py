@@ -29,7 +29,7 @@ class LoadInquirer:
         self._num_cached_prompt_tokens += num_cached
 
     def count_generated(self, num_tokens: int) -> None:
-        """Output tokens sampled by this node."""
+        """Output tokens sampled by this node; a first token counts where prefill sampled it."""
         self._num_generated_tokens += num_tokens
 
     def load(

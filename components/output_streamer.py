@@ -183,7 +183,7 @@ class OutputStreamer:
             attempt.choices.pop(choice, None)
         if not attempt.choices:
             self._forget(key)
-        elif attempt.is_closed:
+        elif attempt.is_closed and key not in self._closed:
             self._dirty[key] = None
 
     def resend(self, key: StreamKey, choice: int, position: int) -> bool:

@@ -486,6 +486,7 @@ class DecodeScheduler:
             request.has_decoded = True
             self.note(request, "first_decode_step", request.state_since_s, now)
         sampled = result.tokens[0]
+        self.load_inquirer.count_generated(1)
         self.take_token(request, sequence, sampled.token_id, sampled.logprob)
         self.forget_if_over(request)
 
@@ -502,6 +503,7 @@ class DecodeScheduler:
             return
         self.note(request, "prefill", request.state_since_s, now)
         self.streamer.prompt_done(request.key, prompt_logprobs=request.prompt_logprobs)
+        self.load_inquirer.count_generated(len(result.tokens))
         self.start_running(request, now)
         for sequence, sampled in zip(request.sequences, result.tokens, strict=True):
             if not sequence.is_finished:
@@ -514,7 +516,6 @@ class DecodeScheduler:
         """One token more of one choice: recorded, streamed, and perhaps its last."""
         sequence.token_ids.append(token_id)
         self.streamer.append(request.key, sequence.choice, token_id, logprob)
-        self.load_inquirer.count_generated(1)
         finish = check_finish(
             token_id,
             sequence.num_output_tokens,

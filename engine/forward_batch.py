@@ -39,8 +39,6 @@ class ForwardBatch:
     slot_pages: Tensor  # [T] int64: the page each token's K and V go to
     slot_offsets: Tensor  # [T] int64: and the slot in it
     attention: AttentionPlan
-    copy_src: tuple[int, ...]
-    copy_dst: tuple[int, ...]
     sampled_from: Tensor  # [R] int64, flat index of the last token of each row that samples
     sampling: SamplingBatch | None
     entries: tuple[tuple[int, int], ...]  # (row index, choice) of each sampled token
@@ -86,8 +84,6 @@ class ForwardBatch:
             slot_pages=torch.tensor(pages),
             slot_offsets=position_tensor % page_size,
             attention=plan_attention(attention_rows, page_size, TORCH_DTYPES[layout.dtype]),
-            copy_src=tuple(src for src, _ in batch.page_copies),
-            copy_dst=tuple(dst for _, dst in batch.page_copies),
             sampled_from=torch.tensor(sampled_from, dtype=torch.int64),
             sampling=(
                 SamplingBatch.build(entries, config.eos_token_ids, config.vocab_size) if entries else None

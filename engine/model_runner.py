@@ -1,4 +1,4 @@
-"""One forward: pages copied, hidden states, logits where they are wanted, tokens and logprobs."""
+"""One forward: hidden states, logits where they are wanted, tokens and logprobs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
         started = time.monotonic()
-        if batch.copy_src:
-            self._pool.copy_pages(batch.copy_src, batch.copy_dst)
         hidden = self._decoder.hidden_states(self._weights, self._pool, batch)
         tokens: list[list[SampledToken]] = [[] for _ in batch.row_ids]
         if batch.sampling is not None:

@@ -35,4 +35,3 @@ class ScheduleBatch:
     """Rows of one forward, prefill chunks and decode rows mixed, in any order."""
 
     rows: tuple[ScheduledRow, ...]
-    page_copies: tuple[tuple[int, int], ...] = ()  # (src, dst), done before the forward: forked partial pages

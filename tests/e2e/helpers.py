@@ -93,6 +93,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     token_ids: dict[int, list[int]] = field(default_factory=dict)  # by choice
     texts: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, list[float]] = field(default_factory=dict)  # of the ids, where asked for
     finish_reasons: dict[int, str] = field(default_factory=dict)
     weight_version: str = ""
     error: Body | None = None  # of an error answer, or of an error event in mid-stream
@@ -171,6 +172,8 @@ class Stream:
             index = choice["index"]
             answer.token_ids.setdefault(index, []).extend(choice["token_ids"])
             answer.texts[index] = answer.texts.get(index, "") + choice["text"]
+            if choice["logprobs"] is not None:
+                answer.logprobs.setdefault(index, []).extend(choice["logprobs"]["token_logprobs"])
             if choice["finish_reason"] is not None:
                 assert index not in answer.finish_reasons, "a choice has finished twice"
                 answer.finish_reasons[index] = choice["finish_reason"]

@@ -88,7 +88,7 @@ def test_colocated_answers_the_same(expected: list[list[int]], log_path: Path) -
 # ---- keys and ports ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/models", "/workers", "/flush_cache", "/metrics", "/docs"])
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/models", "/workers", "/flush_cache", "/server_info"])
 def test_without_a_key_nothing_is_told(guarded: LocalCluster, path: str) -> None:
     body = {"prompt": [5], "max_tokens": 1} if path == COMPLETIONS else None
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEYS[0]}"}):
@@ -101,8 +101,8 @@ def test_without_a_key_nothing_is_told(guarded: LocalCluster, path: str) -> None
 
 
 def test_probes_need_no_key(guarded: LocalCluster) -> None:
-    assert request(guarded.url, "/health").status == 200
-    assert request(guarded.url, "/ready").status == 200
+    for path in ("/health", "/ready", "/metrics"):
+        assert request(guarded.url, path).status == 200, path
 
 
 def test_nodes_ask_for_the_key_too(guarded: LocalCluster) -> None:

@@ -111,14 +111,18 @@ def test_prefill_node_killed_during_prefill(nodes: LocalCluster) -> None:
 
 
 def test_decode_node_killed_in_mid_stream(nodes: LocalCluster) -> None:
-    bodies: list[Body] = [
-        {
-            "prompt": random_ids(10 + number, 20 + 15 * number),
-            "max_tokens": 200,
-            "n": number % 2 + 1,
-            **sampling,
-        }
-        for number, sampling in enumerate((GREEDY, GREEDY, SAMPLED, SAMPLED, GREEDY, SAMPLED))
+    penalties: Body = {"frequency_penalty": 0.4, "presence_penalty": 0.3, "repetition_penalty": 1.1}
+    kinds: list[Body] = [
+        {**GREEDY, "n": 2},
+        {**SAMPLED, "n": 2},
+        {**GREEDY, "logprobs": 1},
+        {**SAMPLED, "logprobs": 0},
+        {**SAMPLED, **penalties},
+        {**SAMPLED, "ignore_eos": False, "min_tokens": 100, "logit_bias": {"0": 4.0}},
+    ]
+    bodies = [
+        {"prompt": random_ids(10 + number, 20 + 15 * number), "max_tokens": 200, **kind}
+        for number, kind in enumerate(kinds)
     ]
     undisturbed = stream_all(nodes.url, bodies)
 
@@ -127,19 +131,22 @@ def test_decode_node_killed_in_mid_stream(nodes: LocalCluster) -> None:
     for stream in streams:
         stream.wait_for_tokens(5)
     victim = node_with(nodes, "decode-dies-0", "running")
-    assert victim
+    assert victim, "the stream was over before a node could be killed"
     kill_nodes(nodes, [victim])
-    assert not streams[0].is_over, "the stream was over before its node was killed"
     answers = [stream.answer() for stream in streams]
     for answer, before in zip(answers, undisturbed, strict=True):
         assert answer.is_proper, answer
         assert answer.token_ids == before.token_ids
         assert answer.texts == before.texts
+        assert answer.finish_reasons == before.finish_reasons
+        for choice, logprobs in before.logprobs.items():
+            assert answer.logprobs[choice] == pytest.approx(logprobs, abs=1e-4)
+            assert len(logprobs) == len(answer.token_ids[choice])
     assert failed_attempts(nodes) > failed_before
     wait_until(
         lambda: victim not in [worker["url"] for worker in nodes.workers()],
         LEASE_S + 1.0,
-        "the victim to leave",
+        "the killed node to leave /workers",
     )
 
 

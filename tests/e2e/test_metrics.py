@@ -12,7 +12,7 @@ import pytest
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import GREEDY, Stream, metric, request, stream_all, wait_until
+from pdserve.tests.e2e.helpers import GREEDY, Stream, greedy_ids, metric, request, stream_all, wait_until
 
 NUM_PROMPTS = 20
 OUTPUT_LEN = 16
@@ -87,13 +87,14 @@ def test_counters_equal_the_clients(cluster: LocalCluster, tmp_path: Path, num_w
 
 
 def test_success_is_counted_by_reason_and_streamed_or_not(cluster: LocalCluster) -> None:
+    first_ids = [greedy_ids(cluster.url, prompt, 1)[0] for prompt in ([5, 6], [7])]
     before = cluster.get("/metrics")
 
     def grown(name: str, **labels: str) -> float:
         return metric(cluster.get("/metrics"), name, **labels) - metric(before, name, **labels)
 
     stream_all(cluster.url, [{"prompt": [5, 6, 7], "max_tokens": 3, "n": 2, **GREEDY}])
-    body = {"prompt": [[5, 6], [7]], "max_tokens": 4, "stop_token_ids": list(range(4096)), "temperature": 0}
+    body = {"prompt": [[5, 6], [7]], "max_tokens": 4, "stop_token_ids": first_ids, "temperature": 0}
     assert request(cluster.url, "/v1/completions", body).json["usage"]["completion_tokens"] == 2
     assert grown("pd_request_success_total", finished_reason="length") == 2
     assert grown("pd_request_success_total", finished_reason="stop") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -13,7 +14,7 @@ from pdserve.tests.e2e.helpers import request
 
 MODEL = "tiny-python"
 PROMPT = "def add(a, b):"
-MESSAGES = [{"role": "user", "content": "Add two numbers."}]
+MESSAGES: list[Any] = [{"role": "user", "content": "Add two numbers."}]
 
 
 @pytest.fixture
@@ -38,7 +39,13 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
-    fields = {"model": MODEL, "messages": MESSAGES, "max_tokens": 24, "seed": 7, "temperature": 0.8}
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "max_tokens": 24,
+        "seed": 7,
+        "temperature": 0.8,
+    }
     whole = client.chat.completions.create(**fields)
     pieces, roles, reasons = [], [], []
     for chunk in client.chat.completions.create(**fields, stream=True):
@@ -56,7 +63,7 @@ def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
 
 
 def test_completion_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
-    fields = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    fields: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
     whole = client.completions.create(**fields)
     chunks = list(client.completions.create(**fields, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
@@ -69,7 +76,12 @@ def test_completion_streams_what_it_answers_whole(client: openai.OpenAI) -> None
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_usage_comes_last_when_asked_for(client: openai.OpenAI, kind: str) -> None:
-    fields = {"model": MODEL, "max_tokens": 9, "stream": True, "stream_options": {"include_usage": True}}
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "max_tokens": 9,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     more = {"extra_body": {"ignore_eos": True}}
     chunks = list(
         client.chat.completions.create(messages=MESSAGES, **fields, **more)
@@ -86,7 +98,14 @@ def test_usage_comes_last_when_asked_for(client: openai.OpenAI, kind: str) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_two_choices_differ_and_repeat_under_the_same_seed(client: openai.OpenAI, stream: bool) -> None:
-    fields = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20, "n": 2, "seed": 3, "temperature": 1.0}
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": PROMPT,
+        "max_tokens": 20,
+        "n": 2,
+        "seed": 3,
+        "temperature": 1.0,
+    }
 
     def ask() -> dict[int, str]:
         texts: dict[int, str] = defaultdict(str)
@@ -144,7 +163,7 @@ def test_completion_logprobs(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_string_ends_the_text_before_it(client: openai.OpenAI, stream: bool) -> None:
-    fields = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60, "temperature": 0}
+    fields: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60, "temperature": 0}
     full = client.completions.create(**fields).choices[0].text
     stop = full[10:14]
     assert len(stop) == 4, f"the model says too little for this test: {full!r}"
@@ -157,7 +176,7 @@ def test_stop_string_ends_the_text_before_it(client: openai.OpenAI, stream: bool
 def test_token_ids_and_batches(client: openai.OpenAI, cluster: LocalCluster) -> None:
     texts = [PROMPT, "class A:", "import os"]
     ids = [cluster.post("/tokenize", {"prompt": text})["tokens"] for text in texts]
-    fields = {"model": MODEL, "max_tokens": 12, "temperature": 0}
+    fields: dict[str, Any] = {"model": MODEL, "max_tokens": 12, "temperature": 0}
     alone = [client.completions.create(prompt=text, **fields).choices[0].text for text in texts]
     assert client.completions.create(prompt=ids[0], **fields).choices[0].text == alone[0]
     for batch in (texts, ids):
@@ -192,7 +211,7 @@ def test_token_ids_and_batches(client: openai.OpenAI, cluster: LocalCluster) -> 
     ids=["model", "negative", "huge", "temperature", "empty", "too-long", "unsupported"],
 )
 def test_errors(
-    client: openai.OpenAI, fields: dict[str, object], error: type[openai.APIStatusError], param: str
+    client: openai.OpenAI, fields: dict[str, Any], error: type[openai.APIStatusError], param: str
 ) -> None:
     with pytest.raises(error) as caught:
         client.completions.create(**{"model": MODEL, "prompt": PROMPT, **fields})
@@ -227,7 +246,16 @@ def test_a_request_id_may_be_used_again_at_once(cluster: LocalCluster) -> None:
 
 def test_explicit_nulls_mean_the_default(cluster: LocalCluster) -> None:
     """As langchain sends them."""
-    nulls = ("logprobs", "seed", "stop", "logit_bias", "top_p", "temperature", "stream_options", "user")
+    nulls: tuple[str, ...] = (
+        "logprobs",
+        "seed",
+        "stop",
+        "logit_bias",
+        "top_p",
+        "temperature",
+        "stream_options",
+        "user",
+    )
     body = {"model": MODEL, "prompt": [PROMPT], "max_tokens": 4, "n": 1, "best_of": 1, "frequency_penalty": 0}
     answer = cluster.post("/v1/completions", body | dict.fromkeys(nulls))
     assert answer["choices"][0]["logprobs"] is None
@@ -240,10 +268,10 @@ def test_explicit_nulls_mean_the_default(cluster: LocalCluster) -> None:
 
 def test_content_parts_are_joined(client: openai.OpenAI) -> None:
     """As vLLM's and guidellm's benchmarks send them."""
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Add two numbers."}]}]
-    fields = {"model": MODEL, "max_completion_tokens": 12, "temperature": 0}
+    parts: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "Add two numbers."}]}]
+    fields: dict[str, Any] = {"model": MODEL, "max_completion_tokens": 12, "temperature": 0}
     texts = [
-        client.chat.completions.create(messages=messages, **fields).choices[0].message.content  # type: ignore[arg-type]
+        client.chat.completions.create(messages=messages, **fields).choices[0].message.content
         for messages in (MESSAGES, parts)
     ]
     assert texts[0] == texts[1]

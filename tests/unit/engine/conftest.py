@@ -94,13 +94,11 @@ class Harness:
         assert len(taken) == count
         return taken
 
-    def forward(
-        self, *rows: ScheduledRow, page_copies: tuple[tuple[int, int], ...] = ()
-    ) -> dict[str | int, RowOutput]:
+    def forward(self, *rows: ScheduledRow) -> dict[str | int, RowOutput]:
         """One step. → the output of each row by its id."""
         self.step += 1
         batch = ForwardBatch.build(
-            ScheduleBatch(rows, page_copies), step=self.step, config=self.config, layout=self.layout
+            ScheduleBatch(rows), step=self.step, config=self.config, layout=self.layout
         )
         output: ForwardOutput = self.runner.forward(batch)
         assert output.step == self.step

@@ -205,7 +205,8 @@ def test_a_forked_choice_goes_on_alone(
         )
         for choice, (token, pages) in enumerate(((50, first.pages), (60, second_pages)))
     ]
-    outputs = engine.forward(*rows, page_copies=((first.pages[2], copy),))
+    engine.pool.copy_pages([first.pages[2]], [copy])
+    outputs = engine.forward(*rows)
     for row in rows:
         (token,) = outputs[row.row_id].tokens
         assert token.logprob is not None
