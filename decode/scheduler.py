@@ -83,6 +83,7 @@ from .sequence import DecodeRequest, RequestState, Sequence
 _log = logging.getLogger(__name__)
 
 _DEADLINE_CHECK_S = 0.25
+_ROSTER_S = 30.0  # routers push theirs every few seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +142,7 @@ class DecodeScheduler:
         self.requests: dict[StreamKey, DecodeRequest] = {}  # every one, in order of arrival
         self.by_room: dict[RoomId, DecodeRequest] = {}
         self.forward: list[Row] = []  # on the engine thread
-        self.rosters: dict[str, Roster] = {}  # of each router
+        self.rosters: dict[str, tuple[Roster, float]] = {}  # of each router, and when it came
         self.next_deadline_check = 0.0
         self.is_draining = False
 
@@ -596,13 +597,19 @@ class DecodeScheduler:
     # ---- control ------------------------------------------------------------------------------------
 
     def take_roster(self, roster: Roster, now: float) -> None:
-        """Peers are the union of what routers name. A node that nobody names any more is left."""
-        self.rosters[roster.router_id] = roster
+        """Peers are the union of what routers name. A node that nobody names any more is left.
+
+        What a router named that is silent now counts no more, as soon as another one speaks.
+        """
+        self.rosters[roster.router_id] = (roster, now)
+        self.rosters = {
+            router: (named, at) for router, (named, at) in self.rosters.items() if now - at < _ROSTER_S
+        }
         if self.status.entry.colocated:
             return
         named = {
             node.zmq_address
-            for each in self.rosters.values()
+            for each, _ in self.rosters.values()
             for node in each.nodes
             if node.role == "prefill"
         }
