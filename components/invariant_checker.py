@@ -12,6 +12,33 @@ from ..messages.peer import RoomId
 from .page_allocator import PageAllocator
 from .prefix_cache import PrefixCache
 
+# A check looks at every page, which takes milliseconds: not between two requests that follow one another.
+IDLE_FOR_S = 1.0
+
+
+class IdleCheck:
+    """When an idle node checks itself: once per idle period, when it has lasted a while."""
+
+    def __init__(self) -> None:
+        self._due_at: float | None = None  # None: busy, or checked already
+        self._was_idle = True
+
+    @property
+    def deadline(self) -> float | None:
+        return self._due_at
+
+    def is_due(self, now: float, *, idle: bool) -> bool:
+        """To be asked at every turn of the loop; true once per idle period."""
+        if idle and not self._was_idle:
+            self._due_at = now + IDLE_FOR_S
+        elif not idle:
+            self._due_at = None
+        self._was_idle = idle
+        if self._due_at is None or now < self._due_at:
+            return False
+        self._due_at = None
+        return True
+
 
 class InvariantViolation(Exception):  # noqa: N818, it is a finding
     """What does not hold, one sentence each in `violations`. Ends the process: it is a bug of ours."""

@@ -22,6 +22,7 @@ from typing import assert_never
 
 import msgspec
 
+from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.node_control import ControlResult, NodeControl
@@ -144,6 +145,7 @@ class DecodeScheduler:
         self.forward: list[Row] = []  # on the engine thread
         self.rosters: dict[str, tuple[Roster, float]] = {}  # of each router, and when it came
         self.next_deadline_check = 0.0
+        self.idle_check = IdleCheck()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
@@ -168,6 +170,8 @@ class DecodeScheduler:
         self.streamer.flush_step(now)
         self.drop_gone_clients(now)
         self.reply(self.control.poll(now, idle=self.is_idle), now)
+        if self.idle_check.is_due(now, idle=self.is_idle):
+            self.check_invariants()
 
     def next_deadline(self) -> float:
         """When `step` is due although nothing happens; infinity if nothing is waited for."""
@@ -175,6 +179,7 @@ class DecodeScheduler:
             self.rooms.next_deadline(),
             self.control.deadline or math.inf,
             self.streamer.next_expiry or math.inf,
+            self.idle_check.deadline or math.inf,
             self.next_deadline_check if self.requests else math.inf,
         )
 
@@ -637,6 +642,12 @@ class DecodeScheduler:
             self.act(self.rooms.set_identity(identity, reason, now), now)
         for link, message in result.replies:
             self.send(link, message)
+
+    def check_invariants(self) -> None:
+        """Idle: nothing may be held but quarantine. A violation ends the process, loudly: it is a bug."""
+        rooms = [room for room in self.allocator.quarantined_rooms() if self.rooms.state_of(room) is not None]
+        check_idle(self.allocator, [], states={"open": self.requests.keys()}, open_rooms=rooms)
+        self.pages.check_promises([])
 
     def finish_job(self, job: JobResult) -> None:
         answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)

@@ -15,6 +15,7 @@ Life cycle of a request here; the job of a room is in exactly one state:
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
+from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.metrics_reporter import MetricsReporter
 from ..components.node_control import ControlResult, NodeControl
@@ -142,6 +144,7 @@ class PrefillScheduler:
         self.unix_minus_monotonic_s = unix_minus_monotonic_s
         self.jobs: dict[RoomId, PrefillJob] = {}  # every job, in order of arrival
         self.forwards: deque[list[tuple[PrefillJob, ScheduledRow]]] = deque()  # on the engine thread
+        self.idle_check = IdleCheck()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
@@ -160,10 +163,16 @@ class PrefillScheduler:
         self.admit_waiting(now)
         self.launch_forwards(now)
         self.reply(self.control.poll(now, idle=self.is_idle), now)
+        if self.idle_check.is_due(now, idle=self.is_idle):
+            self.check_invariants()
 
     def next_deadline(self) -> float:
         """When `step` is due although nothing happens; infinity if nothing is waited for."""
-        return min(self.rooms.next_deadline(), self.control.deadline or float("inf"))
+        return min(
+            self.rooms.next_deadline(),
+            self.control.deadline or math.inf,
+            self.idle_check.deadline or math.inf,
+        )
 
     @property
     def is_idle(self) -> bool:
@@ -378,6 +387,11 @@ class PrefillScheduler:
             self.act(self.rooms.set_identity(identity, f"weights are {identity.weight_version} now"), now)
         for link, message in result.replies:
             self.send(link, message)
+
+    def check_invariants(self) -> None:
+        """Idle: nothing may be held but the cache. A violation ends the process, loudly: it is a bug."""
+        caches = [] if self.cache is None else [self.cache]
+        check_idle(self.allocator, caches, states={"open": self.jobs.keys()})
 
     def finish_job(self, job: JobResult) -> None:
         answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)

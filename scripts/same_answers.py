@@ -4,10 +4,10 @@
     scripts/same_answers --family qwen3 --transfer-backend shm
 
 For each family: makes a seeded random checkpoint, starts a router, a prefill and a decode node, asks greedy
-continuations of prompts around every page and chunk boundary, alone and in batches of 16, with and without
-prefix hits, and compares token by token. A differing token is accepted only where the reference's own two
-best logits lie within 1e-4: it is counted, the reference's token is forced and the rest compared. More than
-one such token in a thousand fails.
+continuations of prompts around every page and chunk boundary, alone, with n choices and stops, and in batches
+of 16, with and without prefix hits, and compares token by token. A differing token is accepted only where
+the reference's own two best logits lie within 1e-4: it is counted, the reference's token is forced and the
+rest compared. More than one such token in a thousand fails.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Reference:
     """The same checkpoint in `transformers`, fp32."""
 
     def __init__(self, model_dir: Path) -> None:
+        torch.set_num_threads(1)  # more only fight with the cluster's own
         self.model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
         self.vocab_size = int(self.model.config.vocab_size)
 
@@ -86,24 +87,27 @@ def prompt_lengths() -> list[int]:
     return sorted(lengths)
 
 
+def complete(
+    cluster: LocalCluster, prompt: list[int], num_tokens: int, **fields: object
+) -> list[dict[str, object]]:
+    """The choices of one greedy request."""
+    body = {
+        "prompt": prompt,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 1,
+        "return_token_ids": True,
+        **fields,
+    }
+    choices: list[dict[str, object]] = cluster.post("/v1/completions", body)["choices"]
+    return choices
+
+
 def ask(cluster: LocalCluster, prompts: list[list[int]], num_tokens: int) -> list[dict[str, object]]:
     """Greedy continuations of all prompts at once, each as its own request."""
-
-    def one(prompt: list[int]) -> dict[str, object]:
-        body = {
-            "prompt": prompt,
-            "max_tokens": num_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "repetition_penalty": 1.0,
-            "logprobs": 1,
-            "return_token_ids": True,
-        }
-        choice: dict[str, object] = cluster.post("/v1/completions", body)["choices"][0]
-        return choice
-
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(one, prompts))
+        return list(pool.map(lambda prompt: complete(cluster, prompt, num_tokens)[0], prompts))
 
 
 def compare(
@@ -146,7 +150,25 @@ def compare(
     tally.num_equal += is_equal
 
 
-def run_family(family: str, work_dir: Path, arguments: Sequence[str]) -> Tally:
+def check_stops(cluster: LocalCluster, prompt: list[int], tally: Tally) -> None:
+    """A stop token ends the answer behind itself, a stop string before itself; the rest is as without."""
+    whole = complete(cluster, prompt, NUM_TOKENS)[0]
+    token_ids, text = list(whole["token_ids"]), str(whole["text"])  # type: ignore[call-overload]
+    stop_id = token_ids[NUM_TOKENS // 2]
+    stopped = complete(cluster, prompt, NUM_TOKENS, stop_token_ids=[stop_id])[0]
+    if (stopped["token_ids"], stopped["finish_reason"]) != (
+        token_ids[: token_ids.index(stop_id) + 1],
+        "stop",
+    ):
+        tally.fail(f"prompt of {len(prompt)}: stop token {stop_id} gave {stopped['token_ids']}")
+    if stop := text[len(text) // 2 : len(text) // 2 + 2]:
+        stopped = complete(cluster, prompt, NUM_TOKENS, stop=[stop])[0]
+        if (stopped["text"], stopped["finish_reason"]) != (text[: text.index(stop)], "stop"):
+            tally.fail(f"prompt of {len(prompt)}: stop string {stop!r} gave {stopped['text']!r}")
+
+
+def run_family(family: str, work_dir: Path, arguments: Sequence[str] = (), *, quick: bool = False) -> Tally:
+    """Everything of one family; `quick` leaves out most prompt lengths and one of the batches."""
     model_dir = ROOT / "assets" / "tiny-python" if family == "shipped" else work_dir / family
     if family != "shipped":
         maker = [sys.executable, "-P", str(ROOT / "scripts" / "make_checkpoint.py"), family, str(model_dir)]
@@ -157,11 +179,16 @@ def run_family(family: str, work_dir: Path, arguments: Sequence[str]) -> Tally:
     flags = ["--dtype", "float32", "--page-size", str(PAGE_SIZE), "--chunked-prefill-size", str(CHUNK)]
     flags += ["--poison-reserved-pages", "--log-level", "warning", *arguments]
     with LocalCluster([str(model_dir), *flags], log_path=work_dir / f"{family}.log") as cluster:
-        prompts = [[int(t) for t in rng.integers(0, reference.vocab_size, n)] for n in prompt_lengths()]
+        lengths = prompt_lengths()[:: 4 if quick else 1]
+        prompts = [[int(t) for t in rng.integers(0, reference.vocab_size, n)] for n in lengths]
         for prompt in prompts:  # alone
-            compare(cluster, reference, prompt, ask(cluster, [prompt], NUM_TOKENS)[0], tally)
+            compare(cluster, reference, prompt, complete(cluster, prompt, NUM_TOKENS)[0], tally)
+        for prompt in prompts[-3:]:
+            for choice in complete(cluster, prompt, NUM_TOKENS, n=3):
+                compare(cluster, reference, prompt, choice, tally)
+            check_stops(cluster, prompt, tally)
         # Mixed batches of 16, half of them beginning like a prompt that is cached now.
-        for _ in range(2):
+        for _ in range(1 if quick else 2):
             batch = []
             for index in range(16):
                 tail = [
@@ -185,14 +212,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--family", default="all", choices=("all", *FAMILIES))
+    parser.add_argument("--quick", action="store_true", help="fewer prompts of each kind")
     options, arguments = parser.parse_known_args()
-    torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     families = FAMILIES if options.family == "all" else (options.family,)
     is_good = True
     with tempfile.TemporaryDirectory() as work_dir:
         for family in families:
-            tally = run_family(family, Path(work_dir), arguments)
+            tally = run_family(family, Path(work_dir), arguments, quick=options.quick)
             print(
                 f"{family:<8} {tally.num_equal}/{tally.num_requests} equal "
                 f"({tally.num_tokens} tokens, {tally.num_ties} ties, "

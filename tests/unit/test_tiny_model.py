@@ -18,7 +18,7 @@ SHA256 = {
     "chat_template.jinja": "379056b1d690a5accb2cad84bc9213fdc4fa5e184c7e1d390364f18cffebde9b",
     "config.json": "d792cc8f02293d6bf1694100d4c0ec2bd0ba2921124c2f2d1b63e57a5454c1f8",
     "generation_config.json": "d51a38c4ef4e0a8a85b7345cdd9e72073f7adad50f2f18b0f0830a2bef8ec82b",
-    "model.safetensors": "b333012e1a763834b256cceb53028c5fc26f138ae65c700e2ad2463e070ab848",
+    "model.safetensors": "49ab3b5c6d4c813cc9c09db350fd2062a5e4e2dc01c97fe98a25a67ad916ebec",
     "tokenizer.json": "5ddacc5459e5ddc10e1fff2a1b8f29063f5cbc0cbb700a207ff309781b61017b",
     "tokenizer_config.json": "593391a4993589df07d1cfe4cc7aa839006e78708918e562aa645baa3c7a4599",
 }

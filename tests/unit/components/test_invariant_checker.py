@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from pdserve.components.invariant_checker import InvariantViolation, check_idle, check_pages, check_requests
+from pdserve.components.invariant_checker import (
+    IDLE_FOR_S,
+    IdleCheck,
+    InvariantViolation,
+    check_idle,
+    check_pages,
+    check_requests,
+)
 from pdserve.components.page_allocator import PageAllocator
 from pdserve.components.prefix_cache import PrefixCache, PrefixMatch
 from pdserve.messages.peer import RoomId
@@ -141,3 +148,16 @@ def test_idle_with_a_peer_out_of_reach(node: Node) -> None:
     check_idle(node.allocator, [node.cache], states=IDLE, open_rooms=[FAILED])
     with pytest.raises(InvariantViolation, match="not open"):
         check_idle(node.allocator, [node.cache], states=IDLE)
+
+
+def test_an_idle_period_is_checked_once_when_it_has_lasted() -> None:
+    check = IdleCheck()
+    assert not check.is_due(0.0, idle=True)  # nothing has happened yet
+    assert not check.is_due(1.0, idle=False)
+    assert not check.is_due(2.0, idle=True)
+    assert check.deadline == 2.0 + IDLE_FOR_S
+    assert not check.is_due(2.5, idle=False)  # a request came in between
+    assert check.deadline is None
+    assert not check.is_due(3.0, idle=True)
+    assert check.is_due(3.0 + IDLE_FOR_S, idle=True)
+    assert not check.is_due(9.0, idle=True)
