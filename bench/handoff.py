@@ -118,8 +118,8 @@ def measure(two_nodes: str, colocated: str, prompt_tokens: int, repeats: int, vo
         ttft_colocated_ms=median_ms([m.first_token_s for m in joined]),
         second_ms=median_ms([m.second_token_s for m in split]),
         second_colocated_ms=median_ms([m.second_token_s for m in joined]),
-        wire_ms=median_ms([m.spans["handoff"]["duration_s"] for m in split]),
-        wire_mib=split[0].spans["handoff"]["num_bytes"] / 2**20,
+        wire_ms=median_ms([m.spans["wire"]["duration_s"] for m in split]),
+        wire_mib=split[0].spans["wire"]["num_bytes"] / 2**20,
         prefill_tokens_per_s=prompt_tokens
         / statistics.median([m.spans["prefill"]["duration_s"] for m in split]),
         itl_ms=median_ms([m.itl_s for m in split]),

@@ -62,7 +62,7 @@ class MetricsReporter:
         self._transfer_bytes = self._counter("pd_kv_transfer_bytes", "KV bytes of finished hand-offs.")
         self._transfer_seconds = Histogram(
             "pd_kv_transfer_seconds",
-            "Duration of a hand-off from the first write submitted to the last one in place.",
+            "Time of a hand-off during which writes were outstanding.",
             _LABELS,
             buckets=_TRANSFER_BUCKETS_S,
             registry=self._registry,

@@ -35,15 +35,23 @@ class PeerLinks:
         self._context = context
         self._waiter = waiter
         self._links: dict[str, _Link] = {}
+        self._unopened: dict[str, int] = {}  # address -> epoch of a link that could not be made at all
 
     def open(self, address: str, epoch: int) -> None:
+        """Connect. What is no address, as anyone may register one, is a link that goes down at once."""
         self.close(address)
-        channel: ClientChannel[PeerToDecode] = ClientChannel(self._context, address, PeerToDecode)
+        try:
+            channel: ClientChannel[PeerToDecode] = ClientChannel(self._context, address, PeerToDecode)
+        except zmq.ZMQError as error:
+            _log.warning("cannot connect to %r: %s", address, error)
+            self._unopened[address] = epoch
+            return
         self._links[address] = _Link(epoch, channel)
         self._waiter.add(channel.socket)
         self._waiter.add(channel.monitor)
 
     def close(self, address: str) -> None:
+        self._unopened.pop(address, None)
         link = self._links.pop(address, None)
         if link is not None:
             self._waiter.remove(link.channel.socket)
@@ -67,6 +75,9 @@ class PeerLinks:
                     yield address, message
             if self._is_open(address, link) and link.channel.lost:
                 yield address, LinkDown(link.epoch)
+        for address, epoch in list(self._unopened.items()):
+            if self._unopened.get(address) == epoch:
+                yield address, LinkDown(epoch)
 
     def _is_open(self, address: str, link: _Link) -> bool:
         return self._links.get(address) is link

@@ -151,7 +151,7 @@ class HandoffDone(msgspec.Struct, frozen=True, kw_only=True, tag="handoff_done")
     room: RoomId
     epoch: int
     num_bytes: int
-    spans: tuple[Span, ...] = ()
+    spans: tuple[Span, ...] = ()  # "handoff": first write to last byte; "wire": with writes outstanding
 
 
 class RoomBusy(msgspec.Struct, frozen=True, kw_only=True, tag="room_busy"):

@@ -420,7 +420,8 @@ class PrefillScheduler:
     def count(self, action: SendToDecode) -> None:
         match action.message:
             case HandoffDone() as done:
-                self.metrics.count_transfer(done.num_bytes, done.spans[0].duration_s)
+                wire = next(span for span in done.spans if span.name == "wire")
+                self.metrics.count_transfer(done.num_bytes, wire.duration_s)
                 self.metrics.count_room("done")
             case RoomBusy():
                 self.metrics.count_room("busy")

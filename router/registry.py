@@ -204,12 +204,15 @@ class NodeRegistry:
                 events.append(NodeLost(node.entry, "its lease ended"))
         return events
 
-    def excuse(self, stalled_s: float) -> None:
-        """The router itself stood still: nobody is to blame for what could not be heard."""
+    def excuse(self, stalled_s: float, now: float) -> None:
+        """The router itself stood still: nobody is to blame for what could not be heard.
+
+        Who was heard meanwhile after all gets no more time than that.
+        """
         for node in self._nodes.values():
-            node.lease_until += stalled_s
+            node.lease_until = min(node.lease_until + stalled_s, now + self._lease_s)
             if node.last_pong_at is not None:
-                node.last_pong_at += stalled_s
+                node.last_pong_at = min(node.last_pong_at + stalled_s, now)
 
     def _drop(self, node: NodeRecord) -> None:
         del self._nodes[node.incarnation]

@@ -145,7 +145,7 @@ class RouterService:
         late_s = now - self._last_tick_at
         self._last_tick_at = now
         if late_s > STALL_S:
-            self._nodes.excuse(late_s)
+            self._nodes.excuse(late_s, now)
         self._cluster.tick(now, expire=not self._is_rolling_out)
         self._expire_requests(now)
         self._dispatch(now)
@@ -630,7 +630,8 @@ class RouterService:
             )
         finally:
             self._is_rolling_out = False
-            self._nodes.excuse(self._clock() - started)
+            now = self._clock()
+            self._nodes.excuse(now - started, now)
             self._prefixes.clear()
 
     def _why_no_update(self) -> str:

@@ -24,7 +24,7 @@ CHAT = {
     "max_tokens": 96,
     "seed": 2,
 }
-SPAN_NAMES = ("queue", "reserve", "prefill_queue", "prefill", "handoff", "first_decode_step")
+SPAN_NAMES = ("queue", "reserve", "prefill_queue", "prefill", "handoff", "wire", "first_decode_step")
 
 
 @dataclass

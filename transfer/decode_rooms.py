@@ -422,7 +422,7 @@ class DecodeRooms:
     def _forgive(self, late_s: float, now: float) -> None:
         """This process was held: peers were not silent meanwhile, and bytes may only now be landing."""
         for peer in self._peers.values():
-            peer.heard += late_s
+            peer.heard = min(peer.heard + late_s, now)  # not later than now, if it was heard since
         for room in self._rooms.values():
             room.settling_since = now
 

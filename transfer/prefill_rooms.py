@@ -109,6 +109,8 @@ class _Room:
     outstanding: set[int] = field(default_factory=set)
     num_bytes: int = 0
     first_submit: float | None = None
+    busy_since: float = 0.0  # while writes are outstanding: since when
+    wire_s: float = 0.0  # time during which writes were outstanding, so far
     sent_first_token: bool = False
     is_draining: bool = False
     has_failed_write: bool = False
@@ -122,7 +124,7 @@ class PrefillRoomsStats:
     num_failed: int = 0
     num_busy: int = 0
     num_bytes: int = 0  # of completed rooms
-    transfer_s: float = 0.0  # first submission to last byte, summed over completed rooms
+    transfer_s: float = 0.0  # with writes outstanding, summed over completed rooms
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +357,8 @@ class PrefillRooms:
         room.next_page = end
         if room.first_submit is None:
             room.first_submit = now
+        if not room.outstanding:
+            room.busy_since = now
         actions: list[PrefillAction] = []
         for run in runs:
             handle = self._new_handle()
@@ -428,6 +432,8 @@ class PrefillRooms:
             return self._on_met(link, result, now)
         room = self._rooms[self._room_of_write.pop(result.handle)]
         room.outstanding.discard(result.handle)
+        if not room.outstanding:
+            room.wire_s += now - room.busy_since
         match result.state:
             case WriteState.DONE:
                 pass
@@ -536,10 +542,15 @@ class PrefillRooms:
         started = now if room.first_submit is None else room.first_submit
         self.stats.num_completed += 1
         self.stats.num_bytes += room.num_bytes
-        self.stats.transfer_s += now - started
+        self.stats.transfer_s += room.wire_s
         link = self._link_of(room)
-        span = Span("handoff", self._unix_minus_monotonic_s + started, now - started, room.num_bytes)
-        done = HandoffDone(room=room_id, epoch=link.epoch, num_bytes=room.num_bytes, spans=(span,))
+        unix_s = self._unix_minus_monotonic_s + started
+        # The hand-off of a prompt of several chunks spans their computing; the wire is busy for less of it.
+        spans = (
+            Span("handoff", unix_s, now - started, room.num_bytes),
+            Span("wire", unix_s, room.wire_s, room.num_bytes),
+        )
+        done = HandoffDone(room=room_id, epoch=link.epoch, num_bytes=room.num_bytes, spans=spans)
         return [SendToDecode(link.link, done), ReleaseRoom(room_id, completed=True)]
 
     def _disconnect_if_unused(self, decode: _Decode) -> list[PrefillAction]:

@@ -101,3 +101,19 @@ def test_a_peer_that_is_gone_is_reported_with_the_epoch(context: zmq.Context[zmq
     links.close(address)
     links.send(address, PeerPing(epoch=5, seq=2))  # to nobody: dropped
     assert list(links.receive()) == []
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8100", "tcp://"])
+def test_what_is_no_address_is_a_link_that_is_down(
+    context: zmq.Context[zmq.Socket[bytes]], address: str
+) -> None:
+    """A roster names whatever somebody registered: it must not end the node."""
+    waiter = Waiter()
+    links = PeerLinks(context, waiter)
+    links.open(address, 1)
+    links.send(address, PeerPing(epoch=1, seq=1))
+    assert list(links.receive()) == [(address, LinkDown(1))]
+    links.close(address)
+    assert list(links.receive()) == []
+    links.open(address, 2)
+    assert list(links.receive()) == [(address, LinkDown(2))]

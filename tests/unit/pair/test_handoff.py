@@ -99,7 +99,7 @@ def test_the_timeline_of_a_request_is_reported_with_its_last_token() -> None:
     pair = Pair()
     pair.start("a", prompt_of(10))
     pair.finish()
-    names = ["reserve", "prefill_queue", "prefill", "handoff", "first_decode_step"]
+    names = ["reserve", "prefill_queue", "prefill", "handoff", "wire", "first_decode_step"]
     assert pair.stream("a").span_names == names
     assert pair.stream("a").weight_version == "default"
 

@@ -154,8 +154,17 @@ def test_a_leaving_node_may_be_named_again(registry: NodeRegistry, entry: Entry)
 
 def test_the_routers_own_stall_is_nobodys_fault(registry: NodeRegistry, entry: Entry) -> None:
     join(registry, entry(), 0.0)
-    registry.excuse(30.0)
+    registry.excuse(30.0, 31.0)
     assert registry.expire(31.0) == []
+
+
+def test_who_was_heard_during_a_stall_gets_no_credit_for_it(registry: NodeRegistry, entry: Entry) -> None:
+    """New weights take minutes, and nodes answer pings all the while: one that hangs after is found at once."""
+    join(registry, entry(), 0.0)
+    registry.pong("d-1", pong(entry()), 300.0)
+    registry.excuse(300.0, 300.0)
+    assert [type(event) for event in registry.expire(302.1)] == [NodeSilent]
+    assert [type(event) for event in registry.expire(305.1)] == [NodeLost]
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,12 @@ def test_a_held_loop_does_not_take_its_own_pause_for_silence(node: Node) -> None
     assert len(of(PeerLost, node.run(2.5, peer_answers=False))) == 1
 
 
+def test_a_peer_heard_after_a_pause_gets_no_credit_for_it(node: Node) -> None:
+    """Its pong was read first; hung now, it must not be trusted for as long as the pause was."""
+    assert of(PeerLost, node.freeze(60.0)) == []
+    assert len(of(PeerLost, node.run(2.5, peer_answers=False))) == 1
+
+
 def test_a_closed_socket_is_seen_at_once_and_only_for_its_epoch(node: Node) -> None:
     room = node.open()
     epoch = node.epoch
