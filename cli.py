@@ -18,7 +18,7 @@ from .runtime.config import add_flags, forwarded_flags, node_config, resolve, ro
 from .runtime.errors import StartupError
 from .runtime.listen import bind_http, http_url, inherit_http
 from .runtime.logs import configure_logging
-from .runtime.process import die_with_parent
+from .runtime.process import die_with_parent, end_now, handed_api_keys
 from .runtime.supervisor import Child, Supervisor
 
 _READY_TIMEOUT_S = 600.0
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("bench", help="measure TTFT, ITL and goodput of any OpenAI-compatible server")
     doctor = commands.add_parser("doctor", help="what works on this machine, and what listens where")
     doctor.add_argument("--url", action="append", default=[], help="a running router or node to look at too")
+    doctor.add_argument("--api-key", default="", help="sent as a bearer token to each --url")
     front = commands.add_parser("node-front", help="a node's own HTTP (started by its scheduler)")
     _add_front_arguments(front)
 
@@ -87,6 +88,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
     }
     if (parent_pid := given.pop("parent_pid", None)) is not None:
         die_with_parent(parent_pid)
+        if api_keys := handed_api_keys():
+            given["api_key"] = api_keys
     try:
         return runs[command](given)
     except StartupError as error:
@@ -131,10 +134,10 @@ def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
     if role == "prefill":
         from .prefill.main import run_prefill
 
-        return run_prefill(config, listener)
+        end_now(run_prefill(config, listener))
     from .decode.main import run_decode
 
-    return run_decode(config, listener)
+    end_now(run_decode(config, listener))
 
 
 def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +146,6 @@ def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--url", required=True)
     parser.add_argument("--router", action="append", default=[])
-    parser.add_argument("--api-key", action="append", default=[])
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text")
     _add_child_argument(parser)
@@ -158,7 +160,7 @@ def _node_front(given: dict[str, Any]) -> int:
         listener=inherit_http(given["listen_fd"]),
         url=given["url"],
         router_urls=tuple(given["router"]),
-        api_keys=tuple(given["api_key"]),
+        api_keys=given.get("api_key", ()),
     )
 
 
@@ -171,7 +173,7 @@ def _bench(given: dict[str, Any]) -> int:
 def _doctor(given: dict[str, Any]) -> int:
     from .doctor import run_doctor
 
-    return run_doctor(tuple(given["url"]))
+    return run_doctor(tuple(given["url"]), given["api_key"])
 
 
 # ---- a whole cluster on this machine ----------------------------------------------------------------
@@ -203,10 +205,10 @@ def _up(given: dict[str, Any]) -> int:
 
 
 def _router_child(given: Mapping[str, Any], listener: socket.socket) -> Child:
-    flags = forwarded_flags(given, "router", dropped=("host", "port"))
+    flags = forwarded_flags(given, "router", dropped=("host", "port", "api_key"))
     arguments = ["router", *flags, "--listen-fd", str(listener.fileno())]
     grace_s = float(resolve("router", given)["drain_timeout"]) + 5.0
-    return Child("router", arguments, grace_s, pass_fds=(listener.fileno(),))
+    return Child("router", arguments, grace_s, listener=listener, api_keys=tuple(given.get("api_key", ())))
 
 
 def _node_child(
@@ -216,10 +218,11 @@ def _node_child(
     router_url: str,
     num_threads: int,
 ) -> Child:
-    flags = forwarded_flags(given, role, dropped=("port",))
+    flags = forwarded_flags(given, role, dropped=("port", "api_key"))
     if resolve(role, given)["num_threads"] is None:
         flags += ["--num-threads", str(num_threads)]
-    return Child(f"{role} {index}", [role, *flags, "--port", "0", "--router", router_url], _NODE_GRACE_S)
+    arguments = [role, *flags, "--port", "0", "--router", router_url]
+    return Child(f"{role} {index}", arguments, _NODE_GRACE_S, api_keys=tuple(given.get("api_key", ())))
 
 
 def _answers(url: str) -> bool:

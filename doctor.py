@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,11 @@ class Finding:
     mend: str = ""
 
 
-def run_doctor(urls: Sequence[str]) -> int:
-    """Print the report. Returns 1 when no transfer backend or no torch works here, else 0."""
+def run_doctor(urls: Sequence[str], api_key: str = "") -> int:
+    """Print the report. Returns 1 when no transfer backend or no torch works here, else 0.
+
+    `api_key` is for the servers at `urls`; empty: they are asked without.
+    """
     transports = list(check_transports())
     kernels = list(check_kernels())
     _print("Transports", transports)
@@ -45,7 +49,7 @@ def run_doctor(urls: Sequence[str]) -> int:
     _print("Devices", check_devices())
     _print("Listening (pdserve processes on this host)", listening_sockets())
     for url in urls:
-        _print(url, [ask_server(url)])
+        _print(url, [ask_server(url, api_key)])
     print(f"\nNote: {MOONCAKE_TCP_NOTE}")
     can_serve = any(finding.is_good for finding in transports) and kernels[0].is_good
     return 0 if can_serve else 1
@@ -158,13 +162,18 @@ def _role(command: Sequence[str]) -> str | None:
     return None
 
 
-def ask_server(url: str) -> Finding:
+def ask_server(url: str, api_key: str = "") -> Finding:
     """What a running router or node says of itself."""
     if not url.startswith(("http://", "https://")):
         raise StartupError(f"--url {url}: a URL is expected, such as http://127.0.0.1:8000")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/server_info", headers=headers)
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=5) as response:
             info = json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        mend = "give its --api-key" if error.code == 401 else "is the port right?"
+        return Finding("server_info", False, f"HTTP {error.code} {error.reason}", mend)
     except (http.client.HTTPException, OSError, ValueError) as error:
         return Finding("server_info", False, str(error), "is it running, and is the port right?")
     entry = info.get("entry", {}) if isinstance(info, dict) else None

@@ -15,7 +15,15 @@ from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
 from .generation import ClusterAdmin, GenerateSpec, Generator, ModelCard, WorkerStatus
 from .in_flight import InFlightRequests, new_request_id
-from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
+from .validation import (
+    FieldRules,
+    Limits,
+    bad_value,
+    model_not_found,
+    parse_object,
+    parse_request,
+    read_body,
+)
 
 PROBE_TIMEOUT_S = 20.0
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -94,6 +102,14 @@ async def read_abort(http: Request, limits: Limits) -> AbortRequest:
 
 def model_entry(card: ModelCard) -> ModelEntry:
     return ModelEntry(id=card.name, created=card.created, root=card.path, max_model_len=card.max_model_len)
+
+
+def model_answer(http: Request, card: ModelCard) -> Response:
+    """The model that the path names."""
+    wanted = http.path_params["model_id"]
+    if wanted != card.name:
+        raise model_not_found(wanted, card)
+    return json_response(model_entry(card))
 
 
 def model_info(card: ModelCard, weight_version: str) -> dict[str, Any]:
@@ -205,16 +221,7 @@ class ClusterRoutes:
         return json_response(ModelList(data=[model_entry(self.card)]))
 
     async def model(self, http: Request) -> Response:
-        wanted = http.path_params["model_id"]
-        if wanted != self.card.name:
-            raise RequestError(
-                f"The model `{wanted}` does not exist.",
-                status=404,
-                param="model",
-                code="model_not_found",
-                error_type="not_found_error",
-            )
-        return json_response(model_entry(self.card))
+        return model_answer(http, self.card)
 
     async def server_info(self, _: Request) -> Response:
         return json_response({**await self.admin.server_info(), "version": self.version})

@@ -8,11 +8,10 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from .errors import CLIENT_CLOSED_REQUEST
 from .in_flight import InFlightRequests
 from .sse import ClientLeftError, EventStream, unless_client_leaves
 from .text_run import TextJob
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is there to read it, but logs and metrics do
 
 
 class Answer(Protocol):

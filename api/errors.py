@@ -9,6 +9,7 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from ..runtime.errors import RequestError
@@ -16,6 +17,7 @@ from .node_client import NodeUnavailableError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _DEFAULT_RETRY_AFTER_S = 1.0
+CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is there to read it, but logs and metrics do
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +83,10 @@ def install_error_handlers(app: FastAPI) -> None:
             RequestError(str(error), status=503, code="node_unavailable", error_type="service_unavailable")
         )
 
+    async def on_client_gone(_: Request, error: Exception) -> Response:
+        """It left before its body was here."""
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
     async def on_bug(_: Request, error: Exception) -> Response:
         return error_response(
             RequestError(
@@ -95,4 +101,5 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(NodeUnavailableError, on_node_unavailable)
+    app.add_exception_handler(ClientDisconnect, on_client_gone)
     app.add_exception_handler(Exception, on_bug)

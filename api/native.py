@@ -29,6 +29,7 @@ from .validation import (
     check_model,
     check_prompt,
     check_range,
+    checked_priority,
     parse_object,
     parse_request,
     parse_stops,
@@ -151,7 +152,7 @@ class Native:
             ),
             num_choices=sampling.n,
             stream=body.stream or bool(options.stops),
-            priority=body.priority,
+            priority=checked_priority(body.priority),
         )
         return TextJob(spec, options)
 

@@ -32,11 +32,13 @@ from .admin import (
     METRICS_MEDIA_TYPE,
     WEIGHT_RULES,
     AbortRequest,
+    ModelEntry,
     ModelList,
     UpdateWeightsRequest,
     flush_timeout_s,
     json_response,
     load_body,
+    model_answer,
     model_entry,
     model_info,
     outcome,
@@ -207,6 +209,10 @@ class NodeRoutes:
         info = await self._link.client.server_info()
         return json_response(ModelList(data=[model_entry(_card(info.model))]))
 
+    async def model(self, http: Request) -> Response:
+        info = await self._link.client.server_info()
+        return model_answer(http, _card(info.model))
+
     async def load(self, _: Request) -> Response:
         return json_response([await self._load()])
 
@@ -290,6 +296,7 @@ def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
         Operation(GET, ("/server_info", "/get_server_info"), routes.server_info),
         Operation(GET, ("/model_info", "/get_model_info"), routes.model_info),
         Operation(GET, ("/v1/models",), routes.models, Bodies(answer=ModelList)),
+        Operation(GET, ("/v1/models/{model_id:path}",), routes.model, Bodies(answer=ModelEntry)),
         Operation(GET, ("/get_load",), routes.load),
         Operation(GET, ("/v1/loads",), routes.loads),
         Operation(GET, ("/metrics",), routes.metrics),

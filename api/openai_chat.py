@@ -53,6 +53,7 @@ from .validation import (
     bad_value,
     check_model,
     check_prompt,
+    checked_priority,
     parse_object,
     parse_request,
     read_body,
@@ -167,7 +168,7 @@ class ChatCompletions:
             ),
             num_choices=num_choices(body, serving),
             stream=body.stream or bool(options.stops),
-            priority=body.priority,
+            priority=checked_priority(body.priority),
         )
         return TextJob(spec, options)
 

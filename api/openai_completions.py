@@ -48,6 +48,7 @@ from .validation import (
     bad_value,
     check_model,
     check_prompt,
+    checked_priority,
     parse_object,
     parse_request,
     read_body,
@@ -135,7 +136,7 @@ class Completions:
                 ),
                 num_choices=choices,
                 stream=body.stream or bool(options.stops),
-                priority=body.priority,
+                priority=checked_priority(body.priority),
             )
             for position, prompt in enumerate(prompts)
         ]

@@ -25,6 +25,9 @@ from .generation import ModelCard
 S = TypeVar("S", bound=msgspec.Struct)
 
 GREEDY_BELOW_TEMPERATURE = 1e-5  # where dividing logits by it would overflow
+MAX_TEMPERATURE = 1e4  # float32 logits are divided by it, forbidden ones (-inf) too: infinity would give NaN
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # likewise
+MAX_PRIORITY = 10**6  # messages carry integers of 64 bits
 MAX_STOPS = 16
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
@@ -215,13 +218,17 @@ def bad_type(param: str, message: str) -> RequestError:
 
 def check_model(model: str | None, card: ModelCard) -> None:
     if model and model != card.name:
-        raise RequestError(
-            f"The model `{model}` does not exist; this server has `{card.name}`.",
-            status=404,
-            param="model",
-            code="model_not_found",
-            error_type="not_found_error",
-        )
+        raise model_not_found(model, card)
+
+
+def model_not_found(model: str, card: ModelCard) -> RequestError:
+    return RequestError(
+        f"The model `{model}` does not exist; this server has `{card.name}`.",
+        status=404,
+        param="model",
+        code="model_not_found",
+        error_type="not_found_error",
+    )
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
@@ -263,6 +270,11 @@ def resolve_max_tokens(
     return wanted
 
 
+def checked_priority(priority: int) -> int:
+    check_range("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+    return priority
+
+
 def parse_stops(stop: str | list[str]) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS:
@@ -302,8 +314,7 @@ def sampling_params(
     prompt_logprobs_start: int = 0,
 ) -> SamplingParams:
     temperature = _or(wanted.temperature, defaults.temperature)
-    if temperature < 0:
-        raise bad_value("temperature", f"`temperature` must not be negative, got {temperature}.")
+    check_range("temperature", temperature, 0, MAX_TEMPERATURE)
     top_p = _or(wanted.top_p, defaults.top_p)
     if not 0 < top_p <= 1:
         raise bad_value("top_p", f"`top_p` must be above 0 and at most 1, got {top_p}.")
@@ -313,10 +324,7 @@ def sampling_params(
     min_p = _or(wanted.min_p, defaults.min_p)
     check_range("min_p", min_p, 0, 1)
     repetition_penalty = _or(wanted.repetition_penalty, defaults.repetition_penalty)
-    if repetition_penalty <= 0:
-        raise bad_value(
-            "repetition_penalty", f"`repetition_penalty` must be positive, got {repetition_penalty}."
-        )
+    check_range("repetition_penalty", repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
     frequency_penalty = _or(wanted.frequency_penalty, 0.0)
     check_range("frequency_penalty", frequency_penalty, -2, 2)
     presence_penalty = _or(wanted.presence_penalty, 0.0)
@@ -327,7 +335,7 @@ def sampling_params(
     return SamplingParams(
         temperature=0.0 if temperature < GREEDY_BELOW_TEMPERATURE else temperature,
         top_p=top_p,
-        top_k=max(top_k, 0),
+        top_k=min(max(top_k, 0), card.vocab_size),  # any integer is accepted, nodes compute with 64 bits
         min_p=min_p,
         seed=secrets.randbits(64) if wanted.seed is None else wanted.seed % 2**64,
         repetition_penalty=repetition_penalty,

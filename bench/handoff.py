@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from ..engine.model_config import ModelConfig
+from ..runtime.errors import StartupError
 from .local_cluster import LocalCluster
 
 _VOCAB_FLOOR = 100  # ids below may be special tokens
@@ -59,7 +61,7 @@ class Row:
 
 
 def ask(url: str, prompt: Sequence[int], max_tokens: int) -> Measured:
-    """Stream one greedy completion and time its tokens."""
+    """Stream one greedy completion and time its tokens. Raises StartupError when it does not end properly."""
     target = urlsplit(url)
     connection = http.client.HTTPConnection(target.hostname or "127.0.0.1", target.port, timeout=600)
     body = json.dumps(
@@ -74,25 +76,29 @@ def ask(url: str, prompt: Sequence[int], max_tokens: int) -> Measured:
         }
     )
     started = time.perf_counter()
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise RuntimeError(f"HTTP {response.status}: {response.read().decode(errors='replace')}")
     times: list[float] = []
     spans: dict[str, dict[str, Any]] = {}
-    for line in response:
-        if not line.startswith(b"data: {"):
-            continue
-        now = time.perf_counter() - started
-        event = json.loads(line[6:])
-        if "error" in event:
-            raise RuntimeError(event["error"]["message"])
-        spans |= {span["name"]: span for span in event.get("timeline", {}).get("spans", [])}
-        for choice in event["choices"]:
-            times += [now] * len(choice.get("token_ids") or [])
-    connection.close()
+    try:
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise StartupError(f"HTTP {response.status}: {response.read().decode(errors='replace')}")
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            now = time.perf_counter() - started
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise StartupError(f"a request failed: {event['error']['message']}")
+            spans |= {span["name"]: span for span in event.get("timeline", {}).get("spans", [])}
+            for choice in event["choices"]:
+                times += [now] * len(choice.get("token_ids") or [])
+    except (http.client.HTTPException, OSError) as error:
+        raise StartupError(f"{url}: the stream broke: {error!r}") from error
+    finally:
+        connection.close()
     if len(times) != max_tokens:
-        raise RuntimeError(f"{len(times)} tokens instead of {max_tokens}")
+        raise StartupError(f"{len(times)} tokens came instead of {max_tokens}")
     return Measured(times[0], times[1], times[-1], len(times), spans)
 
 
@@ -152,17 +158,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Starts both clusters, measures, prints a Markdown table."""
+    """Starts both clusters, measures, prints a Markdown table. Raises StartupError for what cannot be run."""
+    path = Path(options.model).expanduser()
+    if not path.is_dir():
+        raise StartupError(f"no model at {options.model}: a folder in Hugging Face format is expected")
+    config = ModelConfig.from_dir(path)
+    if options.repeats < 1:
+        raise StartupError(f"--repeats {options.repeats}: 1 or more is expected")
+    longest = config.max_model_len - _DECODE_TOKENS
+    if not all(1 <= num_tokens <= longest for num_tokens in options.prompt_tokens):
+        raise StartupError(
+            f"--prompt-tokens: 1 to {longest} are expected, {_DECODE_TOKENS} more are generated"
+        )
     flags = [options.model, "--disable-prefix-cache", "--log-level", "warning"]
     flags += ["--num-threads", str(options.num_threads)]
     flags += ["--chunked-prefill-size", str(options.chunked_prefill_size)]
-    vocab_size = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
     with (
         LocalCluster([*flags, "--transfer-backend", options.transfer_backend]) as two_nodes,
         LocalCluster([*flags, "--colocated"]) as colocated,
     ):
         rows = [
-            measure(two_nodes.url, colocated.url, prompt_tokens, options.repeats, vocab_size)
+            measure(two_nodes.url, colocated.url, prompt_tokens, options.repeats, config.vocab_size)
             for prompt_tokens in options.prompt_tokens
         ]
     how = f"{options.transfer_backend}, {options.num_threads} thread(s) a node"

@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 INITIAL_WEIGHT_VERSION = "default"  # as SGLang calls it
 _SHARE_OF_FREE_MEMORY = 0.25
 _DEFAULT_POOL_CONTEXTS = 32  # contexts of max_model_len that a default pool holds at most
-_LONGEST_SLEEP_S = 0.5  # signals are noticed this late at worst
+_LONGEST_SLEEP_S = 0.5  # a front that has ended is noticed this late at worst
 _DRAIN_S = 10.0
 
 
@@ -90,10 +90,7 @@ class Node:
 
     def load_replacement(self, path: Path) -> LoadedModel:
         """A checkpoint that can serve instead of the current one. StartupError says why it cannot."""
-        loaded = load_model(path, self.layout.dtype)
-        if (difference := _difference(self.model.config, loaded.config)) is not None:
-            raise StartupError(f"{path} cannot replace the model that is served: {difference}")
-        return loaded
+        return load_replacement(path, self.model.config, self.layout.dtype)
 
     def swap(self, model: LoadedModel, weight_version: str) -> PeerIdentity:
         """Serve with these weights from the next forward on; returns the identity to shake hands with."""
@@ -124,9 +121,17 @@ class Scheduler(Protocol):
     def is_idle(self) -> bool: ...
 
 
-def load_model(path: Path, dtype: str) -> LoadedModel:
-    """Reads a checkpoint; `dtype` is a key of TORCH_DTYPES. Raises StartupError."""
+def load_replacement(path: Path, current: ModelConfig, dtype: str) -> LoadedModel:
+    """Reads a checkpoint that can be swapped in for a model of this config. Raises StartupError."""
     config = ModelConfig.from_dir(path)
+    # Before any tensor is read: another model may be larger than the memory that is left.
+    if (difference := _difference(current, config)) is not None:
+        raise StartupError(f"{path} cannot replace the model that is served: {difference}")
+    return load_model(path, config, dtype)
+
+
+def load_model(path: Path, config: ModelConfig, dtype: str) -> LoadedModel:
+    """Reads a checkpoint of this config; `dtype` is a key of TORCH_DTYPES. Raises StartupError."""
     weights = load_weights(path, config, TORCH_DTYPES[dtype], torch.device("cpu"))
     return LoadedModel(path, config, weights, weights_digest(path, config))
 
@@ -165,7 +170,7 @@ def start_node(
         memory = backend.allocate(num_pages * layout.stride_bytes)
         pool = KVPool(layout, num_pages, torch.device("cpu"), memory=memory)
         region = backend.register()
-        model = load_model(path, dtype)
+        model = load_model(path, model_config, dtype)
         runner = ModelRunner(model.config, model.weights, pool, torch.device("cpu"))
         engine = EngineThread(runner, config.num_threads)
         undo.pop_all()  # nothing below fails
@@ -228,11 +233,14 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
     """
     threading.excepthook = _end_process
     num_signals = 0
+    signalled = os.eventfd(0, os.EFD_NONBLOCK)
+    node.waiter.add(signalled)
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal num_signals
         del number, frame
         num_signals += 1
+        os.eventfd_write(signalled, 1)  # ends the loop's sleep
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
@@ -249,6 +257,8 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
         if (code := node.front.poll()) is not None:
             raise RuntimeError(f"the HTTP front ended with exit code {code}")
         node.waiter.wait(min(_LONGEST_SLEEP_S, max(0.0, scheduler.next_deadline() - now)))
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(signalled)
     node.close()
     return 0
 
@@ -272,8 +282,7 @@ def _start_front(
     arguments += ["--listen-fd", str(listener.fileno()), "--url", url]
     arguments += ["--log-level", config.log_level, "--log-format", config.log_format]
     arguments += [f"--router={url}" for url in config.router]
-    arguments += [f"--api-key={key}" for key in config.api_key]
-    return spawn(arguments, pass_fds=(listener.fileno(),))
+    return spawn(arguments, pass_fds=(listener.fileno(),), api_keys=config.api_key)
 
 
 def _max_model_len(config: NodeConfig, model_config: ModelConfig) -> int:

@@ -93,7 +93,8 @@ class OutputStreamer:
     @property
     def num_open(self) -> int:
         """Attempts that have not been closed and sent to their end."""
-        return len(self._attempts) - len(self._closed.keys() - self._dirty.keys())
+        num_resent = sum(key in self._closed for key in self._dirty)  # few are dirty, many closed
+        return len(self._attempts) - len(self._closed) + num_resent
 
     @property
     def is_idle(self) -> bool:

@@ -17,6 +17,7 @@ class Capacity:
 
     pages: int  # neither taken nor promised
     sequences: int  # places in the batch
+    most_pages: int  # that could be given away if all that runs had ended
 
 
 def choose_admitted(
@@ -27,6 +28,7 @@ def choose_admitted(
 ) -> list[DecodeRequest]:
     """Oldest first; who does not fit is overtaken by who does, until it has waited OVERTAKING_LIMIT_S.
 
+    Nobody waits for one who would not fit into an empty node: what it lacks may never come back.
     `pages_needed` is the most that a request can ever hold, growth included: since admission counts that,
     growth cannot fail and nothing that runs has to be thrown out.
     """
@@ -38,6 +40,6 @@ def choose_admitted(
             admitted.append(request)
             pages -= need
             places -= num_choices
-        elif now - request.arrived_s > OVERTAKING_LIMIT_S:
+        elif need <= capacity.most_pages and now - request.arrived_s > OVERTAKING_LIMIT_S:
             break
     return admitted

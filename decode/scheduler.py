@@ -291,6 +291,16 @@ class DecodeScheduler:
 
     def impossible(self, request: DecodeRequest) -> str | None:
         """Why this request can never be served here; None if it can."""
+        message = request.message
+        if not message.choices or len(set(message.choices)) != len(message.choices):
+            return f"choices are {message.choices}: at least one is expected, and none twice"
+        if message.stream_interval < 0:
+            return f"stream_interval is {message.stream_interval}: 0 or more is expected"
+        if len(message.prompt_ids) >= self.limits.max_model_len:
+            return (
+                f"the prompt has {len(message.prompt_ids)} tokens; the decode node takes fewer than "
+                f"{self.limits.max_model_len}, prompt and output together"
+            )
         need, num_choices = self.pages.need(request).total, len(request.sequences)
         if need > self.allocator.num_pages or num_choices > self.limits.max_running:
             return (
@@ -327,7 +337,8 @@ class DecodeScheduler:
             for request in self.requests.values()
             if request.state is not RequestState.WAITING
         )
-        capacity = Capacity(self.pages.num_available, num_places)
+        most_pages = self.allocator.num_pages - self.rooms.num_stranded_pages
+        capacity = Capacity(self.pages.num_available, num_places, most_pages)
         awaited: set[str] = set()  # prefill nodes that an old request waits for: younger ones let it pass
         for request in choose_admitted(waiting, capacity, lambda r: self.pages.need(r).total, now):
             if incarnation := request.message.prefill_incarnation:

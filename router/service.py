@@ -627,6 +627,7 @@ class RouterService:
                 model_path=model_path,
                 weight_version=weight_version,
                 timeout_s=self._options.weight_update_s,
+                commit_patience_s=self._options.weight_commit_s,
             )
         finally:
             self._is_rolling_out = False

@@ -12,6 +12,7 @@ from ..messages.node import CallReply
 from .links import NodeLink
 
 DISCARD_TIMEOUT_S = 10.0
+COMMIT_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class NodeAnswer:
     url: str
     success: bool
     message: str
+    is_reached: bool = True
 
     def __str__(self) -> str:
         return f"{self.url}: {self.message or ('done' if self.success else 'failed')}"
@@ -33,7 +35,7 @@ async def ask_all(
         try:
             reply = await ask(link)
         except NodeUnavailableError as error:
-            return NodeAnswer(url, False, str(error))
+            return NodeAnswer(url, False, str(error), is_reached=False)
         return NodeAnswer(url, reply.success, reply.message)
 
     return list(await asyncio.gather(*(one(url, link) for url, link in links.items())))
@@ -43,17 +45,44 @@ def failures(answers: list[NodeAnswer]) -> str:
     return "; ".join(str(answer) for answer in answers if not answer.success)
 
 
+async def _commit(
+    links: Mapping[str, NodeLink], update_id: str, *, timeout_s: float, patience_s: float
+) -> list[NodeAnswer]:
+    """A node that is not idle yet says no and keeps the update: it is asked again for `patience_s`.
+
+    What a client left behind may still be on the wire when no request runs any more.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience_s
+    answers: dict[str, NodeAnswer] = {}
+    pending = dict(links)
+    while True:
+        for answer in await ask_all(pending, lambda link: link.commit_weights(update_id, timeout_s)):
+            answers[answer.url] = answer
+            if answer.success or not answer.is_reached:
+                del pending[answer.url]
+        if not pending or loop.time() >= deadline:
+            return list(answers.values())
+        await asyncio.sleep(COMMIT_AGAIN_S)
+
+
 async def roll_out(
-    links: Mapping[str, NodeLink], *, update_id: str, model_path: str, weight_version: str, timeout_s: float
+    links: Mapping[str, NodeLink],
+    *,
+    update_id: str,
+    model_path: str,
+    weight_version: str,
+    timeout_s: float,
+    commit_patience_s: float,
 ) -> AdminReply:
-    """The nodes are idle. On success all of them have swapped; they renew their handshakes by themselves."""
+    """No request runs. On success all nodes have swapped; they renew their handshakes by themselves."""
     prepared = await ask_all(
         links, lambda link: link.prepare_weights(update_id, model_path, weight_version, timeout_s)
     )
     if reasons := failures(prepared):
         await ask_all(links, lambda link: link.discard_weights(update_id, DISCARD_TIMEOUT_S))
         return AdminReply(False, f"the old weights serve on; {reasons}")
-    committed = await ask_all(links, lambda link: link.commit_weights(update_id, timeout_s))
+    committed = await _commit(links, update_id, timeout_s=timeout_s, patience_s=commit_patience_s)
     if reasons := failures(committed):
         return AdminReply(False, f"some nodes kept the old weights and pair only with one another; {reasons}")
     return AdminReply(True, f"{len(links)} nodes serve weight version {weight_version}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -28,14 +29,16 @@ class Child:
     name: str
     arguments: Sequence[str]
     grace_s: float  # between SIGTERM and SIGKILL
-    pass_fds: tuple[int, ...] = ()
+    listener: socket.socket | None = None  # inherited; it outlives a child that is started again
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     process: subprocess.Popen[bytes] | None = None
     num_restarts: int = 0  # since it last ran steadily
     started_at: float = field(default=0.0)
     died_at: float = field(default=0.0)
 
     def start(self) -> None:
-        self.process = spawn(self.arguments, self.pass_fds)
+        pass_fds = () if self.listener is None else (self.listener.fileno(),)
+        self.process = spawn(self.arguments, pass_fds, self.api_keys)
         self.started_at = time.monotonic()
 
 
@@ -60,6 +63,8 @@ class Supervisor:
             for child in children:
                 if child.process is not None:
                     wait_or_kill(child.process, child.grace_s)
+                if child.listener is not None:  # or the nodes, taking their leave, would wait for an answer
+                    child.listener.close()
 
     def _on_signal(self, number: int, frame: object) -> None:
         del number, frame

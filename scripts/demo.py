@@ -7,6 +7,7 @@ Exits non-zero unless both answers ended properly: a finish reason, then [DONE].
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import signal
@@ -50,14 +51,17 @@ def events(response: http.client.HTTPResponse) -> Iterator[str]:
             yield line[6:].decode().strip()
 
 
-def ask(url: str, path: str, body: dict[str, Any]) -> Answer:
+def ask(url: str, path: str, body: dict[str, Any], api_key: str = "") -> Answer:
     """Stream one answer, printing its text as it comes."""
+    headers = {"Content-Type": "application/json"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
     target = urlsplit(url)
     connection = http.client.HTTPConnection(target.hostname or "127.0.0.1", target.port, timeout=120)
     body = {**body, "stream": True, "timeline": True, "temperature": 0.6, "top_p": 0.9}
     answer = Answer(started=time.monotonic())
     try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
         if response.status != 200:
             answer.error = f"HTTP {response.status}: {response.read().decode(errors='replace')}"
@@ -111,13 +115,13 @@ def print_table(answers: list[Answer]) -> None:
     row("KV bytes handed off", [f"{span.get('num_bytes', 0):,}" for span in handoffs])
 
 
-def show(url: str) -> bool:
+def show(url: str, api_key: str = "") -> bool:
     """The demo. False when an answer did not end properly."""
     print("\n--- /v1/completions: " + repr(COMPLETION["prompt"]))
     print(COMPLETION["prompt"], end="")
-    answers = [ask(url, "/v1/completions", COMPLETION)]
+    answers = [ask(url, "/v1/completions", COMPLETION, api_key)]
     print("\n\n--- /v1/chat/completions: " + repr(CHAT["messages"][0]["content"]))  # type: ignore[index]
-    answers.append(ask(url, "/v1/chat/completions", CHAT))
+    answers.append(ask(url, "/v1/chat/completions", CHAT, api_key))
     print("\n")
     for answer in answers:
         if not answer.ended_properly:
@@ -138,9 +142,12 @@ def wait_ready(up: subprocess.Popen[str]) -> str | None:
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    once = "--once" in arguments
-    arguments = [argument for argument in arguments if argument != "--once"]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--api-key", action="append", default=[])
+    own, _ = parser.parse_known_args()
+    api_key = own.api_key[0] if own.api_key else ""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--once"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the `finally`
     up = subprocess.Popen(
         [sys.executable, "-P", "-m", "pdserve", "up", *arguments],
@@ -152,13 +159,16 @@ def main() -> int:
         url = wait_ready(up)
         if url is None:
             return up.wait() or 1
-        if not show(url):
+        if not show(url, api_key):
             return 1
-        if once:
+        if own.once:
             return 0
         body = json.dumps({"prompt": "class Stack:\n", "max_tokens": 64})
         print(f"\nThe cluster goes on at {url} until Ctrl-C. Try:")
-        print(f"  curl -N {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
+        authorization = "-H 'Authorization: Bearer KEY' " if api_key else ""
+        print(
+            f"  curl -N {url}/v1/completions {authorization}-H 'Content-Type: application/json' -d '{body}'"
+        )
         return up.wait()
     except KeyboardInterrupt:
         return 0

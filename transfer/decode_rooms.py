@@ -185,6 +185,15 @@ class DecodeRooms:
         return sum(len(room.exposed) for room in self._rooms.values() if room.state is not RoomState.OPEN)
 
     @property
+    def num_stranded_pages(self) -> int:
+        """Pages in quarantine for a peer that is not there to be asked: they may never come back."""
+        return sum(
+            len(room.exposed)
+            for room in self._rooms.values()
+            if room.state is RoomState.DRAINING and not self._can_ask(room)
+        )
+
+    @property
     def is_idle(self) -> bool:
         """No room, open or in quarantine."""
         return not self._rooms

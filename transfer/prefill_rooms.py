@@ -64,6 +64,9 @@ from .copy_plan import MAX_RUN_BYTES, plan_runs
 
 SILENCE_S = 10.0  # a decode node that has not pinged for so long is gone; its rooms are a waste of work
 LATE_TICK_S = 0.25  # a tick this late means that the loop itself was held, not that a peer was silent
+# While a first contact hangs, the engine serves nobody: one that failed is not repeated before this many
+# times as long, so a peer that cannot be reached takes a fifth of the engine's time at most.
+CONTACT_PAUSE = 4.0
 
 
 class LinkState(enum.Enum):
@@ -97,6 +100,7 @@ class _Decode:
     epoch: int = -1  # highest epoch seen
     link: _Link | None = None
     met: MemoryRegion | None = None  # known to the backend
+    no_contact_before: float = 0.0
 
 
 @dataclass(slots=True)
@@ -240,6 +244,8 @@ class PrefillRooms:
             if old is not None:
                 actions += self._end_epoch(old, "peer_lost", f"epoch {hello.epoch} began")
         reason = refusal(self._identity, hello)
+        if reason is None and (pause_s := decode.no_contact_before - now) > 0:
+            reason = f"the first contact failed after long; the next one is made in {pause_s:.0f} s"
         if reason is not None:
             actions.append(SendToDecode(link_id, PeerRefused(epoch=hello.epoch, reason=reason)))
             return actions + self._disconnect_if_unused(decode)
@@ -449,6 +455,8 @@ class PrefillRooms:
 
     def _on_met(self, link: _Link, result: WriteResult, now: float) -> list[PrefillAction]:
         decode = self._decodes[link.incarnation]
+        if result.state is not WriteState.DONE:
+            decode.no_contact_before = now + CONTACT_PAUSE * (now - link.meeting_since)
         if decode.link is not link:
             return self._disconnect_if_unused(decode)
         if result.state is WriteState.DONE:

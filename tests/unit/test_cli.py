@@ -230,7 +230,8 @@ def values(child: Child) -> dict[str, Any]:
 def test_up_starts_one_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     router, prefill, decode = children(monkeypatch, "--page-size", "8", "--max-attempts", "5")
     assert [child.name for child in (router, prefill, decode)] == ["router", "prefill 0", "decode 0"]
-    assert router.pass_fds == (values(router)["listen_fd"],)
+    assert router.listener is not None
+    assert router.listener.fileno() == values(router)["listen_fd"]
     assert values(router)["max_attempts"] == 5
     assert "page_size" not in values(router)
     for node in (prefill, decode):
@@ -246,6 +247,34 @@ def test_up_starts_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "c.yaml").write_text("num-prefill: 2\n")
     names = [child.name for child in children(monkeypatch, "--config", str(tmp_path / "c.yaml"))]
     assert names == ["router", "prefill 0", "prefill 1", "decode 0"]
+
+
+def test_children_get_api_keys_but_not_in_their_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = children(monkeypatch, "--api-key", "secret-1", "--api-key=secret-2")
+    assert [child.api_keys for child in started] == [("secret-1", "secret-2")] * 3
+    assert "secret" not in repr(started)
+
+
+@pytest.mark.parametrize("command", ["router", "decode"])
+def test_a_child_takes_the_api_keys_of_its_parent(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[dict[str, Any]] = []
+
+    def take_router(given: dict[str, Any]) -> int:
+        taken.append(given)
+        return 0
+
+    def take_node(_: str, given: dict[str, Any]) -> int:
+        return take_router(given)
+
+    monkeypatch.setattr(cli, "die_with_parent", lambda parent_pid: None)
+    monkeypatch.setattr(cli, "_router", take_router)
+    monkeypatch.setattr(cli, "_node", take_node)
+    monkeypatch.setenv("PDSERVE_API_KEYS", '["a", "b"]')
+    assert cli.main([command]) == 0
+    assert "api_key" not in taken[0], "somebody else's variable"
+    assert cli.main([command, "--parent-pid", "77"]) == 0
+    assert taken[1]["api_key"] == ("a", "b")
+    assert "PDSERVE_API_KEYS" not in os.environ
 
 
 def test_a_colocated_cluster_has_no_prefill_node(monkeypatch: pytest.MonkeyPatch) -> None:

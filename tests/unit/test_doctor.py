@@ -183,7 +183,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body: bytes = getattr(self.server, "body", b"")
-        self.send_response(200 if self.path == "/server_info" else 404)
+        is_known = self.headers["Authorization"] == getattr(self.server, "authorization", None)
+        self.send_response(404 if self.path != "/server_info" else 200 if is_known else 401)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -221,6 +222,17 @@ def test_a_node_says_what_it_is(serve: Callable[[bytes], str], slash: str) -> No
 def test_a_router_says_how_many_nodes_it_has(serve: Callable[[bytes], str]) -> None:
     finding = doctor.ask_server(serve(b'{"prefill": [{}], "decode": [{}, {}]}'))
     assert finding == Finding("router", True, "1 prefill, 2 decode")
+
+
+def test_a_server_with_keys_is_asked_with_one(serve: Callable[[bytes], str]) -> None:
+    url = serve(NODE)
+    finding = doctor.ask_server(url, "k1")
+    assert (finding.is_good, finding.detail, finding.mend) == (
+        False,
+        "HTTP 401 Unauthorized",
+        "give its --api-key",
+    )
+    assert doctor.ask_server(url).is_good
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[1, 2]", b"3"])

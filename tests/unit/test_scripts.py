@@ -84,6 +84,7 @@ class _Streams(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        getattr(self.server, "authorizations", []).append(self.headers["Authorization"])
         self.send_response(getattr(self.server, "status", 200))
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -103,8 +104,15 @@ def serve() -> Iterator[Serve]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
 
-    def stream(pieces: list[bytes], *, status: int = 200, is_cut: bool = False) -> str:
-        vars(server).update(pieces=pieces, status=status, is_cut=is_cut)
+    def stream(
+        pieces: list[bytes],
+        *,
+        status: int = 200,
+        is_cut: bool = False,
+        authorizations: list[str | None] | None = None,
+    ) -> str:
+        kept = [] if authorizations is None else authorizations
+        vars(server).update(pieces=pieces, status=status, is_cut=is_cut, authorizations=kept)
         return f"http://127.0.0.1:{server.server_address[1]}"
 
     yield stream
@@ -209,6 +217,16 @@ def test_once_ends_the_cluster_and_says_that_all_is_well(fake_pdserve: Path, ser
     assert "def f" in output
     assert (fake_pdserve / "ended").exists()
     assert (fake_pdserve / "arguments").read_text() == "up --port 9000"
+
+
+def test_a_cluster_with_keys_is_asked_with_the_first(fake_pdserve: Path, serve: Serve) -> None:
+    sent: list[str | None] = []
+    arguments = ["--api-key=k 1", "--once", "--api-key", "k2"]
+    process = start_demo(fake_pdserve, serve(WHOLE, authorizations=sent), *arguments)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert sent == ["Bearer k 1"] * 2
+    assert (fake_pdserve / "arguments").read_text() == "up --api-key=k 1 --api-key k2"
 
 
 def test_once_fails_when_a_stream_is_cut(fake_pdserve: Path, serve: Serve) -> None:

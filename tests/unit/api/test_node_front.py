@@ -113,6 +113,8 @@ async def test_facts(front: Front) -> None:
     assert info["internal_states"][0]["num_running_reqs"] == 2
     assert (await front.get("/get_model_info"))[1]["model_type"] == "qwen3"
     assert (await front.get("/v1/models"))[1]["data"][0]["id"] == "org/tiny"
+    assert (await front.get("/v1/models/org/tiny"))[1]["id"] == "org/tiny"
+    assert (await front.get("/v1/models/org/other"))[1]["error"]["code"] == "model_not_found"
     assert (await front.get("/get_load"))[1][0]["num_reqs"] == 3
     assert (await front.get("/v1/loads"))[1]["loads"][0]["url"] == front.url
     assert (await front.get("/version"))[0] == 200

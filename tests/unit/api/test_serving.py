@@ -105,6 +105,20 @@ async def test_a_client_that_leaves_cancels_its_generations(
     assert all(generation.is_cancelled for generation in api.generator.generations)
 
 
+async def test_a_client_that_leaves_while_it_sends_is_no_bug(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", int(api.url.rpartition(":")[2]))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
+    await writer.drain()
+    await api.get("/health")  # what was sent first has been read
+    writer.close()
+    await writer.wait_closed()
+    await api.get("/health")
+    await asyncio.sleep(0.02)
+    assert caplog.messages == []
+
+
 @ENDPOINTS
 async def test_bugs_are_answered_with_a_500(api: Api, path: str, body: dict[str, Any]) -> None:
     def broken(spec: GenerateSpec) -> list[Step]:

@@ -3,10 +3,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pdserve.api.generation import ModelCard
-from pdserve.api.validation import GenerationDefaults, check_prompt, resolve_max_tokens
+from pdserve.api.validation import (
+    GenerationDefaults,
+    SamplingFields,
+    check_prompt,
+    resolve_max_tokens,
+    sampling_params,
+)
+from pdserve.messages.sampling import SamplingParams
 from pdserve.runtime.errors import RequestError
 
 
@@ -29,3 +37,37 @@ def test_max_tokens_fits_the_context(card: ModelCard) -> None:
     assert resolve_max_tokens(250, 16, 6, card, "max_tokens") == 250
     with pytest.raises(RequestError, match=r"256 tokens; the prompt has 6 .* asks for 251"):
         resolve_max_tokens(251, 16, 6, card, "max_tokens")
+
+
+def sampling(card: ModelCard, *, top_k: int | None = None, seed: int | None = None) -> SamplingParams:
+    fields = SamplingFields(
+        temperature=None,
+        top_p=None,
+        top_k=top_k,
+        min_p=None,
+        seed=seed,
+        repetition_penalty=None,
+        frequency_penalty=None,
+        presence_penalty=None,
+        logit_bias={},
+        stop_token_ids=(),
+        ignore_eos=False,
+        min_tokens=0,
+    )
+    return sampling_params(
+        fields, GenerationDefaults(), card, max_tokens=8, num_logprobs=None, num_prompt_logprobs=None
+    )
+
+
+@pytest.mark.parametrize("number", [2**31, 2**63, 2**64, 10**30])
+def test_integers_of_any_size_fit_a_message(card: ModelCard, number: int) -> None:
+    """A message holds 64 bits and the engine computes with signed ones: more would end the node."""
+    params = sampling(card, top_k=number, seed=number)
+    assert (params.top_k, params.seed) == (card.vocab_size, number % 2**64)
+    msgspec.msgpack.encode(params)
+
+
+def test_top_k_of_all_is_one_value(card: ModelCard) -> None:
+    assert [sampling(card, top_k=top_k).top_k for top_k in (-1, 0, 1, card.vocab_size + 1)] == [
+        *(0, 0, 1, card.vocab_size)
+    ]

@@ -20,8 +20,10 @@ def needs(request: DecodeRequest) -> int:
     return len(request.message.prompt_ids)
 
 
-def admitted(waiting: list[DecodeRequest], pages: int, sequences: int = 100, now: float = 0.0) -> list[str]:
-    chosen = choose_admitted(waiting, Capacity(pages, sequences), needs, now)
+def admitted(
+    waiting: list[DecodeRequest], pages: int, sequences: int = 100, now: float = 0.0, most_pages: int = 100
+) -> list[str]:
+    chosen = choose_admitted(waiting, Capacity(pages, sequences, most_pages), needs, now)
     return [request.message.request_id for request in chosen]
 
 
@@ -45,6 +47,13 @@ def test_overtaking_ends_after_a_while(make: Requests, age_s: float, expected: l
     assert admitted(waiting, pages=4, now=age_s) == expected
 
 
+def test_nobody_waits_for_one_who_could_not_fit_at_all(make: Requests) -> None:
+    waiting = [make("big", num_tokens=9), make("small", num_tokens=1)]
+    now = OVERTAKING_LIMIT_S + 1
+    assert admitted(waiting, pages=4, now=now, most_pages=9) == []
+    assert admitted(waiting, pages=4, now=now, most_pages=8) == ["small"]
+
+
 def test_who_is_older_than_the_one_waited_for_goes_first(make: Requests) -> None:
     waiting = [make("first", num_tokens=2), make("big", num_tokens=9), make("last", num_tokens=1)]
     assert admitted(waiting, pages=4, now=OVERTAKING_LIMIT_S + 1) == ["first"]
@@ -63,7 +72,7 @@ def test_never_more_than_there_is(
         make(str(index), num_tokens=need, choices=tuple(range(num_choices)), arrived_s=arrived_s)
         for index, (need, num_choices, arrived_s) in enumerate(sizes)
     ]
-    chosen = choose_admitted(waiting, Capacity(pages, sequences), needs, now=10.0)
+    chosen = choose_admitted(waiting, Capacity(pages, sequences, most_pages=100), needs, now=10.0)
     assert sum(needs(request) for request in chosen) <= pages
     assert sum(len(request.sequences) for request in chosen) <= sequences
     left = [request for request in waiting if request not in chosen]

@@ -847,6 +847,7 @@ class Pair:
         deadline_s: float = 1000.0,
         stream_interval: int = 1,
         client: bytes = ROUTER,
+        prefill: str = "prefill-1",
         **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
     ) -> None:
         """Send a request to decode; nothing moves until the loops do."""
@@ -857,7 +858,7 @@ class Pair:
             output_ids=tuple(output_ids),
             choices=choices,
             sampling=SamplingParams(max_tokens=max_tokens, **sampling),
-            prefill_incarnation="" if self.settings.is_colocated else "prefill-1",
+            prefill_incarnation="" if self.settings.is_colocated else prefill,
             deadline_s=deadline_s,
             stream_interval=stream_interval,
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .cluster import Pair, expected_tokens, prompt_of
+from .cluster import ADDRESS, Pair, expected_tokens, prompt_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,41 @@ def test_every_request_ends_once_with_the_right_tokens_and_every_page_comes_back
     Crowd(pair, asks, cancelled).run()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"choices": ()}, "choices"),
+        ({"choices": (0, 1, 0)}, "choices"),
+        ({"stream_interval": -1}, "stream_interval"),
+    ],
+)
+def test_a_request_that_makes_no_sense_ends_alone(options: dict[str, Any], reason: str) -> None:
+    """Our routers send none, but what a client sends must never end a scheduler."""
+    pair = Pair()
+    pair.start("good", prompt_of(10))
+    pair.start("bad", prompt_of(10, seed=1), **options)
+    failure = pair.stream("bad").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("invalid", False)
+    assert reason in failure.reason
+    pair.finish()
+    pair.check_answer("good", prompt_of(10), 4)
+
+
+def test_a_prompt_longer_than_this_node_takes_is_invalid() -> None:
+    """The router may know a longer context than the node was started with."""
+    pair = Pair(max_model_len=12)
+    pair.start("long", prompt_of(12))
+    failure = pair.stream("long").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("invalid", False)
+    assert "12 tokens" in failure.reason
+    pair.start("fits", prompt_of(11))
+    pair.finish()
+    assert pair.stream("fits").reasons == {0: "length"}
+    assert pair.tokens("fits") == expected_tokens(prompt_of(11), 1)
+
+
 def test_growth_is_promised_when_a_request_is_let_in() -> None:
     pair = Pair(decode_pages=8)
     pair.start("a", prompt_of(8), max_tokens=13)  # 2 pages now, 5 in the end
@@ -181,3 +219,26 @@ def test_who_needs_more_than_half_is_not_overtaken_for_ever() -> None:
     pair.finish()
     pair.check_answer("big", prompt_of(40), 1)
     pair.check_answer("small", prompt_of(4, seed=2), 1)
+
+
+def test_a_lost_prefill_node_does_not_block_the_line() -> None:
+    """Its pages stay in quarantine, perhaps for ever; who needs them lets the others pass."""
+    pair = Pair(decode_pages=16)
+    pair.start("lost", prompt_of(24), max_tokens=1)
+    successor = msgspec.structs.replace(pair.prefill.identity, incarnation="prefill-2")
+    pair.prefill.rooms._identity = successor
+    pair.network.cut()
+    pair.advance(1.0)
+    assert pair.decode.rooms.ready_peers() == {"prefill-2": ADDRESS}
+    assert pair.decode.rooms.num_stranded_pages == 6
+    assert pair.decode.allocator.counts().quarantined == 6
+    pair.start("big", prompt_of(48, seed=1), max_tokens=1, prefill="prefill-2")
+    pair.advance(5.5)
+    pair.start("small", prompt_of(4, seed=2), max_tokens=1, prefill="prefill-2")
+    pair.run()
+    pair.check_answer("small", prompt_of(4, seed=2), 1)
+    assert pair.state("big") == "waiting"
+    for action in pair.decode.rooms.peer_death_proven("prefill-1", pair.now):
+        pair.decode.scheduler.act([action], pair.now)
+    pair.finish()
+    pair.check_answer("big", prompt_of(48, seed=1), 1)

@@ -588,13 +588,25 @@ async def test_weights_that_one_node_refuses_are_taken_by_none(
 
 
 async def test_a_node_that_fails_to_swap_is_named_and_pairs_with_nobody(bench: Bench) -> None:
-    prefill, _ = await small_cluster(bench)
+    prefill, _ = await small_cluster(bench, weight_commit_s=0.05)
     prefill.commit_reply = "not idle"
     reply = await bench.service.update_weights_from_disk("/new", "v2")
     assert not reply.success
     assert "http://p: not idle" in reply.message
     await bench.until(lambda: not bench.service.readiness()[0])
     assert bench.service.readiness() == (False, "nodes serve different weight versions: v1, v2")
+
+
+async def test_a_node_that_is_not_idle_yet_is_asked_again(bench: Bench) -> None:
+    """A cancelled request is over here while its last write is still on the wire there."""
+    prefill, decode = await small_cluster(bench)
+    prefill.commit_reply = "the node is not idle"
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2"))
+    await bench.until(lambda: prefill.calls.count("commit") == 2)
+    prefill.commit_reply = ""
+    reply = await update
+    assert (reply.success, reply.message) == (True, "2 nodes serve weight version v2")
+    assert decode.calls.count("commit") == 1, "it has swapped: it is not asked again"
 
 
 async def test_a_node_that_dies_during_the_update_is_named(bench: Bench) -> None:

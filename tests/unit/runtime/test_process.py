@@ -8,10 +8,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from pdserve.runtime.process import available_memory_bytes, end, obituary, routable_host, spawn, wait_or_kill
+from pdserve.runtime.process import (
+    available_memory_bytes,
+    end,
+    handed_api_keys,
+    obituary,
+    routable_host,
+    spawn,
+    wait_or_kill,
+)
 
 DEADLINE_S = 30.0
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
@@ -126,6 +135,7 @@ def test_spawn_keeps_the_working_directory_off_the_module_path(monkeypatch: pyte
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     spawn(["router", "--port", "0"], pass_fds=(7,))
+    del seen["env"]
     assert seen == {
         "arguments": [
             *(sys.executable, "-P", "-m", "pdserve", "router", "--port", "0"),
@@ -134,6 +144,30 @@ def test_spawn_keeps_the_working_directory_off_the_module_path(monkeypatch: pyte
         "process_group": 0,
         "pass_fds": (7,),
     }
+
+
+@pytest.mark.parametrize("api_keys", [(), ("one", 'two "2"')])
+def test_api_keys_are_handed_on_but_not_in_the_command_line(
+    api_keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def popen(arguments: list[str], **options: object) -> None:
+        seen.update(options, arguments=arguments)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    spawn(["router"], api_keys=api_keys)
+    assert not [argument for argument in seen["arguments"] if "one" in argument or "two" in argument]
+    monkeypatch.setattr(os, "environ", seen["env"])
+    assert handed_api_keys() == api_keys
+    assert handed_api_keys() == (), "what this process starts gets them from `spawn` alone"
+
+
+def test_end_now_skips_the_tear_down_but_no_output() -> None:
+    code = "import atexit; from pdserve.runtime.process import end_now; atexit.register(print, 'torn down')"
+    process = python(code + "; print('done'); end_now(3)")
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, output) == (3, b"done\n")
 
 
 def test_this_host_has_memory_left() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,10 @@ SLEEP = "import time; time.sleep(600)"
 def tiny_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child's one argument is the Python it runs; nothing waits for long."""
 
-    def spawn(arguments: Sequence[str], pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    def spawn(
+        arguments: Sequence[str], pass_fds: Sequence[int], api_keys: Sequence[str]
+    ) -> subprocess.Popen[bytes]:
+        assert api_keys == ()
         return subprocess.Popen([sys.executable, "-S", "-P", "-c", *arguments], pass_fds=pass_fds)
 
     monkeypatch.setattr(supervisor_module, "spawn", spawn)
@@ -154,11 +158,16 @@ def test_a_child_that_dies_now_and_then_is_always_started_again(monkeypatch: pyt
 
 def test_the_router_has_ended_before_the_nodes_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     router, prefill, decode = (child(SLEEP, name) for name in ("router", "prefill 0", "decode 0"))
+    router.listener = socket.create_server(("127.0.0.1", 0))
+    address = router.listener.getsockname()
     events: list[tuple[str, int]] = []
     terminate = subprocess.Popen.terminate
 
     def tell(process: subprocess.Popen[bytes]) -> None:
         events.append(("told", process.pid))
+        if len(events) > 1:  # a node; taking its leave of the router, it is refused and does not wait
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(address, timeout=DEADLINE_S)
         terminate(process)
 
     def wait(process: subprocess.Popen[bytes], grace_s: float) -> None:

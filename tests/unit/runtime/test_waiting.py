@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,3 +76,23 @@ def test_what_was_removed_does_not_wake(pipe: tuple[int, int]) -> None:
     waiter.wait(0.0004)
     assert polled == [1], "rounded up: a wait that is nearly over does not spin"
     assert not waiter._poller.sockets
+
+
+def test_a_signal_handler_ends_the_wait_by_an_eventfd() -> None:
+    """What the node's loop relies on: zmq's poll goes on after a signal, but its handler runs first."""
+    signalled = os.eventfd(0, os.EFD_NONBLOCK)
+    waiter = Waiter()
+    waiter.add(signalled)
+    kept = signal.signal(signal.SIGALRM, lambda *_: os.eventfd_write(signalled, 1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        started = time.monotonic()
+        waiter.wait(DEADLINE_S)
+        assert time.monotonic() - started < DEADLINE_S / 2
+        os.eventfd_read(signalled)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(signalled)
+            pytest.fail("it was read before")
+    finally:
+        signal.signal(signal.SIGALRM, kept)
+        os.close(signalled)

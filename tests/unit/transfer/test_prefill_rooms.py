@@ -115,6 +115,21 @@ def test_a_failed_contact_refuses_the_pair(make: Factory) -> None:
     assert node.rooms.peers() == []
 
 
+def test_a_contact_that_hung_is_not_made_again_soon(make: Factory) -> None:
+    """While it hangs, nothing is submitted to anybody: decode's retries must not take all of the time."""
+    node = Node(make)
+    node.on(make.hello())
+    node.on(ContactPong(epoch=1))
+    node.now += 60.0
+    node.end(1, WriteState.FAILED)
+    node.now += 2.0
+    reason = "the first contact failed after long; the next one is made in 238 s"
+    assert node.on(make.hello(epoch=2)) == [sent(PeerRefused(epoch=2, reason=reason))]
+    assert node.on(make.hello(1, "D2"), LINK2) == [sent(ContactPing(epoch=1), LINK2)], "others are met"
+    node.now += 238.0
+    assert node.on(make.hello(epoch=3)) == [sent(ContactPing(epoch=3))]
+
+
 def test_hellos_and_pongs_that_come_twice_or_late_do_nothing(make: Factory) -> None:
     node = Node(make)
     assert node.on(ContactPong(epoch=1)) == []
