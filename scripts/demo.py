@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-COMPLETION = {"prompt": "def fibonacci(n):\n", "max_tokens": 96, "seed": 1}
+COMPLETION = {"prompt": "def read_config(path):", "max_tokens": 96, "seed": 2}
 CHAT = {
     "messages": [{"role": "user", "content": "Return the number of words in a text."}],
     "max_tokens": 96,
@@ -163,7 +163,7 @@ def main() -> int:
             return 1
         if own.once:
             return 0
-        body = json.dumps({"prompt": "class Stack:\n", "max_tokens": 64})
+        body = json.dumps({"prompt": "class Stack:", "max_tokens": 64})
         print(f"\nThe cluster goes on at {url} until Ctrl-C. Try:")
         authorization = "-H 'Authorization: Bearer KEY' " if api_key else ""
         print(
