@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -42,15 +43,31 @@ class DecodeGroup:
     num_slots: int  # slots a row may look at: M · page_size, or the exact length for a group of one
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrefillRow:
     """One row of several new tokens."""
 
     first_token: int
     num_tokens: int
     pages: Tensor  # [num_pages] int64
-    end: int
-    bias: Tensor | None  # [num_tokens, end]: 0 or -inf; None: the row starts at 0, plain causal
+    start: int
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """``[num_tokens, end]``: 0 or -inf; None: the row starts at 0, plain causal.
+
+        Made at its first use, so by the engine's thread and not by the loop's, which plans: a long chunk deep
+        in a prompt has a mask of many megabytes.
+        """
+        if self.start == 0:
+            return None
+        mask = torch.full((self.num_tokens, self.end), float("-inf"), dtype=self.dtype)
+        return mask.triu_(self.start + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +110,8 @@ def plan_attention(rows: Sequence[AttentionRow], page_size: int, dtype: torch.dt
 
 
 def _prefill(row: AttentionRow, first_token: int, page_size: int, dtype: torch.dtype) -> PrefillRow:
-    bias = None
-    if row.start > 0:
-        bias = torch.full((row.num_tokens, row.end), float("-inf"), dtype=dtype).triu_(row.start + 1)
     pages = torch.tensor(row.pages[: -(-row.end // page_size)], dtype=torch.int64)
-    return PrefillRow(first_token, row.num_tokens, pages, row.end, bias)
+    return PrefillRow(first_token, row.num_tokens, pages, row.start, dtype)
 
 
 def _decode(
