@@ -6,19 +6,18 @@ Each role's modules are imported only in the process of that role: a router neve
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import sys
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from .runtime.config import add_flags, forwarded_flags, node_config, resolve, router_config
+from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
 from .runtime.listen import bind_http, http_url, inherit_http
 from .runtime.logs import configure_logging
-from .runtime.process import die_with_parent, end_now, handed_api_keys
+from .runtime.process import die_with_parent, end_now, handed_api_keys, usable_cores
 from .runtime.supervisor import Child, Supervisor
 
 _READY_TIMEOUT_S = 600.0
@@ -193,7 +192,7 @@ def _up(given: dict[str, Any]) -> int:
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = http_url(loopback, listener)
     children = [_router_child(given, listener)]
-    num_threads = max(1, (os.cpu_count() or 1) // (num_prefill + num_decode))
+    num_threads = max(1, usable_cores() // (num_prefill + num_decode))
     children += [_node_child("prefill", i, given, url, num_threads) for i in range(num_prefill)]
     children += [_node_child("decode", i, given, url, num_threads) for i in range(num_decode)]
 
@@ -227,7 +226,7 @@ def _node_child(
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as response:
+        with open_url(url, timeout_s=2.0) as response:
             return int(response.status) == 200
     except (urllib.error.URLError, OSError):
         return False

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import psutil
 
+from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
-from .runtime.process import available_memory_bytes
+from .runtime.process import available_memory_bytes, usable_cores
 
 MOONCAKE_TCP_NOTE = (
     "Mooncake's TCP transport listens on 0.0.0.0 on two ports per node, whatever address it is given:"
@@ -113,9 +114,8 @@ def check_kernels() -> Iterator[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0))
     memory = available_memory_bytes() / 2**30
-    yield Finding("cpu", True, f"{platform.machine()}, {cores} cores, {memory:.1f} GiB free")
+    yield Finding("cpu", True, f"{platform.machine()}, {usable_cores()} cores, {memory:.1f} GiB free")
     try:
         torch = importlib.import_module("torch")
     except ImportError:
@@ -169,7 +169,7 @@ def ask_server(url: str, api_key: str = "") -> Finding:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     request = urllib.request.Request(f"{url.rstrip('/')}/server_info", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=5) as response:
+        with open_url(request, timeout_s=5.0) as response:
             info = json.loads(response.read())
     except urllib.error.HTTPError as error:
         mend = "give its --api-key" if error.code == 401 else "is the port right?"

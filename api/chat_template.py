@@ -105,7 +105,14 @@ class ChatTemplate:
         }
         try:
             text = self._template.render(variables)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+        ) as error:
             # The template is code and the messages are its input: whatever it trips over is in the request.
             raise RequestError(
                 f"The model's chat template refused the messages: {error}", param="messages"

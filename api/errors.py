@@ -87,8 +87,8 @@ def install_error_handlers(app: FastAPI) -> None:
         """It left before its body was here."""
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    async def on_bug(_: Request, error: Exception) -> Response:
-        return error_response(
+    async def on_bug(request: Request, error: Exception) -> Response:
+        answer = error_response(
             RequestError(
                 f"Internal error: {type(error).__name__}.",
                 status=500,
@@ -96,6 +96,9 @@ def install_error_handlers(app: FastAPI) -> None:
                 error_type="server_error",
             )
         )
+        # Starlette answers bugs from outside all middleware, RequestIds included.
+        answer.headers["x-request-id"] = request.state.request_id
+        return answer
 
     app.add_exception_handler(RequestError, on_request_error)
     app.add_exception_handler(HTTPException, on_http_exception)

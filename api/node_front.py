@@ -328,6 +328,7 @@ async def serve_node_front(
     registrar = Registrar(url, router_urls, api_keys)
     app = build_node_app(NodeRoutes(link, url), api_keys)
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
+    membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:
         await serve(app, listener, stop=stop)
     finally:
@@ -336,6 +337,8 @@ async def serve_node_front(
         await registrar.leave()
         await link.close()
         context.destroy(linger=0)
+    if not membership.cancelled():
+        membership.result()
 
 
 async def _keep_membership(link: SchedulerLink, registrar: Registrar, url: str, stop: asyncio.Event) -> None:

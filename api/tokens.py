@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -40,13 +41,15 @@ class TokenRoutes:
             token_ids = await self.tokenizer.encode_async(
                 body.prompt or "", add_special_tokens=body.add_special_tokens is not False
             )
-        strings = [self.tokenizer.token_string(token_id) for token_id in token_ids]
+        strings = None
+        if body.return_token_strs:
+            strings = [self.tokenizer.token_string(token_id) for token_id in token_ids]
         return json_response(
             TokenizeAnswer(
                 count=len(token_ids),
                 max_model_len=self.card.max_model_len,
                 tokens=token_ids,
-                token_strs=strings if body.return_token_strs else None,
+                token_strs=strings,
             )
         )
 
@@ -57,5 +60,8 @@ class TokenRoutes:
         for token_id in body.tokens:
             if not 0 <= token_id < self.card.vocab_size:
                 raise bad_value("tokens", f"Token id {token_id} is outside the vocabulary.")
-        text = self.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+        # In a thread: a body may hold millions, and streams must not stand still meanwhile.
+        text = await asyncio.to_thread(
+            self.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens
+        )
         return json_response(DetokenizeAnswer(prompt=text))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtime.direct_http import open_url
 from ..runtime.errors import StartupError
 from ..runtime.process import end
 
@@ -77,7 +78,7 @@ class LocalCluster:
     # ---- HTTP ---------------------------------------------------------------------------------------
 
     def get(self, path: str, base: str | None = None) -> Any:  # noqa: ANN401  JSON is what it is
-        with urllib.request.urlopen(f"{base or self.url}{path}", timeout=60) as response:
+        with open_url(f"{base or self.url}{path}", timeout_s=60.0) as response:
             text = response.read().decode()
             is_json = "json" in response.headers.get("Content-Type", "")
             return json.loads(text) if is_json else text
@@ -88,7 +89,7 @@ class LocalCluster:
             f"{base or self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with open_url(request, timeout_s) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             error.msg = f"{error.msg}: {error.read().decode(errors='replace')}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
@@ -417,6 +418,8 @@ class DecodeScheduler:
 
     def start_running(self, request: DecodeRequest, now: float) -> None:
         request.enter(RequestState.RUNNING, now)
+        for sequence in request.live_sequences:
+            sequence.token_ids = array("q", sequence.token_ids)
         self.pages.fork(request)
 
     def end_room(self, action: RoomEnded) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 
 from ..components.output_streamer import StreamKey
@@ -24,7 +25,8 @@ class Sequence:
 
     key: StreamKey
     choice: int
-    token_ids: list[int]  # prompt, kept output, and what this attempt sampled
+    # Prompt, kept output, and what this attempt sampled. An array while it runs: a step may read all of it.
+    token_ids: list[int] | array[int]
     num_prompt_tokens: int  # of the prompt alone
     pages: list[int] = field(default_factory=list)
     shared_pages: list[int] = field(default_factory=list)  # those of `pages` that other choices read too

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,7 +128,8 @@ def _forbidden(row: ScheduledRow, eos_token_ids: Collection[int]) -> dict[int, f
 
 
 def _penalties(index: int, row: ScheduledRow) -> Penalties:
-    known = torch.tensor(row.token_ids[: row.end], dtype=torch.int64)
+    # By way of NumPy: it reads a list several times faster than torch, and an array at the speed of memory.
+    known = torch.from_numpy(np.array(row.token_ids[: row.end], dtype=np.int64))
     return Penalties(
         entry=index,
         prompt=known[: row.num_prompt_tokens],

@@ -85,6 +85,7 @@ class ClientChannel(Generic[T]):
     """One DEALER connection to a node: one epoch. ``lost`` turns true once and for ever."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, receives: object) -> None:
+        """Raises zmq.ZMQError for what is no address."""
         self._codec: Codec[T] = Codec(receives)
         self.address = address
         self.lost = False
@@ -99,7 +100,11 @@ class ClientChannel(Generic[T]):
             | zmq.EVENT_CLOSED
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
-        self.socket.connect(address)
+        try:
+            self.socket.connect(address)
+        except zmq.ZMQError:
+            self.close()
+            raise
 
     def receive(self) -> Iterator[T | MalformedMessage]:
         self._read_monitor()

@@ -361,7 +361,7 @@ class PrefillScheduler:
             _log.info(
                 "request %s: room %d ended: %s", job.message.request_id, job.room.counter, action.reason
             )
-            self.metrics.count_room("failed")
+            self.metrics.count_room("aborted" if action.is_aborted else "failed")
         self.free_if_unused(job)
 
     def free_if_unused(self, job: PrefillJob) -> None:

@@ -99,3 +99,5 @@ class HttpEntryLookup:
                 return msgspec.json.decode(await response.read(), type=_ServerInfo).entry
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
             return None
+        except UnicodeError:  # the host is no name
+            return None

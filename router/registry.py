@@ -167,10 +167,11 @@ class NodeRegistry:
         return [NodeSilent(node.entry, reason)] if was_healthy else []
 
     def not_connected(self, prefill: str, decode: str) -> None:
-        """Decode said that it cannot use this prefill node; believed until its next pong."""
+        """Decode said that it cannot use this prefill node, or itself; believed until its next pong."""
         node = self._nodes.get(decode)
         if node is not None:
             node.ready_peers -= {prefill}
+            node.draining |= not prefill
 
     def take_out(self, url: str) -> bool:
         """No new work; its registrations count no more until it restarts or is registered by hand."""

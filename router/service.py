@@ -377,7 +377,7 @@ class RouterService:
         self._close_attempt(attempt, failure.code)
         if failure.code == "busy":
             self._ledger.full(attempt.pair.prefill or attempt.pair.decode)
-        elif failure.code in ("not_ready", "peer_lost"):
+        elif failure.code in ("not_ready", "peer_lost", "shutting_down"):
             self._nodes.not_connected(attempt.pair.prefill, attempt.pair.decode)
         generation = self._generations[failure.request_id]
         record = generation.record

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,9 +18,11 @@ import yaml
 
 from .errors import StartupError
 from .logs import LEVELS
+from .process import usable_cores
 
 ProcessRole: TypeAlias = Literal["up", "router", "prefill", "decode"]
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-python"
+_HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
 DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
 
 
@@ -74,7 +76,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--max-running-requests", "--max-num-seqs"), roles=_NODES, kind=int, default=64,
          help="sequences in a batch"),
     Flag(names=("--num-threads",), roles=_NODES, kind=int,
-         help="threads of the engine (default: cores / nodes on this host)"),
+         help="threads of the engine (default: cores / nodes that `up` starts; by hand half of the cores)"),
     Flag(names=("--disable-prefix-cache", "--no-enable-prefix-caching", "--disable-radix-cache"),
          roles=_NODES, kind=bool, default=False, help="compute every prompt token"),
     Flag(names=("--transfer-backend", "--disaggregation-transfer-backend"), roles=_NODES, default="mooncake",
@@ -280,8 +282,11 @@ def _check(values: Mapping[str, Any]) -> None:
             raise StartupError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
     if values.get("host") == "":
         raise StartupError("--host is empty; give an address, such as 127.0.0.1 or 0.0.0.0")
-    if "" in (values.get("api_key") or ()):
-        raise StartupError("--api-key is empty; give a token, or leave the flag out to let everyone ask")
+    for key in values.get("api_key") or ():
+        if not key:
+            raise StartupError("--api-key is empty; give a token, or leave the flag out to let everyone ask")
+        if not _HEADER_SAFE.fullmatch(key):  # it is a secret: not shown
+            raise StartupError("--api-key: visible ASCII characters without spaces are expected")
     if (port := values.get("port")) is not None and not 0 <= port <= 65535:
         raise StartupError(f"--port {port}: 0 to 65535 is expected")
     for name in ("router", "prefill", "decode"):
@@ -305,7 +310,7 @@ def node_config(role: Literal["prefill", "decode"], given: Mapping[str, Any]) ->
             raise StartupError(f"{flag} {values[name]}: nodes take IPv4 addresses or names")
     if values["num_threads"] is None:
         # A node started by hand does not know its neighbours; one prefill and one decode is the usual pair.
-        values["num_threads"] = max(1, (os.cpu_count() or 1) // 2)
+        values["num_threads"] = max(1, usable_cores() // 2)
     return NodeConfig(**_filled(values, role, NodeConfig))
 
 

@@ -84,6 +84,11 @@ def obituary(name: str, process: subprocess.Popen[bytes]) -> str:
     return f"{name} (pid {process.pid}) ended with exit code {code}"
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: fewer than the host has under `taskset` or in many containers."""
+    return len(os.sched_getaffinity(0))
+
+
 def available_memory_bytes() -> int:
     """Memory that this host, or this container if it is limited, can still give."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -75,11 +75,13 @@ class ReleaseRoom:
 
     Exactly one follows every AdmitRoom. `completed`: every page is in place on decode. Otherwise writes may
     still read the pages; what they carry lands in decode's quarantine, so the pages may be reused.
+    `is_aborted`: decode needs the room no more, as when the first token was the last; no failure.
     """
 
     room: RoomId
     completed: bool
     reason: str = ""
+    is_aborted: bool = False
 
 
 PrefillAction: TypeAlias = (

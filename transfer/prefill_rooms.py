@@ -332,7 +332,7 @@ class PrefillRooms:
         if room is None:
             # It never came, or it is over and its end was lost on the way: what became of it is not known.
             return [SendToDecode(link.link, Drained(room=abort.room, epoch=link.epoch, clean=False))]
-        return [] if room.is_draining else self._drain(room, "aborted by decode")
+        return [] if room.is_draining else self._drain(room, "aborted by decode", is_aborted=True)
 
     # ---- the scheduler's own events -----------------------------------------------------------------
 
@@ -522,10 +522,12 @@ class PrefillRooms:
             actions.append(SendToDecode(link.link, failed))
         return actions + self._drain(room, reason)
 
-    def _drain(self, room: _Room, reason: str) -> list[PrefillAction]:
+    def _drain(self, room: _Room, reason: str, *, is_aborted: bool = False) -> list[PrefillAction]:
         room.is_draining = True
-        self.stats.num_failed += 1
-        actions: list[PrefillAction] = [ReleaseRoom(room.request.room, completed=False, reason=reason)]
+        self.stats.num_failed += not is_aborted
+        actions: list[PrefillAction] = [
+            ReleaseRoom(room.request.room, completed=False, reason=reason, is_aborted=is_aborted)
+        ]
         if room.outstanding:
             actions.append(CancelWrites(tuple(sorted(room.outstanding))))
         return actions + self._close_if_drained(room)

@@ -21,6 +21,7 @@ from pdserve import cli
 from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, add_flags
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
+from pdserve.runtime.process import usable_cores
 from pdserve.runtime.supervisor import Child
 
 COMMANDS = ("up", "router", "prefill", "decode", "bench", "doctor")
@@ -236,7 +237,7 @@ def test_up_starts_one_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "page_size" not in values(router)
     for node in (prefill, decode):
         assert (values(node)["page_size"], values(node)["port"]) == (8, 0)
-        assert values(node)["num_threads"] == max(1, (os.cpu_count() or 1) // 2)
+        assert values(node)["num_threads"] == max(1, usable_cores() // 2)
         assert values(node)["router"][0].startswith("http://127.0.0.1:")
     assert router.grace_s > 60, "its drain is not cut short"
 

@@ -100,6 +100,21 @@ async def test_it_ends_with_its_scheduler(front: Front) -> None:
     await asyncio.wait_for(front.task, 10)
 
 
+async def test_a_bug_in_its_own_loop_ends_it_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def renew(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(node_front.Registrar, "renew", renew)
+    context = zmq.asyncio.Context()
+    scheduler = FakeScheduler(context)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = serve_node_front(zmq_address=scheduler.address, listener=listener, url="http://h:1")
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(serving, 10)
+    await scheduler.close()
+    context.destroy(linger=0)
+
+
 async def test_facts(front: Front) -> None:
     _, info = await front.get("/server_info")
     assert info["zmq_address"] == front.scheduler.address

@@ -125,8 +125,9 @@ async def test_bugs_are_answered_with_a_500(api: Api, path: str, body: dict[str,
         raise ZeroDivisionError
 
     api.generator.script = broken
-    status, answer = await api.post(path, body)
-    assert (status, answer["error"]["code"]) == (500, "internal_error")
+    async with api.http.post(api.url + path, json=body, headers={"X-Request-ID": "mine"}) as answer:
+        assert (answer.status, answer.headers["x-request-id"]) == (500, "mine")
+        assert (await answer.json())["error"]["code"] == "internal_error"
 
 
 # ---- ids --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from pdserve.api.chat_template import ChatTemplate
 from pdserve.api.tokenization import Tokenizer
 from pdserve.runtime.errors import RequestError, StartupError
 from pdserve.tests.unit.api.conftest import CHAT_TEMPLATE, byte_level_backend
@@ -132,3 +133,12 @@ def test_names_of_tokens() -> None:
 async def test_long_texts_are_encoded_in_a_thread() -> None:
     text = "The quick brown fox. " * 500
     assert await TOKENIZER.encode_async(text) == TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ x|dictsort }}", "{{ x + 1 }}", "{{ x.a.b }}", "{{ raise_exception('no') }}"]
+)
+def test_whatever_a_chat_template_trips_over_is_the_requests_fault(source: str) -> None:
+    template = ChatTemplate(source, {})
+    with pytest.raises(RequestError, match="chat template refused the messages"):
+        template.render([{"role": "user", "content": "Hi"}], template_kwargs={"x": [1]})

@@ -91,6 +91,14 @@ def test_bad_index(checkpoint: Callable[..., Path], tmp_path: Path, index: str) 
         load(tmp_path)
 
 
+def test_an_index_that_cannot_be_read(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Of a weight update, any other error would end the node."""
+    shutil.copy(checkpoint("llama") / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(StartupError, match="weight_map"):
+        load(tmp_path)
+
+
 def test_a_shard_that_is_not_there_or_cut_short(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint("mistral", shards=3), folder)

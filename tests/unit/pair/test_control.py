@@ -275,6 +275,24 @@ def test_load_and_metrics_tell_the_same() -> None:
     assert 'pd_rooms_total{model_name="model",outcome="done",role="prefill"} 2.0' in metrics.text
 
 
+def test_a_room_that_decode_needs_no_more_has_not_failed() -> None:
+    pair = Pair()
+    pair.start("one token", prompt_of(12), max_tokens=1)
+    pair.compute(pair.prefill)
+    pair.compute(pair.prefill)
+    assert pair.stream("one token").reasons == {0: "length"}
+    pair.start("broken", prompt_of(12, seed=1))
+    pair.compute(pair.prefill)
+    pair.backend.fail()
+    pair.finish()
+    pair.to_prefill(GetMetrics(call_id=1), ADMIN)
+    metrics = pair.last_reply(pair.prefill, ADMIN)
+    assert isinstance(metrics, MetricsReply)
+    for outcome in ("aborted", "failed"):
+        labels = f'model_name="model",outcome="{outcome}",role="prefill"'
+        assert f"pd_rooms_total{{{labels}}} 1.0" in metrics.text
+
+
 def test_what_is_not_for_a_prefill_node_is_dropped() -> None:
     pair = Pair()
     request = GenerateRequest(

@@ -78,7 +78,8 @@ async def test_what_is_no_node_is_none(
 
 async def test_nobody_there_is_none() -> None:
     assert await HttpEntryLookup()("http://127.0.0.1:1") is None
-    assert await HttpEntryLookup()("no url") is None
+    for url in ("no url", "http://[", "http://127.0.0.1:x", f"http://{'a' * 64}.com"):
+        assert await HttpEntryLookup()(url) is None
 
 
 async def test_what_is_no_address_is_unavailable() -> None:

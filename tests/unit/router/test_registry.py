@@ -159,7 +159,7 @@ def test_the_routers_own_stall_is_nobodys_fault(registry: NodeRegistry, entry: E
 
 
 def test_who_was_heard_during_a_stall_gets_no_credit_for_it(registry: NodeRegistry, entry: Entry) -> None:
-    """New weights take minutes, and nodes answer pings all the while: one that hangs after is found at once."""
+    """New weights take minutes, and nodes answer pings meanwhile: one that hangs then is found at once."""
     join(registry, entry(), 0.0)
     registry.pong("d-1", pong(entry()), 300.0)
     registry.excuse(300.0, 300.0)

@@ -240,6 +240,30 @@ async def test_a_gap_is_asked_for_again(bench: Bench, spec: Spec) -> None:
     assert await read(generation) == {0: [10, 11, 12, 13]}
 
 
+@pytest.mark.parametrize("is_colocated", [False, True])
+async def test_a_node_that_shuts_down_is_not_asked_again_before_its_next_pong(
+    bench: Bench, spec: Spec, expected: Expected, entry: Callable[..., NodeEntry], is_colocated: bool
+) -> None:
+    """Otherwise a request uses up its attempts before the router knows that the node drains."""
+    decode = bench.decode()
+    if is_colocated:
+        decode.entry = entry(colocated=True)
+    else:
+        bench.prefill()
+    await bench.start(ping_interval_s=0.3)
+    await bench.ready(1 if is_colocated else 2)
+    decode.fail_with = ["shutting_down"] * 5
+    decode.draining = True
+    generation = await bench.service.generate(spec())
+    num_pings = decode.calls.count("ping")
+    await bench.until(lambda: decode.calls.count("ping") > num_pings)
+    assert len(decode.requests()) == 1
+    decode.fail_with.clear()  # started again
+    decode.draining = False
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert len(decode.requests()) == 2
+
+
 async def test_a_retry_waits_for_the_weights_it_began_with(
     bench: Bench, spec: Spec, entry: Callable[..., NodeEntry]
 ) -> None:

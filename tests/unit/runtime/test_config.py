@@ -244,6 +244,10 @@ def test_an_empty_block_says_nothing(write_config: WriteConfig) -> None:
         ("a: \x07", "is not YAML"),
         ("page-size: 0", "--page-size 0"),
         ("kv-cache-gb: .nan", "--kv-cache-gb nan"),
+        ("api-key: ''", "--api-key is empty"),
+        ("api-key: a b", "--api-key: visible ASCII"),
+        ("api-key: [fine, schlüssel]", "--api-key: visible ASCII"),
+        ('api-key: "a\\n"', "--api-key: visible ASCII"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(write_config: WriteConfig, text: str, named: str) -> None:

@@ -19,6 +19,7 @@ from pdserve.runtime.process import (
     obituary,
     routable_host,
     spawn,
+    usable_cores,
     wait_or_kill,
 )
 
@@ -168,6 +169,16 @@ def test_end_now_skips_the_tear_down_but_no_output() -> None:
     process = python(code + "; print('done'); end_now(3)")
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, output) == (3, b"done\n")
+
+
+def test_cores_that_this_process_may_not_use_do_not_count() -> None:
+    allowed = os.sched_getaffinity(0)
+    assert usable_cores() == len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_this_host_has_memory_left() -> None:

@@ -339,7 +339,7 @@ def test_a_request_before_the_welcome_is_told_so(make: Factory) -> None:
 def test_an_abort_before_anything_was_sent_is_clean(node: Node) -> None:
     room = node.open()
     assert node.on(AbortRoom(room=room, epoch=1)) == [
-        ReleaseRoom(room, completed=False, reason="aborted by decode"),
+        ReleaseRoom(room, completed=False, reason="aborted by decode", is_aborted=True),
         sent(Drained(room=room, epoch=1, clean=True)),
     ]
     assert node.submit(room, 0, [1, 2, 3]) == []
@@ -351,7 +351,7 @@ def test_an_abort_waits_for_the_writes_under_way(node: Node) -> None:
     (first,) = node.submit(room, 0, [1])
     (second,) = node.submit(room, 1, [7])
     assert node.on(AbortRoom(room=room, epoch=1)) == [
-        ReleaseRoom(room, completed=False, reason="aborted by decode"),
+        ReleaseRoom(room, completed=False, reason="aborted by decode", is_aborted=True),
         CancelWrites((first, second)),
     ]
     assert node.rooms.num_draining_rooms == 1
