@@ -77,10 +77,6 @@ class Tokenizer:
             chat_template=_chat_template(folder, config),
         )
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat is not None
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 

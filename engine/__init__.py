@@ -1,6 +1,6 @@
 """Tensors: model, KV pool, sampler, forward batches and the engine thread.
 
 A step: the loop builds a `ForwardBatch` from a `ScheduleBatch`, `EngineThread.submit`s it and goes on; the
-thread runs `ModelRunner.forward`; `EngineThread.poll` gives the `ForwardOutput`. `load_engine` makes it all.
+thread runs `ModelRunner.forward`; `EngineThread.poll` gives the `ForwardOutput`.
 Nothing is imported here: ``model_config`` is read by processes that have no torch.
 """

@@ -92,6 +92,7 @@ _log = logging.getLogger(__name__)
 # engine never pauses for the loop.
 _MAX_FORWARDS = 2
 _STUCK_S = 1.0
+_LOADING_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +158,7 @@ class PrefillScheduler:
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
                 self.finish_job(finished)
+                self.act(self.rooms.announce_busy(now, now), now)
             else:
                 self.apply(finished, now)
         self.act(self.rooms.tick(now), now)
@@ -200,6 +202,9 @@ class PrefillScheduler:
                 | GetServerInfo()
                 | GetMetrics()
             ):
+                if isinstance(message, PrepareWeights):
+                    # Reading a checkpoint can hold the interpreter's lock for long stretches.
+                    self.act(self.rooms.announce_busy(now + _LOADING_S, now), now)
                 self.observe()
                 self.reply(self.control.handle(link, message, now, load=self.load(), idle=self.is_idle), now)
             case GetRequestState():

@@ -186,9 +186,6 @@ class PrefillRooms:
         room = self._rooms.get(room_id)
         return room is not None and not room.is_draining
 
-    def deadline_of(self, room_id: RoomId) -> float:
-        return self._rooms[room_id].deadline
-
     def next_deadline(self) -> float:
         """When `tick` is due at the latest; infinity while there is nothing to wait for."""
         return self._due

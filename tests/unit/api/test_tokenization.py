@@ -79,7 +79,6 @@ def test_the_template_comes_from_its_file_a_list_or_the_config(tmp_path: Path) -
 
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(checkpoint(tmp_path))
-    assert not tokenizer.has_chat_template
     with pytest.raises(RequestError, match="no chat template") as caught:
         tokenizer.apply_chat_template(CHATS[0])
     assert caught.value.status == 400

@@ -4,6 +4,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,36 @@ import torch
 
 from pdserve.engine.engine_thread import EngineThread, Finished, JobResult
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput
-from pdserve.engine.loader import Engine, load_engine
+from pdserve.engine.kv_pool import KVPool
+from pdserve.engine.model_config import ModelConfig, kv_layout
+from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
+from pdserve.engine.weights import load_weights
+from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
 from pdserve.runtime.errors import StartupError
 
 
+@dataclass(frozen=True)
+class Engine:
+    config: ModelConfig
+    layout: KVLayout
+    runner: ModelRunner
+    thread: EngineThread
+
+
+def load_engine(folder: Path) -> Engine:
+    config = ModelConfig.from_dir(folder)
+    layout = kv_layout(config, page_size=4, dtype="float32")
+    cpu = torch.device("cpu")
+    weights = load_weights(folder, config, torch.float32, cpu)
+    runner = ModelRunner(config, weights, KVPool(layout, 8, cpu), cpu)
+    return Engine(config, layout, runner, EngineThread(runner, num_threads=1))
+
+
 @pytest.fixture
 def engine(checkpoint: Callable[..., Path]) -> Iterator[Engine]:
-    loaded = load_engine(checkpoint("mistral"), num_pages=8, num_threads=1, page_size=4)
+    loaded = load_engine(checkpoint("mistral"))
     yield loaded
     assert loaded.thread.close()
 
@@ -132,7 +154,7 @@ def test_expectations_follow_what_was_measured(engine: Engine) -> None:
 
 
 def test_close_finishes_what_is_queued(checkpoint: Callable[..., Path]) -> None:
-    engine = load_engine(checkpoint("mistral"), num_pages=8, num_threads=1, page_size=4)
+    engine = load_engine(checkpoint("mistral"))
     done: list[int] = []
     engine.thread.submit_job("one", lambda: done.append(1))
     assert engine.thread.close()
