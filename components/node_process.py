@@ -132,7 +132,10 @@ def load_replacement(path: Path, current: ModelConfig, dtype: str) -> LoadedMode
 
 def load_model(path: Path, config: ModelConfig, dtype: str) -> LoadedModel:
     """Reads a checkpoint of this config; `dtype` is a key of TORCH_DTYPES. Raises StartupError."""
-    weights = load_weights(path, config, TORCH_DTYPES[dtype], torch.device("cpu"))
+    try:
+        weights = load_weights(path, config, TORCH_DTYPES[dtype], torch.device("cpu"))
+    except RuntimeError as error:  # how torch reports that memory is out; the old weights can serve on
+        raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     return LoadedModel(path, config, weights, weights_digest(path, config))
 
 

@@ -237,7 +237,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise StartupError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{file}: is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise StartupError(f"{file}: is not a JSON object")

@@ -17,6 +17,8 @@ from torch import Tensor
 from ..runtime.errors import StartupError
 from .model_config import ModelConfig
 
+_FLOATS = ("F32", "BF16", "F16", "F64")  # a quantized tensor is no number without its scale
+
 # What a tensor contributes to the digest: this many blocks, evenly spaced, first and last included.
 _DIGEST_BLOCKS = 16
 _DIGEST_BLOCK_BYTES = 4096
@@ -79,6 +81,10 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._shard_of[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """As safetensors spells it: ``BF16``."""
+        return str(self._shard_of[name].get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._shard_of[name].get_tensor(name)
@@ -212,6 +218,9 @@ def _check_tensors(
             raise StartupError(
                 f"{path}: {name} has shape {list(checkpoint.shape(name))}, config.json asks for {list(shape)}"
             )
+        if checkpoint.dtype(name) not in _FLOATS:
+            kinds = ", ".join(_FLOATS)
+            raise StartupError(f"{path}: {name} is of type {checkpoint.dtype(name)}; {kinds} are read")
 
 
 def _listed(names: set[str]) -> str:

@@ -72,6 +72,11 @@ def test_misshapen_tensor(altered: Callable[..., Path]) -> None:
         load(altered(changes={K_PROJ: torch.ones(31, 96)}))
 
 
+def test_quantized_tensors_are_not_taken_for_numbers(altered: Callable[..., Path]) -> None:
+    with pytest.raises(StartupError, match=f"{K_PROJ} is of type I8; F32, BF16, F16, F64 are read"):
+        load(altered(changes={K_PROJ: torch.ones(32, 96, dtype=torch.int8)}))
+
+
 def test_harmless_tensors_are_passed_over(altered: Callable[..., Path]) -> None:
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
     load(altered("qwen2", {**frequencies, "lm_head.weight": torch.ones(416, 84)}))
