@@ -147,7 +147,7 @@ def test_spawn_keeps_the_working_directory_off_the_module_path(monkeypatch: pyte
     }
 
 
-@pytest.mark.parametrize("api_keys", [(), ("one", 'two "2"')])
+@pytest.mark.parametrize("api_keys", [(), ("key-1", 'key "2"')])
 def test_api_keys_are_handed_on_but_not_in_the_command_line(
     api_keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +158,7 @@ def test_api_keys_are_handed_on_but_not_in_the_command_line(
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     spawn(["router"], api_keys=api_keys)
-    assert not [argument for argument in seen["arguments"] if "one" in argument or "two" in argument]
+    assert not [argument for argument in seen["arguments"] if argument in api_keys]
     monkeypatch.setattr(os, "environ", seen["env"])
     assert handed_api_keys() == api_keys
     assert handed_api_keys() == (), "what this process starts gets them from `spawn` alone"
