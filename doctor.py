@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from .runtime.cpu_features import native_dtypes
 from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
 from .runtime.process import available_memory_bytes, usable_cores
@@ -103,7 +104,8 @@ def check_kernels() -> Iterator[Finding]:
         yield Finding("torch", False, str(error), "pip install torch (2.11 or newer)")
         return
     capability = torch.backends.cpu.get_cpu_capability()
-    yield Finding("torch", True, f"{torch.__version__}, CPU kernels {capability}")
+    formats = ", ".join(sorted(native_dtypes()))
+    yield Finding("torch", True, f"{torch.__version__}, CPU kernels {capability}, in hardware: {formats}")
     for module, package in (("triton", "triton"), ("flashinfer", "flashinfer-python")):
         try:
             importlib.import_module(module)

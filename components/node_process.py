@@ -34,6 +34,7 @@ from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry
 from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
 from ..runtime.config import NodeConfig
+from ..runtime.cpu_features import native_dtypes
 from ..runtime.errors import StartupError
 from ..runtime.listen import http_url
 from ..runtime.process import available_memory_bytes, end, routable_host, spawn
@@ -150,7 +151,9 @@ def start_node(
     if not path.is_dir():
         raise StartupError(f"no model at {config.model}: a folder in Hugging Face format is expected")
     model_config = ModelConfig.from_dir(path)
-    dtype = resolve_dtype(config.dtype, model_config)
+    dtype = resolve_dtype(config.dtype, model_config, native_dtypes())
+    if config.dtype == "auto" and dtype != model_config.dtype:
+        _log.info("computing in %s: this processor has no %s arithmetic", dtype, model_config.dtype)
     layout = kv_layout(model_config, config.page_size, dtype)
     max_model_len = _max_model_len(config, model_config)
     host = config.advertise_host or routable_host(config.host)

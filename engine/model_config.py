@@ -7,7 +7,7 @@ Both spellings are read: transformers 4 (``rope_theta``, ``rope_scaling``, ``tor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -164,22 +164,23 @@ def read_generation_defaults(path: Path) -> dict[str, Any]:
     return defaults
 
 
-def resolve_dtype(dtype: str, config: ModelConfig) -> str:
-    """``auto`` is the checkpoint's own."""
-    resolved = config.dtype if dtype == "auto" else dtype
-    if resolved not in DTYPE_BYTES:
+def resolve_dtype(dtype: str, config: ModelConfig, native: Container[str]) -> str:
+    """``auto`` is the checkpoint's own where the device has it in hardware (`native`), else float32."""
+    if dtype == "auto":
+        return config.dtype if config.dtype in native else "float32"
+    if dtype not in DTYPE_BYTES:
         raise StartupError(f"--dtype {dtype} is not one of auto, {', '.join(DTYPE_BYTES)}")
-    return resolved
+    return dtype
 
 
 def kv_layout(config: ModelConfig, page_size: int, dtype: str, page_stride_bytes: int = 0) -> KVLayout:
-    """The KV layout of a model on one rank. `dtype` may be ``auto``."""
+    """The KV layout of a model on one rank; `dtype` is resolved."""
     return KVLayout(
         num_kv_heads=config.num_kv_heads,
         num_layers=config.num_layers,
         page_size=page_size,
         head_dim=config.head_dim,
-        dtype=resolve_dtype(dtype, config),
+        dtype=dtype,
         page_stride_bytes=page_stride_bytes,
     )
 

@@ -79,6 +79,8 @@ class Harness:
         padding_bytes: int = 0,
     ) -> Harness:
         config = ModelConfig.from_dir(folder)
+        if dtype == "auto":
+            dtype = config.dtype
         layout = kv_layout(config, page_size, dtype)
         if padding_bytes:
             layout = kv_layout(config, page_size, dtype, layout.page_bytes + padding_bytes)

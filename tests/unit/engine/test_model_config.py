@@ -177,11 +177,12 @@ def test_generation_defaults(
 
 def test_dtype_and_layout(read: Callable[..., ModelConfig]) -> None:
     config = read(dtype="bfloat16", num_key_value_heads=3)
-    assert resolve_dtype("auto", config) == "bfloat16"
-    assert resolve_dtype("float32", config) == "float32"
+    assert resolve_dtype("auto", config, {"float32", "bfloat16"}) == "bfloat16"
+    assert resolve_dtype("auto", config, {"float32"}) == "float32"
+    assert resolve_dtype("bfloat16", config, {"float32"}) == "bfloat16"
     with pytest.raises(StartupError, match="int4"):
-        resolve_dtype("int4", config)
-    layout = kv_layout(config, 16, "auto")
+        resolve_dtype("int4", config, {"float32"})
+    layout = kv_layout(config, 16, "bfloat16")
     assert layout.page_bytes == 3 * 2 * 2 * 16 * 8 * 2
 
 
