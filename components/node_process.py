@@ -152,8 +152,6 @@ def start_node(
         raise StartupError(f"no model at {config.model}: a folder in Hugging Face format is expected")
     model_config = ModelConfig.from_dir(path)
     dtype = resolve_dtype(config.dtype, model_config, native_dtypes())
-    if config.dtype == "auto" and dtype != model_config.dtype:
-        _log.info("computing in %s: this processor has no %s arithmetic", dtype, model_config.dtype)
     layout = kv_layout(model_config, config.page_size, dtype)
     max_model_len = _max_model_len(config, model_config)
     host = config.advertise_host or routable_host(config.host)
@@ -200,6 +198,8 @@ def start_node(
     waiter.add(server)
     waiter.add(engine.fileno())
     waiter.add(backend.fileno())
+    if config.dtype == "auto" and dtype != model_config.dtype:
+        _log.info("computing in %s: this processor has no %s arithmetic", dtype, model_config.dtype)
     _log.info(
         "%s of %s: %s, %d pages of %d tokens (%.2f GiB), transfer over %s/%s, %d threads",
         url,
