@@ -17,15 +17,17 @@ class LoadInquirer:
         self._page_size = page_size
         self._max_running_requests = max_running_requests
         self._num_prompt_tokens_computed = 0
+        self._num_prompt_tokens_received = 0
         self._num_cached_prompt_tokens = 0
         self._num_generated_tokens = 0
 
-    def count_prompt(self, *, num_computed: int = 0, num_cached: int = 0) -> None:
-        """Prompt tokens that this node's forwards computed, and that its prefix cache spared.
+    def count_prompt(self, *, num_computed: int = 0, num_received: int = 0, num_cached: int = 0) -> None:
+        """Prompt tokens that this node's forwards computed, that came from prefill, that its cache spared.
 
         Kept output ids that a new attempt computes again count as prompt tokens.
         """
         self._num_prompt_tokens_computed += num_computed
+        self._num_prompt_tokens_received += num_received
         self._num_cached_prompt_tokens += num_cached
 
     def count_generated(self, num_tokens: int) -> None:
@@ -62,6 +64,7 @@ class LoadInquirer:
             num_quarantined_pages=pages.quarantined,
             max_running_requests=self._max_running_requests,
             num_prompt_tokens_computed=self._num_prompt_tokens_computed,
+            num_prompt_tokens_received=self._num_prompt_tokens_received,
             num_cached_prompt_tokens=self._num_cached_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
         )

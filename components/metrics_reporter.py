@@ -56,8 +56,14 @@ class MetricsReporter:
         )
 
         self._prompt_tokens = self._counter("pd_prompt_tokens", "Prompt tokens computed.")
+        self._received_tokens = self._counter(
+            "pd_received_tokens", "Decode: prompt tokens whose KV came from a prefill node."
+        )
         self._cached_tokens = self._counter("pd_cached_tokens", "Prompt tokens that the prefix cache spared.")
         self._generation_tokens = self._counter("pd_generation_tokens", "Output tokens sampled.")
+        self._num_retracted = self._counter(
+            "pd_num_retracted_requests", "Decode: attempts that gave their pages back for others to go on."
+        )
 
         self._transfer_bytes = self._counter("pd_kv_transfer_bytes", "KV bytes of finished hand-offs.")
         self._transfer_seconds = Histogram(
@@ -90,9 +96,12 @@ class MetricsReporter:
 
         last, self._last_load = self._last_load, load
         self._prompt_tokens.inc(load.num_prompt_tokens_computed - last.num_prompt_tokens_computed)
+        self._received_tokens.inc(load.num_prompt_tokens_received - last.num_prompt_tokens_received)
         self._cached_tokens.inc(load.num_cached_prompt_tokens - last.num_cached_prompt_tokens)
         self._generation_tokens.inc(load.num_generated_tokens - last.num_generated_tokens)
-        num_prompt_tokens = load.num_prompt_tokens_computed + load.num_cached_prompt_tokens
+        num_prompt_tokens = (
+            load.num_prompt_tokens_computed + load.num_prompt_tokens_received + load.num_cached_prompt_tokens
+        )
         self._cache_hit_rate.set(
             load.num_cached_prompt_tokens / num_prompt_tokens if num_prompt_tokens else 0.0
         )
@@ -116,6 +125,10 @@ class MetricsReporter:
     def count_step(self, kind: StepKind, duration_s: float) -> None:
         """A forward step is done."""
         self._step_seconds.labels(*self._labels, kind).observe(duration_s)
+
+    def count_retraction(self) -> None:
+        """A running request was thrown out for want of pages."""
+        self._num_retracted.inc()
 
     def count_transfer(self, num_bytes: int, duration_s: float) -> None:
         """A hand-off's last write is in place."""

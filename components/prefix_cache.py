@@ -20,7 +20,19 @@ import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ..messages.sampling import SamplingParams
 from .page_allocator import PageAllocator, PageStateError
+
+
+def num_reusable_tokens(num_tokens: int, sampling: SamplingParams, *, has_output: bool) -> int:
+    """How many leading tokens of a prompt (with its kept output, if any) a prefix cache may spare.
+
+    At least one token must be computed, since its logits choose the next token; and with prompt logprobs,
+    which belong to the first attempt, every position from the one before the first asked for.
+    """
+    if sampling.num_prompt_logprobs is None or has_output:
+        return num_tokens - 1
+    return max(0, min(num_tokens, sampling.prompt_logprobs_start) - 1)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +78,7 @@ class PrefixCache:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         self.page_size = page_size
+        self.generation = 0  # grows when pages join or leave: a match made before may not be the longest now
         self._allocator = allocator
         self._roots: dict[str, CacheNode] = {}  # namespace -> root
         self._in_tree: set[int] = set()  # pages
@@ -110,6 +123,10 @@ class PrefixCache:
         if root is None:
             return PrefixMatch([], 0, CacheNode((), [], None, 0, 0))
         return self._descend(root, tokens)
+
+    def num_unlocked(self, match: PrefixMatch) -> int:
+        """Pages of a match that no lock protects yet: so many fewer are evictable once it is locked."""
+        return sum(len(node.pages) for node in self._path(match.node) if not node.num_locks)
 
     def lock(self, match: PrefixMatch) -> None:
         """Protect the match's pages from eviction until `unlock`. May be called several times.
@@ -160,6 +177,7 @@ class PrefixCache:
             return InsertResult(num_new_pages=0, duplicate_pages=duplicates, match=known)
 
         self._adopt(new_pages, owner)
+        self.generation += 1
         self._roots[namespace] = root
         leaf = CacheNode(
             tokens[num_known * self.page_size :], new_pages, known.node, num_whole, last_access=self._access
@@ -181,6 +199,7 @@ class PrefixCache:
         """Drop every page. False, and nothing done, if any is locked."""
         if self._num_locked:
             return False
+        self.generation += 1
         self._allocator.drop_reader(list(self._in_tree))
         for node in list(self._nodes()):
             node.parent = None
@@ -299,6 +318,7 @@ class PrefixCache:
     def _trim(self, leaf: CacheNode, num_kept: int) -> int:
         """Take the pages behind the first `num_kept` from a leaf; an emptied leaf leaves the tree. Returns
         how many pages became free."""
+        self.generation += 1
         dropped = leaf.pages[num_kept:]
         self._in_tree.difference_update(dropped)
         num_freed = len(self._allocator.drop_reader(dropped))

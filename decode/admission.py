@@ -1,8 +1,8 @@
-"""Which waiting requests may have pages now, so that nobody ever runs out of them in the middle."""
+"""Which waiting requests may have pages now, so that everyone's turn comes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .sequence import DecodeRequest
@@ -15,31 +15,28 @@ OVERTAKING_LIMIT_S = 5.0
 class Capacity:
     """What admission may give away at this moment."""
 
-    pages: int  # neither taken nor promised
+    pages: int  # that nobody holds, was promised or is expected to need
     sequences: int  # places in the batch
     most_pages: int  # that could be given away if all that runs had ended
 
 
 def choose_admitted(
     waiting: Iterable[DecodeRequest],
-    capacity: Capacity,
+    capacity: Callable[[], Capacity],
     pages_needed: Callable[[DecodeRequest], int],
     now: float,
-) -> list[DecodeRequest]:
+) -> Iterator[DecodeRequest]:
     """Oldest first; who does not fit is overtaken by who does, until it has waited OVERTAKING_LIMIT_S.
 
     Nobody waits for one who would not fit into an empty node: what it lacks may never come back.
-    `pages_needed` is the most that a request can ever hold, growth included: since admission counts that,
-    growth cannot fail and nothing that runs has to be thrown out.
+    The caller admits each request before it asks for the next; `capacity` is asked again after each, as what
+    one takes or locks changes what is left by more than its own need.
     """
-    admitted: list[DecodeRequest] = []
-    pages, places = capacity.pages, capacity.sequences
+    left = capacity()
     for request in waiting:
         need, num_choices = pages_needed(request), len(request.sequences)
-        if need <= pages and num_choices <= places:
-            admitted.append(request)
-            pages -= need
-            places -= num_choices
-        elif need <= capacity.most_pages and now - request.arrived_s > OVERTAKING_LIMIT_S:
-            break
-    return admitted
+        if need <= left.pages and num_choices <= left.sequences:
+            yield request
+            left = capacity()
+        elif need <= left.most_pages and now - request.arrived_s > OVERTAKING_LIMIT_S:
+            return

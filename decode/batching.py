@@ -13,6 +13,7 @@ from . import sequence as seq
 class DecodeRow:
     """One token more of one choice."""
 
+    request: seq.DecodeRequest
     sequence: seq.Sequence
     row: ScheduledRow
 
@@ -40,7 +41,7 @@ def decode_row(request: seq.DecodeRequest, sequence: seq.Sequence) -> DecodeRow:
         choices=(sequence.choice,),
         num_output_tokens=sequence.num_output_tokens,
     )
-    return DecodeRow(sequence, row)
+    return DecodeRow(request, sequence, row)
 
 
 def prefill_rows(requests: Iterable[seq.DecodeRequest], budget: int) -> list[PrefillRow]:

@@ -13,15 +13,20 @@ from ..components.node_control import NodeControl
 from ..components.node_process import LoadedModel, run, start_node
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
+from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..components.weight_updater import WeightUpdater
 from ..messages.channel import ServerChannel
 from ..messages.node import ClientToNode
 from ..runtime.config import NodeConfig
 from ..transfer.decode_rooms import DecodeRooms
+from .growth_estimate import GrowthEstimate
+from .local_prefill import LocalPrefillPolicy
 from .peer_links import PeerLinks
 from .request_pages import RequestPages
 from .scheduler import DecodeLimits, DecodeScheduler
+
+LOCAL_PREFILL_CHUNK = 64  # tokens
 
 
 def run_decode(config: NodeConfig, listener: socket.socket) -> int:
@@ -30,6 +35,7 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
     server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode)
     node = start_node(config, listener, server.socket, server.port)
     allocator = PageAllocator(node.num_pages)
+    cache = PrefixCache(allocator, config.page_size)
     poison = node.pool.poison if config.poison_reserved_pages else None
     weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
     control = NodeControl(
@@ -37,9 +43,12 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
         flush=FlushWrapper(),
         weights=weights,
         metrics=node.metrics,
-        drop_cache=lambda: True,  # decode keeps no prefix cache
+        drop_cache=cache.reset,
     )
     gone_clients: set[bytes] = set()
+    # A colocated node has nobody else to prefill: its chunks are as long as those of a prefill node.
+    default_chunk = config.chunked_prefill_size if config.colocated else LOCAL_PREFILL_CHUNK
+    local_prefill_chunk = config.local_prefill_chunk_size or default_chunk
 
     def copy_page(source: int, destination: int) -> None:
         node.pool.copy_pages([source], [destination])
@@ -54,7 +63,17 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
         links=PeerLinks(context, node.waiter),
         rooms=DecodeRooms(node.identity, node.region, node.num_pages),
         allocator=allocator,
-        pages=RequestPages(allocator, config.page_size, copy_page, poison),
+        cache=cache,
+        pages=RequestPages(
+            allocator, cache, copy_page, poison, keeps_prefixes=not config.disable_prefix_cache
+        ),
+        growth=GrowthEstimate(config.schedule_conservativeness),
+        local_prefill=LocalPrefillPolicy(
+            threshold=config.local_prefill_threshold,
+            chunk_tokens=local_prefill_chunk,
+            page_size=config.page_size,
+            page_bytes=node.layout.page_bytes,
+        ),
         engine=node.engine,
         build=node.build,
         streamer=OutputStreamer(send_output),
@@ -69,6 +88,7 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
         metrics=node.metrics,
         limits=DecodeLimits(
             max_running=config.max_running_requests,
+            local_prefill_chunk=local_prefill_chunk,
             max_batch_tokens=max(config.chunked_prefill_size, config.max_running_requests + 1),
             max_model_len=node.max_model_len,
         ),

@@ -1,13 +1,23 @@
-"""The pages of requests on a decode node: reserved, adopted from a hand-off, forked, grown, given back."""
+"""The pages of requests on a decode node: reserved, adopted from a hand-off, forked, grown, given back.
+
+A request's pages are, in order: those of its prompt's cached prefix, locked in the prefix cache; those that a
+prefill node or this node's own prefill fills; those that its output grows by. When it ends, its whole pages
+join the cache, so that the next turn of a conversation needs only what is new.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..components.page_allocator import PageAllocator
+from ..components.prefix_cache import PrefixCache, PrefixMatch
 from ..messages.peer import RoomId
 from .sequence import DecodeRequest, Sequence
+
+# Who names no max_tokens gets all that the context has left, and seldom uses it.
+LONGEST_EXPECTED_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,29 +33,40 @@ class PageNeed:
 
 
 class RequestPages:
-    """Promises growth at admission and keeps the promise: what is promised is never more than what is free.
+    """Promises pages and keeps the promise: what is promised is never more than what is free or evictable.
+
+    Each choice is promised its next page, one that was retracted before all that it can need; what else a
+    choice grows by is expected, and may be missing when the time comes.
 
     `copy_page(source, destination)` copies a page's KV. `poison`, where given, fills pages with NaN when they
-    are reserved: a test's way to see that every page a forward reads was really written.
+    are reserved: a test's way to see that every page a forward reads was really written. Without
+    `keeps_prefixes` no prompt is matched and nothing stays in the cache: only the choices of one request
+    share pages there.
     """
 
     def __init__(
         self,
         allocator: PageAllocator,
-        page_size: int,
+        cache: PrefixCache,
         copy_page: Callable[[int, int], None],
         poison: Callable[[list[int]], None] | None = None,
+        *,
+        keeps_prefixes: bool = True,
     ) -> None:
         self._allocator = allocator
-        self._page_size = page_size
+        self._cache = cache
+        self._page_size = cache.page_size
         self._copy_page = copy_page
         self._poison = poison
+        self._keeps_prefixes = keeps_prefixes
         self._num_promised = 0
+
+    # ---- what there is ------------------------------------------------------------------------------
 
     @property
     def num_available(self) -> int:
-        """Pages that are neither taken nor promised."""
-        return self._allocator.num_free - self._num_promised
+        """Pages that are free or evictable, and not promised."""
+        return self._allocator.num_free + self._cache.num_evictable - self._num_promised
 
     def need(self, request: DecodeRequest) -> PageNeed:
         """Choices share the prompt's whole pages; each but the first needs a copy of the partial one.
@@ -62,89 +83,184 @@ class RequestPages:
         further = final_pages - num_prefill // self._page_size
         return PageNeed(prompt_pages, (first, *(further for _ in request.sequences[1:])))
 
-    def expose(self, request: DecodeRequest, room: RoomId) -> list[int]:
-        """Reserve the prompt's pages for a prefill node to write. The caller knows that they fit."""
-        need = self.need(request)
-        pages = self._allocator.reserve_exposed(room, need.prompt)
-        return self._reserved(request, need, pages)
+    def match(self, request: DecodeRequest) -> PrefixMatch:
+        """The cached prefix of a waiting request's prompt, not locked. Looked up when the cache changed."""
+        if request.match is None or request.match_generation != self._cache.generation:
+            limit = request.reusable_tokens if self._keeps_prefixes else 0
+            request.match = self._cache.match(request.prefill_ids, max_tokens=limit)
+            request.match_generation = self._cache.generation
+        return request.match
 
-    def allocate_prompt(self, request: DecodeRequest) -> None:
-        """Reserve the prompt's pages for this node's own prefill."""
-        need = self.need(request)
-        first = request.sequences[0]
-        first.pages = self._reserved(
-            request, need, self._allocator.allocate_private(first.owner, need.prompt)
+    def demand(self, request: DecodeRequest, share: float) -> int:
+        """Pages of `num_available` that admitting the request takes, or counts on for its growth.
+
+        `share`: of the growth that is possible, how much is expected.
+        """
+        need, match = self.need(request), self.match(request)
+        growth = sum(self._expected(request, pages, share) for pages in need.growth)
+        return need.prompt - len(match.pages) + self._cache.num_unlocked(match) + growth
+
+    def num_expected(self, requests: Iterable[DecodeRequest], share: float) -> int:
+        """Pages that these admitted requests are expected to grow by, beyond what they are promised."""
+        return sum(
+            max(0, self._expected(request, sequence.growth, share) - sequence.promised)
+            for request in requests
+            for sequence in request.live_sequences
         )
 
-    def _reserved(self, request: DecodeRequest, need: PageNeed, pages: list[int] | None) -> list[int]:
+    def _expected(self, request: DecodeRequest, growth: int, share: float) -> int:
+        if request.message.was_retracted:
+            return growth
+        longest = -(-LONGEST_EXPECTED_TOKENS // self._page_size)
+        return math.ceil(share * min(growth, longest))
+
+    # ---- admission ----------------------------------------------------------------------------------
+
+    def expose(self, request: DecodeRequest, room: RoomId) -> list[int]:
+        """Reserve the prompt's missing pages for a prefill node to write. The caller knows that they fit.
+
+        Returns one page per page of the prompt: those of the cached prefix, then the exposed ones.
+        """
+        cached = self._lock_prefix(request)
+        num_missing = self.need(request).prompt - len(cached)
+        self._make_free(num_missing)
+        pages = self._reserved(request, num_missing, self._allocator.reserve_exposed(room, num_missing))
+        return [*cached, *pages]
+
+    def allocate_prompt(self, request: DecodeRequest) -> None:
+        """Reserve the prompt's missing pages for this node's own prefill."""
+        cached = self._lock_prefix(request)
+        num_missing = self.need(request).prompt - len(cached)
+        first = request.sequences[0]
+        self._make_free(num_missing)
+        pages = self._allocator.allocate_private(first.owner, num_missing)
+        first.pages = [*cached, *self._reserved(request, num_missing, pages)]
+
+    def _lock_prefix(self, request: DecodeRequest) -> list[int]:
+        match = self.match(request)
+        request.match = None
+        request.num_cached = match.num_tokens
+        for sequence in request.sequences:
+            self._cache.lock(match)
+            sequence.prefix = match
+        return match.pages
+
+    def _reserved(self, request: DecodeRequest, num_pages: int, pages: list[int] | None) -> list[int]:
         if pages is None:
-            raise RuntimeError(f"{need.prompt} pages were admitted, but {self._allocator.num_free} are free")
-        for sequence, growth in zip(request.sequences, need.growth, strict=True):
+            raise RuntimeError(f"{num_pages} pages were admitted, but {self._allocator.num_free} are free")
+        is_certain = request.message.was_retracted
+        for sequence, growth in zip(request.sequences, self.need(request).growth, strict=True):
             sequence.growth = growth
-            self._num_promised += growth
+            sequence.promised = growth if is_certain else min(growth, 1)
+            self._num_promised += sequence.promised
         if self._poison is not None:
             self._poison(pages)
         return pages
 
+    # ---- running ------------------------------------------------------------------------------------
+
     def adopt(self, request: DecodeRequest, room: RoomId) -> None:
         """Every write is in place: the pages are the first live choice's own."""
         first = request.live_sequences[0]
-        first.pages = self._allocator.exposed_to_private(room, first.owner)
+        cached = first.prefix.pages if first.prefix is not None else []
+        first.pages = [*cached, *self._allocator.exposed_to_private(room, first.owner)]
 
     def fork(self, request: DecodeRequest) -> None:
         """Give every live choice the prompt's pages: whole ones are shared, the partial one is copied.
 
-        Copied at once: no forward touches these pages yet, and the source may be freed before the next.
+        Shared ones are the cache's from here on, so that other requests can use them too. Copied at once: no
+        forward touches these pages yet, and the source may be freed before the next.
         """
         first, *others = request.live_sequences
-        num_whole, num_in_partial = divmod(request.num_prefill_tokens, self._page_size)
-        whole = first.pages[:num_whole]
-        if not others:
+        if not others and not self._keeps_prefixes:
             return
-        self._allocator.share(whole, first.owner)
-        first.shared_pages = list(whole)
+        num_whole, num_in_partial = divmod(request.num_prefill_tokens, self._page_size)
+        shared = self._share(request, first, num_whole)
         for other in others:
-            self._allocator.add_reader(whole)
-            other.pages = list(whole)
-            other.shared_pages = list(whole)
+            self._relock(other, shared)
+            other.pages = list(shared.pages)
             if num_in_partial:
-                self._grow(other)
+                if not self._grow(other):
+                    raise RuntimeError(f"choice {other.choice} of {other.key} lacks the page it was promised")
                 self._copy_page(first.pages[num_whole], other.pages[num_whole])
 
-    def make_room(self, sequence: Sequence) -> None:
-        """The KV of the sequence's last token is about to be written: have a page for it."""
-        if (len(sequence.token_ids) - 1) // self._page_size == len(sequence.pages):
-            self._grow(sequence)
+    def _share(self, request: DecodeRequest, first: Sequence, num_whole: int) -> PrefixMatch:
+        """Hand the prompt's whole pages to the cache; where it has others for these tokens, use those."""
+        inserted = self._cache.insert(
+            first.token_ids[: num_whole * self._page_size], first.pages, first.owner, self._namespace(request)
+        )
+        self._relock(first, inserted.match)
+        self._allocator.free_private(first.owner, inserted.duplicate_pages)
+        first.pages[:num_whole] = inserted.match.pages
+        return inserted.match
 
-    def _grow(self, sequence: Sequence) -> None:
+    def _relock(self, sequence: Sequence, match: PrefixMatch) -> None:
+        self._cache.lock(match)
+        if sequence.prefix is not None:
+            self._cache.unlock(sequence.prefix)
+        sequence.prefix = match
+
+    def _namespace(self, request: DecodeRequest) -> str:
+        """Choices of one request share pages also where requests do not."""
+        return "" if self._keeps_prefixes else repr(request.key)
+
+    def make_room(self, sequence: Sequence) -> bool:
+        """The KV of the sequence's last token is about to be written: have a page for it.
+
+        False if none can be had now. Never for a page that was promised.
+        """
+        if (len(sequence.token_ids) - 1) // self._page_size < len(sequence.pages):
+            return True
+        return self._grow(sequence)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        if sequence.growth == 0:
+            raise RuntimeError(f"choice {sequence.choice} of {sequence.key} grows beyond what it may need")
+        if sequence.promised:
+            sequence.promised -= 1
+            self._num_promised -= 1
+        elif self.num_available < 1:
+            return False
         near = sequence.pages[-1] if sequence.pages else None
+        self._make_free(1)
         pages = self._allocator.allocate_private(sequence.owner, 1, near=near)
-        if pages is None or sequence.growth == 0:
-            raise RuntimeError(
-                f"choice {sequence.choice} of {sequence.key} grows beyond what it was promised"
-            )
+        if pages is None:
+            raise RuntimeError(f"{self._num_promised} pages are promised, more than can be had")
         sequence.growth -= 1
-        self._num_promised -= 1
         sequence.pages += pages
         if self._poison is not None:
             self._poison(pages)
+        return True
 
-    def take_back_promise(self, sequence: Sequence) -> None:
-        """It will not grow any more."""
-        self._num_promised -= sequence.growth
-        sequence.growth = 0
+    def _make_free(self, num_pages: int) -> None:
+        """Evict from the cache what is missing."""
+        if (num_missing := num_pages - self._allocator.num_free) > 0:
+            self._cache.evict(num_missing)
 
-    def free(self, sequence: Sequence) -> None:
-        """Give back all that a sequence holds; no forward may write into it any more."""
-        self.take_back_promise(sequence)
-        if sequence.shared_pages:
-            self._allocator.drop_reader(sequence.shared_pages)
+    # ---- the end ------------------------------------------------------------------------------------
+
+    def free(self, request: DecodeRequest, sequence: Sequence) -> None:
+        """Give back all that a sequence holds; no forward may write into it any more.
+
+        Pages full of tokens that were computed stay in the cache, until others need them.
+        """
+        self._num_promised -= sequence.promised
+        sequence.growth = sequence.promised = 0
+        num_computed = request.num_computed(sequence)
+        if sequence.pages and self._keeps_prefixes:
+            self._cache.insert(sequence.token_ids[:num_computed], sequence.pages, sequence.owner)
         self._allocator.free_private(sequence.owner)
         sequence.pages = []
-        sequence.shared_pages = []
+        if sequence.prefix is not None:
+            self._cache.unlock(sequence.prefix)
+            sequence.prefix = None
+        if not self._keeps_prefixes:
+            self._cache.evict(self._cache.num_evictable)
 
-    def check_promises(self, requests: list[DecodeRequest]) -> None:
+    def check_promises(self, requests: Iterable[DecodeRequest]) -> None:
         """Raises RuntimeError unless the promises add up."""
-        promised = sum(sequence.growth for request in requests for sequence in request.sequences)
+        promised = sum(sequence.promised for request in requests for sequence in request.sequences)
         if promised != self._num_promised or self.num_available < 0:
-            raise RuntimeError(f"{self._num_promised} pages promised, requests say {promised}")
+            raise RuntimeError(
+                f"{self._num_promised} pages promised, requests say {promised}, {self.num_available} are left"
+            )

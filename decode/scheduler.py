@@ -2,14 +2,18 @@
 
 Life cycle of a request here; it is in exactly one state:
 
-1. **Waiting**: a GenerateRequest arrived. It waits for a place in the batch and for pages: its whole prompt
-   is reserved at once, the growth of its output is counted.
-2. **Handoff**: its pages are exposed to the prefill node that the router chose. The first token arrives and
-   is streamed while the last pages are still in flight; if it ends the request, the request ends here.
-   (**Local prefill** instead, on a colocated node: the chunks ride along in the decode batch.)
-3. **Running**: all pages are in place. Choices fork: whole pages are shared, the partial one is copied. Each
-   step samples one token of every choice.
-4. Gone: finished, cancelled or failed. Its pages are freed, or quarantined if a peer may still write them.
+1. **Waiting**: a GenerateRequest arrived. It waits for a place in the batch and for pages: what the prefix
+   cache holds of its prompt is locked, the rest of the prompt is reserved at once, and the growth that is
+   expected of its output is counted.
+2. **Handoff**: the missing pages are exposed to the prefill node that the router chose. The first token
+   arrives and is streamed while the last pages are still in flight; if it ends the request, it ends here.
+   (**Local prefill** instead, where that is cheaper, on a colocated node, and when no prefill node is alive:
+   the chunks ride along in the decode batch, short ones while others decode.)
+3. **Running**: all pages are in place. The prompt's join the prefix cache and choices fork: whole pages are
+   shared, the partial one is copied. Each step samples one token of every choice. When there are too few
+   pages for all to grow, the youngest is **retracted**: its attempt fails retriably, its pages stay cached.
+4. Gone: finished, cancelled or failed. Its whole pages stay in the prefix cache until others need them; those
+   that a peer may still write are quarantined.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from ..components.node_process import LoadedModel
 from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
 from ..components.page_allocator import PageAllocator
+from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..components.stop_conditions import check_finish
 from ..components.weight_updater import Prepared, WeightUpdater
@@ -78,8 +83,11 @@ from ..transfer.actions import (
 from ..transfer.decode_rooms import DecodeRooms
 from .admission import OVERTAKING_LIMIT_S, Capacity, choose_admitted
 from .batching import DecodeRow, PrefillRow, Row, decode_row, prefill_rows
+from .growth_estimate import GrowthEstimate
+from .local_prefill import LocalPrefillPolicy
 from .peer_links import LinkDown, PeerLinks
 from .request_pages import RequestPages
+from .retraction import choose_victim
 from .sequence import DecodeRequest, RequestState, Sequence
 
 _log = logging.getLogger(__name__)
@@ -92,6 +100,7 @@ _ROSTER_S = 30.0  # routers push theirs every few seconds
 class DecodeLimits:
     max_running: int  # sequences in a batch
     max_batch_tokens: int  # of a step that prefills locally
+    local_prefill_chunk: int  # prompt tokens of a step that decodes too
     max_model_len: int
 
 
@@ -106,7 +115,10 @@ class DecodeScheduler:
         links: PeerLinks,
         rooms: DecodeRooms,
         allocator: PageAllocator,
+        cache: PrefixCache,
         pages: RequestPages,
+        growth: GrowthEstimate,
+        local_prefill: LocalPrefillPolicy,
         engine: EngineThread,
         build: Callable[[ScheduleBatch], ForwardBatch],
         streamer: OutputStreamer,
@@ -126,7 +138,10 @@ class DecodeScheduler:
         self.links = links
         self.rooms = rooms
         self.allocator = allocator
+        self.cache = cache
         self.pages = pages
+        self.growth = growth
+        self.local_prefill = local_prefill
         self.engine = engine
         self.build = build
         self.streamer = streamer
@@ -315,7 +330,7 @@ class DecodeScheduler:
 
     def has_prefill(self, message: GenerateRequest) -> bool:
         if not message.prefill_incarnation:
-            return self.status.entry.colocated
+            return True  # the router knows of none that is alive, or this node is colocated
         return self.rooms.ready_address(message.prefill_incarnation) is not None
 
     def refuse(self, link: bytes, message: GenerateRequest | ResendFrom, code: FailureCode, why: str) -> None:
@@ -333,24 +348,47 @@ class DecodeScheduler:
         waiting = [request for request in self.requests.values() if request.state is RequestState.WAITING]
         if not waiting:
             return
-        num_places = self.limits.max_running - sum(
-            len(request.live_sequences)
-            for request in self.requests.values()
-            if request.state is not RequestState.WAITING
-        )
-        most_pages = self.allocator.num_pages - self.rooms.num_stranded_pages
-        capacity = Capacity(self.pages.num_available, num_places, most_pages)
         awaited: set[str] = set()  # prefill nodes that an old request waits for: younger ones let it pass
-        for request in choose_admitted(waiting, capacity, lambda r: self.pages.need(r).total, now):
-            if incarnation := request.message.prefill_incarnation:
-                if incarnation in awaited or self.start_handoff(request, now):
-                    continue
-                if now - request.arrived_s > OVERTAKING_LIMIT_S:
-                    awaited.add(incarnation)
-            else:
-                self.pages.allocate_prompt(request)
-                request.enter(RequestState.LOCAL_PREFILL, now)
-                self.note(request, "reserve", request.arrived_s, now)
+        for request in choose_admitted(waiting, self.capacity, self.demand, now):
+            message = request.message
+            if self.prefills_locally(request):
+                self.start_local_prefill(request, now)
+            elif message.prefill_incarnation in awaited or self.start_handoff(request, now):
+                continue
+            elif now - request.arrived_s > OVERTAKING_LIMIT_S:
+                awaited.add(message.prefill_incarnation)
+
+    def capacity(self) -> Capacity:
+        admitted = [
+            request for request in self.requests.values() if request.state is not RequestState.WAITING
+        ]
+        return Capacity(
+            pages=self.pages.num_available - self.pages.num_expected(admitted, self.growth.share),
+            sequences=self.limits.max_running - sum(len(request.live_sequences) for request in admitted),
+            most_pages=self.allocator.num_pages - self.rooms.num_stranded_pages,
+        )
+
+    def demand(self, request: DecodeRequest) -> int:
+        return self.pages.demand(request, self.growth.share)
+
+    def prefills_locally(self, request: DecodeRequest) -> bool:
+        message = request.message
+        if not message.prefill_incarnation:
+            return True
+        num_tokens = request.num_prefill_tokens
+        return self.local_prefill.is_local(
+            num_tokens=num_tokens,
+            num_cached=self.pages.match(request).num_tokens,
+            num_ahead_on_prefill=message.num_prefill_tokens_ahead or num_tokens,
+            num_running=len(self.in_state(RequestState.RUNNING)),
+        )
+
+    def start_local_prefill(self, request: DecodeRequest, now: float) -> None:
+        self.pages.allocate_prompt(request)
+        request.num_prefilled = request.num_cached
+        self.load_inquirer.count_prompt(num_cached=request.num_cached)
+        request.enter(RequestState.LOCAL_PREFILL, now)
+        self.note(request, "reserve", request.arrived_s, now)
 
     def expire(self, now: float) -> None:
         """Rooms have their own deadlines; who waits or runs is looked at here."""
@@ -372,7 +410,8 @@ class DecodeScheduler:
         if address is None:
             self.fail(request, "not_ready", "the prefill node is not connected any more", retriable=True)
             return True
-        if not self.rooms.may_expose(address, self.pages.need(request).prompt):
+        num_missing = self.pages.need(request).prompt - len(self.pages.match(request).pages)
+        if not self.rooms.may_expose(address, num_missing):
             return False
         dest_pages = self.pages.expose(request, self.rooms.next_room_id)
         request.room, actions = self.rooms.open_room(
@@ -384,7 +423,7 @@ class DecodeScheduler:
             choices=request.choices,
             sampling=message.sampling,
             dest_pages=tuple(dest_pages),
-            num_cached_tokens=0,
+            num_cached_tokens=request.num_cached,
             deadline_s=request.deadline_s - now,
             now=now,
         )
@@ -399,6 +438,8 @@ class DecodeScheduler:
         request = self.by_room[action.room]
         message = action.message
         self.streamer.note(request.key, message.spans)
+        num_computed = request.num_prefill_tokens - message.num_cached_tokens
+        self.local_prefill.measured_prefill(num_computed, duration_of("prefill", message.spans))
         self.streamer.prompt_done(
             request.key, num_cached_tokens=message.num_cached_tokens, prompt_logprobs=message.prompt_logprobs
         )
@@ -412,7 +453,12 @@ class DecodeScheduler:
     def finish_handoff(self, action: HandoffComplete, now: float) -> None:
         request = self.by_room.pop(action.room)
         request.room = None
-        self.streamer.note(request.key, action.message.spans)
+        message = action.message
+        self.streamer.note(request.key, message.spans)
+        self.local_prefill.measured_wire(message.num_bytes, duration_of("wire", message.spans))
+        self.load_inquirer.count_prompt(
+            num_received=request.num_prefill_tokens - request.num_cached, num_cached=request.num_cached
+        )
         self.pages.adopt(request, action.room)
         self.start_running(request, now)
 
@@ -449,17 +495,11 @@ class DecodeScheduler:
         """One forward at a time: each needs the tokens of the one before."""
         if self.forward:
             return
-        rows: list[Row] = []
-        prefilling: list[DecodeRequest] = []
-        for request in self.requests.values():
-            if request.state is RequestState.RUNNING:
-                for sequence in request.live_sequences:
-                    self.pages.make_room(sequence)
-                    rows.append(decode_row(request, sequence))
-            elif request.state is RequestState.LOCAL_PREFILL:
-                prefilling.append(request)
-        chunks = prefill_rows(prefilling, self.limits.max_batch_tokens - len(rows))
-        rows += chunks
+        rows: list[Row] = list(self.decode_rows(now))
+        budget = self.limits.max_batch_tokens - len(rows)
+        if rows:
+            budget = min(budget, self.limits.local_prefill_chunk)
+        rows += prefill_rows(self.in_state(RequestState.LOCAL_PREFILL), budget)
         if not rows:
             return
         for row in rows:
@@ -467,6 +507,47 @@ class DecodeScheduler:
         batch = ScheduleBatch(rows=tuple(row.row for row in rows))
         self.forward = rows
         self.engine.submit(self.build(batch))
+
+    def decode_rows(self, now: float) -> list[DecodeRow]:
+        """One token of every choice that has a page for it. Oldest first, so that they find pages first."""
+        rows: list[DecodeRow] = []
+        has_retracted = False
+        for request in self.in_state(RequestState.RUNNING):
+            for sequence in request.live_sequences:
+                while not (sequence.is_finished or self.pages.make_room(sequence)):
+                    victim = choose_victim(self.requests.values(), may_wait=self.may_get_pages_back())
+                    if victim is None:
+                        break
+                    self.retract(victim)
+                    has_retracted = True
+                else:
+                    rows.append(decode_row(request, sequence))
+        rows = [row for row in rows if not row.sequence.is_finished]
+        if rows and not has_retracted:
+            self.growth.step()
+        return rows
+
+    def may_get_pages_back(self) -> bool:
+        """Whether someone beside the oldest who runs holds pages that will be free at some time."""
+        num_holding = sum(request.state is not RequestState.WAITING for request in self.requests.values())
+        return num_holding > 1 or self.rooms.num_quarantined_pages > self.rooms.num_stranded_pages
+
+    def retract(self, request: DecodeRequest) -> None:
+        """It is tried again, and admitted only when all that it can need is there."""
+        _log.info("request %s is retracted: too few pages for all that runs", request.message.request_id)
+        self.metrics.count_retraction()
+        reason = "the decode node has too few KV pages for all that runs"
+        self.fail(request, "retracted", reason, retriable=True)
+        going_on = [
+            (other, sequence)
+            for other in self.in_state(RequestState.RUNNING)
+            for sequence in other.live_sequences
+        ]
+        self.growth.retracted(
+            num_output_tokens=sum(sequence.num_output_tokens for _, sequence in going_on),
+            max_tokens=sum(other.message.sampling.max_tokens for other, _ in going_on),
+            num_sequences=len(going_on),
+        )
 
     def mark_in_forward(self, row: Row, now: float) -> None:
         match row:
@@ -486,22 +567,26 @@ class DecodeScheduler:
         kinds = {type(row) for row in rows}
         kind: StepKind = "mixed" if len(kinds) > 1 else "decode" if DecodeRow in kinds else "prefill"
         self.metrics.count_step(kind, output.finished - output.started)
+        if kind == "prefill":
+            num_tokens = sum(row.row.num_tokens for row in rows)
+            self.local_prefill.measured_local(num_tokens, output.finished - output.started)
         for row, result in zip(rows, output.rows, strict=True):
             match row:
-                case DecodeRow(sequence=sequence):
+                case DecodeRow(request=request, sequence=sequence):
                     sequence.in_forward = False
-                    self.apply_decoded(sequence, result, now)
+                    self.apply_decoded(request, sequence, result, now)
                 case PrefillRow(request=request):
                     request.sequences[0].in_forward = False
                     self.apply_prefilled(request, row, result, now)
                 case _:
                     assert_never(row)
 
-    def apply_decoded(self, sequence: Sequence, result: RowOutput, now: float) -> None:
+    def apply_decoded(
+        self, request: DecodeRequest, sequence: Sequence, result: RowOutput, now: float
+    ) -> None:
         if sequence.is_finished:  # cancelled while it was computed
-            self.pages.free(sequence)
+            self.pages.free(request, sequence)
             return
-        request = self.requests[sequence.key]
         if not request.has_decoded:
             request.has_decoded = True
             self.note(request, "first_decode_step", request.state_since_s, now)
@@ -514,7 +599,7 @@ class DecodeScheduler:
         self.load_inquirer.count_prompt(num_computed=row.row.num_tokens)
         if not request.live_sequences:  # cancelled while it was computed
             for sequence in request.sequences:
-                self.pages.free(sequence)
+                self.pages.free(request, sequence)
             return
         if row.row.prompt_logprobs_from == 0 and row.row.start == 0:
             request.prompt_logprobs.append(None)  # nothing precedes the first token
@@ -522,7 +607,11 @@ class DecodeScheduler:
         if not result.tokens:
             return
         self.note(request, "prefill", request.state_since_s, now)
-        self.streamer.prompt_done(request.key, prompt_logprobs=request.prompt_logprobs)
+        self.streamer.prompt_done(
+            request.key,
+            num_cached_tokens=min(request.num_cached, len(request.message.prompt_ids)),
+            prompt_logprobs=request.prompt_logprobs,
+        )
         self.load_inquirer.count_generated(len(result.tokens))
         self.start_running(request, now)
         for sequence, sampled in zip(request.sequences, result.tokens, strict=True):
@@ -556,10 +645,8 @@ class DecodeScheduler:
     def end_sequence(self, request: DecodeRequest, sequence: Sequence) -> None:
         """No token more. Its pages go back unless a forward or a peer may still write them."""
         sequence.is_finished = True
-        if request.state is RequestState.HANDOFF:
-            self.pages.take_back_promise(sequence)
-        elif not sequence.in_forward:
-            self.pages.free(sequence)
+        if not sequence.in_forward:
+            self.pages.free(request, sequence)
 
     def forget_if_over(self, request: DecodeRequest) -> None:
         if not request.live_sequences and request.room is None:
@@ -650,17 +737,22 @@ class DecodeScheduler:
 
     def reply(self, result: ControlResult[LoadedModel], now: float) -> None:
         if result.swap is not None:
-            # Idle: nothing reads the weights. Every pair shakes hands again under the new version.
+            # Idle: nothing reads the weights, nothing is locked. What the old ones computed is worth nothing
+            # now, and every pair shakes hands again under the new version.
             identity = self.swap(result.swap)
+            self.cache.reset()
             reason = f"weights are {identity.weight_version} now"
             self.act(self.rooms.set_identity(identity, reason, now), now)
         for link, message in result.replies:
             self.send(link, message)
 
     def check_invariants(self) -> None:
-        """Idle: nothing may be held but quarantine. A violation ends the process, loudly: it is a bug."""
+        """Idle: nothing may be held but the cache and quarantine.
+
+        A violation ends the process, loudly: it is a bug.
+        """
         rooms = [room for room in self.allocator.quarantined_rooms() if self.rooms.state_of(room) is not None]
-        check_idle(self.allocator, [], states={"open": self.requests.keys()}, open_rooms=rooms)
+        check_idle(self.allocator, [self.cache], states={"open": self.requests.keys()}, open_rooms=rooms)
         self.pages.check_promises([])
 
     def finish_job(self, job: JobResult) -> None:
@@ -675,6 +767,8 @@ class DecodeScheduler:
         prefilling = self.in_state(RequestState.LOCAL_PREFILL)
         return self.load_inquirer.load(
             pages=self.allocator.counts(),
+            num_locked_pages=self.cache.num_locked,
+            num_evictable_pages=self.cache.num_evictable,
             num_running_reqs=len(self.in_state(RequestState.RUNNING)) + len(prefilling),
             num_waiting_reqs=len(waiting) + len(self.in_state(RequestState.HANDOFF)),
             num_queued_tokens=sum(
@@ -706,6 +800,7 @@ class DecodeScheduler:
                     details={
                         "attempt": request.message.attempt,
                         "num_prompt_tokens": len(request.message.prompt_ids),
+                        "num_cached_tokens": request.num_cached,
                         "num_output_tokens": sum(s.num_output_tokens for s in request.sequences),
                     },
                 )
@@ -715,3 +810,8 @@ class DecodeScheduler:
         """A span of the request's timeline, measured here."""
         span = Span(name, start_s + self.unix_minus_monotonic_s, end_s - start_s)
         self.streamer.note(request.key, (span,))
+
+
+def duration_of(name: str, spans: tuple[Span, ...]) -> float:
+    """Of the span with this name, seconds; 0 if there is none."""
+    return sum(span.duration_s for span in spans if span.name == name)

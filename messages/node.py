@@ -46,6 +46,7 @@ class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_quarantined_pages: int = 0
     max_running_requests: int = 0
     num_prompt_tokens_computed: int = 0
+    num_prompt_tokens_received: int = 0  # on decode: their KV came from a prefill node
     num_cached_prompt_tokens: int = 0
     num_generated_tokens: int = 0
 
@@ -85,6 +86,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate")
     deadline_s: float  # remaining seconds
     stream_interval: int = 1  # tokens per TokenOutput; 0: one at the end
     priority: int = 0
+    num_prefill_tokens_ahead: int = 0  # that the prefill node computes before the first token; 0: unknown
+    was_retracted: bool = False  # an earlier attempt was: all pages it can need are reserved before this one
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
@@ -222,6 +225,7 @@ FailureCode: TypeAlias = Literal[
     "peer_lost",
     "transfer_failed",
     "not_ready",  # the pair is not connected: costs no attempt
+    "retracted",  # decode had too few pages for all that ran: costs no attempt
     "deadline",
     "shutting_down",
     "invalid",  # the request itself can never be served; not retriable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from ..components.prefix_cache import PrefixMatch
+from ..components.prefix_cache import PrefixMatch, num_reusable_tokens
 from ..messages.peer import PrefillRequest, RoomId
 from ..messages.sampling import TokenLogprob
 
@@ -58,15 +58,9 @@ class PrefillJob:
 
     @property
     def reusable_tokens(self) -> int:
-        """How many leading tokens may come from the prefix cache.
-
-        At least one token must be computed, since its logits choose the first output token; and with prompt
-        logprobs every position from the one before the first asked for.
-        """
-        sampling = self.message.sampling
-        if sampling.num_prompt_logprobs is None or self.message.output_ids:
-            return self.num_tokens - 1
-        return max(0, min(self.num_tokens, sampling.prompt_logprobs_start) - 1)
+        """How many leading tokens may come from the prefix cache."""
+        message = self.message
+        return num_reusable_tokens(self.num_tokens, message.sampling, has_output=bool(message.output_ids))
 
     def enter(self, state: JobState, now: float) -> None:
         self.state = state

@@ -92,6 +92,15 @@ FLAGS: tuple[Flag, ...] = (
          help="prompts waiting here before new ones are sent back as Busy"),
     Flag(names=("--colocated",), roles=_DECODE, kind=bool, default=False,
          help="prefill locally; no prefill node is needed"),
+    Flag(names=("--local-prefill-threshold",), roles=_DECODE, kind=int,
+         help="prompts of which at most N tokens are missing here are prefilled here; 0: none, unless no "
+              "prefill node is alive (default: those of which part is cached here, when it is cheaper)"),
+    Flag(names=("--local-prefill-chunk-size",), roles=_DECODE, kind=int,
+         help="prompt tokens computed beside running streams in one step (default: 64; with --colocated "
+              "chunked-prefill-size)"),
+    Flag(names=("--schedule-conservativeness",), roles=_DECODE, kind=float, default=1.0,
+         help="how much growth admission counts with: less runs more at once and retracts more often, "
+              "11 or more retracts never"),
     Flag(names=("--poison-reserved-pages",), roles=_DECODE, kind=bool, default=False,
          help="fill pages with NaN when they are reserved, so that a missing write shows (tests)"),
     Flag(names=("--prefill",), roles=_ROUTER, repeatable=True, default=(),
@@ -159,6 +168,9 @@ class NodeConfig:
     log_format: str
     max_queued_prefills: int = 0  # prefill only
     colocated: bool = False  # decode only
+    local_prefill_threshold: int | None = None  # decode only
+    local_prefill_chunk_size: int | None = None  # decode only
+    schedule_conservativeness: float = 1.0  # decode only
     poison_reserved_pages: bool = False  # decode only
 
 
@@ -273,11 +285,14 @@ def _typed(path: Path, flag: Flag, value: object) -> object:
 
 def _check(values: Mapping[str, Any]) -> None:
     for name in ("page_size", "chunked_prefill_size", "max_running_requests", "max_attempts", "num_threads",
-                 "max_model_len", "max_queued_requests", "max_queued_prefills"):  # fmt: skip
+                 "max_model_len", "max_queued_requests", "max_queued_prefills",
+                 "local_prefill_chunk_size"):  # fmt: skip
         value = values.get(name)
         if value is not None and value < 1:
             raise StartupError(f"--{name.replace('_', '-')} {value}: 1 or more is expected")
-    for name in ("kv_cache_gb", "request_timeout", "drain_timeout"):
+    if (threshold := values.get("local_prefill_threshold")) is not None and threshold < 0:
+        raise StartupError(f"--local-prefill-threshold {threshold}: 0 or more is expected")
+    for name in ("kv_cache_gb", "request_timeout", "drain_timeout", "schedule_conservativeness"):
         value = values.get(name)
         if value is not None and not 0 < value < math.inf:
             raise StartupError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")

@@ -26,6 +26,7 @@ def metric(cluster: LocalCluster, role: str, name: str) -> float:
 def test_every_page_travels_and_decode_computes_no_prompt(
     cluster: LocalCluster, num_prompt_tokens: int
 ) -> None:
+    cluster.flush()  # decode keeps what it was sent before
     layout = cluster.get("/server_info", base=cluster.workers("decode")[0]["url"])["kv_layout"]
     bytes_before = metric(cluster, "prefill", "pd_kv_transfer_bytes_total")
     answer = cluster.post(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdserve.components.page_allocator import PageAllocator, PageStateError
-from pdserve.components.prefix_cache import InsertResult, PrefixCache, PrefixMatch
+from pdserve.components.prefix_cache import InsertResult, PrefixCache, PrefixMatch, num_reusable_tokens
+from pdserve.messages.sampling import SamplingParams
 
 
 @dataclass
@@ -487,3 +488,49 @@ def test_check_finds_a_lost_leaf_and_a_wrong_parent() -> None:
     assert any("its parent does not know it" in line for line in cache.violations())
     leaf.parent = None
     assert any("has no parent" in line for line in cache.violations())
+
+
+# ---- what a scheduler reads before it locks ---------------------------------------------------------
+
+
+def test_unlocked_pages_of_a_match(radix: Setup) -> None:
+    radix.insert(tokens_from(0, 12))
+    part = radix.cache.match(tokens_from(0, 8))
+    whole = radix.cache.match(tokens_from(0, 12))
+    assert (radix.cache.num_unlocked(part), radix.cache.num_unlocked(whole)) == (2, 3)
+    radix.cache.lock(part)
+    assert (radix.cache.num_unlocked(part), radix.cache.num_unlocked(whole)) == (0, 1)
+    assert radix.cache.num_evictable == 1
+    radix.cache.unlock(part)
+
+
+def test_the_generation_changes_with_every_page_that_joins_or_leaves(radix: Setup) -> None:
+    seen = [radix.cache.generation]
+
+    def changed() -> bool:
+        seen.append(radix.cache.generation)
+        return seen[-1] != seen[-2]
+
+    radix.insert(tokens_from(0, 12))
+    assert changed()
+    radix.cache.match(tokens_from(0, 8))
+    radix.insert(tokens_from(0, 12))
+    assert not changed()
+    radix.cache.evict(1)
+    assert changed()
+    radix.cache.reset()
+    assert changed()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "has_output", "expected"),
+    [
+        (SamplingParams(), False, 19),
+        (SamplingParams(num_prompt_logprobs=0), False, 0),
+        (SamplingParams(num_prompt_logprobs=0, prompt_logprobs_start=7), False, 6),
+        (SamplingParams(num_prompt_logprobs=0, prompt_logprobs_start=99), False, 19),
+        (SamplingParams(num_prompt_logprobs=0), True, 19),
+    ],
+)
+def test_reusable_tokens(sampling: SamplingParams, has_output: bool, expected: int) -> None:
+    assert num_reusable_tokens(20, sampling, has_output=has_output) == expected

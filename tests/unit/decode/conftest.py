@@ -22,14 +22,16 @@ class Requests:
         request_id: str = "a",
         *,
         num_tokens: int = 10,
+        prompt_ids: tuple[int, ...] = (),
         output_ids: tuple[int, ...] = (),
         choices: tuple[int, ...] = (0,),
         arrived_s: float = 0.0,
         state: RequestState = RequestState.WAITING,
+        was_retracted: bool = False,
         **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
     ) -> DecodeRequest:
         key = StreamKey(b"router", request_id, 1)
-        prompt_ids = tuple(range(1, num_tokens + 1))
+        prompt_ids = prompt_ids or tuple(range(1, num_tokens + 1))
         message = GenerateRequest(
             request_id=request_id,
             attempt=1,
@@ -39,8 +41,9 @@ class Requests:
             sampling=SamplingParams(**sampling),
             prefill_incarnation="prefill",
             deadline_s=10.0,
+            was_retracted=was_retracted,
         )
-        sequences = [Sequence(key, choice, [*prompt_ids, *output_ids], num_tokens) for choice in choices]
+        sequences = [Sequence(key, choice, [*prompt_ids, *output_ids], len(prompt_ids)) for choice in choices]
         return DecodeRequest(key, message, arrived_s, arrived_s + 10.0, sequences, state=state)
 
 

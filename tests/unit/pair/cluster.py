@@ -34,6 +34,8 @@ from pdserve.components.prefix_cache import PrefixCache
 from pdserve.components.request_receiver import RequestReceiver
 from pdserve.components.weight_updater import Prepared, WeightUpdater
 from pdserve.decode.batching import DecodeRow
+from pdserve.decode.growth_estimate import GrowthEstimate
+from pdserve.decode.local_prefill import LocalPrefillPolicy
 from pdserve.decode.peer_links import LinkDown, PeerLinks
 from pdserve.decode.request_pages import RequestPages
 from pdserve.decode.scheduler import DecodeLimits, DecodeScheduler
@@ -481,6 +483,10 @@ class Settings:
     max_running: int = 8
     max_model_len: int = 1000
     has_cache: bool = True
+    decode_has_cache: bool = True
+    local_prefill_threshold: int | None = None
+    local_prefill_chunk: int = 8
+    conservativeness: float = 1.0
     is_colocated: bool = False
     eos_token_ids: tuple[int, ...] = (EOS,)
 
@@ -611,7 +617,15 @@ class PrefillNode(_Base[ToPrefill]):
 class DecodeNode(_Base[ClientToNode]):
     def __init__(self, settings: Settings, network: Network, journal: list[str]) -> None:
         super().__init__("decode", ClientToNode, settings.decode_pages, settings, journal)
-        self.pages = RequestPages(self.allocator, PAGE_SIZE, self.pool.copy, self.pool.poison)
+        self.cache = PrefixCache(self.allocator, PAGE_SIZE)
+        self.pages = RequestPages(
+            self.allocator,
+            self.cache,
+            self.pool.copy,
+            self.pool.poison,
+            keeps_prefixes=settings.decode_has_cache,
+        )
+        self.growth = GrowthEstimate(settings.conservativeness)
         pool_bytes = settings.decode_pages * LAYOUT.page_bytes
         region = MemoryRegion(
             session="decode", address=0, num_bytes=pool_bytes + 8, scratch_address=pool_bytes
@@ -625,7 +639,15 @@ class DecodeNode(_Base[ClientToNode]):
 
         self.streamer = OutputStreamer(send_output)
         self.scheduler = DecodeScheduler(
-            **self.common(lambda: True),
+            **self.common(self.cache.reset),
+            cache=self.cache,
+            growth=self.growth,
+            local_prefill=LocalPrefillPolicy(
+                threshold=settings.local_prefill_threshold,
+                chunk_tokens=settings.local_prefill_chunk,
+                page_size=PAGE_SIZE,
+                page_bytes=LAYOUT.page_bytes,
+            ),
             links=cast(PeerLinks, network),
             rooms=self.rooms,
             pages=self.pages,
@@ -634,6 +656,7 @@ class DecodeNode(_Base[ClientToNode]):
             limits=DecodeLimits(
                 max_running=settings.max_running,
                 max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
+                local_prefill_chunk=settings.local_prefill_chunk,
                 max_model_len=settings.max_model_len,
             ),
             eos_token_ids=settings.eos_token_ids,
@@ -653,10 +676,9 @@ class DecodeNode(_Base[ClientToNode]):
         rooms = [*self.allocator.exposed_rooms(), *self.allocator.quarantined_rooms()]
         check_pages(
             self.allocator,
-            [],
+            [self.cache],
             owners=[sequence.owner for sequence in sequences],
             open_rooms=[room for room in rooms if self.rooms.state_of(room) is not None],
-            forked_pages={page for sequence in sequences for page in sequence.shared_pages},
         )
         check_requests(self.states)
         self.pages.check_promises([cast(DecodeRequest, SimpleNamespace(sequences=sequences))])
@@ -687,7 +709,7 @@ class DecodeNode(_Base[ClientToNode]):
         assert self.scheduler.is_idle
         assert self.rooms.is_idle, "a room is still in quarantine"
         assert self.pages.num_available == self.allocator.num_pages
-        check_idle(self.allocator, [], states=self.states)
+        check_idle(self.allocator, [self.cache], states=self.states)
 
 
 # ---- the client -------------------------------------------------------------------------------------
@@ -848,6 +870,8 @@ class Pair:
         stream_interval: int = 1,
         client: bytes = ROUTER,
         prefill: str = "prefill-1",
+        num_prefill_tokens_ahead: int = 0,
+        was_retracted: bool = False,
         **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
     ) -> None:
         """Send a request to decode; nothing moves until the loops do."""
@@ -861,6 +885,8 @@ class Pair:
             prefill_incarnation="" if self.settings.is_colocated else prefill,
             deadline_s=deadline_s,
             stream_interval=stream_interval,
+            num_prefill_tokens_ahead=num_prefill_tokens_ahead,
+            was_retracted=was_retracted,
         )
         self.decode.server.deliver(client, message)
 

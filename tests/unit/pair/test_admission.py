@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from .cluster import ADDRESS, Pair, expected_tokens, prompt_of
 
+NOTHING_IS_RETRACTED = 11.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
@@ -163,11 +165,11 @@ def test_a_prompt_longer_than_this_node_takes_is_invalid() -> None:
     assert pair.tokens("fits") == expected_tokens(prompt_of(11), 1)
 
 
-def test_growth_is_promised_when_a_request_is_let_in() -> None:
-    pair = Pair(decode_pages=8)
+def test_growth_is_counted_when_a_request_is_let_in() -> None:
+    pair = Pair(decode_pages=8, conservativeness=NOTHING_IS_RETRACTED)
     pair.start("a", prompt_of(8), max_tokens=13)  # 2 pages now, 5 in the end
     assert pair.decode.allocator.num_free == 6
-    assert pair.decode.pages.num_available == 3
+    assert pair.decode.scheduler.capacity().pages == 3
     pair.start("b", prompt_of(8, seed=1), max_tokens=9)  # 4: too many
     assert pair.state("b") == "waiting"
     pair.start("c", prompt_of(8, seed=2), max_tokens=5)  # 3: b is overtaken

@@ -126,7 +126,7 @@ def test_a_prompt_that_waits_for_pages_lets_nobody_pass() -> None:
 
 
 def test_cached_pages_travel_before_the_first_forward() -> None:
-    pair = Pair(chunk_tokens=8)
+    pair = Pair(chunk_tokens=8, decode_has_cache=False)
     shared = prompt_of(13)
     pair.start("a", shared)
     pair.finish()
@@ -172,7 +172,7 @@ def test_equal_prompts_at_the_same_time_are_computed_twice_and_cached_once() -> 
 
 
 def test_the_least_recently_used_pages_make_room() -> None:
-    pair = Pair(prefill_pages=8)
+    pair = Pair(prefill_pages=8, decode_has_cache=False)
     for seed in (1, 2):
         pair.start(f"first {seed}", prompt_of(16, seed))
         pair.finish()
@@ -224,7 +224,7 @@ def test_prompt_logprobs_use_no_cached_prefix_past_the_first_position_asked_for(
 
 
 def test_without_a_cache_everything_is_computed() -> None:
-    pair = Pair(has_cache=False)
+    pair = Pair(has_cache=False, decode_has_cache=False)
     for name in ("a", "b"):
         pair.start(name, prompt_of(12))
         pair.finish()

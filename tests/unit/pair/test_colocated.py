@@ -102,13 +102,3 @@ def test_the_first_choice_may_end_before_the_fork(pair: Pair) -> None:
 def test_it_connects_to_nobody(pair: Pair) -> None:
     pair.to_decode(Roster(router_id="router", nodes=(pair.prefill.status.entry,)))
     assert pair.decode.rooms.peers() == []
-
-
-def test_a_node_that_is_not_colocated_does_not_prefill() -> None:
-    pair = Pair()
-    object.__setattr__(pair.settings, "is_colocated", True)  # for `generate` alone
-    pair.start("a", prompt_of(9))
-    failure = pair.stream("a").failure
-    assert failure is not None
-    assert failure.code == "not_ready"
-    pair.finish()

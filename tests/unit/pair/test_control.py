@@ -253,7 +253,7 @@ def test_a_refused_pair_says_why_and_is_tried_again() -> None:
 
 
 def test_load_and_metrics_tell_the_same() -> None:
-    pair = Pair()
+    pair = Pair(decode_has_cache=False)
     pair.start("a", prompt_of(12))
     pair.run()
     pair.start("b", prompt_of(14))

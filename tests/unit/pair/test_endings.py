@@ -33,7 +33,7 @@ def bring_to(pair: Pair, state: str, request_id: str = "a", **options: Any) -> N
     pair.backend.has_started = True
     if state == "waiting":
         pair.start("other", prompt_of(9, seed=9), max_tokens=120)  # takes all of decode's pages
-        assert pair.decode.pages.num_available == 0
+        assert pair.decode.scheduler.capacity().pages == 0
         pair.start(request_id, PROMPT, max_tokens=8, **options)
         assert pair.state(request_id) == "waiting"
         return
@@ -70,7 +70,7 @@ def end_wait(pair: Pair, state: str) -> None:
 
 @pytest.fixture
 def pair() -> Pair:
-    return Pair(chunk_tokens=8)
+    return Pair(chunk_tokens=8, conservativeness=11.0)  # all of a request's growth is counted
 
 
 @pytest.mark.parametrize("state", STATES)
