@@ -21,7 +21,7 @@ from .ledger import Attempt
 from .pairing import Chosen, Pair
 from .prefix_index import page_hashes
 
-COST_NO_ATTEMPT: frozenset[FailureCode] = frozenset({"busy", "version_skew", "not_ready"})
+COST_NO_ATTEMPT: frozenset[FailureCode] = frozenset({"busy", "version_skew", "not_ready", "retracted"})
 
 
 @dataclass(slots=True)
@@ -32,6 +32,7 @@ class ChoiceState:
     finished: bool = False
     num_failures: int = 0  # that count
     num_free_failures: int = 0  # in a row
+    was_retracted: bool = False
     failed_pairs: tuple[Pair, ...] = ()
     resend_asked_at: float = float("-inf")
 
@@ -108,10 +109,25 @@ class RequestRecord:
         """What an attempt at these choices has to prefill."""
         return len(self.spec.prompt_ids) + len(self.choices[choices[0]].kept_ids)
 
+    def num_growth_tokens(self, choices: Sequence[int]) -> int:
+        """What decode is to have room for beyond these tokens: it promises the next page, or all of it."""
+        if not self.was_retracted(choices):
+            return len(choices)
+        num_left = self.spec.sampling.max_tokens - len(self.choices[choices[0]].kept_ids)
+        return len(choices) * max(1, num_left)
+
+    def was_retracted(self, choices: Sequence[int]) -> bool:
+        return any(self.choices[index].was_retracted for index in choices)
+
     def page_hashes(self, page_size: int) -> list[int]:
         if page_size not in self._page_hashes:
             self._page_hashes[page_size] = page_hashes(self.spec.prompt_ids, page_size)
         return self._page_hashes[page_size]
+
+    def answer_hashes(self, choice: int, page_size: int) -> list[int]:
+        """Of the prompt with what a choice has generated: what the decode node holds in the end."""
+        token_ids = (*self.spec.prompt_ids, *self.choices[choice].kept_ids)
+        return page_hashes(token_ids, page_size, known=self.page_hashes(page_size))
 
     def num_usable_cached(self, num_cached_tokens: int) -> int:
         """Prompt logprobs are wanted of positions that must then be computed."""
@@ -129,6 +145,7 @@ class RequestRecord:
             pair=chosen.pair,
             open_choices=set(choices),
             num_uncached_tokens=chosen.num_uncached_tokens,
+            num_tokens_ahead=chosen.num_tokens_ahead,
             num_pages=chosen.num_pages,
             weight=len(choices),
             since=now,
@@ -154,6 +171,8 @@ class RequestRecord:
             deadline_s=max(0.0, self.deadline - now),
             stream_interval=stream_interval,
             priority=self.spec.priority,
+            num_prefill_tokens_ahead=attempt.num_tokens_ahead,
+            was_retracted=self.was_retracted(choices),
         )
 
     # ---- what decode says -----------------------------------------------------------------------
@@ -221,6 +240,7 @@ class RequestRecord:
                 closed.append(delta)
                 continue
             idle.append(choice)
+            choice.was_retracted |= failure.code == "retracted"
             if failure.code in COST_NO_ATTEMPT:
                 choice.num_free_failures += 1
             else:
@@ -235,7 +255,9 @@ class RequestRecord:
                 retry_after_s=1.0,
             )
         groups = [[choice] for choice in idle] if self.has_tokens else [idle] if idle else []
-        return AttemptEnded(closed, [_retry(group, pair) for group in groups])
+        # What was retracted finds its prefix where it was; elsewhere it goes only when there is more room.
+        avoided = () if failure.code == "retracted" else (pair,)
+        return AttemptEnded(closed, [_retry(group, avoided) for group in groups])
 
     def _close_if_complete(self, choice: ChoiceState) -> ChoiceDelta | None:
         """The last id that was kept may have been the end: the failure came between it and its finish."""
@@ -281,9 +303,9 @@ class RequestRecord:
             choice.attempt = None
 
 
-def _retry(group: list[ChoiceState], pair: Pair) -> Retry:
+def _retry(group: list[ChoiceState], avoided: tuple[Pair, ...]) -> Retry:
     """The pair that just failed is avoided even if that was no fault of its own, such as Busy."""
-    avoid = dict.fromkeys((*(p for choice in group for p in choice.failed_pairs), pair))
+    avoid = dict.fromkeys((*(p for choice in group for p in choice.failed_pairs), *avoided))
     return Retry(
         choices=tuple(choice.index for choice in group),
         avoid=tuple(avoid),

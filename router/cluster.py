@@ -61,7 +61,11 @@ class Cluster:
         clock: Callable[[], float],
         handler: ClusterHandler,
     ) -> None:
-        self.registry = NodeRegistry(lease_s=options.lease_s, pong_timeout_s=options.pong_timeout_s)
+        self.registry = NodeRegistry(
+            lease_s=options.lease_s,
+            pong_timeout_s=options.pong_timeout_s,
+            prefill_wait_s=options.prefill_wait_s,
+        )
         self._options = options
         self._router_id = router_id
         self._connect = connect

@@ -24,6 +24,7 @@ class Attempt:
     open_choices: set[int]
     num_uncached_tokens: int  # expected work of the prefill
     num_pages: int  # expected on decode
+    num_tokens_ahead: int = 0  # on prefill, up to the first token
     weight: int = 1  # choices it was sent with: sequences on decode
     awaits_first_token: bool = True
     since: float = 0.0  # it was opened; its first token came

@@ -13,6 +13,7 @@ class RouterOptions:
     max_queued_requests: int = 1024
     request_timeout_s: float = 600.0
     no_pair_timeout_s: float = 10.0  # how long a request waits for a pair of nodes to become ready
+    prefill_wait_s: float = 30.0  # for the first prefill node, before decode nodes prefill by themselves
 
     lease_s: float = 5.0
     ping_interval_s: float = 1.0

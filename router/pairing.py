@@ -3,6 +3,8 @@
 Filter: of the ready pairs given, where others exist, those that did not just fail this request.
 Gate: prefill has credit, decode has room. Both are hints that a caller may pass (``forced``).
 Pick: fewest prompt tokens ahead on prefill (queued, plus those of this prompt that it has not cached), then
+the decode node with the least of its batch taken and the least of this prompt missing, each a share of 1: a
+conversation stays where its history is, unless that node is busier by more than the history is worth. Then
 the emptiest decode node, then the one used longest ago.
 """
 
@@ -42,6 +44,7 @@ class DecodeView:
     num_free_pages: int
     num_total_pages: int  # 0: unknown
     num_wanted_pages: int  # by this request
+    num_cached_tokens: int  # of this prompt, estimated
     last_used: int
 
 
@@ -63,6 +66,7 @@ class Chosen:
     pair: Pair
     num_uncached_tokens: int
     num_pages: int
+    num_tokens_ahead: int = 0  # on prefill, up to this request's first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,10 @@ def choose_pair(
             return NoRoom("decode pages or batch slots")
     chosen = min(best, key=lambda candidate: _cost(candidate, num_tokens))
     return Chosen(
-        chosen.pair, _num_uncached(chosen.prefill, num_tokens), num_pages=chosen.decode.num_wanted_pages
+        chosen.pair,
+        _num_uncached(chosen.prefill, num_tokens),
+        num_pages=chosen.decode.num_wanted_pages,
+        num_tokens_ahead=_num_ahead(chosen.prefill, num_tokens),
     )
 
 
@@ -119,11 +126,14 @@ def _num_uncached(prefill: PrefillView, num_tokens: int) -> int:
     return max(1, num_tokens - prefill.num_cached_tokens)
 
 
+def _num_ahead(prefill: PrefillView, num_tokens: int) -> int:
+    return prefill.num_queued_tokens + _num_uncached(prefill, num_tokens)
+
+
 def _has_credit(prefill: PrefillView, num_tokens: int, credit_tokens: int) -> bool:
     if prefill.num_queued_tokens == 0:
         return True
-    after = prefill.num_queued_tokens + _num_uncached(prefill, num_tokens)
-    return not prefill.is_full and after <= credit_tokens
+    return not prefill.is_full and _num_ahead(prefill, num_tokens) <= credit_tokens
 
 
 def _has_room(decode: DecodeView) -> bool:
@@ -136,9 +146,10 @@ def _has_room(decode: DecodeView) -> bool:
 
 def _cost(candidate: ReadyPair, num_tokens: int) -> tuple[int, float, float, int, int, str, str]:
     prefill, decode = candidate.prefill, candidate.decode
+    missing_share = max(0, num_tokens - decode.num_cached_tokens) / num_tokens
     return (
-        prefill.num_queued_tokens + _num_uncached(prefill, num_tokens),
-        decode.num_active / (decode.max_active or 1),
+        _num_ahead(prefill, num_tokens),
+        decode.num_active / (decode.max_active or 1) + missing_share,
         -decode.num_free_pages / (decode.num_total_pages or 1),
         prefill.last_used,
         decode.last_used,

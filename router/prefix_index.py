@@ -1,4 +1,4 @@
-"""An estimate of which prompt pages each prefilling node holds, from the prompts that were sent to it."""
+"""An estimate of which pages each node's prefix cache holds, from what was sent to it and what came back."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Sequence
 DEFAULT_MAX_PAGES = 65_536
 
 
-def page_hashes(token_ids: Sequence[int], page_size: int) -> list[int]:
-    """One hash per full page, of everything up to its end: equal hashes mean equal prefixes."""
-    hashes = []
-    chained = 0
-    for end in range(page_size, len(token_ids) + 1, page_size):
+def page_hashes(token_ids: Sequence[int], page_size: int, known: Sequence[int] = ()) -> list[int]:
+    """One hash per full page, of everything up to its end: equal hashes mean equal prefixes.
+
+    ``known``: those of the first pages, where they were computed before.
+    """
+    hashes = list(known)
+    chained = hashes[-1] if hashes else 0
+    for end in range((len(hashes) + 1) * page_size, len(token_ids) + 1, page_size):
         chained = hash((chained, *token_ids[end - page_size : end]))
         hashes.append(chained)
     return hashes
@@ -38,7 +41,7 @@ class PrefixIndex:
         return len(hashes)
 
     def record(self, incarnation: str, hashes: Sequence[int], max_pages: int = DEFAULT_MAX_PAGES) -> None:
-        """The node was sent this prompt. ``max_pages``: what its pool can hold."""
+        """The node was sent this prompt, or has ended this answer. ``max_pages``: what its pool can hold."""
         pages = self._pages.setdefault(incarnation, OrderedDict())
         for page in reversed(hashes):  # the root ends up most recent: tails are dropped before what they need
             pages[page] = None

@@ -6,6 +6,7 @@ it. It is *healthy* while its scheduler answers pings as well, *ready* while it 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -86,9 +87,12 @@ def may_pair(prefill: NodeEntry, decode: NodeEntry) -> bool:
 
 
 class NodeRegistry:
-    def __init__(self, *, lease_s: float, pong_timeout_s: float) -> None:
+    def __init__(self, *, lease_s: float, pong_timeout_s: float, prefill_wait_s: float = math.inf) -> None:
         self._lease_s = lease_s
         self._pong_timeout_s = pong_timeout_s
+        self._prefill_wait_s = prefill_wait_s
+        self._prefill_awaited_until = math.inf  # decode nodes are not left to themselves before
+        self._is_prefill_awaited = True
         self._nodes: dict[str, NodeRecord] = {}  # by incarnation
         self._by_url: dict[str, str] = {}  # url -> incarnation
         self._superseded: deque[str] = deque(maxlen=256)  # by a restart: a late registration changes nothing
@@ -154,6 +158,8 @@ class NodeRegistry:
         node.ready_peers = frozenset(pong.ready_peers)
         node.refused_peers = pong.refused_peers
         node.draining = pong.draining
+        wait_s = 0.0 if old.role == "prefill" else self._prefill_wait_s
+        self._prefill_awaited_until = min(self._prefill_awaited_until, now + wait_s)
         return [NodeChanged(old, node.entry)] if old != node.entry else []
 
     def link_lost(self, incarnation: str, reason: str, now: float) -> list[NodeEvent]:
@@ -195,6 +201,7 @@ class NodeRegistry:
 
     def expire(self, now: float) -> list[NodeEvent]:
         """Nodes that fell silent, nodes whose lease ended."""
+        self._is_prefill_awaited = now < self._prefill_awaited_until
         events: list[NodeEvent] = []
         for node in list(self._nodes.values()):
             if node.last_pong_at is not None and now - node.last_pong_at > self._pong_timeout_s:
@@ -230,14 +237,19 @@ class NodeRegistry:
         return [node for node in self._nodes.values() if node.takes_work]
 
     def ready_pairs(self) -> list[tuple[NodeRecord, NodeRecord]]:
-        """(prefill, decode) that may be given a request; a colocated decode node pairs with itself."""
+        """(prefill, decode) that may be given a request; a colocated decode node pairs with itself.
+
+        So does every decode node when no prefill node takes work: answers go on, if slower. A cluster in
+        which none ever answered gets `prefill_wait_s` for one to join, since nodes start in any order.
+        """
         usable = self.usable()
         prefills = [node for node in usable if node.entry.role == "prefill"]
+        is_decode_alone = not prefills and not self._is_prefill_awaited
         pairs = []
         for decode in usable:
             if decode.entry.role != "decode":
                 continue
-            if decode.entry.colocated:
+            if decode.entry.colocated or is_decode_alone:
                 pairs.append((decode, decode))
             pairs.extend(
                 (prefill, decode)

@@ -239,7 +239,7 @@ class RouterService:
             if prefill.incarnation not in prefills:
                 prefills[prefill.incarnation] = self._prefill_view(prefill, record)
             if decode.incarnation not in decodes:
-                decodes[decode.incarnation] = self._decode_view(decode, num_tokens, len(ticket.choices))
+                decodes[decode.incarnation] = self._decode_view(decode, record, ticket.choices)
             candidates.append(ReadyPair(prefills[prefill.incarnation], decodes[decode.incarnation]))
         return choose_pair(
             num_tokens,
@@ -250,29 +250,35 @@ class RouterService:
         )
 
     def _prefill_view(self, node: NodeRecord, record: RequestRecord) -> PrefillView:
-        page_size = node.load.page_size
-        num_cached = 0
-        if page_size:
-            num_cached = page_size * self._prefixes.num_cached_pages(
-                node.incarnation, record.page_hashes(page_size)
-            )
         return PrefillView(
             incarnation=node.incarnation,
             num_queued_tokens=self._ledger.queued_tokens(node.incarnation),
-            num_cached_tokens=record.num_usable_cached(num_cached),
+            num_cached_tokens=self._num_cached(node, record),
             is_full=self._ledger.is_full(node.incarnation),
             last_used=self._ledger.last_used(node.incarnation),
         )
 
-    def _decode_view(self, node: NodeRecord, num_tokens: int, num_choices: int) -> DecodeView:
+    def _num_cached(self, node: NodeRecord, record: RequestRecord) -> int:
+        """Prompt tokens that the node need not be sent or compute, as far as is known here."""
+        page_size = node.load.page_size
+        if not page_size:
+            return 0
+        hashes = record.page_hashes(page_size)
+        num_pages = self._prefixes.num_cached_pages(node.incarnation, hashes)
+        return record.num_usable_cached(page_size * num_pages)
+
+    def _decode_view(self, node: NodeRecord, record: RequestRecord, choices: tuple[int, ...]) -> DecodeView:
+        num_tokens = record.num_tokens(choices)
         page_size = node.load.page_size or num_tokens
+        num_growth_pages = max(len(choices), -(-record.num_growth_tokens(choices) // page_size))
         return DecodeView(
             incarnation=node.incarnation,
             num_active=self._ledger.num_active(node.incarnation),
             max_active=node.load.max_running_requests,
             num_free_pages=self._ledger.num_free_pages(node.incarnation),
             num_total_pages=node.load.num_total_pages,
-            num_wanted_pages=-(-num_tokens // page_size) + num_choices,
+            num_wanted_pages=-(-num_tokens // page_size) + num_growth_pages,
+            num_cached_tokens=self._num_cached(node, record),
             last_used=self._ledger.last_used(node.incarnation),
         )
 
@@ -293,11 +299,23 @@ class RouterService:
             self._fail_attempt(_lost(attempt, "the link to the decode node is down"), now)
 
     def _remember_prefix(self, attempt: Attempt, record: RequestRecord) -> None:
-        node = self._nodes.get(attempt.pair.prefill or attempt.pair.decode)
+        """Both nodes are about to hold the prompt."""
+        for incarnation in {attempt.pair.prefill, attempt.pair.decode}:
+            node = self._nodes.get(incarnation)
+            if node is not None and node.load.page_size:
+                self._prefixes.record(
+                    incarnation,
+                    record.page_hashes(node.load.page_size),
+                    node.load.num_total_pages or DEFAULT_MAX_PAGES,
+                )
+
+    def _remember_answer(self, attempt: Attempt, record: RequestRecord, choice: int) -> None:
+        """The decode node keeps what it generated, for the next turn."""
+        node = self._nodes.get(attempt.pair.decode)
         if node is not None and node.load.page_size:
             self._prefixes.record(
                 node.incarnation,
-                record.page_hashes(node.load.page_size),
+                record.answer_hashes(choice, node.load.page_size),
                 node.load.num_total_pages or DEFAULT_MAX_PAGES,
             )
 
@@ -360,6 +378,7 @@ class RouterService:
             self._ledger.first_token(attempt)
             self._dispatch(now)
         if taken.finish_reason is not None:
+            self._remember_answer(attempt, generation.record, taken.choice)
             self._choice_ended(generation, attempt, now)
 
     def _choice_ended(self, generation: RoutedGeneration, attempt: Attempt, now: float) -> None:

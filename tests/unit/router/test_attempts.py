@@ -228,7 +228,7 @@ def test_a_late_failure_changes_nothing(make: MakeRecord) -> None:
     assert record.choices[0].num_failures == 1
 
 
-@pytest.mark.parametrize("code", ["busy", "version_skew", "not_ready"])
+@pytest.mark.parametrize("code", ["busy", "version_skew", "not_ready", "retracted"])
 def test_what_is_nobodys_failure_costs_no_attempt(make: MakeRecord, code: FailureCode) -> None:
     record = make()
     for number in range(1, 11):
@@ -247,6 +247,22 @@ def test_busy_avoids_the_pair_for_the_next_attempt_only(make: MakeRecord) -> Non
     assert record.on_failed(failed(1, "busy")).retries[0].avoid == (PAIR,)
     start(record, pair=OTHER)
     assert record.on_failed(failed(2, "busy")).retries[0].avoid == (OTHER,)
+
+
+def test_what_was_retracted_says_so_from_then_on_and_may_go_back(make: MakeRecord) -> None:
+    record = make()
+    attempt = start(record, pair=PAIR)
+    assert not record.message(attempt, (0,), now=0.0, stream_interval=1).was_retracted
+    record.on_tokens(tokens(1, 0, 5), 0.0)
+    retry = record.on_failed(failed(1, "retracted")).retries[0]
+    assert retry.avoid == ()
+    attempt = start(record, pair=OTHER)
+    message = record.message(attempt, (0,), now=0.0, stream_interval=1)
+    assert (message.was_retracted, message.output_ids) == (True, (5,))
+    assert record.num_growth_tokens((0,)) == record.spec.sampling.max_tokens - 1
+    record.on_failed(failed(2))
+    attempt = start(record, pair=PAIR)
+    assert record.message(attempt, (0,), now=0.0, stream_interval=1).was_retracted
 
 
 def test_pairs_that_failed_are_avoided_for_good(make: MakeRecord) -> None:

@@ -29,6 +29,7 @@ def decode(name: str, **changes: object) -> DecodeView:
         "num_free_pages": 100,
         "num_total_pages": 100,
         "num_wanted_pages": 10,
+        "num_cached_tokens": 0,
         "last_used": 0,
     }
     return DecodeView(incarnation=name, **{**values, **changes})
@@ -61,7 +62,31 @@ def test_cached_tokens_weigh_against_queued_ones() -> None:
 
 def test_a_full_hit_still_computes_a_token() -> None:
     decision = choose(product([prefill("p", num_cached_tokens=100)], [decode("d")]))
-    assert decision == Chosen(Pair("p", "d"), num_uncached_tokens=1, num_pages=10)
+    assert decision == Chosen(Pair("p", "d"), num_uncached_tokens=1, num_pages=10, num_tokens_ahead=1)
+
+
+def test_what_is_ahead_counts_other_prompts_too() -> None:
+    decision = choose(product([prefill("p", num_queued_tokens=50, num_cached_tokens=60)], [decode("d")]))
+    assert isinstance(decision, Chosen)
+    assert (decision.num_uncached_tokens, decision.num_tokens_ahead) == (40, 90)
+
+
+def test_a_conversation_stays_where_its_history_is() -> None:
+    holds, empty = decode("holds", num_active=8, num_cached_tokens=96), decode("empty")
+    assert chosen(choose(product([prefill("p")], [holds, empty]))).decode == "holds"
+
+
+def test_it_moves_when_its_node_is_busier_than_the_history_is_worth() -> None:
+    holds, empty = decode("holds", num_active=8, num_cached_tokens=48), decode("empty")
+    assert chosen(choose(product([prefill("p")], [holds, empty]))).decode == "empty"
+    full = decode("holds", num_active=8, num_cached_tokens=96, num_free_pages=5)
+    assert chosen(choose(product([prefill("p")], [full, empty]))).decode == "empty"
+
+
+def test_history_that_both_hold_does_not_matter() -> None:
+    busy = decode("busy", num_active=8, num_cached_tokens=96)
+    idle = decode("idle", num_active=4, num_cached_tokens=96)
+    assert chosen(choose(product([prefill("p")], [busy, idle]))).decode == "idle"
 
 
 def test_the_emptiest_decode_node_is_taken() -> None:

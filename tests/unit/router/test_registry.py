@@ -226,3 +226,48 @@ def test_what_is_missing_is_said(registry: NodeRegistry, entry: Entry) -> None:
     assert registry.explain_no_pair() == "http://d refuses http://p: page size 16, here 32"
     registry.pong("d-1", pong(entry(weight_version="v2")), 0.0)
     assert registry.explain_no_pair() == "nodes serve different weight versions: v1, v2"
+
+
+# ---- no prefill node is alive -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["silent", "draining", "taken out", "gone"])
+def test_decode_nodes_are_left_to_themselves_when_the_last_prefill_node_is_lost(
+    registry: NodeRegistry, entry: Entry, how: str
+) -> None:
+    join(registry, entry("prefill", "p"), 0.0)
+    join(registry, entry(), 0.0, "p-1")
+    registry.expire(0.1)
+    assert [(p.incarnation, d.incarnation) for p, d in registry.ready_pairs()] == [("p-1", "d-1")]
+    if how == "silent":
+        registry.link_lost("p-1", "reset", 0.2)
+    elif how == "draining":
+        registry.pong("p-1", pong(entry("prefill", "p"), draining=True), 0.2)
+    else:
+        registry.take_out("http://p")
+        if how == "gone":
+            registry.forget("p-1")
+    assert [(p.incarnation, d.incarnation) for p, d in registry.ready_pairs()] == [("d-1", "d-1")]
+
+
+def test_a_prefill_node_that_is_alive_is_waited_for(registry: NodeRegistry, entry: Entry) -> None:
+    """It may be about to connect, or be refused for a reason that someone has to see."""
+    join(registry, entry("prefill", "p"), 0.0)
+    join(registry, entry(), 0.0)
+    registry.expire(60.0)
+    registry.pong("p-1", pong(entry("prefill", "p")), 60.0)
+    assert registry.ready_pairs() == []
+
+
+def test_a_first_prefill_node_gets_time_to_join(entry: Entry) -> None:
+    registry = NodeRegistry(lease_s=5.0, pong_timeout_s=2.0, prefill_wait_s=30.0)
+    join(registry, entry(), 1.0)
+    registry.expire(30.9)
+    registry.pong("d-1", pong(entry()), 30.9)
+    assert registry.ready_pairs() == []
+    registry.register(entry(), 31.0)
+    registry.pong("d-1", pong(entry()), 31.0)
+    registry.expire(31.0)
+    assert len(registry.ready_pairs()) == 1
+    join(registry, entry("prefill", "p"), 32.0)
+    assert registry.ready_pairs() == [], "not connected yet"

@@ -113,6 +113,52 @@ async def test_prompts_with_a_common_prefix_go_to_the_same_prefill_node(bench: B
     assert len(paired) == 1
 
 
+async def test_a_conversation_goes_back_to_its_decode_node(bench: Bench, spec: Spec) -> None:
+    *_, decode, other = await large_cluster(bench)
+    prompts = {name: tuple(range(first, first + 24)) for name, first in (("a", 1), ("b", 100), ("c", 200))}
+    for turn in range(3):
+        for name, prompt in prompts.items():
+            answer = await read(await bench.service.generate(spec(f"{name}{turn}", prompt=prompt)))
+            prompts[name] = (*prompt, *answer[0], 7 + turn)
+    used = {
+        name: {n.entry.url for n in (decode, other) for r in n.requests() if r.request_id[0] == name}
+        for name in prompts
+    }
+    assert all(len(urls) == 1 for urls in used.values()), used
+    assert set.union(*used.values()) == {decode.entry.url, other.entry.url}
+
+
+async def test_decode_is_told_how_much_is_ahead_on_prefill(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    await read(await bench.service.generate(spec("a", prompt=tuple(range(40)))))
+    await read(await bench.service.generate(spec("b", prompt=tuple(range(50)))))
+    assert [request.num_prefill_tokens_ahead for request in decode.requests()] == [40, 10]
+
+
+async def test_answers_go_on_without_a_prefill_node(bench: Bench, spec: Spec, expected: Expected) -> None:
+    prefill, decode = await small_cluster(bench)
+    assert await read(await bench.service.generate(spec("before"))) == {0: expected((1, 2, 3), 0, 8)}
+    prefill.die()
+    assert await read(await bench.service.generate(spec("after"))) == {0: expected((1, 2, 3), 0, 8)}
+    assert [request.prefill_incarnation for request in decode.requests()] == ["p-1", ""]
+    assert bench.service.readiness() == (True, "")
+
+
+async def test_a_retracted_request_goes_on_with_what_it_has(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 3
+    generation = await bench.service.generate(spec())
+    await bench.until(lambda: bench.service.counters.num_tokens == 3)
+    decode.tokens_per_attempt = None
+    reason = "too few pages"
+    decode.emit(AttemptFailed(request_id="r", attempt=1, code="retracted", reason=reason, retriable=True))
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert [(r.was_retracted, len(r.output_ids)) for r in decode.requests()] == [(False, 0), (True, 3)]
+    assert bench.service.counters.attempts["retracted"] == 1
+
+
 async def test_an_id_in_use_is_refused(bench: Bench, spec: Spec) -> None:
     _, decode = await small_cluster(bench)
     decode.tokens_per_attempt = 1
