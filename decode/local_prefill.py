@@ -8,25 +8,43 @@ a few tokens are missing.
 from __future__ import annotations
 
 _WEIGHT = 0.2  # of the newest measurement
+_STEP_SHARE = 0.5  # by so much prompt tokens may lengthen the steps of running streams
+_MAX_CHUNK = 256  # tokens
 
 
 class LocalPrefillPolicy:
     """Compares what the two ways cost, in seconds that clients wait.
 
     threshold: where given, prompts of which at most so many tokens are missing are computed here, no other.
-    chunk_tokens: prompt tokens that fit into one step beside running streams.
+    chunk_tokens: prompt tokens of one step beside running streams; None: by what was measured.
     page_size, page_bytes: of a KV page.
     """
 
-    def __init__(self, *, threshold: int | None, chunk_tokens: int, page_size: int, page_bytes: int) -> None:
+    def __init__(
+        self, *, threshold: int | None, chunk_tokens: int | None, page_size: int, page_bytes: int
+    ) -> None:
         self._threshold = threshold
-        self._chunk_tokens = chunk_tokens
+        self._fixed_chunk_tokens = chunk_tokens
         self._page_size = page_size
         self._page_bytes = page_bytes
         # Measured; None: not yet.
         self._local_s: float | None = None  # per prompt token
         self._prefill_s: float | None = None  # per prompt token
         self._wire_s: float | None = None  # per byte
+        self._step_s: float | None = None  # of a step that only decodes
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens that running streams bear in one step: half as much again as it takes without.
+
+        Never less than a page, so that a full hit is one step.
+        """
+        if self._fixed_chunk_tokens is not None:
+            return self._fixed_chunk_tokens
+        token_s = self._local_s or self._prefill_s
+        if self._step_s is None or token_s is None:
+            return self._page_size
+        return max(self._page_size, min(_MAX_CHUNK, int(_STEP_SHARE * self._step_s / token_s)))
 
     def is_local(
         self, *, num_tokens: int, num_cached: int, num_ahead_on_prefill: int, num_running: int
@@ -41,7 +59,7 @@ class LocalPrefillPolicy:
             return num_missing <= self._threshold
         if num_cached == 0:
             return False
-        if num_missing <= self._chunk_tokens:
+        if num_missing <= self.chunk_tokens:
             return True
         return self._local_cost_s(num_missing, num_running) < self._remote_cost_s(
             num_missing, num_ahead_on_prefill
@@ -65,6 +83,10 @@ class LocalPrefillPolicy:
     def measured_local(self, num_tokens: int, seconds: float) -> None:
         """A step of nothing but prompt tokens."""
         self._local_s = _mean(self._local_s, num_tokens, seconds)
+
+    def measured_step(self, seconds: float) -> None:
+        """A step of nothing but output tokens."""
+        self._step_s = _mean(self._step_s, 1, seconds)
 
     def measured_prefill(self, num_tokens: int, seconds: float) -> None:
         """The prefill node computed so many tokens of a prompt."""

@@ -26,8 +26,6 @@ from .peer_links import PeerLinks
 from .request_pages import RequestPages
 from .scheduler import DecodeLimits, DecodeScheduler
 
-LOCAL_PREFILL_CHUNK = 64  # tokens
-
 
 def run_decode(config: NodeConfig, listener: socket.socket) -> int:
     """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
@@ -47,8 +45,7 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
     )
     gone_clients: set[bytes] = set()
     # A colocated node has nobody else to prefill: its chunks are as long as those of a prefill node.
-    default_chunk = config.chunked_prefill_size if config.colocated else LOCAL_PREFILL_CHUNK
-    local_prefill_chunk = config.local_prefill_chunk_size or default_chunk
+    default_chunk = config.chunked_prefill_size if config.colocated else None
 
     def copy_page(source: int, destination: int) -> None:
         node.pool.copy_pages([source], [destination])
@@ -70,7 +67,7 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
         growth=GrowthEstimate(config.schedule_conservativeness),
         local_prefill=LocalPrefillPolicy(
             threshold=config.local_prefill_threshold,
-            chunk_tokens=local_prefill_chunk,
+            chunk_tokens=config.local_prefill_chunk_size or default_chunk,
             page_size=config.page_size,
             page_bytes=node.layout.page_bytes,
         ),
@@ -88,7 +85,6 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
         metrics=node.metrics,
         limits=DecodeLimits(
             max_running=config.max_running_requests,
-            local_prefill_chunk=local_prefill_chunk,
             max_batch_tokens=max(config.chunked_prefill_size, config.max_running_requests + 1),
             max_model_len=node.max_model_len,
         ),

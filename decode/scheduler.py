@@ -100,7 +100,6 @@ _ROSTER_S = 30.0  # routers push theirs every few seconds
 class DecodeLimits:
     max_running: int  # sequences in a batch
     max_batch_tokens: int  # of a step that prefills locally
-    local_prefill_chunk: int  # prompt tokens of a step that decodes too
     max_model_len: int
 
 
@@ -498,7 +497,7 @@ class DecodeScheduler:
         rows: list[Row] = list(self.decode_rows(now))
         budget = self.limits.max_batch_tokens - len(rows)
         if rows:
-            budget = min(budget, self.limits.local_prefill_chunk)
+            budget = min(budget, self.local_prefill.chunk_tokens)
         rows += prefill_rows(self.in_state(RequestState.LOCAL_PREFILL), budget)
         if not rows:
             return
@@ -570,6 +569,8 @@ class DecodeScheduler:
         if kind == "prefill":
             num_tokens = sum(row.row.num_tokens for row in rows)
             self.local_prefill.measured_local(num_tokens, output.finished - output.started)
+        elif kind == "decode":
+            self.local_prefill.measured_step(output.finished - output.started)
         for row, result in zip(rows, output.rows, strict=True):
             match row:
                 case DecodeRow(request=request, sequence=sequence):

@@ -96,8 +96,8 @@ FLAGS: tuple[Flag, ...] = (
          help="prompts of which at most N tokens are missing here are prefilled here; 0: none, unless no "
               "prefill node is alive (default: those of which part is cached here, when it is cheaper)"),
     Flag(names=("--local-prefill-chunk-size",), roles=_DECODE, kind=int,
-         help="prompt tokens computed beside running streams in one step (default: 64; with --colocated "
-              "chunked-prefill-size)"),
+         help="prompt tokens computed beside running streams in one step (default: as many as lengthen it "
+              "by half, measured; with --colocated chunked-prefill-size)"),
     Flag(names=("--schedule-conservativeness",), roles=_DECODE, kind=float, default=1.0,
          help="how much growth admission counts with: less runs more at once and retracts more often, "
               "11 or more retracts never"),

@@ -71,6 +71,23 @@ def test_the_faster_side_gets_more() -> None:
     assert is_local(rule, 100, num_ahead=205)
 
 
+def test_a_chunk_lengthens_a_step_by_half() -> None:
+    rule = LocalPrefillPolicy(threshold=None, chunk_tokens=None, page_size=16, page_bytes=16_000)
+    assert rule.chunk_tokens == 16, "a page, before anything was measured"
+    rule.measured_step(0.040)
+    rule.measured_prefill(1000, 0.25)
+    assert rule.chunk_tokens == 80
+    rule.measured_local(1000, 0.5)
+    assert rule.chunk_tokens == 40, "what this node needs counts more"
+    for _ in range(50):
+        rule.measured_step(0.001)
+    assert rule.chunk_tokens == 16
+    for _ in range(50):
+        rule.measured_step(5.0)
+    assert rule.chunk_tokens == 256
+    assert policy().chunk_tokens == 64
+
+
 def test_what_took_no_time_or_moved_nothing_says_nothing() -> None:
     rule = policy()
     rule.measured_local(0, 1.0)

@@ -656,7 +656,6 @@ class DecodeNode(_Base[ClientToNode]):
             limits=DecodeLimits(
                 max_running=settings.max_running,
                 max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
-                local_prefill_chunk=settings.local_prefill_chunk,
                 max_model_len=settings.max_model_len,
             ),
             eos_token_ids=settings.eos_token_ids,
