@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import handoff, serve
+from . import handoff, serve, turns
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,6 +20,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     handoff_parser = commands.add_parser("handoff", help=handoff_summary, description=handoff.__doc__)
     handoff.add_arguments(handoff_parser)
     handoff_parser.set_defaults(run_bench=handoff.main)
+    turns_summary = "what decode's prefix cache saves a second turn, and what local prefill costs streams"
+    turns_parser = commands.add_parser("turns", help=turns_summary, description=turns.__doc__)
+    turns.add_arguments(turns_parser)
+    turns_parser.set_defaults(run_bench=turns.main)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,11 +38,18 @@ class Measured:
     last_token_s: float
     num_tokens: int
     spans: dict[str, dict[str, Any]]
+    started: float  # on the clock of `time.perf_counter`
+    token_times_s: tuple[float, ...]  # since then, of each token
 
     @property
     def itl_s(self) -> float:
         """Mean gap between tokens from the second one on: the hand-off is not in it."""
         return (self.last_token_s - self.second_token_s) / (self.num_tokens - 2)
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between tokens, from the second one on."""
+        return [b - a for a, b in pairwise(self.token_times_s[1:])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,7 @@ def ask(url: str, prompt: Sequence[int], max_tokens: int) -> Measured:
         connection.close()
     if len(times) != max_tokens:
         raise StartupError(f"{len(times)} tokens came instead of {max_tokens}")
-    return Measured(times[0], times[1], times[-1], len(times), spans)
+    return Measured(times[0], times[1], times[-1], len(times), spans, started, tuple(times))
 
 
 def measure(two_nodes: str, colocated: str, prompt_tokens: int, repeats: int, vocab_size: int) -> Row:
