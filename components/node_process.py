@@ -41,6 +41,7 @@ from ..runtime.process import available_memory_bytes, end, routable_host, spawn
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import TransferBackend
+from ..transfer.backends.faulty import FaultPlan, FaultyBackend
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
 
@@ -163,12 +164,14 @@ def start_node(
         front = _start_front(config, listener, zmq_address, url)
         undo.callback(end, front, grace_s=5.0)
 
-        backend = create_backend(
+        backend: TransferBackend = create_backend(
             config.transfer_backend,
             "shm" if config.transfer_backend == "shm" else config.transport,
             host,
             config.ib_device,
         )
+        if config.faulty:
+            backend = FaultyBackend(backend, FaultPlan.parse(config.faulty))
         undo.callback(backend.close)
         num_pages = _num_pages(config, layout, max_model_len)
         memory = backend.allocate(num_pages * layout.stride_bytes)

@@ -101,6 +101,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--schedule-conservativeness",), roles=_DECODE, kind=float, default=1.0,
          help="how much growth admission counts with: less runs more at once and retracts more often, "
               "11 or more retracts never"),
+    Flag(names=("--faulty",), roles=_PREFILL, default="",
+         help="share of writes that go wrong on purpose, such as fail=0.05,late=0.1,seed=7 (tests)"),
     Flag(names=("--poison-reserved-pages",), roles=_DECODE, kind=bool, default=False,
          help="fill pages with NaN when they are reserved, so that a missing write shows (tests)"),
     Flag(names=("--prefill",), roles=_ROUTER, repeatable=True, default=(),
@@ -167,6 +169,7 @@ class NodeConfig:
     log_level: str
     log_format: str
     max_queued_prefills: int = 0  # prefill only
+    faulty: str = ""  # prefill only
     colocated: bool = False  # decode only
     local_prefill_threshold: int | None = None  # decode only
     local_prefill_chunk_size: int | None = None  # decode only

@@ -30,10 +30,11 @@ from pdserve.transfer.backends.base import (
     WriteResult,
     WriteState,
 )
+from pdserve.transfer.backends.faulty import FaultPlan, FaultyBackend
 from pdserve.transfer.copy_plan import Run
 
 POOL_BYTES = 1 << 20
-KINDS = [("shm", "shm"), ("mooncake", "tcp")]
+KINDS = [("shm", "shm"), ("mooncake", "tcp"), ("faulty:shm", "shm")]  # faulty, with no fault: the same
 DONE, FAILED, CANCELLED = WriteState.DONE, WriteState.FAILED, WriteState.CANCELLED
 
 
@@ -41,7 +42,7 @@ class DecodeProcess:
     def __init__(self, name: str, transport: str) -> None:
         script = Path(__file__).with_name("decode_process.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(script), name, transport, str(POOL_BYTES)],
+            [sys.executable, str(script), name.removeprefix("faulty:"), transport, str(POOL_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -101,14 +102,16 @@ class Source:
 
 
 def start_source(name: str, transport: str) -> Source:
-    backend = create_backend(name, transport, "127.0.0.1")
+    backend: TransferBackend = create_backend(name.removeprefix("faulty:"), transport, "127.0.0.1")
+    if name.startswith("faulty:"):
+        backend = FaultyBackend(backend, FaultPlan(()))
     source = Source(backend, backend.allocate(POOL_BYTES))
     source.pool[:] = random.Random(0).randbytes(POOL_BYTES)
     backend.register()
     return source
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=["shm", "mooncake-tcp"])
+@pytest.fixture(scope="module", params=KINDS, ids=["shm", "mooncake-tcp", "faulty-shm"])
 def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
@@ -144,8 +147,8 @@ def decode(source: Source, spawn: Callable[[], DecodeProcess]) -> DecodeProcess:
 
 
 def test_it_is_what_was_asked_for(kind: tuple[str, str], source: Source) -> None:
-    assert (source.backend.name, source.backend.transport) == kind
-    assert source.backend.settle_s == (0.0 if kind[0] == "shm" else 2.0)
+    assert (source.backend.name, source.backend.transport) == (kind[0].removeprefix("faulty:"), kind[1])
+    assert source.backend.settle_s == (2.0 if kind[0] == "mooncake" else 0.0)
 
 
 def test_the_first_contact_touches_no_page(source: Source, spawn: Callable[[], DecodeProcess]) -> None:

@@ -1,0 +1,268 @@
+"""Whether clients that stay get the answers of an undisturbed run, while others leave and writes go wrong.
+
+    scripts/disturbed_answers --clients 2000 --leave 0.3
+    scripts/disturbed_answers --clients 400 --faulty fail=0.1,late=0.05,half=0.05,delay=0.02,duplicate=0.05
+
+Asks every request once of a cluster that nothing disturbs. Then starts another one, with `--faulty` if given,
+and as many clients as are wanted; a share of them leaves at a random moment: before the first byte, or after
+some tokens. Whoever stays must get the same tokens, text and finish reasons. Afterwards no page of any node
+may be locked, reserved, exposed or in quarantine, and all must be free after a flush. Further arguments go to
+`pdserve up`. Exit code 1 when anything of this does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.config import SHIPPED_MODEL
+
+FLAGS = ("--dtype", "float32", "--poison-reserved-pages", "--num-threads", "1", "--max-attempts", "8")
+NUM_BODIES = 64  # distinct requests; every one is asked by many clients
+VOCAB_SIZE = 4096  # of the shipped model
+REQUEST_TIMEOUT_S = 300.0
+IDLE_TIMEOUT_S = 40.0
+_FAULT = re.compile(r"write \d+ of \d+ bytes: (\w+)")
+
+
+@dataclass
+class Answer:
+    """All that one client saw, by choice."""
+
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+
+    def take(self, chunk: dict[str, Any]) -> None:
+        for choice in chunk.get("choices", ()):
+            index = choice["index"]
+            self.token_ids.setdefault(index, []).extend(choice["token_ids"])
+            self.texts[index] = self.texts.get(index, "") + choice["text"]
+            if choice["finish_reason"] is not None:
+                self.finish_reasons[index] = choice["finish_reason"]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.token_ids.values()))
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """When a client leaves: after so many tokens, or after so many seconds, whichever comes first."""
+
+    num_tokens: int
+    after_s: float
+
+
+@dataclass
+class Tally:
+    num_equal: int = 0
+    num_left: int = 0
+    num_early: int = 0  # of those that left: before the first token
+    duration_s: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    rooms: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def make_bodies(seed: int) -> list[dict[str, Any]]:
+    """Prompts of one to some thirty pages, a third with a common beginning; greedy or sampled; n 1 or 2."""
+    rng = random.Random(seed)
+    common = [rng.randrange(1, VOCAB_SIZE) for _ in range(100)]
+    bodies = []
+    for number in range(NUM_BODIES):
+        own = [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(3, 400))]
+        bodies.append(
+            {
+                "prompt": common + own if number % 3 == 0 else own,
+                "max_tokens": rng.randrange(2, 40),
+                "temperature": 0.0 if number % 2 else 0.8,
+                "seed": number,
+                "n": 2 if number % 5 == 0 else 1,
+                "ignore_eos": True,
+                "stream": True,
+                "return_token_ids": True,
+            }
+        )
+    return bodies
+
+
+async def ask(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], leaving: Leaving | None
+) -> tuple[Answer, str]:
+    """The answer and how it ended: "done", "left", or what was wrong."""
+    answer = Answer()
+    try:
+        async with asyncio.timeout(leaving.after_s if leaving else REQUEST_TIMEOUT_S):
+            async with session.post(f"{url}/v1/completions", json=body) as response:
+                if response.status != 200:
+                    return answer, f"status {response.status}: {(await response.text())[:200]}"
+                async for line in response.content:
+                    if not line.startswith(b"data: "):
+                        continue
+                    data = line.removeprefix(b"data: ").strip()
+                    if data == b"[DONE]":
+                        return answer, "done"
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        return answer, f"error in mid-stream: {chunk['error']}"
+                    answer.take(chunk)
+                    if leaving is not None and answer.num_tokens >= leaving.num_tokens:
+                        return answer, "left"
+    except TimeoutError:
+        return answer, "left" if leaving else f"no end within {REQUEST_TIMEOUT_S:g} s"
+    except aiohttp.ClientError as error:
+        return answer, f"{type(error).__name__}: {error}"
+    return answer, "the stream ended without [DONE]"
+
+
+async def ask_all(
+    url: str, bodies: Sequence[dict[str, Any]], leaving: Sequence[Leaving | None], concurrency: int
+) -> list[tuple[Answer, str]]:
+    """Every body once, `concurrency` at a time. A client that leaves closes its connection."""
+    gate = asyncio.Semaphore(concurrency)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=None)
+    ) as session:
+
+        async def one(body: dict[str, Any], leaves: Leaving | None) -> tuple[Answer, str]:
+            async with gate:
+                return await ask(session, url, body, leaves)
+
+        return await asyncio.gather(*map(one, bodies, leaving))
+
+
+def undisturbed_answers(
+    work_dir: Path, bodies: Sequence[dict[str, Any]], flags: Sequence[str]
+) -> list[Answer]:
+    with LocalCluster([str(SHIPPED_MODEL), *FLAGS, *flags], log_path=work_dir / "undisturbed.log") as cluster:
+        asked = asyncio.run(ask_all(cluster.url, bodies, [None] * len(bodies), 8))
+    if wrong := [end for _, end in asked if end != "done"]:
+        raise RuntimeError(f"the undisturbed run failed: {wrong[0]}")
+    return [answer for answer, _ in asked]
+
+
+def run(
+    work_dir: Path,
+    bodies: Sequence[dict[str, Any]],
+    expected: Sequence[Answer],
+    *,
+    num_clients: int,
+    leave: float,
+    concurrency: int,
+    faulty: str = "",
+    seed: int = 0,
+    flags: Sequence[str] = (),
+) -> Tally:
+    """The disturbed run, and the comparison. The cluster's log stays in `work_dir`."""
+    rng = random.Random(seed)
+    wanted = [bodies[number % len(bodies)] for number in range(num_clients)]
+    leaving = [
+        Leaving(
+            rng.randrange(0, body["max_tokens"] * body["n"]),
+            rng.choice((0.0, 0.02, 0.3, 30.0)) * rng.random(),
+        )
+        if rng.random() < leave
+        else None
+        for body in wanted
+    ]
+    arguments = [str(SHIPPED_MODEL), *FLAGS, *(["--faulty", faulty] if faulty else []), *flags]
+    tally = Tally()
+    log_path = work_dir / "disturbed.log"
+    with LocalCluster(arguments, log_path=log_path) as cluster:
+        started_s = time.monotonic()
+        asked = asyncio.run(ask_all(cluster.url, wanted, leaving, concurrency))
+        tally.duration_s = time.monotonic() - started_s
+        compare(asked, leaving, expected, tally)
+        try:
+            cluster.wait_idle(timeout_s=IDLE_TIMEOUT_S)
+            cluster.flush()
+        except (TimeoutError, AssertionError) as error:
+            tally.failures.append(f"not everything was given back: {error}")
+        (prefill, *_) = cluster.workers("prefill")
+        metrics: str = cluster.get("/metrics", prefill["url"])
+        rooms = re.findall(r'pd_rooms_total\{.*outcome="(\w+)".*\} (\S+)', metrics)
+        tally.rooms.update({outcome: int(float(value)) for outcome, value in rooms})
+    log = log_path.read_text()
+    tally.faults.update(_FAULT.findall(log))
+    if "Traceback" in log:
+        tally.failures.append(f"a traceback in {log_path}")
+    return tally
+
+
+def compare(
+    asked: Sequence[tuple[Answer, str]],
+    leaving: Sequence[Leaving | None],
+    expected: Sequence[Answer],
+    tally: Tally,
+) -> None:
+    for number, (answer, end) in enumerate(asked):
+        right = expected[number % len(expected)]
+        if end == "left" and leaving[number] is not None:
+            tally.num_left += 1
+            tally.num_early += answer.num_tokens == 0
+            for choice, ids in answer.token_ids.items():
+                if right.token_ids[choice][: len(ids)] != ids:
+                    tally.failures.append(f"client {number}, who left, had seen other tokens")
+        elif end != "done":
+            tally.failures.append(f"client {number}: {end}")
+        elif answer != right:
+            tally.failures.append(f"client {number}: {answer} instead of {right}")
+        else:
+            tally.num_equal += 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, default=400, metavar="N")
+    parser.add_argument(
+        "--leave", type=float, default=0.0, metavar="SHARE", help="of the clients (default: 0)"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=256, metavar="N", help="clients at a time (default: 256)"
+    )
+    parser.add_argument("--faulty", default="", metavar="PLAN", help="see docs/handoff_protocol.md")
+    parser.add_argument("--seed", type=int, default=0)
+    options, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work_dir, bodies = Path(temporary), make_bodies(options.seed)
+        tally = run(
+            work_dir,
+            bodies,
+            undisturbed_answers(work_dir, bodies, flags),
+            num_clients=options.clients,
+            leave=options.leave,
+            concurrency=options.concurrency,
+            faulty=options.faulty,
+            seed=options.seed,
+            flags=flags,
+        )
+    for failure in tally.failures[:20]:
+        print(failure[:1000], file=sys.stderr)
+    print(f"rooms {dict(tally.rooms)}, faults {dict(tally.faults)}, {tally.duration_s:.0f} s")
+    print(
+        f"CLIENTS {options.clients} EQUAL {tally.num_equal} LEFT {tally.num_left} "
+        f"({tally.num_early} before the first token) FAILURES {len(tally.failures)}"
+    )
+    return 1 if tally.failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

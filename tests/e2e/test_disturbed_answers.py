@@ -1,0 +1,64 @@
+"""A slice of scripts/disturbed_answers: writes that go wrong, clients that leave."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "disturbed_answers.py"
+NUM_BODIES = 24
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("disturbed_answers", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script()
+
+
+@pytest.fixture(scope="module")
+def bodies(script: ModuleType) -> list[dict[str, Any]]:
+    return list(script.make_bodies(0)[:NUM_BODIES])
+
+
+@pytest.fixture(scope="module")
+def expected(
+    script: ModuleType, bodies: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> list[Any]:
+    return list(script.undisturbed_answers(tmp_path_factory.mktemp("undisturbed"), bodies, ()))
+
+
+def test_every_fault_in_a_fifth_of_the_writes(
+    script: ModuleType, bodies: list[dict[str, Any]], expected: list[Any], tmp_path: Path
+) -> None:
+    plan = "fail=0.05,late=0.05,half=0.04,delay=0.02,duplicate=0.04,delay_s=4,seed=3"
+    tally = script.run(tmp_path, bodies, expected, num_clients=72, leave=0.0, concurrency=24, faulty=plan)
+    assert tally.failures == []
+    assert tally.num_equal == 72
+    assert tally.faults.keys() >= {"fail", "late", "half", "duplicate"}
+    assert tally.rooms["failed"] >= 0.1 * tally.rooms.total()
+
+
+def test_a_third_of_the_clients_leaves_while_writes_fail(
+    script: ModuleType, bodies: list[dict[str, Any]], expected: list[Any], tmp_path: Path
+) -> None:
+    plan = "fail=0.02,late=0.01,half=0.01,duplicate=0.01,seed=4"
+    tally = script.run(tmp_path, bodies, expected, num_clients=150, leave=0.3, concurrency=75, faulty=plan)
+    assert tally.failures == []
+    assert tally.num_equal + tally.num_left == 150
+    assert tally.num_left > 25
+    assert tally.num_early > 5
+    assert tally.faults.total() > 0
