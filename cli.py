@@ -6,9 +6,13 @@ Each role's modules are imported only in the process of that role: a router neve
 from __future__ import annotations
 
 import argparse
+import json
 import socket
 import sys
+import threading
+import time
 import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +26,8 @@ from .runtime.supervisor import Child, Supervisor
 
 _READY_TIMEOUT_S = 600.0
 _NODE_GRACE_S = 15.0
+_ANNOUNCEMENTS = 120
+_ANNOUNCEMENT_INTERVAL_S = 0.5
 _ROLES: tuple[Literal["router", "prefill", "decode"], ...] = ("router", "prefill", "decode")
 
 
@@ -102,6 +108,8 @@ def _add_role_arguments(parser: argparse.ArgumentParser, role: str) -> None:
     add_flags(parser, frozenset({role}))
     # Given by `pdserve up`, which bound the socket: the port is known before this process has started.
     parser.add_argument("--listen-fd", type=int, default=None, help=argparse.SUPPRESS)
+    if role != "router":
+        parser.add_argument("--incarnation", default="", help=argparse.SUPPRESS)
     _add_child_argument(parser)
 
 
@@ -130,13 +138,14 @@ def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
     config = node_config(role, given)
     configure_logging(role, config.log_level, config.log_format)
     listener = _listener(given, config.host, config.port)
+    incarnation = str(given.get("incarnation", ""))
     if role == "prefill":
         from .prefill.main import run_prefill
 
-        end_now(run_prefill(config, listener))
+        end_now(run_prefill(config, listener, incarnation))
     from .decode.main import run_decode
 
-    end_now(run_decode(config, listener))
+    end_now(run_decode(config, listener, incarnation))
 
 
 def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,7 +205,8 @@ def _up(given: dict[str, Any]) -> int:
     children += [_node_child("prefill", i, given, url, num_threads) for i in range(num_prefill)]
     children += [_node_child("decode", i, given, url, num_threads) for i in range(num_decode)]
 
-    with Supervisor(children) as supervisor:
+    api_keys = tuple(given.get("api_key", ()))
+    with Supervisor(children, lambda incarnation: _announce_death(url, incarnation, api_keys)) as supervisor:
         if not supervisor.wait_until(lambda: _answers(f"{url}/ready"), _READY_TIMEOUT_S):
             return 0
         print(f"pdserve is ready at {url}", flush=True)
@@ -221,7 +231,35 @@ def _node_child(
     if resolve(role, given)["num_threads"] is None:
         flags += ["--num-threads", str(num_threads)]
     arguments = [role, *flags, "--port", "0", "--router", router_url]
-    return Child(f"{role} {index}", arguments, _NODE_GRACE_S, api_keys=tuple(given.get("api_key", ())))
+    return Child(
+        f"{role} {index}",
+        arguments,
+        _NODE_GRACE_S,
+        api_keys=tuple(given.get("api_key", ())),
+        has_incarnation=True,
+    )
+
+
+def _announce_death(router_url: str, incarnation: str, api_keys: Sequence[str]) -> None:
+    """Tells the decode nodes, through the router, that no process of a node lives any more.
+
+    Tried for a while: a decode node may not have noticed yet, and the router may itself be starting again.
+    """
+    headers = {"Content-Type": "application/json"}
+    if api_keys:
+        headers["Authorization"] = f"Bearer {api_keys[0]}"
+    body = json.dumps({"incarnation": incarnation}).encode()
+    request = urllib.request.Request(f"{router_url}/assert_peer_death", body, headers)
+
+    def announce() -> None:
+        for _ in range(_ANNOUNCEMENTS):
+            try:
+                open_url(request, timeout_s=10.0).close()
+                return
+            except OSError:  # URLError and HTTPError are OSErrors
+                time.sleep(_ANNOUNCEMENT_INTERVAL_S)
+
+    threading.Thread(target=announce, name="obituary", daemon=True).start()
 
 
 def _answers(url: str) -> bool:

@@ -41,6 +41,10 @@ class AbortRequest(msgspec.Struct, kw_only=True):
     abort_all: bool = False
 
 
+class AssertPeerDeathRequest(msgspec.Struct, kw_only=True):
+    incarnation: str
+
+
 class UpdateWeightsRequest(msgspec.Struct, kw_only=True):
     model_path: str
     weight_version: str | None = None
@@ -68,6 +72,7 @@ REGISTER_RULES = FieldRules(
     harmless=frozenset({"worker_type", "bootstrap_port", "api_key", "labels", "priority", "model_id"})
 )
 ABORT_RULES = FieldRules(harmless=frozenset({"abort_message", "finished_reason"}))
+DEATH_RULES = FieldRules(harmless=frozenset())
 WEIGHT_RULES = FieldRules(
     harmless=frozenset({"load_format", "flush_cache", "is_async", "torch_empty_cache", "token_step"}),
     inert={"keep_pause": (False,), "recapture_cuda_graph": (False,), "manifest": ({},)},
@@ -98,6 +103,12 @@ async def read_abort(http: Request, limits: Limits) -> AbortRequest:
     if not body.abort_all and not body.rid:
         raise RequestError("Give `rid` or `abort_all`.", param="rid", code="missing_parameter")
     return body
+
+
+async def read_death(http: Request, limits: Limits) -> str:
+    """The incarnation that is said to be dead."""
+    body = parse_request(parse_object(await read_body(http, limits)), AssertPeerDeathRequest, DEATH_RULES)
+    return body.incarnation
 
 
 def model_entry(card: ModelCard) -> ModelEntry:
@@ -159,6 +170,7 @@ def _worker_body(status: WorkerStatus) -> dict[str, Any]:
         "lease_s": status.lease_s,
         "ready_peers": status.ready_peers,
         "refused_peers": status.refused_peers,
+        "quarantined_pages": status.quarantined_pages,
         "load": msgspec.structs.asdict(status.load),
         **msgspec.structs.asdict(status.entry),
     }
@@ -292,6 +304,10 @@ class ClusterRoutes:
             ]
         message = "; ".join(reply.message for reply in replies if reply.message)
         return json_response({"success": all(reply.success for reply in replies), "message": message})
+
+    async def assert_peer_death(self, http: Request) -> Response:
+        reply = await self.admin.assert_peer_death(await read_death(http, self.limits))
+        return outcome(reply.success, reply.message)
 
     async def update_weights(self, http: Request) -> Response:
         raw = parse_object(await read_body(http, self.limits))

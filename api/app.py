@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from .admin import (
     AbortRequest,
+    AssertPeerDeathRequest,
     ClusterRoutes,
     ModelEntry,
     ModelList,
@@ -115,6 +116,7 @@ def build_router_app(
         Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker),
         Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache),
         Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest)),
+        Operation(POST, ("/assert_peer_death",), cluster.assert_peer_death, Bodies(AssertPeerDeathRequest)),
         Operation(POST, ("/update_weights_from_disk",), cluster.update_weights, Bodies(UpdateWeightsRequest)),
     ]
     return make_app(operations, api_keys=api_keys)

@@ -111,6 +111,7 @@ class WorkerStatus:
     load: NodeLoad
     ready_peers: tuple[str, ...] = ()
     refused_peers: dict[str, str] = field(default_factory=dict)
+    quarantined_pages: dict[str, int] = field(default_factory=dict)  # by incarnation of the peer
 
 
 class ClusterAdmin(Protocol):
@@ -131,6 +132,10 @@ class ClusterAdmin(Protocol):
     async def flush_cache(self, timeout_s: float) -> AdminReply: ...
 
     async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply: ...
+
+    async def assert_peer_death(self, incarnation: str) -> AdminReply:
+        """No process of this incarnation lives any more, says an operator or its supervisor."""
+        ...
 
     async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply: ...
 

@@ -24,6 +24,7 @@ from zmq.utils.monitor import parse_monitor_message
 from ..messages.codec import Codec
 from ..messages.node import (
     AbortRequests,
+    AssertPeerDeath,
     AttemptFailed,
     CallReply,
     ClientToNode,
@@ -51,6 +52,7 @@ Call: TypeAlias = (
     Ping
     | FlushCache
     | AbortRequests
+    | AssertPeerDeath
     | PrepareWeights
     | CommitWeights
     | DiscardWeights
@@ -144,6 +146,10 @@ class NodeClient:
             call_id=next(self._call_ids), request_id=request_id, all_requests=all_requests
         )
         return await self._call(message, CallReply, REPLY_MARGIN_S)
+
+    async def assert_peer_death(self, incarnation: str, timeout_s: float = 5.0) -> CallReply:
+        message = AssertPeerDeath(call_id=next(self._call_ids), incarnation=incarnation)
+        return await self._call(message, CallReply, timeout_s)
 
     async def request_state(self, request_id: str, timeout_s: float = 5.0) -> RequestStateReply:
         message = GetRequestState(call_id=next(self._call_ids), request_id=request_id)

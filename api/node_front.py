@@ -32,6 +32,7 @@ from .admin import (
     METRICS_MEDIA_TYPE,
     WEIGHT_RULES,
     AbortRequest,
+    AssertPeerDeathRequest,
     ModelEntry,
     ModelList,
     UpdateWeightsRequest,
@@ -43,6 +44,7 @@ from .admin import (
     model_info,
     outcome,
     read_abort,
+    read_death,
     request_not_found,
 )
 from .generation import ModelCard
@@ -246,6 +248,10 @@ class NodeRoutes:
         reply = await self._link.client.abort(body.rid or "", all_requests=body.abort_all)
         return json_response({"success": reply.success, "message": reply.message})
 
+    async def assert_peer_death(self, http: Request) -> Response:
+        reply = await self._link.client.assert_peer_death(await read_death(http, self._limits))
+        return outcome(reply.success, reply.message)
+
     async def update_weights(self, http: Request) -> Response:
         """This node alone, which leaves the pairs of its cluster unlike: only with ``force``."""
         raw = parse_object(await read_body(http, self._limits))
@@ -303,6 +309,7 @@ def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
         Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
         Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache),
         Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest)),
+        Operation(POST, ("/assert_peer_death",), routes.assert_peer_death, Bodies(AssertPeerDeathRequest)),
         Operation(POST, ("/update_weights_from_disk",), routes.update_weights, Bodies(UpdateWeightsRequest)),
     ]
     return make_app(operations, api_keys=api_keys)

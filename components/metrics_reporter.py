@@ -7,6 +7,7 @@ they are as exact as that is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -50,6 +51,12 @@ class MetricsReporter:
         self._kv_cache_usage = self._gauge("pd_kv_cache_usage_perc", "The same as pd_token_usage; 1 is full.")
         self._num_pages = Gauge(
             "pd_num_pages", "KV pages by state.", (*_LABELS, "state"), registry=self._registry
+        )
+        self._quarantined_pages = Gauge(
+            "pd_quarantined_pages",
+            "Decode: KV pages that this incarnation of a prefill node may still write.",
+            (*_LABELS, "peer"),
+            registry=self._registry,
         )
         self._cache_hit_rate = self._gauge(
             "pd_cache_hit_rate", "Share of prompt tokens since start that the prefix cache held, 0 to 1."
@@ -113,6 +120,12 @@ class MetricsReporter:
         self._set_pages("private", pages.private)
         self._set_pages("shared", pages.shared)
         self._set_pages("quarantined", pages.quarantined)
+
+    def observe_quarantine(self, pages: Mapping[str, int]) -> None:
+        """Take over the pages in quarantine, by incarnation of the prefill node. Peers without any go."""
+        self._quarantined_pages.clear()
+        for peer, num_pages in pages.items():
+            self._quarantined_pages.labels(*self._labels, peer).set(num_pages)
 
     def observe_queues(
         self, *, num_prefill_inflight: int = 0, num_decode_prealloc: int = 0, num_decode_transfer: int = 0

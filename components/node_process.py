@@ -142,10 +142,15 @@ def load_model(path: Path, config: ModelConfig, dtype: str) -> LoadedModel:
 
 
 def start_node(
-    config: NodeConfig, listener: socket.socket, server: zmq.Socket[bytes], server_port: int
+    config: NodeConfig,
+    listener: socket.socket,
+    server: zmq.Socket[bytes],
+    server_port: int,
+    incarnation: str = "",
 ) -> Node:
     """Everything but the scheduler itself, which reads `server`, the node's bound zmq socket.
 
+    `incarnation` is what the supervisor calls this start of the node; without one it takes a name itself.
     Raises StartupError with one line that says what to mend.
     """
     path = Path(config.model).expanduser()
@@ -182,7 +187,7 @@ def start_node(
         engine = EngineThread(runner, config.num_threads)
         undo.pop_all()  # nothing below fails
 
-    incarnation = uuid.uuid4().hex
+    incarnation = incarnation or uuid.uuid4().hex
     identity = _identity(model.fingerprint, INITIAL_WEIGHT_VERSION, incarnation, layout, backend)
     entry = NodeEntry(
         url=url,

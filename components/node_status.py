@@ -51,6 +51,7 @@ class NodeStatus:
         ready_peers: Sequence[str],
         refused_peers: Mapping[str, str],
         is_draining: bool,
+        quarantined_pages: Mapping[str, int] | None = None,
     ) -> Pong:
         return Pong(
             call_id=call_id,
@@ -58,6 +59,7 @@ class NodeStatus:
             load=load,
             ready_peers=tuple(ready_peers),
             refused_peers=dict(refused_peers),
+            quarantined_pages=dict(quarantined_pages or {}),
             draining=is_draining,
         )
 

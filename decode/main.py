@@ -20,6 +20,7 @@ from ..messages.channel import ServerChannel
 from ..messages.node import ClientToNode
 from ..runtime.config import NodeConfig
 from ..transfer.decode_rooms import DecodeRooms
+from .death_probe import DeathProbe
 from .growth_estimate import GrowthEstimate
 from .local_prefill import LocalPrefillPolicy
 from .peer_links import PeerLinks
@@ -27,11 +28,11 @@ from .request_pages import RequestPages
 from .scheduler import DecodeLimits, DecodeScheduler
 
 
-def run_decode(config: NodeConfig, listener: socket.socket) -> int:
+def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "") -> int:
     """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode)
-    node = start_node(config, listener, server.socket, server.port)
+    node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = PrefixCache(allocator, config.page_size)
     poison = node.pool.poison if config.poison_reserved_pages else None
@@ -46,6 +47,8 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
     gone_clients: set[bytes] = set()
     # A colocated node has nobody else to prefill: its chunks are as long as those of a prefill node.
     default_chunk = config.chunked_prefill_size if config.colocated else None
+    death_probe = DeathProbe()
+    node.waiter.add(death_probe.fileno())
 
     def copy_page(source: int, destination: int) -> None:
         node.pool.copy_pages([source], [destination])
@@ -58,6 +61,7 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
         receiver=RequestReceiver(server),
         send=server.send,
         links=PeerLinks(context, node.waiter),
+        death_probe=death_probe,
         rooms=DecodeRooms(node.identity, node.region, node.num_pages),
         allocator=allocator,
         cache=cache,

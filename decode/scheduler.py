@@ -44,6 +44,7 @@ from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from ..engine.schedule_batch import ScheduleBatch
 from ..messages.node import (
     AbortRequests,
+    AssertPeerDeath,
     AttemptFailed,
     CallReply,
     CancelRequest,
@@ -83,6 +84,7 @@ from ..transfer.actions import (
 from ..transfer.decode_rooms import DecodeRooms
 from .admission import OVERTAKING_LIMIT_S, Capacity, choose_admitted
 from .batching import DecodeRow, PrefillRow, Row, decode_row, prefill_rows
+from .death_probe import DeathProbe
 from .growth_estimate import GrowthEstimate
 from .local_prefill import LocalPrefillPolicy
 from .peer_links import LinkDown, PeerLinks
@@ -112,6 +114,7 @@ class DecodeScheduler:
         receiver: RequestReceiver[ClientToNode],
         send: Callable[[bytes, msgspec.Struct], bool],
         links: PeerLinks,
+        death_probe: DeathProbe,
         rooms: DecodeRooms,
         allocator: PageAllocator,
         cache: PrefixCache,
@@ -135,6 +138,7 @@ class DecodeScheduler:
         self.receiver = receiver
         self.send = send
         self.links = links
+        self.death_probe = death_probe
         self.rooms = rooms
         self.allocator = allocator
         self.cache = cache
@@ -173,12 +177,15 @@ class DecodeScheduler:
                 self.act(self.rooms.on_link_down(address, peer_message.epoch, now), now)
             else:
                 self.act(self.rooms.on_message(address, peer_message, now), now)
+        for incarnation in self.death_probe.poll():
+            self.act(self.rooms.peer_death_proven(incarnation, now), now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
                 self.finish_job(finished)
             else:
                 self.apply(finished, now)
         self.act(self.rooms.tick(now), now)
+        self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
         self.admit_waiting(now)
         self.launch_forward(now)
@@ -220,6 +227,8 @@ class DecodeScheduler:
                     self.refuse(link, message, "peer_lost", "this output is not on record any more")
             case AbortRequests():
                 self.abort(link, message, now)
+            case AssertPeerDeath():
+                self.assert_peer_death(link, message, now)
             case Roster():
                 self.take_roster(message, now)
             case Ping():
@@ -726,6 +735,16 @@ class DecodeScheduler:
         for address in known - named:
             self.act(self.rooms.remove_peer(address, now), now)
 
+    def assert_peer_death(self, link: bytes, message: AssertPeerDeath, now: float) -> None:
+        incarnation = message.incarnation
+        if (address := self.rooms.ready_address(incarnation)) is not None:
+            success, text = False, f"{incarnation} is alive: it answers at {address}"
+        else:
+            num_pages = self.rooms.quarantined_pages().get(incarnation, 0)
+            self.act(self.rooms.peer_death_proven(incarnation, now), now)
+            success, text = True, f"{num_pages} pages of {incarnation} were in quarantine; they settle"
+        self.send(link, CallReply(call_id=message.call_id, success=success, message=text))
+
     def pong(self, message: Ping) -> Pong:
         refused = {peer.address: peer.reason for peer in self.rooms.peers() if peer.is_refused}
         return self.status.pong(
@@ -733,6 +752,7 @@ class DecodeScheduler:
             self.load(),
             ready_peers=tuple(self.rooms.ready_peers()),
             refused_peers=refused,
+            quarantined_pages=self.rooms.quarantined_pages(),
             is_draining=self.is_draining,
         )
 
@@ -779,6 +799,7 @@ class DecodeScheduler:
 
     def observe(self) -> None:
         self.metrics.observe_pages(self.allocator.counts())
+        self.metrics.observe_quarantine(self.rooms.quarantined_pages())
         self.metrics.observe_queues(
             num_decode_prealloc=len(self.in_state(RequestState.WAITING)),
             num_decode_transfer=len(self.in_state(RequestState.HANDOFF)),

@@ -115,6 +115,16 @@ class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     all_requests: bool = False
 
 
+class AssertPeerDeath(msgspec.Struct, frozen=True, kw_only=True, tag="assert_peer_death"):
+    """Every process of this incarnation is gone: its supervisor reaped them, or an operator knows.
+
+    A decode node lets go of what it held for fear of a late write. It refuses while that incarnation answers.
+    """
+
+    call_id: int
+    incarnation: str
+
+
 class Roster(msgspec.Struct, frozen=True, kw_only=True, tag="roster"):
     """The nodes a router knows. A node takes the union over routers."""
 
@@ -172,6 +182,7 @@ ClientToNode: TypeAlias = (
     | CancelRequest
     | ResendFrom
     | AbortRequests
+    | AssertPeerDeath
     | Roster
     | Ping
     | FlushCache
@@ -250,6 +261,7 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     load: NodeLoad
     ready_peers: tuple[str, ...]  # incarnations of prefill nodes that this decode node may use
     refused_peers: dict[str, str]  # url -> reason
+    quarantined_pages: dict[str, int] = {}  # by incarnation of the prefill node that may still write them
     draining: bool = False
 
 

@@ -115,6 +115,7 @@ class PeerWelcome(msgspec.Struct, frozen=True, kw_only=True, tag="peer_welcome")
     identity: PeerIdentity
     contact_s: float  # how long the first 8-byte write took
     settle_s: float  # bytes of a failed write may still land for this long
+    transfer_addresses: tuple[str, ...] = ()  # host:port of every rank's transfer engine, where it has one
 
 
 class PeerRefused(msgspec.Struct, frozen=True, kw_only=True, tag="peer_refused"):

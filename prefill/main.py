@@ -15,16 +15,23 @@ from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..components.weight_updater import WeightUpdater
 from ..messages.channel import ServerChannel
+from ..messages.peer import MemoryRegion
 from ..runtime.config import NodeConfig
 from ..transfer.prefill_rooms import PrefillRooms
 from .scheduler import PrefillLimits, PrefillScheduler, ToPrefill
 
 
-def run_prefill(config: NodeConfig, listener: socket.socket) -> int:
+def _transfer_addresses(region: MemoryRegion) -> tuple[str, ...]:
+    """Where the transfer engine listens. One without a port writes from this very process alone."""
+    host, _, port = region.session.rpartition(":")
+    return (region.session,) if host and port.isdigit() else ()
+
+
+def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = "") -> int:
     """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     server: ServerChannel[ToPrefill] = ServerChannel(context, config.host, 0, ToPrefill)
-    node = start_node(config, listener, server.socket, server.port)
+    node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)
     weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
@@ -41,6 +48,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket) -> int:
         rooms=PrefillRooms(
             node.identity,
             settle_s=node.backend.settle_s,
+            transfer_addresses=_transfer_addresses(node.region),
             unix_minus_monotonic_s=node.unix_minus_monotonic_s,
         ),
         backend=node.backend,

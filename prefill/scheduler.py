@@ -39,6 +39,7 @@ from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
 from ..messages.kv_layout import KVLayout
 from ..messages.node import (
     AbortRequests,
+    AssertPeerDeath,
     CallReply,
     CancelRequest,
     ClientToNode,
@@ -209,6 +210,9 @@ class PrefillScheduler:
                 self.reply(self.control.handle(link, message, now, load=self.load(), idle=self.is_idle), now)
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
+            case AssertPeerDeath():
+                text = "a prefill node holds nothing for fear of its peers"
+                self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case AbortRequests():
                 # Decode leads: it aborts the rooms of what it is told to abort.
                 self.send(link, CallReply(call_id=message.call_id, success=True))

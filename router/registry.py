@@ -65,6 +65,7 @@ class NodeRecord:
     load: NodeLoad = field(default_factory=NodeLoad)
     ready_peers: frozenset[str] = frozenset()
     refused_peers: dict[str, str] = field(default_factory=dict)
+    quarantined_pages: dict[str, int] = field(default_factory=dict)
     draining: bool = False  # it says so
     leaving: bool = False  # it, or an operator, took it out: what runs there may end
 
@@ -157,6 +158,7 @@ class NodeRegistry:
         node.load = pong.load
         node.ready_peers = frozenset(pong.ready_peers)
         node.refused_peers = pong.refused_peers
+        node.quarantined_pages = pong.quarantined_pages
         node.draining = pong.draining
         wait_s = 0.0 if old.role == "prefill" else self._prefill_wait_s
         self._prefill_awaited_until = min(self._prefill_awaited_until, now + wait_s)

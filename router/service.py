@@ -565,6 +565,7 @@ class RouterService:
                 load=node.load,
                 ready_peers=tuple(sorted(node.ready_peers)),
                 refused_peers=dict(node.refused_peers),
+                quarantined_pages=dict(node.quarantined_pages),
             )
             for node in self._nodes
         ]
@@ -600,6 +601,20 @@ class RouterService:
         if aborted or all_requests or any(answer.success for answer in answers):
             return AdminReply(True, f"{len(aborted)} requests of this router aborted")
         return AdminReply(True, f"no request {request_id!r} is known")
+
+    async def assert_peer_death(self, incarnation: str) -> AdminReply:
+        """All decode nodes must have heard it, but one that is silent: it may still find out by itself."""
+        node = self._nodes.get(incarnation)
+        if node is not None and self._nodes.healthy(node):
+            return AdminReply(False, f"{incarnation} is alive: it answers at {node.entry.url}")
+        urls = {node.entry.url for node in self._nodes if node.entry.role == "decode"}
+        links = {url: link for url, link in self._cluster.links().items() if url in urls}
+        answers = await ask_all(links, lambda link: link.assert_peer_death(incarnation, NODE_CALL_TIMEOUT_S))
+        if not urls:
+            return AdminReply(False, "no decode node is registered")
+        if missing := urls - links.keys():
+            return AdminReply(False, f"these decode nodes are not connected: {', '.join(sorted(missing))}")
+        return AdminReply(all(answer.success for answer in answers), "; ".join(map(str, answers)))
 
     def _abort(self, generation: RoutedGeneration) -> None:
         if self._forget(generation):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -10,11 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _API_KEYS_VARIABLE = "PDSERVE_API_KEYS"
 
 
@@ -23,6 +27,24 @@ def die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent_pid:  # it ended before it was asked for
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def adopt_orphans() -> None:
+    """From now on, what a descendant leaves behind becomes a child of this process (Linux only)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def reap_orphans(own: Collection[int]) -> int:
+    """Collects what has ended of the processes that were adopted; returns how many still live.
+
+    `own`: the pids of the children that this process started itself, whose ends are another's to collect.
+    """
+    num_living = 0
+    for child in psutil.Process().children():
+        if child.pid not in own:
+            with contextlib.suppress(ChildProcessError):  # it was this process's own, and just ended
+                num_living += os.waitpid(child.pid, os.WNOHANG)[0] == 0
+    return num_living
 
 
 def spawn(

@@ -2,6 +2,9 @@
 
 A child that ends before the cluster was ready ends the start, with the reason. Later a node that dies is
 started again, and the router goes on with the others meanwhile; a process that keeps dying is given up.
+
+The supervisor takes in the processes that a dead child leaves behind. Once the last of them has ended, it
+knows that nothing of that incarnation lives any more, and says so: the *obituary*.
 """
 
 from __future__ import annotations
@@ -11,17 +14,22 @@ import signal
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .errors import StartupError
-from .process import obituary, spawn, wait_or_kill
+from .process import adopt_orphans, obituary, reap_orphans, spawn, wait_or_kill
 
 _log = logging.getLogger(__name__)
 _RESTART_AFTER_S = 1.0
 _MAX_RESTARTS = 5
 _STEADY_AFTER_S = 60.0  # a child that ran for this long does not "keep dying"
 _POLL_S = 0.1
+
+
+def _tell_nobody(incarnation: str) -> None:
+    del incarnation
 
 
 @dataclass(slots=True)
@@ -33,24 +41,36 @@ class Child:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     process: subprocess.Popen[bytes] | None = None
     num_restarts: int = 0  # since it last ran steadily
+    has_incarnation: bool = False  # a node, which is told at each start under which name it lives
+    incarnation: str = ""
     started_at: float = field(default=0.0)
     died_at: float = field(default=0.0)
 
     def start(self) -> None:
         pass_fds = () if self.listener is None else (self.listener.fileno(),)
-        self.process = spawn(self.arguments, pass_fds, self.api_keys)
+        arguments = list(self.arguments)
+        if self.has_incarnation:
+            self.incarnation = uuid.uuid4().hex
+            arguments += ["--incarnation", self.incarnation]
+        self.process = spawn(arguments, pass_fds, self.api_keys)
         self.started_at = time.monotonic()
 
 
 class Supervisor:
     """Starts children in order. The first one, the router, ends before the others are told to: what it has
-    accepted needs them. A second signal ends all at once."""
+    accepted needs them. A second signal ends all at once.
 
-    def __init__(self, children: Sequence[Child]) -> None:
+    `on_reaped` gets each incarnation of which no process lives any more; it must not block.
+    """
+
+    def __init__(self, children: Sequence[Child], on_reaped: Callable[[str], None] = _tell_nobody) -> None:
         self._children = list(children)
+        self._on_reaped = on_reaped
+        self._dying: list[str] = []  # incarnations whose child has ended; others of their processes may live
         self._stopping = False
 
     def __enter__(self) -> Supervisor:
+        adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         for child in self._children:
@@ -102,6 +122,7 @@ class Supervisor:
             for child in self._children:
                 if not self._keep_alive(child, now):
                     return 1
+            self._bury()
             time.sleep(_POLL_S)
         return 0
 
@@ -122,4 +143,16 @@ class Supervisor:
         child.process = None
         child.died_at = now
         child.num_restarts += 1
+        if child.incarnation:
+            self._dying.append(child.incarnation)
         return True
+
+    def _bury(self) -> None:
+        """Tells of the dead once no orphan is left. Whose it was cannot be seen: all wait for it."""
+        if not self._dying:
+            return
+        own = {child.process.pid for child in self._children if child.process is not None}
+        if reap_orphans(own) == 0:
+            for incarnation in self._dying:
+                self._on_reaped(incarnation)
+            self._dying.clear()

@@ -90,6 +90,7 @@ class _Peer:
     epoch: int = -1
     incarnation: str = ""  # of this epoch; known once ready
     settle_s: float = 0.0
+    transfer_addresses: tuple[str, ...] = ()
     contact_s: float = 0.0
     retry_at: float = 0.0
     retry_s: float = RETRY_S
@@ -109,6 +110,7 @@ class _Room:
     room: RoomId
     address: str
     incarnation: str  # of the prefill node that may write
+    transfer_addresses: tuple[str, ...]  # of that incarnation
     exposed: tuple[int, ...]
     settle_s: float
     deadline: float
@@ -192,6 +194,26 @@ class DecodeRooms:
             for room in self._rooms.values()
             if room.state is RoomState.DRAINING and not self._can_ask(room)
         )
+
+    def quarantined_pages(self) -> dict[str, int]:
+        """Incarnation of a prefill node -> pages in quarantine because of it."""
+        pages: dict[str, int] = {}
+        for room in self._rooms.values():
+            if room.state is not RoomState.OPEN:
+                pages[room.incarnation] = pages.get(room.incarnation, 0) + len(room.exposed)
+        return pages
+
+    def suspects(self) -> dict[str, tuple[str, ...]]:
+        """Incarnations that may still write and cannot be asked, with the addresses that only they can hold.
+
+        The first is that of the control socket, the others are of the transfer engines. When the host refuses
+        all of them, the incarnation is dead: `peer_death_proven`.
+        """
+        return {
+            room.incarnation: (room.address.removeprefix("tcp://"), *room.transfer_addresses)
+            for room in self._rooms.values()
+            if room.state is RoomState.DRAINING and not self._can_ask(room)
+        }
 
     @property
     def is_idle(self) -> bool:
@@ -289,6 +311,7 @@ class DecodeRooms:
             room=room_id,
             address=address,
             incarnation=peer.incarnation,
+            transfer_addresses=peer.transfer_addresses,
             exposed=dest_pages[num_cached_tokens // self._identity.layout.page_size :],
             settle_s=peer.settle_s,
             deadline=now + deadline_s,
@@ -384,6 +407,7 @@ class DecodeRooms:
         peer.state = PeerState.READY
         peer.incarnation = welcome.identity.incarnation
         peer.settle_s = welcome.settle_s
+        peer.transfer_addresses = welcome.transfer_addresses
         peer.contact_s = welcome.contact_s
         peer.retry_s = RETRY_S
         peer.reason = ""

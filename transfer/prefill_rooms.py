@@ -147,12 +147,14 @@ class PrefillRooms:
         identity: PeerIdentity,
         *,
         settle_s: float,
+        transfer_addresses: tuple[str, ...] = (),
         unix_minus_monotonic_s: float = 0.0,
         max_run_bytes: int = MAX_RUN_BYTES,
     ) -> None:
         self.stats = PrefillRoomsStats()
         self._identity = identity
         self._settle_s = settle_s
+        self._transfer_addresses = transfer_addresses
         self._unix_minus_monotonic_s = unix_minus_monotonic_s
         self._max_run_bytes = max_run_bytes
         self._links: dict[bytes, _Link] = {}
@@ -463,6 +465,7 @@ class PrefillRooms:
                 identity=self._identity,
                 contact_s=now - link.meeting_since,
                 settle_s=self._settle_s,
+                transfer_addresses=self._transfer_addresses,
             )
             return [SendToDecode(link.link, welcome)]
         reason = f"the first contact failed: {result.reason}"

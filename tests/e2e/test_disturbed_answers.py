@@ -50,6 +50,9 @@ def test_every_fault_in_a_fifth_of_the_writes(
     assert tally.num_equal == 72
     assert tally.faults.keys() >= {"fail", "late", "half", "duplicate"}
     assert tally.rooms["failed"] >= 0.1 * tally.rooms.total()
+    log = (tmp_path / "disturbed.log").read_text()
+    assert log.count("is ready") >= 1
+    assert "is lost" not in log, "a failed write fails a room, not the pair"
 
 
 def test_a_third_of_the_clients_leaves_while_writes_fail(

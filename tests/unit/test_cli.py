@@ -210,7 +210,8 @@ def children(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Child]:
     """The processes that `up` would start."""
     started: list[Child] = []
 
-    def take(wanted: Sequence[Child]) -> None:
+    def take(wanted: Sequence[Child], on_reaped: object) -> None:
+        del on_reaped
         started.extend(wanted)
         raise NoChildrenError("taken")
 

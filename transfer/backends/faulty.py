@@ -173,6 +173,9 @@ class FaultyBackend:
     def poll(self) -> list[WriteResult]:
         for handle, late_s in self._alarm.due():
             write = self._writes[handle]
+            logger.info(
+                "write %d, %s, is due since %.1f s", handle, write.fault and write.fault.value, late_s
+            )
             if write.is_reported and late_s > HELD_S:
                 self._forget(write)  # reported as failed, and this process was frozen since
             else:

@@ -161,6 +161,10 @@ class FakeAdmin:
         self.calls.append(("abort", request_id, all_requests))
         return self.reply
 
+    async def assert_peer_death(self, incarnation: str) -> AdminReply:
+        self.calls.append(("dead", incarnation))
+        return self.reply
+
     async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
         self.calls.append(("update", model_path, weight_version))
         return self.reply

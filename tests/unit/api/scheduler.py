@@ -12,6 +12,7 @@ import zmq.asyncio
 from pdserve.messages.codec import Codec
 from pdserve.messages.node import (
     AbortRequests,
+    AssertPeerDeath,
     CallReply,
     CancelRequest,
     ClientToNode,
@@ -114,7 +115,14 @@ class FakeScheduler:
             case GetRequestState(call_id=call_id, request_id=request_id):
                 state = "decoding" if request_id == "known" else ""
                 return RequestStateReply(call_id=call_id, state=state, age_s=0.5)
-            case FlushCache() | AbortRequests() | PrepareWeights() | CommitWeights() | DiscardWeights():
+            case (
+                FlushCache()
+                | AbortRequests()
+                | AssertPeerDeath()
+                | PrepareWeights()
+                | CommitWeights()
+                | DiscardWeights()
+            ):
                 success, text = self.outcome(message)
                 return CallReply(call_id=message.call_id, success=success, message=text)
             case GenerateRequest() | CancelRequest() | ResendFrom() | Roster():

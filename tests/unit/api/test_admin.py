@@ -123,6 +123,14 @@ async def test_abort_request(api: Api) -> None:
     assert api.admin.calls == [("abort", "elsewhere", False), ("abort", "", True)]
 
 
+async def test_assert_peer_death(api: Api) -> None:
+    assert (await api.post("/assert_peer_death", {"incarnation": "P1"}))[0] == 200
+    api.admin.reply = AdminReply(False, "P1 is alive")
+    assert (await api.post("/assert_peer_death", {"incarnation": "P1"}))[0] == 400
+    assert (await api.post("/assert_peer_death", {}))[0] == 400
+    assert api.admin.calls == [("dead", "P1"), ("dead", "P1")]
+
+
 async def test_update_weights(api: Api) -> None:
     body = {"model_path": "/new", "load_format": "auto", "flush_cache": True, "abort_all_requests": True}
     assert await api.post("/update_weights_from_disk", body) == (200, {"success": True, "message": "done"})

@@ -13,7 +13,13 @@ import zmq.asyncio
 
 from pdserve.api import node_front
 from pdserve.api.node_front import serve_node_front
-from pdserve.messages.node import CommitWeights, DiscardWeights, FlushCache, PrepareWeights
+from pdserve.messages.node import (
+    AssertPeerDeath,
+    CommitWeights,
+    DiscardWeights,
+    FlushCache,
+    PrepareWeights,
+)
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.scheduler import FakeScheduler
 
@@ -143,6 +149,17 @@ async def test_requests(front: Front) -> None:
     assert (status, answer["error"]["code"]) == (404, "request_not_found")
     assert (await front.post("/abort_request", {"abort_all": True}))[1]["success"]
     assert (await front.post("/abort_request", {}))[0] == 400
+
+
+async def test_assert_peer_death(front: Front) -> None:
+    assert (await front.post("/assert_peer_death", {"incarnation": "P1"}))[0] == 200
+    front.scheduler.outcome = lambda _: (False, "P1 is alive")
+    assert await front.post("/assert_peer_death", {"incarnation": "P1"}) == (
+        400,
+        {"success": False, "message": "P1 is alive"},
+    )
+    sent = [message for message in front.scheduler.received if isinstance(message, AssertPeerDeath)]
+    assert [message.incarnation for message in sent] == ["P1", "P1"]
 
 
 async def test_flush(front: Front) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +34,7 @@ from pdserve.components.prefix_cache import PrefixCache
 from pdserve.components.request_receiver import RequestReceiver
 from pdserve.components.weight_updater import Prepared, WeightUpdater
 from pdserve.decode.batching import DecodeRow
+from pdserve.decode.death_probe import DeathProbe
 from pdserve.decode.growth_estimate import GrowthEstimate
 from pdserve.decode.local_prefill import LocalPrefillPolicy
 from pdserve.decode.peer_links import LinkDown, PeerLinks
@@ -458,6 +459,21 @@ class Network:
         )
 
 
+class FakeDeathProbe:
+    """Proves what a test says; remembers who is suspected."""
+
+    def __init__(self) -> None:
+        self.suspects: Mapping[str, tuple[str, ...]] = {}
+        self.proven: list[str] = []
+
+    def watch(self, suspects: Mapping[str, tuple[str, ...]]) -> None:
+        self.suspects = suspects
+
+    def poll(self) -> list[str]:
+        proven, self.proven = self.proven, []
+        return proven
+
+
 # ---- the nodes --------------------------------------------------------------------------------------
 
 
@@ -638,6 +654,7 @@ class DecodeNode(_Base[ClientToNode]):
                 gone_clients.add(client)
 
         self.streamer = OutputStreamer(send_output)
+        self.death_probe = FakeDeathProbe()
         self.scheduler = DecodeScheduler(
             **self.common(self.cache.reset),
             cache=self.cache,
@@ -649,6 +666,7 @@ class DecodeNode(_Base[ClientToNode]):
                 page_bytes=LAYOUT.page_bytes,
             ),
             links=cast(PeerLinks, network),
+            death_probe=cast(DeathProbe, self.death_probe),
             rooms=self.rooms,
             pages=self.pages,
             streamer=self.streamer,

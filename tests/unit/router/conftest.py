@@ -110,6 +110,7 @@ class FakeNode:
     fail_with: list[AttemptFailed | FailureCode] = field(default_factory=list)  # one for each next attempt
     prepare_reply: str = ""  # why it refuses new weights
     commit_reply: str = ""  # why it fails to swap
+    death_reply: str = ""  # why it believes in no peer's death
     hangs_in: str = "no call"  # until its link is lost
     received: list[ClientToNode] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -262,6 +263,10 @@ class FakeLink:
     async def abort(self, request_id: str, *, all_requests: bool) -> CallReply:
         await self._answer(f"abort {request_id or all_requests}")
         return CallReply(call_id=1, success=False)
+
+    async def assert_peer_death(self, incarnation: str, timeout_s: float) -> CallReply:
+        await self._answer(f"dead {incarnation}")
+        return CallReply(call_id=1, success=not self.node.death_reply, message=self.node.death_reply)
 
     async def request_state(self, request_id: str, timeout_s: float) -> RequestStateReply:
         await self._answer("request_state")

@@ -592,6 +592,31 @@ async def test_flush_asks_every_node(bench: Bench) -> None:
     assert "http://p: flushed" in reply.message
 
 
+async def test_a_death_is_told_to_every_decode_node(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    reply = await bench.service.assert_peer_death("gone")
+    assert reply.success
+    assert "dead gone" in decode.calls
+    assert "dead gone" not in prefill.calls
+    decode.death_reply = "gone is alive"
+    reply = await bench.service.assert_peer_death("gone")
+    assert (reply.success, "gone is alive" in reply.message) == (False, True)
+
+
+async def test_no_death_is_believed_of_a_node_that_answers(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    reply = await bench.service.assert_peer_death(prefill.entry.incarnation)
+    assert (reply.success, "is alive" in reply.message) == (False, True)
+    assert not any(call.startswith("dead") for call in decode.calls)
+
+
+async def test_a_death_that_no_decode_node_heard_of_is_to_be_told_again(bench: Bench) -> None:
+    _, decode = await small_cluster(bench)
+    decode.die()
+    reply = await bench.service.assert_peer_death("gone")
+    assert not reply.success
+
+
 async def test_flush_without_nodes_is_no_success(bench: Bench) -> None:
     await bench.start()
     assert not (await bench.service.flush_cache(0.0)).success

@@ -131,6 +131,71 @@ def keep_alive_once(supervisor: Supervisor, child: Child) -> bool:
     return supervisor._keep_alive(child, time.monotonic())
 
 
+def test_an_obituary_waits_for_the_last_process_of_an_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child leaves a process behind: until that has ended too, nobody is told that the child is dead."""
+    monkeypatch.setattr(supervisor_module, "_RESTART_AFTER_S", 3600.0)
+    read_end, write_end = os.pipe()
+    code = (
+        "import os, subprocess, time; orphan = subprocess.Popen(['sleep', '600']);"
+        f"os.write({write_end}, str(orphan.pid).encode()); time.sleep(600)"
+    )
+    mortal = child(code, "prefill 0")
+    mortal.has_incarnation = True
+    buried: list[str] = []
+    monkeypatch.setattr(
+        supervisor_module,
+        "spawn",
+        lambda arguments, pass_fds, api_keys: subprocess.Popen(
+            [sys.executable, "-S", "-P", "-c", *arguments], pass_fds=(write_end,)
+        ),
+    )
+    with Supervisor([mortal], buried.append) as supervisor:
+        orphan_pid = int(os.read(read_end, 20))
+        assert len(mortal.incarnation) == 32
+        supervisor._bury()
+        assert buried == []
+        process = process_of(mortal)
+        process.kill()
+        process.wait()
+        assert supervisor._keep_alive(mortal, time.monotonic())
+        for _ in range(3):
+            supervisor._bury()
+        assert buried == [], "its orphan lives"
+        os.kill(orphan_pid, signal.SIGKILL)
+
+        def is_buried() -> bool:
+            supervisor._bury()
+            return bool(buried)
+
+        assert wait_for(is_buried)
+        assert buried == [mortal.incarnation]
+        supervisor._bury()
+        assert len(buried) == 1, "told once"
+        with pytest.raises(ProcessLookupError):
+            os.kill(orphan_pid, 0)
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_each_start_is_an_incarnation_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: list[Sequence[str]] = []
+
+    def spawn(given: Sequence[str], *_: object) -> subprocess.Popen[bytes]:
+        arguments.append(given)
+        return subprocess.Popen([sys.executable, "-S", "-P", "-c", SLEEP])
+
+    monkeypatch.setattr(supervisor_module, "spawn", spawn)
+    node, router = Child("decode 0", ["decode"], 1.0, has_incarnation=True), Child("router", ["router"], 1.0)
+    for started in (node, node, router):
+        started.start()
+        process_of(started).kill()
+        process_of(started).wait()
+    first, second, third = arguments
+    assert first[:2] == second[:2] == ["decode", "--incarnation"]
+    assert first[2] != second[2] == node.incarnation
+    assert third == ["router"]
+
+
 def test_a_child_that_keeps_dying_is_given_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
