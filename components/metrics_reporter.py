@@ -84,6 +84,12 @@ class MetricsReporter:
             "pd_kv_transfer_speed_bytes_per_second", "Bytes over duration of the last hand-off."
         )
         self._rooms = Counter("pd_rooms", "Rooms by outcome.", (*_LABELS, "outcome"), registry=self._registry)
+        self._verified_pages = self._counter(
+            "pd_verified_pages", "Decode: KV pages whose digests were compared."
+        )
+        self._corrupt_pages = self._counter(
+            "pd_corrupt_pages", "Decode: KV pages that arrived other than sent."
+        )
         self._step_seconds = Histogram(
             "pd_step_seconds",
             "Duration of a forward step.",
@@ -153,6 +159,11 @@ class MetricsReporter:
     def count_room(self, outcome: RoomOutcome) -> None:
         """A room is closed."""
         self._rooms.labels(*self._labels, outcome).inc()
+
+    def count_verified(self, *, num_pages: int, num_corrupt: int) -> None:
+        """The digests of so many pages of a hand-off were compared."""
+        self._verified_pages.inc(num_pages)
+        self._corrupt_pages.inc(num_corrupt)
 
     def render(self) -> str:
         """The Prometheus text exposition of all metrics."""

@@ -73,6 +73,7 @@ class Node:
     max_model_len: int
     layout: KVLayout
     num_pages: int
+    memory: memoryview  # of the pool
     pool: KVPool
     runner: ModelRunner
     engine: EngineThread
@@ -226,6 +227,7 @@ def start_node(
         max_model_len=max_model_len,
         layout=layout,
         num_pages=num_pages,
+        memory=memory,
         pool=pool,
         runner=runner,
         engine=engine,

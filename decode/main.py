@@ -20,6 +20,7 @@ from ..messages.channel import ServerChannel
 from ..messages.node import ClientToNode
 from ..runtime.config import NodeConfig
 from ..transfer.decode_rooms import DecodeRooms
+from ..transfer.page_digests import DigestWorker
 from .death_probe import DeathProbe
 from .growth_estimate import GrowthEstimate
 from .local_prefill import LocalPrefillPolicy
@@ -36,6 +37,8 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     allocator = PageAllocator(node.num_pages)
     cache = PrefixCache(allocator, config.page_size)
     poison = node.pool.poison if config.poison_reserved_pages else None
+    digests = DigestWorker(node.memory, node.layout)
+    node.waiter.add(digests.fileno())
     weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
     control = NodeControl(
         status=node.status,
@@ -75,6 +78,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
             page_size=config.page_size,
             page_bytes=node.layout.page_bytes,
         ),
+        digests=digests,
         engine=node.engine,
         build=node.build,
         streamer=OutputStreamer(send_output),
@@ -87,6 +91,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
             page_size=config.page_size, max_running_requests=config.max_running_requests
         ),
         metrics=node.metrics,
+        verify_pages=config.verify_pages,
         limits=DecodeLimits(
             max_running=config.max_running_requests,
             max_batch_tokens=max(config.chunked_prefill_size, config.max_running_requests + 1),

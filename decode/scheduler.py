@@ -18,6 +18,7 @@ Life cycle of a request here; it is in exactly one state:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from array import array
@@ -66,9 +67,10 @@ from ..messages.node import (
     ResendFrom,
     Roster,
 )
-from ..messages.peer import PeerIdentity, RoomId
+from ..messages.peer import HandoffDone, PeerIdentity, RoomId
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span
+from ..runtime.config import VerifyPages
 from ..transfer.actions import (
     CloseLink,
     DecodeAction,
@@ -82,6 +84,7 @@ from ..transfer.actions import (
     SendToPrefill,
 )
 from ..transfer.decode_rooms import DecodeRooms
+from ..transfer.page_digests import Digests, DigestWorker, pages_to_verify
 from .admission import OVERTAKING_LIMIT_S, Capacity, choose_admitted
 from .batching import DecodeRow, PrefillRow, Row, decode_row, prefill_rows
 from .death_probe import DeathProbe
@@ -121,6 +124,7 @@ class DecodeScheduler:
         pages: RequestPages,
         growth: GrowthEstimate,
         local_prefill: LocalPrefillPolicy,
+        digests: DigestWorker,
         engine: EngineThread,
         build: Callable[[ScheduleBatch], ForwardBatch],
         streamer: OutputStreamer,
@@ -131,6 +135,7 @@ class DecodeScheduler:
         status: NodeStatus,
         load_inquirer: LoadInquirer,
         metrics: MetricsReporter,
+        verify_pages: VerifyPages,
         limits: DecodeLimits,
         eos_token_ids: tuple[int, ...],
         unix_minus_monotonic_s: float,
@@ -145,6 +150,7 @@ class DecodeScheduler:
         self.pages = pages
         self.growth = growth
         self.local_prefill = local_prefill
+        self.digests = digests
         self.engine = engine
         self.build = build
         self.streamer = streamer
@@ -155,12 +161,14 @@ class DecodeScheduler:
         self.status = status
         self.load_inquirer = load_inquirer
         self.metrics = metrics
+        self.verify_pages = verify_pages
         self.limits = limits
         self.eos_token_ids = frozenset(eos_token_ids)
         self.unix_minus_monotonic_s = unix_minus_monotonic_s
 
         self.requests: dict[StreamKey, DecodeRequest] = {}  # every one, in order of arrival
         self.by_room: dict[RoomId, DecodeRequest] = {}
+        self.verifying: dict[RoomId, HandoffDone] = {}  # all is in place, and not compared yet
         self.forward: list[Row] = []  # on the engine thread
         self.rosters: dict[str, tuple[Roster, float]] = {}  # of each router, and when it came
         self.next_deadline_check = 0.0
@@ -179,6 +187,8 @@ class DecodeScheduler:
                 self.act(self.rooms.on_message(address, peer_message, now), now)
         for incarnation in self.death_probe.poll():
             self.act(self.rooms.peer_death_proven(incarnation, now), now)
+        for digests in self.digests.poll():
+            self.compare_digests(digests, now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
                 self.finish_job(finished)
@@ -418,10 +428,15 @@ class DecodeScheduler:
         if address is None:
             self.fail(request, "not_ready", "the prefill node is not connected any more", retriable=True)
             return True
-        num_missing = self.pages.need(request).prompt - len(self.pages.match(request).pages)
+        num_shared = len(self.pages.match(request).pages)
+        num_missing = self.pages.need(request).prompt - num_shared
         if not self.rooms.may_expose(address, num_missing):
             return False
         dest_pages = self.pages.expose(request, self.rooms.next_room_id)
+        digest_pages = pages_to_verify(
+            self.verify_pages, num_shared, len(dest_pages), self.rooms.next_room_id.counter
+        )
+        request.verified_pages = tuple(dest_pages[index] for index in digest_pages)
         request.room, actions = self.rooms.open_room(
             address,
             request_id=message.request_id,
@@ -434,6 +449,7 @@ class DecodeScheduler:
             num_cached_tokens=request.num_cached,
             deadline_s=request.deadline_s - now,
             now=now,
+            digest_pages=digest_pages,
         )
         self.by_room[request.room] = request
         request.enter(RequestState.HANDOFF, now)
@@ -459,15 +475,42 @@ class DecodeScheduler:
             self.drop_room(request, now)
 
     def finish_handoff(self, action: HandoffComplete, now: float) -> None:
-        request = self.by_room.pop(action.room)
-        request.room = None
+        request = self.by_room[action.room]
         message = action.message
         self.streamer.note(request.key, message.spans)
         self.local_prefill.measured_wire(message.num_bytes, duration_of("wire", message.spans))
+        if request.verified_pages:
+            # The pages stay the room's own until it is known what is in them.
+            self.verifying[action.room] = message
+            self.digests.submit(action.room, request.verified_pages)
+        else:
+            self.adopt_room(request, action.room, now)
+
+    def compare_digests(self, computed: Digests, now: float) -> None:
+        done = self.verifying.pop(computed.key, None)
+        if done is None:  # cancelled meanwhile
+            return
+        request = self.by_room[done.room]
+        pairs = itertools.zip_longest(computed.digests, done.digests)
+        num_corrupt = sum(here != there for here, there in pairs)
+        self.metrics.count_verified(num_pages=len(computed.digests), num_corrupt=num_corrupt)
+        if not num_corrupt:
+            self.adopt_room(request, done.room, now)
+            return
+        reason = f"{num_corrupt} of {len(computed.digests)} verified KV pages arrived corrupt"
+        _log.error("room %d: %s", done.room.counter, reason)
+        del self.by_room[done.room]
+        request.room = None
+        self.allocator.release_room(done.room)  # every write is in place: nothing can follow
+        self.fail(request, "transfer_failed", reason, retriable=True)
+
+    def adopt_room(self, request: DecodeRequest, room: RoomId, now: float) -> None:
+        del self.by_room[room]
+        request.room = None
         self.load_inquirer.count_prompt(
             num_received=request.num_prefill_tokens - request.num_cached, num_cached=request.num_cached
         )
-        self.pages.adopt(request, action.room)
+        self.pages.adopt(request, room)
         self.start_running(request, now)
 
     def start_running(self, request: DecodeRequest, now: float) -> None:
@@ -486,7 +529,8 @@ class DecodeScheduler:
         """Nobody needs what prefill still writes: the pages come back when prefill has drained."""
         if request.room is not None:
             del self.by_room[request.room]
-            self.give_up_room_pages(request.room, quarantined=True)
+            is_in_place = self.verifying.pop(request.room, None) is not None
+            self.give_up_room_pages(request.room, quarantined=not is_in_place)
             self.act(self.rooms.abort(request.room, now), now)
             request.room = None
         self.forget_if_over(request)

@@ -62,6 +62,7 @@ class DecodeRequest:
     match_generation: int = -1  # at this state of the cache
     num_cached: int = 0  # leading tokens that the prefix cache held when it was admitted
     room: RoomId | None = None  # HANDOFF
+    verified_pages: tuple[int, ...] = ()  # HANDOFF: whose digests prefill sends along
     num_prefilled: int = 0  # LOCAL_PREFILL: prompt tokens computed, or in a forward
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # LOCAL_PREFILL
     has_decoded: bool = False  # its first step after the hand-off is done

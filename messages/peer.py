@@ -90,6 +90,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_req
     num_cached_tokens: int  # leading tokens (whole pages) that decode already holds
     weight_version: str
     deadline_s: float  # remaining seconds
+    digest_pages: tuple[int, ...] = ()  # indices into dest_pages: HandoffDone carries a digest of each
 
 
 class AbortRoom(msgspec.Struct, frozen=True, kw_only=True, tag="abort_room"):
@@ -153,6 +154,7 @@ class HandoffDone(msgspec.Struct, frozen=True, kw_only=True, tag="handoff_done")
     epoch: int
     num_bytes: int
     spans: tuple[Span, ...] = ()  # "handoff": first write to last byte; "wire": with writes outstanding
+    digests: tuple[int, ...] = ()  # one for each of the request's digest_pages
 
 
 class RoomBusy(msgspec.Struct, frozen=True, kw_only=True, tag="room_busy"):

@@ -37,6 +37,7 @@ class PrefillJob:
     num_cached: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
+    num_digested: int = 0  # pages of which the digests that were asked for are made, or being made
     num_forwards: int = 0  # on the engine thread right now
     started_s: float = 0.0  # its first forward was submitted
     is_over: bool = False  # the room has ended; a forward may still write into its pages

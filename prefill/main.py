@@ -17,6 +17,7 @@ from ..components.weight_updater import WeightUpdater
 from ..messages.channel import ServerChannel
 from ..messages.peer import MemoryRegion
 from ..runtime.config import NodeConfig
+from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
 from .scheduler import PrefillLimits, PrefillScheduler, ToPrefill
 
@@ -34,6 +35,8 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
     node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)
+    digests = DigestWorker(node.memory, node.layout)
+    node.waiter.add(digests.fileno())
     weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
     control = NodeControl(
         status=node.status,
@@ -54,6 +57,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         backend=node.backend,
         allocator=allocator,
         cache=cache,
+        digests=digests,
         engine=node.engine,
         build=node.build,
         control=control,

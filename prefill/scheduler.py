@@ -82,6 +82,7 @@ from ..transfer.actions import (
     SubmitWrite,
 )
 from ..transfer.backends.base import TransferBackend
+from ..transfer.page_digests import Digests, DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
 from .batching import next_chunks
 from .job import JobState, PrefillJob
@@ -113,6 +114,7 @@ class PrefillScheduler:
         send: Callable[[bytes, msgspec.Struct], bool],
         rooms: PrefillRooms,
         backend: TransferBackend,
+        digests: DigestWorker,
         allocator: PageAllocator,
         cache: PrefixCache | None,
         engine: EngineThread,
@@ -131,6 +133,7 @@ class PrefillScheduler:
         self.send = send
         self.rooms = rooms
         self.backend = backend
+        self.digests = digests
         self.allocator = allocator
         self.cache = cache
         self.engine = engine
@@ -156,6 +159,8 @@ class PrefillScheduler:
             self.handle(link, message, now)
         for result in self.backend.poll():
             self.act(self.rooms.on_write_result(result, now), now)
+        for done in self.digests.poll():
+            self.take_digests(done, now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
                 self.finish_job(finished)
@@ -274,7 +279,7 @@ class PrefillScheduler:
                 self.load_inquirer.count_prompt(num_cached=job.num_cached)
                 # What is cached needs no forward: it travels while the first chunk computes.
                 num_cached_pages = job.num_cached // self.layout.page_size
-                self.act(self.rooms.pages_ready(job.room, 0, job.pages[:num_cached_pages], now), now)
+                self.send_pages(job, job.pages[:num_cached_pages], now)
 
     def take_pages(self, job: PrefillJob, num_pages: int) -> bool:
         """Locks the cached prefix and allocates the rest; all or nothing."""
@@ -326,7 +331,20 @@ class PrefillScheduler:
                 self.enter_sending(job, result, now)
             num_ready = job.num_computed // self.layout.page_size
             pages = job.pages if job.state is JobState.SENDING else job.pages[:num_ready]
-            self.act(self.rooms.pages_ready(job.room, 0, pages, now), now)
+            self.send_pages(job, pages, now)
+
+    def send_pages(self, job: PrefillJob, pages: list[int], now: float) -> None:
+        """The first pages of the prompt are computed: those not sent before travel."""
+        wanted = [index for index in job.message.digest_pages if job.num_digested <= index < len(pages)]
+        job.num_digested = max(job.num_digested, len(pages))
+        if wanted:
+            self.digests.submit((job.room, tuple(wanted)), [pages[index] for index in wanted])
+        self.act(self.rooms.pages_ready(job.room, 0, pages, now), now)
+
+    def take_digests(self, done: Digests, now: float) -> None:
+        """Of a room that failed meanwhile they are worth nothing: its pages may be others' by now."""
+        room, indices = done.key
+        self.act(self.rooms.digests_ready(room, dict(zip(indices, done.digests, strict=True)), now), now)
 
     # ---- 3: sending ---------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from .errors import StartupError
 from .logs import LEVELS
 from .process import usable_cores
 
+VerifyPages: TypeAlias = Literal["off", "sample", "all"]
 ProcessRole: TypeAlias = Literal["up", "router", "prefill", "decode"]
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-python"
 _HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
@@ -103,6 +104,8 @@ FLAGS: tuple[Flag, ...] = (
               "11 or more retracts never"),
     Flag(names=("--faulty",), roles=_PREFILL, default="",
          help="share of writes that go wrong on purpose, such as fail=0.05,late=0.1,seed=7 (tests)"),
+    Flag(names=("--verify-pages",), roles=_DECODE, default="off", choices=("off", "sample", "all"),
+         help="compare digests of pages that were handed off with those of what was sent"),
     Flag(names=("--poison-reserved-pages",), roles=_DECODE, kind=bool, default=False,
          help="fill pages with NaN when they are reserved, so that a missing write shows (tests)"),
     Flag(names=("--prefill",), roles=_ROUTER, repeatable=True, default=(),
@@ -174,6 +177,7 @@ class NodeConfig:
     local_prefill_threshold: int | None = None  # decode only
     local_prefill_chunk_size: int | None = None  # decode only
     schedule_conservativeness: float = 1.0  # decode only
+    verify_pages: VerifyPages = "off"  # decode only
     poison_reserved_pages: bool = False  # decode only
 
 

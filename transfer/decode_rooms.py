@@ -297,6 +297,7 @@ class DecodeRooms:
         num_cached_tokens: int,
         deadline_s: float,
         now: float,
+        digest_pages: tuple[int, ...] = (),
     ) -> tuple[RoomId, list[DecodeAction]]:
         """Asks a ready peer to prefill into reserved pages.
 
@@ -330,6 +331,7 @@ class DecodeRooms:
             num_cached_tokens=num_cached_tokens,
             weight_version=self._identity.weight_version,
             deadline_s=deadline_s,
+            digest_pages=digest_pages,
         )
         return room_id, [SendToPrefill(address, request)]
 

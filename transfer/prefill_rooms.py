@@ -20,7 +20,7 @@ return actions for the loop. It names the writes; the backend reports by the sam
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -116,6 +116,7 @@ class _Room:
     busy_since: float = 0.0  # while writes are outstanding: since when
     wire_s: float = 0.0  # time during which writes were outstanding, so far
     sent_first_token: bool = False
+    digests: dict[int, int] = field(default_factory=dict)  # by index into dest_pages, where asked for
     is_draining: bool = False
     has_failed_write: bool = False
 
@@ -308,6 +309,8 @@ class PrefillRooms:
             return f"a destination page lies outside of decode's {link.hello.num_pages} pages"
         if len(set(request.dest_pages)) != num_pages:
             return "a destination page is named twice"
+        if not set(request.digest_pages) <= set(range(num_pages)):
+            return f"a digest was asked for of a page outside of {num_pages}"
         return None
 
     def _reject(
@@ -372,6 +375,14 @@ class PrefillRooms:
             room.num_bytes += run.num_bytes
             actions.append(SubmitWrite(handle, room.region, run))
         return actions
+
+    def digests_ready(self, room_id: RoomId, digests: Mapping[int, int], now: float) -> list[PrefillAction]:
+        """Digests of source pages, by index: those that the request asks for leave with HandoffDone."""
+        room = self._rooms.get(room_id)
+        if room is None or room.is_draining:
+            return []
+        room.digests.update(digests)
+        return self._complete_if_done(room, now)
 
     def first_token(
         self,
@@ -545,7 +556,8 @@ class PrefillRooms:
 
     def _complete_if_done(self, room: _Room, now: float) -> list[PrefillAction]:
         has_all_pages = room.next_page == len(room.request.dest_pages)
-        if not has_all_pages or room.outstanding or not room.sent_first_token:
+        has_all_digests = room.digests.keys() >= set(room.request.digest_pages)
+        if not has_all_pages or room.outstanding or not room.sent_first_token or not has_all_digests:
             return []
         room_id = room.request.room
         del self._rooms[room_id]
@@ -560,7 +572,13 @@ class PrefillRooms:
             Span("handoff", unix_s, now - started, room.num_bytes),
             Span("wire", unix_s, room.wire_s, room.num_bytes),
         )
-        done = HandoffDone(room=room_id, epoch=link.epoch, num_bytes=room.num_bytes, spans=spans)
+        done = HandoffDone(
+            room=room_id,
+            epoch=link.epoch,
+            num_bytes=room.num_bytes,
+            spans=spans,
+            digests=tuple(room.digests[index] for index in room.request.digest_pages),
+        )
         return [SendToDecode(link.link, done), ReleaseRoom(room_id, completed=True)]
 
     def _disconnect_if_unused(self, decode: _Decode) -> list[PrefillAction]:

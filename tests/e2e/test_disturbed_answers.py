@@ -55,6 +55,27 @@ def test_every_fault_in_a_fifth_of_the_writes(
     assert "is lost" not in log, "a failed write fails a room, not the pair"
 
 
+def test_corrupt_pages_are_found_and_sent_again(
+    script: ModuleType, bodies: list[dict[str, Any]], expected: list[Any], tmp_path: Path
+) -> None:
+    tally = script.run(
+        tmp_path,
+        bodies,
+        expected,
+        num_clients=48,
+        leave=0.0,
+        concurrency=16,
+        faulty="corrupt=0.15,seed=5",
+        flags=("--verify-pages", "all"),
+    )
+    assert tally.failures == []
+    assert tally.num_equal == 48
+    assert tally.faults["corrupt"] > 0
+    log = (tmp_path / "disturbed.log").read_text()
+    assert log.count("verified KV pages arrived corrupt") > 0
+    assert "is lost" not in log, "a corrupt page fails its room, not the pair"
+
+
 def test_a_third_of_the_clients_leaves_while_writes_fail(
     script: ModuleType, bodies: list[dict[str, Any]], expected: list[Any], tmp_path: Path
 ) -> None:

@@ -71,11 +71,12 @@ from pdserve.messages.peer import (
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
 from pdserve.prefill.job import JobState
 from pdserve.prefill.scheduler import PrefillLimits, PrefillScheduler, ToPrefill
-from pdserve.runtime.config import node_config
+from pdserve.runtime.config import VerifyPages, node_config
 from pdserve.runtime.errors import PdserveError, StartupError
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.copy_plan import Run
 from pdserve.transfer.decode_rooms import DecodeRooms
+from pdserve.transfer.page_digests import Digests, DigestWorker
 from pdserve.transfer.prefill_rooms import PrefillRooms
 
 PAGE_SIZE = 4
@@ -474,6 +475,27 @@ class FakeDeathProbe:
         return proven
 
 
+class FakeDigests:
+    """Digests of what is in the pool when the result is taken; none is while `is_held`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.jobs: list[tuple[object, tuple[int, ...]]] = []
+        self.is_held = False
+
+    def submit(self, key: object, pages: Sequence[int]) -> None:
+        self.jobs.append((key, tuple(pages)))
+
+    def poll(self) -> list[Digests]:
+        if self.is_held:
+            return []
+        jobs, self.jobs = self.jobs, []
+        return [
+            Digests(key, tuple(zlib.crc32(repr(self.pool.pages[page]).encode()) for page in pages))
+            for key, pages in jobs
+        ]
+
+
 # ---- the nodes --------------------------------------------------------------------------------------
 
 
@@ -504,6 +526,7 @@ class Settings:
     local_prefill_chunk: int = 8
     conservativeness: float = 1.0
     is_colocated: bool = False
+    verify_pages: VerifyPages = "off"
     eos_token_ids: tuple[int, ...] = (EOS,)
 
 
@@ -552,6 +575,7 @@ class _Base(Generic[T]):
         self.status = NodeStatus(entry, model, node_config(role, {}), LAYOUT, FakeBackend.transport)
         self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(load_checkpoint, self.engine.submit_job)
         self.metrics = MetricsReporter("model", role)
+        self.digests = FakeDigests(self.pool)
         self.load_inquirer = LoadInquirer(page_size=PAGE_SIZE, max_running_requests=settings.max_running)
         self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", self.server))
 
@@ -580,6 +604,7 @@ class _Base(Generic[T]):
             "receiver": self.receiver,
             "send": self.server.send,
             "allocator": self.allocator,
+            "digests": cast(DigestWorker, self.digests),
             "engine": cast(EngineThread, self.engine),
             "build": cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
             "control": cast("NodeControl[LoadedModel]", self.control(drop_cache)),
@@ -671,6 +696,7 @@ class DecodeNode(_Base[ClientToNode]):
             pages=self.pages,
             streamer=self.streamer,
             gone_clients=gone_clients,
+            verify_pages=settings.verify_pages,
             limits=DecodeLimits(
                 max_running=settings.max_running,
                 max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
@@ -695,14 +721,18 @@ class DecodeNode(_Base[ClientToNode]):
             self.allocator,
             [self.cache],
             owners=[sequence.owner for sequence in sequences],
-            open_rooms=[room for room in rooms if self.rooms.state_of(room) is not None],
+            open_rooms=[
+                room for room in rooms if self.rooms.state_of(room) is not None or room in scheduler.verifying
+            ],
         )
         check_requests(self.states)
         self.pages.check_promises([cast(DecodeRequest, SimpleNamespace(sequences=sequences))])
         self.streamer.check()
         counts = self.allocator.counts()
         assert counts.quarantined == self.rooms.num_quarantined_pages
-        assert counts.exposed == self.rooms.num_exposed_pages(ADDRESS) - counts.quarantined
+        num_verifying = sum(len(self.allocator.room_pages(room)) for room in scheduler.verifying)
+        num_exposed = self.rooms.num_exposed_pages(ADDRESS) - counts.quarantined
+        assert counts.exposed == num_exposed + num_verifying
         in_handoff = {request.room: request for request in scheduler.requests.values() if request.room}
         assert in_handoff == scheduler.by_room
         assert set(self.allocator.exposed_rooms()) == in_handoff.keys()
@@ -827,6 +857,7 @@ class Pair:
     def _is_quiet(self) -> bool:
         nodes_are_quiet = not (
             self.prefill.server.inbox
+            or any(node.digests.jobs and not node.digests.is_held for node in (self.prefill, self.decode))
             or self.decode.server.inbox
             or self.prefill.engine.results
             or self.decode.engine.results

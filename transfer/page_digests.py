@@ -1,0 +1,89 @@
+"""Digests of KV pages: whether what arrived is what was sent.
+
+A CRC finds any burst of wrong bits up to 32 long, and all but one in four billion of the rest. It is no
+defence against somebody who changes pages on purpose: whoever can write into registered memory needs none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+from ..messages.kv_layout import KVLayout
+from ..runtime.config import VerifyPages
+
+SAMPLE_EVERY = 16  # with "sample": one page of so many, the last page always
+
+
+def pages_to_verify(mode: VerifyPages, first: int, end: int, offset: int) -> tuple[int, ...]:
+    """Which of the pages [first, end) of a prompt are verified. `offset` moves the sample between rooms."""
+    match mode:
+        case "off":
+            return ()
+        case "all":
+            return tuple(range(first, end))
+        case "sample":
+            sampled = range(first + offset % SAMPLE_EVERY, end, SAMPLE_EVERY)
+            return tuple(sorted({*sampled, end - 1})) if end > first else ()
+        case _:
+            assert_never(mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """A job that is done: one digest for each of its pages, in order."""
+
+    key: Any  # as it was submitted
+    digests: tuple[int, ...]
+
+
+class DigestWorker:
+    """Computes digests of a pool's pages on a thread of its own, with the interpreter's lock released.
+
+    The thread is started by the first job, so a node that verifies nothing has none.
+    """
+
+    def __init__(self, memory: memoryview, layout: KVLayout) -> None:
+        self._memory = memory
+        self._layout = layout
+        self._jobs: queue.SimpleQueue[tuple[object, tuple[int, ...]]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Digests] = queue.SimpleQueue()
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread: threading.Thread | None = None
+
+    def submit(self, key: object, pages: Sequence[int]) -> None:
+        """`pages` are of this node's pool. What is in them when their turn comes is what counts."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="page-digests", daemon=True)
+            self._thread.start()
+        self._jobs.put((key, tuple(pages)))
+
+    def poll(self) -> list[Digests]:
+        """Jobs that are done since the last call, in the order of submission."""
+        done: list[Digests] = []
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._event)
+        while not self._done.empty():
+            done.append(self._done.get())
+        return done
+
+    def fileno(self) -> int:
+        """Readable while `poll` has something."""
+        return self._event
+
+    def _run(self) -> None:
+        while True:
+            key, pages = self._jobs.get()
+            # Both in this order: a reader that finds the event set finds the result too.
+            self._done.put(Digests(key, tuple(map(self._digest, pages))))
+            os.eventfd_write(self._event, 1)
+
+    def _digest(self, page: int) -> int:
+        start = page * self._layout.stride_bytes
+        return zlib.crc32(self._memory[start : start + self._layout.page_bytes])
