@@ -84,6 +84,10 @@ class MetricsReporter:
             "pd_kv_transfer_speed_bytes_per_second", "Bytes over duration of the last hand-off."
         )
         self._rooms = Counter("pd_rooms", "Rooms by outcome.", (*_LABELS, "outcome"), registry=self._registry)
+        self._failed_writes = self._counter(
+            "pd_failed_writes",
+            "Prefill: writes and first contacts that failed. Each fails its room, not the pair.",
+        )
         self._verified_pages = self._counter(
             "pd_verified_pages", "Decode: KV pages whose digests were compared."
         )
@@ -159,6 +163,10 @@ class MetricsReporter:
     def count_room(self, outcome: RoomOutcome) -> None:
         """A room is closed."""
         self._rooms.labels(*self._labels, outcome).inc()
+
+    def count_failed_write(self) -> None:
+        """The transfer backend gave up a write."""
+        self._failed_writes.inc()
 
     def count_verified(self, *, num_pages: int, num_corrupt: int) -> None:
         """The digests of so many pages of a hand-off were compared."""

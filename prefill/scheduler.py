@@ -81,7 +81,7 @@ from ..transfer.actions import (
     SendToDecode,
     SubmitWrite,
 )
-from ..transfer.backends.base import TransferBackend
+from ..transfer.backends.base import TransferBackend, WriteState
 from ..transfer.page_digests import Digests, DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
 from .batching import next_chunks
@@ -158,6 +158,8 @@ class PrefillScheduler:
         for link, message in self.receiver.receive():
             self.handle(link, message, now)
         for result in self.backend.poll():
+            if result.state is WriteState.FAILED:
+                self.metrics.count_failed_write()
             self.act(self.rooms.on_write_result(result, now), now)
         for done in self.digests.poll():
             self.take_digests(done, now)

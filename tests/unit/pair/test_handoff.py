@@ -254,6 +254,24 @@ def test_the_choice_that_owned_the_prompt_may_end_with_the_first_token() -> None
     pair.check_answer("a", prompt, 5, 2)
 
 
+def test_a_failed_write_is_counted_and_the_pair_goes_on() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(10))
+    pair.compute(pair.prefill)
+    pair.compute(pair.prefill)
+    pair.backend.fail(1)
+    pair.settle()
+    assert pair.stream("a").failure is not None
+    lines = pair.prefill.metrics.render().splitlines()
+    (sample,) = [line for line in lines if line.startswith("pd_failed_writes_total{")]
+    assert sample.endswith(" 1.0")
+    assert pair.decode.rooms.ready_peers() == {"prefill-1": ADDRESS}
+    pair.start("b", prompt_of(10))
+    pair.finish()
+    assert pair.tokens("b") == expected_tokens(prompt_of(10), 4)
+    assert "PeerWelcome arrives" not in pair.journal, "on the connection that there was"
+
+
 @pytest.mark.parametrize("how", ["max_tokens", "eos", "stop id"])
 def test_a_first_token_may_be_the_last(how: str) -> None:
     prompt = prompt_of(10)
