@@ -240,9 +240,10 @@ def main() -> int:
     )
     parser.add_argument("--faulty", default="", metavar="PLAN", help="see docs/handoff_protocol.md")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-dir", default="", metavar="DIR", help="where the clusters' logs are kept")
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work_dir, bodies = Path(temporary), make_bodies(options.seed)
+        work_dir, bodies = Path(options.log_dir or temporary), make_bodies(options.seed)
         tally = run(
             work_dir,
             bodies,
