@@ -62,6 +62,7 @@ def check_transports() -> Iterator[Finding]:
     tcp = _mooncake()
     yield tcp
     yield _rdma(tcp.is_good)
+    yield _nixl()
 
 
 def _shm() -> Finding:
@@ -94,6 +95,18 @@ def _rdma(has_mooncake: bool) -> Finding:
     if not has_mooncake:
         return Finding(name, False, ", ".join(devices), "mooncake is missing, see above")
     return Finding(name, True, ", ".join(devices))
+
+
+def _nixl() -> Finding:
+    for package in ("nixl-cu12", "nixl-cu13"):
+        try:
+            importlib.import_module(f"{package.replace('-', '_')}._bindings")
+        except ModuleNotFoundError:
+            continue
+        except ImportError as error:
+            return Finding("nixl", False, str(error), f"pip install --force-reinstall {package}")
+        return Finding("nixl", True, _version(package))
+    return Finding("nixl", False, "not installed (optional)", "pip install 'pdserve[nixl]'")
 
 
 def check_kernels() -> Iterator[Finding]:

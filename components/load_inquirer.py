@@ -6,7 +6,9 @@ disagree. The totals of tokens since start are counted here and nowhere else.
 
 from __future__ import annotations
 
-from ..messages.node import NodeLoad
+from collections.abc import Mapping
+
+from ..messages.node import NodeLoad, PeerTraffic
 from .page_allocator import PageCounts
 
 
@@ -43,6 +45,7 @@ class LoadInquirer:
         num_running_reqs: int,
         num_waiting_reqs: int,
         num_queued_tokens: int = 0,
+        peers: Mapping[str, PeerTraffic] | None = None,
     ) -> NodeLoad:
         """The load right now.
 
@@ -67,4 +70,5 @@ class LoadInquirer:
             num_prompt_tokens_received=self._num_prompt_tokens_received,
             num_cached_prompt_tokens=self._num_cached_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            peers=dict(peers or {}),
         )

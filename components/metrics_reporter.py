@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..messages.node import NodeLoad, Role
+from ..messages.node import NodeLoad, PeerTraffic, Role
 from .page_allocator import PageCounts
 
 RoomOutcome: TypeAlias = Literal["done", "busy", "failed", "aborted"]
@@ -83,6 +83,22 @@ class MetricsReporter:
         self._transfer_speed = self._gauge(
             "pd_kv_transfer_speed_bytes_per_second", "Bytes over duration of the last hand-off."
         )
+        peer_labels = (*_LABELS, "peer")
+        self._peer_bytes = Counter(
+            "pd_kv_peer_bytes", "Bytes in place at a decode node.", peer_labels, registry=self._registry
+        )
+        self._peer_busy_seconds = Counter(
+            "pd_kv_peer_busy_seconds",
+            "Time with writes to a decode node outstanding.",
+            peer_labels,
+            registry=self._registry,
+        )
+        self._peer_speed = Gauge(
+            "pd_kv_peer_bytes_per_second",
+            "Rate that writes to a decode node reached in the last seconds of such time.",
+            peer_labels,
+            registry=self._registry,
+        )
         self._rooms = Counter("pd_rooms", "Rooms by outcome.", (*_LABELS, "outcome"), registry=self._registry)
         self._failed_writes = self._counter(
             "pd_failed_writes",
@@ -122,6 +138,22 @@ class MetricsReporter:
         self._cache_hit_rate.set(
             load.num_cached_prompt_tokens / num_prompt_tokens if num_prompt_tokens else 0.0
         )
+
+        self._observe_peers(load.peers, last.peers)
+
+    def _observe_peers(self, peers: Mapping[str, PeerTraffic], last: Mapping[str, PeerTraffic]) -> None:
+        for peer in last.keys() - peers.keys():
+            for metric in (self._peer_bytes, self._peer_busy_seconds, self._peer_speed):
+                metric.remove(*self._labels, peer)
+        for peer, traffic in peers.items():
+            before = last.get(peer)
+            self._peer_bytes.labels(*self._labels, peer).inc(
+                traffic.num_bytes - (before.num_bytes if before else 0)
+            )
+            self._peer_busy_seconds.labels(*self._labels, peer).inc(
+                traffic.busy_s - (before.busy_s if before else 0.0)
+            )
+            self._peer_speed.labels(*self._labels, peer).set(traffic.bytes_per_s)
 
     def observe_pages(self, pages: PageCounts) -> None:
         """Take over the pages' states."""

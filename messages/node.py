@@ -30,6 +30,14 @@ class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
     colocated: bool = False  # a decode node that prefills locally
 
 
+class PeerTraffic(msgspec.Struct, frozen=True, kw_only=True):
+    """What the writes of a prefill node to one decode node came to."""
+
+    num_bytes: int  # in place, since the peer was first met
+    busy_s: float  # time with writes to it outstanding
+    bytes_per_s: float  # the rate of the last seconds of that time
+
+
 class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
     """A node's load right now; ``/v1/loads`` and pairing read it."""
 
@@ -49,6 +57,7 @@ class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens_received: int = 0  # on decode: their KV came from a prefill node
     num_cached_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    peers: dict[str, PeerTraffic] = {}  # prefill: decode incarnation -> what was written to it
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

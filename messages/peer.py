@@ -29,8 +29,9 @@ class MemoryRegion(msgspec.Struct, frozen=True, kw_only=True):
     """A registered memory region of a decode node that a prefill node may write into.
 
     ``session`` is what the backend addresses the owner by: ``host:port`` for Mooncake, the name of the
-    shared-memory object for shm. Page ``i`` starts at ``address + i * layout.stride_bytes``;
-    ``scratch_address`` is 8 bytes inside the region that no page uses, for the first contact.
+    shared-memory object for shm, an agent's name and its metadata for NIXL. Page ``i`` starts at
+    ``address + i * layout.stride_bytes``; ``scratch_address`` is 8 bytes inside the region that no page
+    uses, for the first contact.
     """
 
     session: str
@@ -48,7 +49,7 @@ class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str
     layout: KVLayout
     tp_size: int
-    backend: str  # "mooncake" | "shm"
+    backend: str  # "mooncake" | "nixl" | "shm"
     transport: str  # "tcp" | "rdma" | "shm"
 
 

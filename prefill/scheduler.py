@@ -196,7 +196,7 @@ class PrefillScheduler:
             case Ping():
                 pong = self.status.pong(
                     message.call_id,
-                    self.load(),
+                    self.load(now),
                     ready_peers=(),
                     refused_peers={},
                     is_draining=self.is_draining,
@@ -214,7 +214,9 @@ class PrefillScheduler:
                     # Reading a checkpoint can hold the interpreter's lock for long stretches.
                     self.act(self.rooms.announce_busy(now + _LOADING_S, now), now)
                 self.observe()
-                self.reply(self.control.handle(link, message, now, load=self.load(), idle=self.is_idle), now)
+                self.reply(
+                    self.control.handle(link, message, now, load=self.load(now), idle=self.is_idle), now
+                )
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case AssertPeerDeath():
@@ -429,7 +431,7 @@ class PrefillScheduler:
     def drop_cache(self) -> bool:
         return self.cache is None or self.cache.reset()
 
-    def load(self) -> NodeLoad:
+    def load(self, now: float) -> NodeLoad:
         jobs = self.jobs.values()
         return self.load_inquirer.load(
             pages=self.allocator.counts(),
@@ -438,6 +440,7 @@ class PrefillScheduler:
             num_running_reqs=sum(job.state is not JobState.WAITING for job in jobs),
             num_waiting_reqs=sum(job.state is JobState.WAITING for job in jobs),
             num_queued_tokens=sum(job.num_tokens - job.num_computed for job in jobs),
+            peers=self.rooms.traffic(now),
         )
 
     def observe(self) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from ..messages.node import FailureCode
+from ..messages.node import FailureCode, PeerTraffic
 from ..messages.peer import (
     AbortRoom,
     ContactPing,
@@ -61,6 +61,7 @@ from .actions import (
 from .backends.base import WriteResult, WriteState
 from .compatibility import refusal
 from .copy_plan import MAX_RUN_BYTES, plan_runs
+from .wire_meter import WireMeter
 
 SILENCE_S = 10.0  # a decode node that has not pinged for so long is gone; its rooms are a waste of work
 LATE_TICK_S = 0.25  # a tick this late means that the loop itself was held, not that a peer was silent
@@ -101,6 +102,7 @@ class _Decode:
     link: _Link | None = None
     met: MemoryRegion | None = None  # known to the backend
     no_contact_before: float = 0.0
+    meter: WireMeter = field(default_factory=WireMeter)
 
 
 @dataclass(slots=True)
@@ -110,7 +112,7 @@ class _Room:
     region: MemoryRegion
     deadline: float
     next_page: int  # index into dest_pages; those before it are submitted, or were held by decode
-    outstanding: set[int] = field(default_factory=set)
+    outstanding: dict[int, int] = field(default_factory=dict)  # handle -> bytes
     num_bytes: int = 0
     first_submit: float | None = None
     busy_since: float = 0.0  # while writes are outstanding: since when
@@ -203,6 +205,11 @@ class PrefillRooms:
             )
             for link in self._links.values()
         ]
+
+    def traffic(self, now: float) -> dict[str, PeerTraffic]:
+        """What was written to each decode incarnation that is linked now."""
+        links = self._links.values()
+        return {link.incarnation: self._decodes[link.incarnation].meter.traffic(now) for link in links}
 
     # ---- control messages ---------------------------------------------------------------------------
 
@@ -371,7 +378,8 @@ class PrefillRooms:
         for run in runs:
             handle = self._new_handle()
             self._room_of_write[handle] = room_id
-            room.outstanding.add(handle)
+            room.outstanding[handle] = run.num_bytes
+            room.decode.meter.submitted(now)
             room.num_bytes += run.num_bytes
             actions.append(SubmitWrite(handle, room.region, run))
         return actions
@@ -447,7 +455,8 @@ class PrefillRooms:
         if link is not None:
             return self._on_met(link, result, now)
         room = self._rooms[self._room_of_write.pop(result.handle)]
-        room.outstanding.discard(result.handle)
+        num_bytes = room.outstanding.pop(result.handle)
+        room.decode.meter.ended(num_bytes if result.state is WriteState.DONE else 0, now)
         if not room.outstanding:
             room.wire_s += now - room.busy_since
         match result.state:

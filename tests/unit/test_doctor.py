@@ -51,7 +51,7 @@ class _Importlib:
 
 def test_mooncake_that_is_not_installed_is_told_with_its_wheel(fail_import: Importer) -> None:
     fail_import("mooncake.engine", ModuleNotFoundError("No module named 'mooncake'"))
-    shm, tcp, rdma = doctor.check_transports()
+    shm, tcp, rdma, _ = doctor.check_transports()
     assert (tcp.is_good, tcp.detail) == (False, "not installed")
     assert tcp.mend.startswith("pip install mooncake-transfer-engine-non-cuda")
     assert (shm.name, rdma.is_good) == ("shm", False)
@@ -59,10 +59,20 @@ def test_mooncake_that_is_not_installed_is_told_with_its_wheel(fail_import: Impo
 
 def test_a_missing_system_library_is_told_with_its_package(fail_import: Importer) -> None:
     fail_import("mooncake.engine", ImportError("libibverbs.so.1: cannot open shared object file"))
-    _, tcp, _ = doctor.check_transports()
+    _, tcp, *_ = doctor.check_transports()
     assert not tcp.is_good
     assert "libibverbs.so.1" in tcp.detail
     assert tcp.mend == "apt-get install libibverbs1 librdmacm1 libnuma1"
+
+
+def test_nixl_is_looked_for_in_both_of_its_wheels(fail_import: Importer) -> None:
+    for module in ("nixl_cu12._bindings", "nixl_cu13._bindings"):
+        fail_import(module, ModuleNotFoundError("No module named 'nixl'"))
+    *_, nixl = doctor.check_transports()
+    assert (nixl.is_good, nixl.mend) == (False, "pip install 'pdserve[nixl]'")
+    fail_import("nixl_cu13._bindings", ImportError("libcudart.so.13: cannot open shared object file"))
+    *_, nixl = doctor.check_transports()
+    assert "libcudart.so.13" in nixl.detail
 
 
 def test_without_torch_nothing_computes(fail_import: Importer) -> None:

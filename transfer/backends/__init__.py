@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...runtime.errors import StartupError
 from .base import TransferBackend
 
-TRANSPORTS = {"shm": ("shm",), "mooncake": ("tcp", "rdma")}
+TRANSPORTS = {"shm": ("shm",), "mooncake": ("tcp", "rdma"), "nixl": ("tcp", "rdma")}
 
 
 def create_backend(name: str, transport: str, host: str, ib_device: str = "") -> TransferBackend:
@@ -22,6 +22,10 @@ def create_backend(name: str, transport: str, host: str, ib_device: str = "") ->
         from .shm import ShmBackend
 
         return ShmBackend()
+    if name == "nixl":
+        from .nixl import NixlBackend
+
+        return NixlBackend(transport, ib_device)
     from .mooncake import MooncakeBackend
 
     return MooncakeBackend(transport, host, ib_device)

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdserve.components.metrics_reporter import MetricsReporter
 from pdserve.components.page_allocator import PageCounts
-from pdserve.messages.node import NodeLoad
+from pdserve.messages.node import NodeLoad, PeerTraffic
 
 PAGES = PageCounts(free=1, exposed=2, private=3, shared=4, quarantined=5, total=15)
 
@@ -143,3 +143,18 @@ def test_promtool_is_content(reporter: MetricsReporter) -> None:
         ["promtool", "check", "metrics"], input=reporter.render(), capture_output=True, text=True, check=False
     )
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+def test_each_peer_has_its_own_counters_while_it_is_there(reporter: MetricsReporter) -> None:
+    first = PeerTraffic(num_bytes=100, busy_s=0.5, bytes_per_s=200.0)
+    reporter.observe_load(NodeLoad(peers={"d1": first}))
+    second = PeerTraffic(num_bytes=150, busy_s=1.0, bytes_per_s=120.0)
+    reporter.observe_load(NodeLoad(peers={"d1": second, "d2": first}))
+    values = samples(reporter)
+    assert values["pd_kv_peer_bytes_total{peer=d1}"] == 150
+    assert values["pd_kv_peer_busy_seconds_total{peer=d1}"] == 1.0
+    assert values["pd_kv_peer_bytes_per_second{peer=d1}"] == 120.0
+    assert values["pd_kv_peer_bytes_total{peer=d2}"] == 100
+    reporter.observe_load(NodeLoad(peers={"d2": first}))
+    assert not any("peer=d1" in name for name in samples(reporter))
+    assert samples(reporter)["pd_kv_peer_bytes_total{peer=d2}"] == 100

@@ -1,15 +1,22 @@
-"""A decode node's memory in a process of its own: announces its region, then answers on stdin and stdout.
+"""A node's memory in a process of its own: announces its region, then answers on stdin and stdout.
 
-``read OFFSET LENGTH`` prints the bytes in hex; ``close`` closes the backend; the end of stdin ends it all.
-"""
+``read OFFSET LENGTH`` prints the bytes in hex; ``cpu SECONDS`` the processor time it used meanwhile;
+``flood REGION`` writes its pool into another's, over and over, until it is killed; ``close`` closes the
+backend; the end of stdin ends it all."""
 
 from __future__ import annotations
 
+import itertools
+import select
 import sys
+import time
 
 import msgspec
 
+from pdserve.messages.peer import MemoryRegion
 from pdserve.transfer.backends import create_backend
+from pdserve.transfer.backends.base import TransferBackend, WriteState
+from pdserve.transfer.copy_plan import Run
 
 
 def main(name: str, transport: str, num_bytes: int) -> None:
@@ -17,13 +24,33 @@ def main(name: str, transport: str, num_bytes: int) -> None:
     pool = backend.allocate(num_bytes)
     print(msgspec.json.encode(backend.register()).decode(), flush=True)
     for line in sys.stdin:
-        match line.split():
-            case ["read", offset, length]:
-                print(pool[int(offset) : int(offset) + int(length)].hex(), flush=True)
+        match line.split(maxsplit=1):
+            case ["read", where]:
+                offset, length = map(int, where.split())
+                print(pool[offset : offset + length].hex(), flush=True)
+            case ["cpu", seconds]:
+                before = time.process_time()
+                time.sleep(float(seconds))
+                print(time.process_time() - before, flush=True)
+            case ["flood", region]:
+                flood(backend, pool, msgspec.json.decode(region, type=MemoryRegion))
             case ["close"]:
                 backend.close()
                 print("closed", flush=True)
     backend.close()
+
+
+def flood(backend: TransferBackend, pool: memoryview, region: MemoryRegion) -> None:
+    """Says "flooding" once the first write is in place. Every round has bytes of its own."""
+    backend.first_contact(0, region)
+    for handle in itertools.count(1):
+        select.select([backend], [], [])
+        for result in backend.poll():
+            assert result.state is WriteState.DONE, result.reason
+        if handle == 2:
+            print("flooding", flush=True)
+        pool[:] = bytes([handle % 251 + 1]) * len(pool)
+        backend.submit(handle, region, Run(0, 0, len(pool)))
 
 
 if __name__ == "__main__":

@@ -523,3 +523,21 @@ def test_requests_are_decoded_from_the_wire_as_they_were(make: Factory) -> None:
     request = make.request()
     data = msgspec.msgpack.encode(request)
     assert msgspec.msgpack.decode(data, type=PrefillRequest) == request
+
+
+# ---- what people look at ----------------------------------------------------------------------------
+
+
+def test_the_rate_to_a_peer_is_that_of_writes_in_place(node: Node) -> None:
+    room = node.open()
+    node.now = 20.0
+    handles = node.submit(room, 0, [3, 9, 5])
+    node.now = 22.0
+    for handle in handles[:-1]:
+        node.end(handle)
+    node.end(handles[-1], WriteState.FAILED)
+    node.now = 30.0
+    traffic = node.rooms.traffic(node.now)["D1"]
+    page_bytes = node.make.layout.stride_bytes
+    assert (traffic.num_bytes, traffic.busy_s) == (2 * page_bytes, 2.0)
+    assert traffic.bytes_per_s == pytest.approx(page_bytes)
