@@ -34,8 +34,8 @@ def test_a_row_has_the_same_bits_among_any_number(num_threads: int, num_in: int,
     torch.set_num_threads(num_threads)
     x, weight = torch.randn(70, num_in), torch.randn(num_out, num_in)
     whole = row_tiled_linear(x, weight, None, (16,))
-    for num_rows in range(1, 34):
-        for first in (0, 1, 37):
+    for num_rows in range(1, 34, num_threads * num_threads):
+        for first in (0, 37):
             rows = slice(first, first + num_rows)
             assert torch.equal(row_tiled_linear(x[rows], weight, None, (16,)), whole[rows])
 
@@ -73,5 +73,5 @@ def test_a_row_sums_to_the_same_bits_among_any_number_and_on_any_threads(length:
     whole = row_sum(x)
     for num_threads in (1, 2, 5):
         torch.set_num_threads(num_threads)
-        for num_rows in range(1, 34):
+        for num_rows in (1, 2, 3, 4, 5, 8, 33):
             assert torch.equal(row_sum(x[3 : 3 + num_rows]), whole[3 : 3 + num_rows])

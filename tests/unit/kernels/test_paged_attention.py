@@ -153,7 +153,7 @@ def test_a_query_has_the_same_bits_in_any_company(
         assert torch.equal(attended(halves, others), whole)
     each = [(position, 1) for position in range(0, 300, 7)]
     assert torch.equal(attended(each, []), whole[::7])
-    for count in range(1, 34):
+    for count in range(1, 34, 8 if num_threads > 1 else 1):
         assert torch.equal(attended(each[:count], others), whole[: 7 * count : 7])
 
 
