@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,7 @@ from ..engine.forward_batch import ForwardBatch
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_config import ModelConfig, kv_layout, resolve_dtype
 from ..engine.model_runner import ModelRunner
+from ..engine.operators import EAGER, Operators, Survey, deterministic, survey
 from ..engine.schedule_batch import ScheduleBatch
 from ..engine.weights import Weights, load_weights, weights_digest
 from ..messages.kv_layout import KVLayout
@@ -101,7 +103,12 @@ class Node:
         self.runner.swap_weights(model.weights)
         self.status.renew(str(model.path), model.fingerprint, weight_version)
         self.identity = _identity(
-            model.fingerprint, weight_version, self.identity.incarnation, self.layout, self.backend
+            model.fingerprint,
+            weight_version,
+            self.identity.incarnation,
+            self.layout,
+            self.backend,
+            self.identity.arithmetic,
         )
         return self.identity
 
@@ -184,12 +191,13 @@ def start_node(
         pool = KVPool(layout, num_pages, torch.device("cpu"), memory=memory)
         region = backend.register()
         model = load_model(path, model_config, dtype)
-        runner = ModelRunner(model.config, model.weights, pool, torch.device("cpu"))
+        operators, arithmetic = _operators(config, model)
+        runner = ModelRunner(model.config, model.weights, pool, torch.device("cpu"), operators)
         engine = EngineThread(runner, config.num_threads)
         undo.pop_all()  # nothing below fails
 
     incarnation = incarnation or uuid.uuid4().hex
-    identity = _identity(model.fingerprint, INITIAL_WEIGHT_VERSION, incarnation, layout, backend)
+    identity = _identity(model.fingerprint, INITIAL_WEIGHT_VERSION, incarnation, layout, backend, arithmetic)
     entry = NodeEntry(
         url=url,
         role=config.role,
@@ -326,8 +334,29 @@ def _num_pages(config: NodeConfig, layout: KVLayout, max_model_len: int) -> int:
     return num_pages
 
 
+def _operators(config: NodeConfig, model: LoadedModel) -> tuple[Operators, str]:
+    """The operators of forwards, and the arithmetic to shake hands with. Raises StartupError."""
+    if not config.deterministic:
+        return EAGER, ""
+
+    def survey_with_the_engines_threads() -> Survey:
+        torch.set_num_threads(config.num_threads)
+        return survey(model.config, model.weights)
+
+    with ThreadPoolExecutor(1) as pool:  # the setting belongs to the calling thread
+        found = pool.submit(survey_with_the_engines_threads).result()
+    heights = ", ".join(map(str, found.heights))
+    _log.info("deterministic: arithmetic %s, row tiles of %s", found.arithmetic, heights)
+    return deterministic(found), found.arithmetic
+
+
 def _identity(
-    fingerprint: str, weight_version: str, incarnation: str, layout: KVLayout, backend: TransferBackend
+    fingerprint: str,
+    weight_version: str,
+    incarnation: str,
+    layout: KVLayout,
+    backend: TransferBackend,
+    arithmetic: str,
 ) -> PeerIdentity:
     return PeerIdentity(
         incarnation=incarnation,
@@ -336,6 +365,7 @@ def _identity(
         weight_version=weight_version,
         layout=layout,
         tp_size=1,
+        arithmetic=arithmetic,
         backend=backend.name,
         transport=backend.transport,
     )

@@ -12,6 +12,7 @@ from .forward_batch import ForwardBatch, ForwardOutput, PromptLogprobs, RowOutpu
 from .kv_pool import KVPool
 from .model_config import ModelConfig
 from .models.decoder import Decoder
+from .operators import EAGER, Operators
 from .sampler import sample, token_logprobs
 from .weights import Weights
 
@@ -22,8 +23,15 @@ _PROMPT_LOGITS_ROWS = 128
 class ModelRunner:
     """Runs on one thread at a time, the engine's."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, pool: KVPool, device: torch.device) -> None:
-        self._decoder = Decoder(config, device)
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        pool: KVPool,
+        device: torch.device,
+        operators: Operators = EAGER,
+    ) -> None:
+        self._decoder = Decoder(config, device, operators)
         self._weights = weights
         self._pool = pool
 

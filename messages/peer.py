@@ -49,6 +49,9 @@ class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str
     layout: KVLayout
     tp_size: int
+    # With --deterministic: a digest of what the node's processor and threads make of given products; nodes
+    # that compute with the same bits have the same. Empty without.
+    arithmetic: str = ""
     backend: str  # "mooncake" | "nixl" | "shm"
     transport: str  # "tcp" | "rdma" | "shm"
 

@@ -67,6 +67,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--dtype",), roles=_NODES, default="auto",
          choices=("auto", "float32", "bfloat16", "float16"),
          help="of weights and KV cache; auto: the checkpoint's, or float32 where the processor lacks it"),
+    Flag(names=("--deterministic", "--enable-deterministic-inference"), roles=_NODES, kind=bool,
+         default=False, help="answers have the same bits in any batch, chunk or hand-off (in float32)"),
     Flag(names=("--max-model-len", "--context-length"), roles=_ALL, kind=int,
          help="longest prompt plus output, tokens (default: from the model's config)"),
     Flag(names=("--page-size", "--block-size"), roles=_NODES, kind=int, default=16,
@@ -158,6 +160,7 @@ class NodeConfig:
     advertise_host: str
     api_key: tuple[str, ...]
     dtype: str
+    deterministic: bool
     max_model_len: int | None
     page_size: int
     kv_cache_gb: float | None
@@ -331,6 +334,11 @@ def node_config(role: Literal["prefill", "decode"], given: Mapping[str, Any]) ->
         if ":" in values[name]:
             flag = f"--{name.replace('_', '-')}"
             raise StartupError(f"{flag} {values[name]}: nodes take IPv4 addresses or names")
+    if values["deterministic"] and values["dtype"] != "float32":
+        if values["dtype"] != "auto":
+            mend = "leave --dtype out, or give float32"
+            raise StartupError(f"--deterministic computes in float32, not in {values['dtype']}; {mend}")
+        values["dtype"] = "float32"
     if values["num_threads"] is None:
         # A node started by hand does not know its neighbours; one prefill and one decode is the usual pair.
         values["num_threads"] = max(1, usable_cores() // 2)

@@ -28,6 +28,14 @@ def _compared(prefill: PeerIdentity, decode: PeerIdentity) -> Iterator[tuple[str
     yield "model", prefill.model_fingerprint, decode.model_fingerprint, f"{same_model}, in the same dtype"
     yield "weight version", prefill.weight_version, decode.weight_version, "update the older one"
     yield "TP size", prefill.tp_size, decode.tp_size, f"{same_flag} --tp-size"
+    both_deterministic = bool(prefill.arithmetic and decode.arithmetic)
+    same_bits = f"use equal processors, and {same_flag} --num-threads, or leave --deterministic out on both"
+    yield (
+        "deterministic mode's arithmetic",
+        prefill.arithmetic or "none",
+        decode.arithmetic or "none",
+        same_bits if both_deterministic else "give --deterministic to both or to neither",
+    )
     yield "KV dtype", ours.dtype, theirs.dtype, f"{same_flag} --kv-cache-dtype"
     yield "page size", ours.page_size, theirs.page_size, f"{same_flag} --page-size"
     yield "number of KV heads", ours.num_kv_heads, theirs.num_kv_heads, same_model

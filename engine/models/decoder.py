@@ -1,7 +1,7 @@
 """The decoder that all families share: pre-norm attention over the paged cache, SwiGLU, residuals.
 
-    x ← x + O · attention(rotary(norm?(Q y)), rotary(norm?(K y)), V y),   y = rms_norm(x)
-    x ← x + D · silu_and_mul([G | U] y),                                  y = rms_norm(x)
+    x ← x + O · attention(rotary(norm?(Q y)), rotary(norm?(K y)), V y),   y = self._ops.rms_norm(x)
+    x ← x + D · silu_and_mul([G | U] y),                                  y = self._ops.rms_norm(x)
 
 Letters in shapes: T tokens, H hidden size, Hq query heads, Hkv KV heads, D head_dim, I intermediate size.
 """
@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.paged_attention import paged_attention
-from ...kernels.rms_norm import rms_norm
-from ...kernels.rotary import rotary_
-from ...kernels.silu_and_mul import silu_and_mul
 from ...kernels.store_kv import store_kv_
 from ..forward_batch import ForwardBatch
 from ..kv_pool import KVPool
 from ..model_config import ModelConfig
+from ..operators import Operators
 from ..rope import RotaryAngles
 from ..weights import LayerWeights, Weights
 
@@ -27,8 +24,9 @@ from ..weights import LayerWeights, Weights
 class Decoder:
     """Computes hidden states and logits; holds no state but its shape. Weights and pool are arguments."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, operators: Operators) -> None:
         self._config = config
+        self._ops = operators
         self._angles = RotaryAngles(config.rope, config.head_dim, device)
         self._scale = config.head_dim**-0.5
 
@@ -37,16 +35,17 @@ class Decoder:
         x = F.embedding(batch.token_ids, weights.embed_tokens)
         angles = self._angles.at(batch.positions, x.dtype)
         for index, layer in enumerate(weights.layers):
-            y = rms_norm(x, layer.input_norm, self._config.rms_norm_eps)
+            y = self._ops.rms_norm(x, layer.input_norm, self._config.rms_norm_eps)
             x += self._attention(y, layer, pool.layer(index), angles, batch)
-            y = rms_norm(x, layer.post_attention_norm, self._config.rms_norm_eps)
-            gated = silu_and_mul(F.linear(y, layer.gate_up, layer.gate_up_bias))
-            x += F.linear(gated, layer.down, layer.down_bias)
+            y = self._ops.rms_norm(x, layer.post_attention_norm, self._config.rms_norm_eps)
+            gated = self._ops.silu_and_mul(self._ops.linear(y, layer.gate_up, layer.gate_up_bias))
+            x += self._ops.linear(gated, layer.down, layer.down_bias)
         return x
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
         """``hidden [N, H]`` → ``[N, V]`` float32."""
-        return F.linear(rms_norm(hidden, weights.norm, self._config.rms_norm_eps), weights.lm_head).float()
+        y = self._ops.rms_norm(hidden, weights.norm, self._config.rms_norm_eps)
+        return self._ops.linear(y, weights.lm_head, None).float()
 
     def _attention(
         self,
@@ -57,13 +56,13 @@ class Decoder:
         batch: ForwardBatch,
     ) -> Tensor:
         num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
-        heads = F.linear(y, layer.qkv, layer.qkv_bias).view(y.shape[0], -1, self._config.head_dim)
+        heads = self._ops.linear(y, layer.qkv, layer.qkv_bias).view(y.shape[0], -1, self._config.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
-            q.copy_(rms_norm(q, layer.q_norm, self._config.rms_norm_eps))
-            k.copy_(rms_norm(k, layer.k_norm, self._config.rms_norm_eps))
-        rotary_(heads[:, : num_heads + num_kv_heads], *angles)
+            q.copy_(self._ops.rms_norm(q, layer.q_norm, self._config.rms_norm_eps))
+            k.copy_(self._ops.rms_norm(k, layer.k_norm, self._config.rms_norm_eps))
+        self._ops.rotary_(heads[:, : num_heads + num_kv_heads], *angles)
         kv = heads[:, num_heads:].view(-1, 2, num_kv_heads, self._config.head_dim)
         store_kv_(cache, kv, batch.slot_pages, batch.slot_offsets)
-        mixed = paged_attention(heads[:, :num_heads], cache, batch.attention, self._scale)
-        return F.linear(mixed.flatten(1), layer.o, layer.o_bias)
+        mixed = self._ops.paged_attention(heads[:, :num_heads], cache, batch.attention, self._scale)
+        return self._ops.linear(mixed.flatten(1), layer.o, layer.o_bias)

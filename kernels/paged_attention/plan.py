@@ -38,6 +38,7 @@ class DecodeGroup:
     first_token: int
     num_rows: int
     pages: Tensor  # [B · M] int64
+    ends: Tensor  # [B] int64: the positions a row may look at
     # What a rectangle holds beyond the rows' ends; None for a group of one, which is cut to its length.
     unwritten: Tensor | None  # [num_unwritten] int64: slots of [B · M · page_size] that may hold NaN
     bias: Tensor | None  # [1, B, 1, M · page_size]: 0 where a row may look, -inf elsewhere
@@ -121,7 +122,7 @@ def _decode(
     if len(rows) == 1:
         row = rows[0]
         pages = torch.tensor(row.pages[: -(-row.end // page_size)], dtype=torch.int64)
-        return DecodeGroup(first_token, 1, pages, None, None, row.end)
+        return DecodeGroup(first_token, 1, pages, torch.tensor([row.end]), None, None, row.end)
     tables: list[int] = []
     unwritten: list[int] = []
     for index, row in enumerate(rows):
@@ -139,6 +140,7 @@ def _decode(
         first_token=first_token,
         num_rows=len(rows),
         pages=torch.from_numpy(np.array(tables, dtype=np.int64)),  # torch reads a list far more slowly
+        ends=ends,
         unwritten=torch.tensor(unwritten, dtype=torch.int64),
         bias=bias[None, :, None],
         num_slots=slots.numel(),

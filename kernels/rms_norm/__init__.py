@@ -6,6 +6,7 @@ Shapes: ``x [..., D]``, ``weight [D]`` → ``[..., D]`` in the dtype of ``x``; t
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 """
 
+from .deterministic import rms_norm as deterministic_rms_norm
 from .eager import rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["deterministic_rms_norm", "rms_norm"]

@@ -8,6 +8,7 @@ are the caller's: see ``engine/rope.py``.
 Source: Su et al., "RoFormer", 2021; the half-split order is the one of Hugging Face checkpoints.
 """
 
+from .deterministic import rotary_ as deterministic_rotary_
 from .eager import rotary_
 
-__all__ = ["rotary_"]
+__all__ = ["deterministic_rotary_", "rotary_"]

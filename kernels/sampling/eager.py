@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..philox import group_words
+from ..row_sum import row_sum
 
 GUMBEL_MIN = -math.log(-math.log(0.5 * 2.0**-32))
 GUMBEL_MAX = -math.log(-math.log1p(-0.5 * 2.0**-32))
@@ -39,7 +40,8 @@ def greedy(logits: Tensor) -> Tensor:
 
 def log_probs(logits: Tensor, num_top: int) -> LogProbs:
     """The `num_top` most likely tokens of each row of ``logits [N, V]`` (raw, float32)."""
-    normalizer = torch.logsumexp(logits, dim=-1)
+    best = logits.amax(dim=-1)
+    normalizer = row_sum((logits - best[:, None]).exp_()).log_().add_(best)
     values, ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
     return LogProbs(normalizer, ids, values - normalizer[:, None])
 
@@ -104,7 +106,7 @@ def _top_p_threshold(scaled: Tensor, best: Tensor, threshold: Tensor, top_p: Ten
     vocab_size = scaled.shape[-1]
     # Relative to the best token, so that nothing overflows.
     weights = (scaled - best[:, None]).exp_().masked_fill_(scaled < threshold[:, None], 0)
-    total = weights.sum(dim=-1, dtype=torch.float64)
+    total = row_sum(weights.double())
     reach = min(_FIRST_REACH, vocab_size)
     while True:
         largest = scaled.topk(reach, dim=-1).values

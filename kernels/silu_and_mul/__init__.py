@@ -6,6 +6,7 @@ Shapes: ``x [T, 2·I]`` → ``[T, I]``.
 Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 """
 
+from .deterministic import silu_and_mul as deterministic_silu_and_mul
 from .eager import silu_and_mul
 
-__all__ = ["silu_and_mul"]
+__all__ = ["deterministic_silu_and_mul", "silu_and_mul"]

@@ -13,7 +13,7 @@ from pdserve.tests.e2e.reference import Reference
 
 # fp32, so that answers can be compared; NaN in reserved pages, so that a page that did not travel shows;
 # small chunks, so that prompts of the tests have several.
-FLAGS = ["--dtype", "float32", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
+FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
 
 
 @pytest.fixture(scope="session")

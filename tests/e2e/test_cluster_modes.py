@@ -24,7 +24,7 @@ from pdserve.tests.e2e.helpers import (
     wait_until,
 )
 
-FLAGS = ["--dtype", "float32", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
+FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
 KEYS = ("first-key", "second-key")
 PROMPTS = [random_ids(80 + length, length) for length in (1, 16, 40, 200)]
 
@@ -73,13 +73,19 @@ def test_shared_memory_answers_the_same(guarded: LocalCluster, expected: list[li
     assert info["prefill"][0]["config"]["transfer_backend"] == "shm"
 
 
-def test_colocated_answers_the_same(expected: list[list[int]], log_path: Path) -> None:
+def test_colocated_answers_the_same(
+    shared_cluster: LocalCluster, expected: list[list[int]], log_path: Path
+) -> None:
+    """Ids and logprobs, bit for bit."""
     with LocalCluster([*FLAGS, "--colocated"], log_path=log_path) as cluster:
         assert [worker["role"] for worker in cluster.workers()] == ["decode"]
         assert [greedy_ids(cluster.url, prompt, 24) for prompt in PROMPTS] == expected
         body: Body = {"max_tokens": 24, **GREEDY}
-        answers = stream_all(cluster.url, [{"prompt": prompt, "n": 2, **body} for prompt in PROMPTS])
+        bodies: list[Body] = [{"prompt": prompt, "n": 2, "logprobs": 1, **body} for prompt in PROMPTS]
+        answers = stream_all(cluster.url, bodies)
         assert [answer.token_ids for answer in answers] == [{0: ids, 1: ids} for ids in expected]
+        over_two_nodes = stream_all(shared_cluster.url, bodies)
+        assert [answer.logprobs for answer in answers] == [answer.logprobs for answer in over_two_nodes]
         cluster.wait_idle(timeout_s=10.0)
         cluster.flush()
     assert "Traceback" not in log_path.read_text(), log_path.read_text()

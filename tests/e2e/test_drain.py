@@ -24,7 +24,7 @@ NEW: Body = {"prompt": [5, 6, 7], "max_tokens": 4}
 
 
 def test_sigterm_with_requests_in_every_stage(log_path: Path) -> None:
-    flags = ["--dtype", "float32", "--chunked-prefill-size", "64", "--max-queued-prefills", "2"]
+    flags = ["--deterministic", "--chunked-prefill-size", "64", "--max-queued-prefills", "2"]
     cluster = LocalCluster(flags, log_path=log_path)
     cluster.start()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -12,10 +13,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from pdserve.engine import operators
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
 from pdserve.engine.model_config import ModelConfig, kv_layout
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.operators import EAGER
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
@@ -57,6 +60,13 @@ def checkpoint(
     return make
 
 
+@cache
+def _survey(folder: Path, num_threads: int) -> operators.Survey:
+    assert torch.get_num_threads() == num_threads
+    config = ModelConfig.from_dir(folder)
+    return operators.survey(config, load_weights(folder, config, torch.float32, CPU))
+
+
 @dataclass
 class Harness:
     """A runner over a pool whose unwritten slots hold NaN; page tables are given out in a scattered order."""
@@ -67,6 +77,7 @@ class Harness:
     runner: ModelRunner
     free_pages: list[int] = field(default_factory=list)
     step: int = 0
+    survey: operators.Survey | None = None
 
     @classmethod
     def load(
@@ -77,6 +88,7 @@ class Harness:
         num_pages: int = 128,
         dtype: str = "auto",
         padding_bytes: int = 0,
+        deterministic: bool = False,
     ) -> Harness:
         config = ModelConfig.from_dir(folder)
         if dtype == "auto":
@@ -88,7 +100,12 @@ class Harness:
         pool.poison(range(num_pages))
         weights = load_weights(folder, config, TORCH_DTYPES[layout.dtype], CPU)
         order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(7)).tolist()
-        return cls(config, layout, pool, ModelRunner(config, weights, pool, CPU), order)
+        chosen, found = EAGER, None
+        if deterministic:
+            found = _survey(folder, torch.get_num_threads())
+            chosen = operators.deterministic(found)
+        runner = ModelRunner(config, weights, pool, CPU, chosen)
+        return cls(config, layout, pool, runner, order, survey=found)
 
     def pages(self, num_tokens: int) -> list[int]:
         count = self.layout.pages_for(num_tokens)

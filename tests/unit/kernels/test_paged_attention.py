@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from pdserve.engine.kv_pool import KVPool
-from pdserve.kernels.paged_attention import AttentionRow, grouping_key, paged_attention, plan_attention
+from pdserve.kernels.linear import HEIGHTS
+from pdserve.kernels.paged_attention import (
+    AttentionRow,
+    deterministic_paged_attention,
+    grouping_key,
+    paged_attention,
+    plan_attention,
+)
 from pdserve.kernels.paged_attention import reference as attention_reference
 from pdserve.kernels.store_kv import reference as store_reference
 from pdserve.kernels.store_kv import store_kv_
@@ -94,10 +101,60 @@ def test_paged_attention(
     fused = torch.randn(num_tokens, num_heads + 2, head_dim).to(pool.data.dtype)
     q, layer, scale = fused[:, :num_heads], pool.layer(LAYER), head_dim**-0.5
     before = layer.clone()
-    actual = paged_attention(q, layer, plan_attention(rows, page_size, q.dtype), scale)
+    plan = plan_attention(rows, page_size, q.dtype)
+    results = [paged_attention(q, layer, plan, scale)]
+    if dtype == "float32":
+        results += [
+            deterministic_paged_attention(q, layer, plan, scale, heights) for heights in (HEIGHTS, (16,))
+        ]
     expected = attention_reference.paged_attention(q, layer, rows, scale)
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for actual in results:
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     torch.testing.assert_close(layer, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "page_size"), [(6, 2, 16, 16), (5, 1, 24, 4), (3, 3, 18, 7)]
+)
+def test_a_query_has_the_same_bits_in_any_company(
+    num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, num_threads: int
+) -> None:
+    """The queries of one sequence of 300 in one chunk, in others, each alone, and among other sequences. With
+    one height, so it holds on machines too where not all heights agree."""
+    torch.set_num_threads(num_threads)
+    pool = nan_pool(page_size, num_kv_heads, head_dim, "float32", padded=False)
+    layer, scale = pool.layer(LAYER), head_dim**-0.5
+    *others, row = sorted(
+        rows_over(pool, [(0, 300), (40, 1), (130, 1), (131, 1), (3, 8)]), key=lambda row: row.num_tokens
+    )
+    q = torch.randn(300, num_heads, head_dim)
+
+    def attended(spans: list[tuple[int, int]], company: list[AttentionRow]) -> torch.Tensor:
+        mine = [AttentionRow(start, count, row.pages) for start, count in spans]
+        rows = sorted([*mine, *company], key=lambda r: grouping_key(r.num_tokens, -(-r.end // page_size)))
+        queries = [q[r.start : r.end] for r in rows]  # the others' are someone's: it does not matter whose
+        out = deterministic_paged_attention(
+            torch.cat(queries), layer, plan_attention(rows, page_size, q.dtype), scale, (16,), (8, 4, 2, 1)
+        )
+        firsts = [sum(r.num_tokens for r in rows[:i]) for i in range(len(rows))]
+        mine_out = {
+            r.start: out[first : first + r.num_tokens]
+            for r, first in zip(rows, firsts, strict=True)
+            if r in mine
+        }
+        return torch.cat([mine_out[start] for start, _ in spans])
+
+    whole = attended([(0, 300)], [])
+    assert whole.isfinite().all()
+    for boundary in (1, 2, 63, 127, 128, 129, 256, 299):
+        halves = [(0, boundary), (boundary, 300 - boundary)]
+        assert torch.equal(attended(halves, []), whole)
+        assert torch.equal(attended(halves, others), whole)
+    each = [(position, 1) for position in range(0, 300, 7)]
+    assert torch.equal(attended(each, []), whole[::7])
+    for count in range(1, 34, 8 if num_threads > 1 else 1):
+        assert torch.equal(attended(each[:count], others), whole[: 7 * count : 7])
 
 
 def test_alike_tables_make_one_group() -> None:

@@ -72,6 +72,7 @@ TABLE: tuple[tuple[str, frozenset[str], object, str, bool], ...] = (
     ("--port", NODES | {"router"}, None, "", False),
     ("--api-key", NODES | {"router"}, (), "", True),
     ("--dtype", NODES, "auto", "auto float32 bfloat16 float16", False),
+    ("--deterministic", NODES, False, "", False),
     ("--max-model-len", NODES | {"router"}, None, "", False),
     ("--page-size --block-size", NODES, 16, "", False),
     ("--kv-cache-gb", NODES, None, "", False),
@@ -331,3 +332,14 @@ def test_a_flag_overrides_the_file_in_the_child_too(write_config: WriteConfig) -
 def test_what_the_parent_decides_itself_is_dropped() -> None:
     ours = given("up", "--host", "0.0.0.0", "--port", "9000", "--page-size", "8")
     assert forwarded_flags(ours, "decode", dropped=("host", "port")) == ["--page-size=8"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_deterministic_computes_in_float32(dtype: str) -> None:
+    config = node_config("decode", {"deterministic": True, "dtype": dtype})
+    assert (config.deterministic, config.dtype) == (True, "float32")
+
+
+def test_deterministic_in_another_dtype_is_refused() -> None:
+    with pytest.raises(StartupError, match="float32, not in bfloat16; leave --dtype out, or give float32"):
+        node_config("prefill", {"deterministic": True, "dtype": "bfloat16"})

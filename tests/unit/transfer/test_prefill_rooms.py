@@ -34,6 +34,7 @@ from pdserve.transfer.actions import (
     SubmitWrite,
 )
 from pdserve.transfer.backends.base import WriteResult, WriteState
+from pdserve.transfer.compatibility import refusal
 from pdserve.transfer.copy_plan import Run
 from pdserve.transfer.prefill_rooms import SILENCE_S, LinkState, PrefillRooms
 
@@ -158,6 +159,11 @@ def test_a_contact_that_outlives_its_link_ends_quietly(make: Factory) -> None:
         ({"model_fingerprint": "m2"}, "model differs: prefill has 'model', decode has 'm2'; load"),
         ({"weight_version": "w2"}, "weight version differs: prefill has 'w1', decode has 'w2'; update"),
         ({"tp_size": 2}, "TP size differs: prefill has 1, decode has 2; start both with the same --tp-size"),
+        (
+            {"arithmetic": "ab12"},
+            "deterministic mode's arithmetic differs: prefill has 'none', decode has 'ab12'; give "
+            "--deterministic to both or to neither",
+        ),
         ({"backend": "shm"}, "transfer backend differs: prefill has 'mooncake', decode has 'shm'; start"),
         ({"transport": "rdma"}, "transport differs: prefill has 'tcp', decode has 'rdma'; start"),
     ],
@@ -169,6 +175,14 @@ def test_a_mismatch_is_refused_in_words(make: Factory, changes: dict[str, object
     assert isinstance(action.message, PeerRefused)
     assert action.message.reason.startswith(expected)
     assert node.on(ContactPong(epoch=1)) == []
+
+
+def test_nodes_that_compute_other_bits_are_told_so(make: Factory) -> None:
+    ours, theirs = (make.identity(arithmetic=arithmetic) for arithmetic in ("ab12", "cd34"))
+    reason = refusal(ours, msgspec.structs.replace(make.hello(), identity=theirs))
+    assert reason is not None
+    assert "prefill has 'ab12', decode has 'cd34'; use equal processors, and start both" in reason
+    assert refusal(ours, msgspec.structs.replace(make.hello(), identity=ours)) is None
 
 
 @pytest.mark.parametrize(
