@@ -1,7 +1,7 @@
 """Runs whole clusters in simulation: every seed is another set of nodes, requests and faults.
 
     scripts/simulate --seeds N [--jobs J] [--first-seed S] [--mutants all|none|NAME,NAME]
-    scripts/simulate --replay SEED [--drop PART,PART] [--mutants NAME]    prints every event
+    scripts/simulate --replay SEED [--drop PART,PART] [--flavour F] [--mutants NAME]   prints every event
 
 Prints how often each fault and each rare situation happened (one that never did in 300 seeds or more is a
 failure), the smallest form found of a seed that fails with the command that replays it, and which planted
@@ -33,7 +33,7 @@ def run_chunk(seeds: range) -> list[Result]:
 
 
 def catch(name: str) -> Caught:
-    return try_mutant(by_name(name), 0, MUTANT_SEEDS)
+    return try_mutant(by_name(name), MUTANT_SEEDS)
 
 
 def by_name(name: str) -> Mutant:
@@ -94,18 +94,20 @@ def try_mutants(mutants: list[Mutant], jobs: int) -> int:
     print("\nplanted bugs, and the first seed that found each")
     for caught in found:
         where = f"seed {caught.seed}" if caught.seed is not None else f"not in {caught.num_seeds} seeds"
+        flavour = caught.mutant.flavour
+        where += f", {flavour}" if flavour else ""
         print(f"  {caught.mutant.name:<26}{where:<20}{caught.mutant.bug}")
         if caught.violation:
             print(f"  {'':<26}{'':<20}-> {caught.violation[:150]}")
     return sum(caught.seed is not None for caught in found)
 
 
-def replay(seed: int, dropped: list[str], mutants: list[Mutant]) -> int:
+def replay(seed: int, dropped: list[str], flavour: str, mutants: list[Mutant]) -> int:
     with contextlib.ExitStack() as planted:
         for mutant in mutants:
             planted.enter_context(mutant.planted())
         try:
-            result = run_seed(seed, dropped, with_trace=True)
+            result = run_seed(seed, dropped, flavour=flavour, with_trace=True)
         except ValueError as error:
             sys.exit(str(error))
     print("\n".join(result.trace))
@@ -123,13 +125,13 @@ def main() -> int:
     parser.add_argument("--mutants", default=None, help="all, none, or names; all by default")
     parser.add_argument("--replay", type=int, metavar="SEED", help="run one seed and print its events")
     parser.add_argument("--drop", default="", metavar="PARTS", help="with --replay: what to leave out")
+    parser.add_argument("--flavour", default="", help="with --replay: as the planted bug's seeds had it")
     args = parser.parse_args()
     if args.seeds < 0 or args.jobs < 1:
         parser.error("--seeds is 0 or more, --jobs is 1 or more")
     if args.replay is not None:
-        return replay(
-            args.replay, [part for part in args.drop.split(",") if part], selected(args.mutants or "none")
-        )
+        dropped = [part for part in args.drop.split(",") if part]
+        return replay(args.replay, dropped, args.flavour, selected(args.mutants or "none"))
     mutants = selected(args.mutants or "all")
     total, failed = run_seeds(args.first_seed, args.seeds, args.jobs)
     print(total.table())

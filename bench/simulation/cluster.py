@@ -43,6 +43,7 @@ from .wire import Memory, SimulatedBackend
 CHECK_EVERY = 50
 MAX_EVENTS = 60_000
 REST_S = 20.0  # after the last fault and the last request, the cluster is at rest within this
+OVERDUE_S = 0.4
 LOOKUP_S = 0.002
 MODEL = ModelCard(
     name="model",
@@ -394,7 +395,7 @@ class SimulatedCluster:
                 self._tasks.append(asyncio.ensure_future(self._update_all("weights-2")))
 
     def _freeze(self, process: Process, length_s: float) -> None:
-        if not process.may_freeze or self.is_healed:
+        if not process.has_run or self.is_healed:
             return
         self.statistics.count(f"freezes of a {process.name.partition('-')[0]} node")
         self.note(f"{process.name} freezes for {length_s:.2f} s")
@@ -428,7 +429,7 @@ class SimulatedCluster:
 
     def _replace(self, life: Life, fault: Fault) -> None:
         """Its address goes to another life while it stands still; when it goes on, so do its writes."""
-        if not life.process.may_freeze:
+        if not life.process.has_run:
             return
         self.statistics.count(f"{life.role} nodes replaced that were frozen")
         life.process.freeze()
@@ -537,10 +538,27 @@ class SimulatedCluster:
         for life in (*self.lives.values(), *self.replaced):
             if life.process.is_alive:
                 life.node.check()
+            if life.process.has_run:
+                self._check_overdue(life)
         for router in self.routers:
             violations = router.violations()
             _require(not violations, "; ".join(violations))
             _require(not router.crashed.done(), "a task of the router failed")
+
+    def _check_overdue(self, life: Life) -> None:
+        """Whatever has a deadline ends by it, give and take a turn of a loop that is awake."""
+        overdue_at = self.events.now - OVERDUE_S
+        node = life.node
+        overdue: list[str]
+        if isinstance(node, DecodeNode):
+            requests = node.scheduler.requests.values()
+            overdue = [request.key.request_id for request in requests if request.deadline_s < overdue_at]
+        else:
+            jobs = [job for job in node.scheduler.jobs.values() if not job.is_over]
+            overdue = [
+                job.message.request_id for job in jobs if job.arrived_s + job.message.deadline_s < overdue_at
+            ]
+        _require(not overdue, f"{life.process.name} works beyond a deadline: {overdue}")
 
     def _check_deadlines(self, life: Life, now: float) -> None:
         """Whoever waits is looked at again by a time that is known."""

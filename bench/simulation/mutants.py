@@ -45,6 +45,7 @@ class Mutant:
     name: str
     bug: str
     patches: tuple[Patch, ...]
+    flavour: str = ""  # of the seeds that find it soonest; each seed's own if none is named
 
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
@@ -321,11 +322,13 @@ MUTANTS = (
         "quarantine-timeout",
         "pages leave quarantine after a while, drained or not (6.1.1)",
         (Patch(DecodeRooms, "_tick_room", _release_after_a_while),),
+        flavour="replaced",
     ),
     Mutant(
         "no-settling",
         "a failed room's pages are free as soon as it is drained",
         (Patch(DecodeRooms, "_settle", _settle_at_once),),
+        flavour="settling",
     ),
     Mutant(
         "settle-by-wall-clock",
@@ -334,21 +337,25 @@ MUTANTS = (
             Patch(DecodeRooms, "_tick_room", _count_frozen_time),
             Patch(DecodeRooms, "_forgive", _never_starts_again),
         ),
+        flavour="settling",
     ),
     Mutant(
         "free-on-socket-close",
         "a closed connection counts as the peer's death (6.4)",
         (Patch(DecodeRooms, "on_link_down", _free_on_socket_close),),
+        flavour="replaced",
     ),
     Mutant(
         "newcomer-proves-death",
         "a new incarnation at its address counts as the death of the old one (6.5)",
         (Patch(DecodeRooms, "_on_welcome", _newcomer_proves_death),),
+        flavour="replaced",
     ),
     Mutant(
         "abort-once",
         "an abort whose answer was lost is not repeated (5.9)",
         (Patch(DecodeRooms, "_can_ask", _never_ask_again),),
+        flavour="stalled",
     ),
     Mutant(
         "busy-quarantines",
@@ -379,16 +386,19 @@ MUTANTS = (
         "failed-write-is-done",
         "a write that failed counts as one that is in place (6.1.3)",
         (Patch(PrefillRooms, "on_write_result", _failed_write_is_done),),
+        flavour="settling",
     ),
     Mutant(
         "clean-after-failure",
         "a room with a failed write drains clean",
         (Patch(PrefillRooms, "_close_if_drained", _clean_after_failure),),
+        flavour="settling",
     ),
     Mutant(
         "old-request-opens-a-room",
         "epochs are ignored, and an abort does not raise the mark (6.1.6)",
         (Patch(PrefillRooms, "_on_stranger", _epochs_ignored), Patch(PrefillRooms, "_on_abort", _no_mark)),
+        flavour="stalled",
     ),
     Mutant(
         "weights-not-compared",
@@ -398,6 +408,7 @@ MUTANTS = (
             Patch(PrefillRooms, "_on_request", _versions_not_compared),
             Patch(registry, "may_pair", _any_may_pair),
         ),
+        flavour="updated",
     ),
     Mutant(
         "sources-stay-locked",
@@ -423,6 +434,7 @@ MUTANTS = (
         "cache-survives-weights",
         "the prefix cache is kept over an update of weights (6.4)",
         (Patch(PrefillScheduler, "drop_cache", _cache_survives_weights),),
+        flavour="updated",
     ),
     Mutant(
         "partial-page-shared",

@@ -73,9 +73,9 @@ class Process:
             self.step()
 
     @property
-    def may_freeze(self) -> bool:
-        has_run = self._events.now >= self.resumed_at + AWAKE_S
-        return self.is_alive and not self.is_frozen and has_run
+    def has_run(self) -> bool:
+        """It is awake, and has been for a while."""
+        return self.is_alive and not self.is_frozen and self._events.now >= self.resumed_at + AWAKE_S
 
     def freeze(self) -> None:
         self.is_frozen = True

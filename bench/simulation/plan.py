@@ -83,7 +83,18 @@ class Plan:
 
 RATES = ("late", "slow", "fail", "deliver", "twice", "contact", "freeze")
 # What a seed has more of than of the rest.
-_FLAVOURS = ("mixed", "mixed", "mixed", "settling", "replaced", "stalled", "crowded", "early")
+FLAVOURS = (
+    "mixed",
+    "mixed",
+    "mixed",
+    "settling",
+    "replaced",
+    "killed",
+    "stalled",
+    "crowded",
+    "early",
+    "updated",
+)
 _FIELDS = {
     "slow": "slow_rate",
     "fail": "fail_rate",
@@ -98,15 +109,21 @@ def _rate(plan: Plan, name: str) -> float:
     return plan.latency.late_rate if name == "late" else float(getattr(plan.quality, _FIELDS[name]))
 
 
-def make_plan(seed: int, dropped: Collection[str] = ()) -> Plan:
-    """The seed's plan without the parts named in `dropped`. Raises ValueError for a name that is none."""
+def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Plan:
+    """The seed's plan without the parts named in `dropped`, with another flavour if one is named.
+
+    Raises ValueError for a part or a flavour that is none.
+    """
+    if flavour not in ("", *FLAVOURS):
+        raise ValueError(f"there is no flavour {flavour!r}; there are {', '.join(sorted(set(FLAVOURS)))}")
     draw = random.Random(f"plan/{seed}")
     roles: dict[int, Role] = {0: "prefill", 1: "decode"}
     for node in range(2, draw.choice((2, 3, 3, 4, 4))):
         roles[node] = draw.choice(("prefill", "decode"))
     num_routers = draw.choice((1, 1, 1, 2))
     is_calm = draw.random() < 0.05  # nothing fails: every request must end well
-    flavour = "calm" if is_calm else draw.choice(_FLAVOURS)
+    drawn = "calm" if is_calm else draw.choice(FLAVOURS)
+    flavour = flavour or drawn
     settings = Settings(
         prefill_pages=draw.randint(13, 16 if flavour == "crowded" else 28),
         decode_pages=draw.randint(14, 32),
@@ -142,10 +159,19 @@ def make_plan(seed: int, dropped: Collection[str] = ()) -> Plan:
         case "replaced":
             quality = replace(quality, slow_rate=0.5, slow_s=3.0)
             faults.append(_replacement(draw, len(faults)))
+        case "killed":
+            quality = replace(quality, slow_rate=0.6, slow_s=3.0, settle_s=2.0)
+            faults.append(_killing(draw, len(faults)))
+        case "crowded":
+            requests = [_impatient(draw, request) for request in requests]
         case "stalled":
+            quality = replace(quality, settle_s=draw.choice((0.0, 0.0, 2.0)))
             faults.append(_stall(draw, len(faults)))
         case "early":
             faults.append(_early_freeze(draw, len(faults), roles))
+        case "updated":
+            at_s = READY_S + draw.random()
+            faults = [*faults[:1], _plain_fault(len(faults[:1]), FaultKind.UPDATE, 0, at_s, 0.0)]
     plan = Plan(
         seed=seed,
         roles=roles,
@@ -220,6 +246,20 @@ def _replacement(draw: random.Random, index: int) -> Fault:
     """A prefill node in mid-write gives its address away, and goes on long after."""
     at_s, length_s = READY_S + 1.2 * draw.random(), 3.0 + 1.2 * draw.random()
     return _plain_fault(index, FaultKind.REPLACE, 0, at_s, length_s)
+
+
+def _killing(draw: random.Random, index: int) -> Fault:
+    """A prefill node dies in mid-write, and its death is proven soon: what it sent may still come."""
+    at_s = READY_S + 1.0 * draw.random()
+    crash = _plain_fault(index, FaultKind.CRASH, 0, at_s, 0.1 + draw.random())
+    return replace(crash, proof_after_s=0.3 * draw.random())
+
+
+def _impatient(draw: random.Random, request: RequestPlan) -> RequestPlan:
+    """It comes with the others, and its client leaves while it waits."""
+    at_s = READY_S + 0.05 * draw.random()
+    leaves_after_s = 0.02 + 0.3 * draw.random() if draw.random() < 0.5 else request.leaves_after_s
+    return replace(request, at_s=at_s, leaves_after_s=leaves_after_s)
 
 
 def _stall(draw: random.Random, index: int) -> Fault:

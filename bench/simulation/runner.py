@@ -28,9 +28,11 @@ class Result:
     trace: tuple[str, ...] = ()
 
 
-def run_seed(seed: int, dropped: Collection[str] = (), *, with_trace: bool = False) -> Result:
-    """Raises ValueError when `dropped` names what the seed does not have."""
-    return run_plan(make_plan(seed, dropped), with_trace=with_trace)
+def run_seed(
+    seed: int, dropped: Collection[str] = (), *, flavour: str = "", with_trace: bool = False
+) -> Result:
+    """Raises ValueError when `dropped` names what the seed does not have, or there is no such flavour."""
+    return run_plan(make_plan(seed, dropped, flavour), with_trace=with_trace)
 
 
 def run_plan(plan: Plan, *, with_trace: bool = False) -> Result:
@@ -80,17 +82,17 @@ class Shrunk:
     result: Result
 
 
-def shrink(seed: int, dropped: Collection[str] = ()) -> Shrunk:
+def shrink(seed: int, flavour: str = "") -> Shrunk:
     """Leave out one part after the other, as long as something is still wrong without it."""
-    kept_out = list(dropped)
-    smallest = run_seed(seed, kept_out)
+    kept_out: list[str] = []
+    smallest = run_seed(seed, flavour=flavour)
     assert smallest.violation, f"seed {seed} does not fail"
     has_shrunk = True
     while has_shrunk:
         has_shrunk = False
-        for part in make_plan(seed, kept_out).parts():
+        for part in make_plan(seed, kept_out, flavour).parts():
             try:
-                result = run_seed(seed, [*kept_out, part])
+                result = run_seed(seed, [*kept_out, part], flavour=flavour)
             except ValueError:  # it cannot be left out
                 continue
             if result.violation:
@@ -109,11 +111,11 @@ class Caught:
     violation: str
 
 
-def try_mutant(mutant: Mutant, first_seed: int, max_seeds: int) -> Caught:
-    """Run seeds until one fails."""
+def try_mutant(mutant: Mutant, max_seeds: int) -> Caught:
+    """Run seeds, of the flavour in which the bug shows soonest, until one fails."""
     with mutant.planted():
         for number in range(max_seeds):
-            result = run_seed(first_seed + number)
+            result = run_seed(number, flavour=mutant.flavour)
             if result.violation:
                 return Caught(mutant, result.seed, number + 1, result.violation)
     return Caught(mutant, None, max_seeds, "")
