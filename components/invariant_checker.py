@@ -54,15 +54,13 @@ def check_pages(
     *,
     owners: Collection[Hashable],
     open_rooms: Collection[RoomId] = (),
-    forked_pages: Collection[int] = (),
 ) -> None:
     """Raise InvariantViolation unless every page is in one state with one owner that is alive. At any time.
 
     `owners` may hold private pages (they may also have none yet), `open_rooms` are the rooms that the
-    hand-off knows, failed ones in quarantine included, and `forked_pages` are read by choices outside any
-    tree.
+    hand-off knows, failed ones in quarantine included.
     """
-    _raise_if(_page_violations(allocator, caches, owners, open_rooms, forked_pages))
+    _raise_if(_page_violations(allocator, caches, owners, open_rooms))
 
 
 def check_requests(states: Mapping[str, Collection[Hashable]]) -> None:
@@ -83,7 +81,7 @@ def check_idle(
     that may be missing. No request is in any state, nothing is exposed, private or locked.
     """
     counts = allocator.counts()
-    found = _page_violations(allocator, caches, (), open_rooms, ())
+    found = _page_violations(allocator, caches, (), open_rooms)
     for state, requests in states.items():
         found += [f"idle, yet {request!r} is in {state}" for request in requests]
     found += [f"idle, yet {room} is exposed" for room in allocator.exposed_rooms()]
@@ -105,22 +103,19 @@ def _page_violations(
     caches: Collection[PrefixCache],
     owners: Collection[Hashable],
     open_rooms: Collection[RoomId],
-    forked_pages: Collection[int],
 ) -> list[str]:
     found = allocator.violations()
-    readers = dict.fromkeys(forked_pages, "a forked choice")
+    cached: set[int] = set()
     num_cached = 0
     for cache in caches:
         found += cache.violations()
         num_cached += cache.num_pages
-        readers.update(dict.fromkeys(cache.pages(), "a prefix cache"))
-    if num_cached != sum(reader == "a prefix cache" for reader in readers.values()):
+        cached.update(cache.pages())
+    if num_cached != len(cached):
         found.append("two prefix caches hold the same page")
     shared = set(allocator.shared_pages())
-    found += [
-        f"page {page} is read by {readers[page]}, but not shared" for page in sorted(readers.keys() - shared)
-    ]
-    found += [f"page {page} is shared, but nobody reads it" for page in sorted(shared - readers.keys())]
+    found += [f"page {page} is in a prefix cache, but not shared" for page in sorted(cached - shared)]
+    found += [f"page {page} is shared, but nobody reads it" for page in sorted(shared - cached)]
     for owner in allocator.private_owners():
         if owner not in owners:
             num_pages = len(allocator.private_pages(owner))

@@ -743,7 +743,7 @@ class DecodeScheduler:
         self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
 
     def drop_gone_clients(self, now: float) -> None:
-        for client in self.gone_clients:
+        for client in sorted(self.gone_clients):
             for key in self.streamer.drop_client(client):
                 self.cancel(key, (), now)
         self.gone_clients.clear()
@@ -774,9 +774,9 @@ class DecodeScheduler:
             if node.role == "prefill"
         }
         known = {peer.address for peer in self.rooms.peers()}
-        for address in named:
+        for address in sorted(named):
             self.act(self.rooms.add_peer(address, now), now)
-        for address in known - named:
+        for address in sorted(known - named):
             self.act(self.rooms.remove_peer(address, now), now)
 
     def assert_peer_death(self, link: bytes, message: AssertPeerDeath, now: float) -> None:

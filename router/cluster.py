@@ -76,6 +76,7 @@ class Cluster:
         self._connections: dict[str, _Connection] = {}  # by incarnation
         self._connect_not_before: dict[str, float] = {}
         self._roster_due_at = 0.0
+        self._may_suspect = True  # not while nodes stand still to load weights
         self._tasks: set[asyncio.Task[None]] = set()
         self.crashed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -150,6 +151,7 @@ class Cluster:
                 self._apply(self.registry.forget(node.incarnation))
 
     def tick(self, now: float, *, expire: bool) -> None:
+        self._may_suspect = expire
         if expire:
             self._apply(self.registry.expire(now))
         self._forget_idle_leavers()
@@ -223,13 +225,20 @@ class Cluster:
         self.spawn(connection.link.close(), name=f"close {incarnation}")
 
     async def _heartbeat(self, incarnation: str, link: NodeLink) -> None:
-        """Until the link is closed. A ping may be answered late; the registry judges silence meanwhile."""
+        """Until the link ends. A ping may be answered late; the registry judges silence meanwhile.
+
+        When none comes for a whole lease, the connection itself may be dead though the node is well: a
+        network that forgot it tells nobody. It is given up, and the next tick makes another.
+        """
         while True:
             self._handler.on_ping(incarnation)
             try:
                 pong = await link.ping(self._options.lease_s)
             except NodeUnavailableError as error:
                 log.debug("%s", error)
+                if self._may_suspect:
+                    self._on_link_lost(incarnation, str(error))
+                    return
             else:
                 events = self.registry.pong(incarnation, pong, self._clock())
                 self._apply(events)

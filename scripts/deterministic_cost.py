@@ -2,7 +2,7 @@
 
     scripts/deterministic_cost MODEL [--prompt-tokens 512] [--streams 1 8 16] [--repeats 7]
 
-One process, one thread, the same weights; the two versions take turns. Times are CPU seconds of the thread, so
+One process, one thread, the same weights; the versions take turns. Times are CPU seconds of the thread, so
 that other work on the machine moves the ratio little; medians of the repeats.
 """
 

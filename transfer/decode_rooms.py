@@ -14,8 +14,8 @@ Life cycle of a room:
                                                     └─Drained(failed), or death proven─> settling ─> released
 
 Pages of a draining or settling room are quarantined. No timeout ends `draining`: only the peer's own word,
-or the proof that the peer is dead. `settling` counts the time that this loop was awake, not the wall clock:
-when this process is frozen, bytes wait with it, and land when it goes on.
+or the proof that the peer is dead. `settling` counts ticks of this loop, not the wall clock: when this
+process is frozen, bytes wait with it, and land when it goes on.
 
 A state machine without I/O, as PrefillRooms is.
 """
@@ -67,7 +67,10 @@ RETRY_S = 0.2
 MAX_RETRY_S = 2.0
 ABORT_S = 0.5
 MAX_ABORT_S = 4.0
-SETTLE_TICK_S = 0.25  # while pages settle, `tick` is due this often
+SETTLE_TICK_S = 0.25  # while pages settle, `tick` is due this often, and counts for no more than this
+# A freeze too short to be noticed holds bytes up for almost a tick after they were due, and they land a
+# moment after it. So a room settles for two ticks more than it must: the freeze, and the moment.
+SETTLE_MARGIN_S = 2 * SETTLE_TICK_S
 LATE_TICK_S = 0.25  # a tick this much after its due time means that this process was held
 
 
@@ -118,7 +121,8 @@ class _Room:
     has_first_token: bool = False
     next_abort: float = 0.0
     abort_s: float = ABORT_S
-    settling_since: float = 0.0
+    settled_s: float = 0.0  # counted so far
+    counted_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,7 +463,8 @@ class DecodeRooms:
         for peer in self._peers.values():
             peer.heard = min(peer.heard + late_s, now)  # not later than now, if it was heard since
         for room in self._rooms.values():
-            room.settling_since = now
+            room.settled_s = 0.0
+            room.counted_at = now
 
     # ---- rooms, inside ------------------------------------------------------------------------------
 
@@ -554,7 +559,7 @@ class DecodeRooms:
             return self._release(room)
         if room.state is not RoomState.SETTLING:
             room.state = RoomState.SETTLING
-            room.settling_since = now
+            room.counted_at = now
             self._wake_by(now + SETTLE_TICK_S)
         return []
 
@@ -571,7 +576,9 @@ class DecodeRooms:
             case RoomState.DRAINING:
                 return self._send_abort(room, now) if now >= room.next_abort and self._can_ask(room) else []
             case RoomState.SETTLING:
-                return self._release(room) if now - room.settling_since >= room.settle_s else []
+                room.settled_s += min(now - room.counted_at, SETTLE_TICK_S)
+                room.counted_at = now
+                return self._release(room) if room.settled_s >= room.settle_s + SETTLE_MARGIN_S else []
             case _:
                 assert_never(room.state)
 

@@ -191,6 +191,10 @@ class PrefillRooms:
         room = self._rooms.get(room_id)
         return room is not None and not room.is_draining
 
+    def room_of_write(self, handle: int) -> RoomId:
+        """The room that a write without a result belongs to."""
+        return self._room_of_write[handle]
+
     def next_deadline(self) -> float:
         """When `tick` is due at the latest; infinity while there is nothing to wait for."""
         return self._due

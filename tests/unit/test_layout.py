@@ -138,7 +138,8 @@ def test_what_the_base_install_serves_needs_no_torch() -> None:
         for name in ("router", "bench", "api", "messages", "runtime"):
             package = importlib.import_module(f"pdserve.{name}")
             for module in pkgutil.walk_packages(package.__path__, f"pdserve.{name}."):
-                importlib.import_module(module.name)
+                if not module.name.startswith("pdserve.bench.simulation"):  # it composes schedulers
+                    importlib.import_module(module.name)
         print(sorted({"torch", "transformers", "safetensors", "mooncake"} & sys.modules.keys()))
     """
     done = run_python(code)

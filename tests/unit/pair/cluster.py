@@ -1,247 +1,66 @@
 """A prefill and a decode node in one process: the real schedulers and parts, fakes at the edges only.
 
-Faked are the clock, the sockets, the engine, the transfer backend and the checkpoint on disk. Forwards and
-writes end when a test says so, never by themselves, so every order of events can be arranged.
-
-The engine continues a sequence by a formula (`expected_tokens`), and keeps "KV" that can be checked: the slot
-of position i holds a number made of the weights and of all tokens up to i. Each forward verifies every slot
-that attention would read and that it may write those it writes; the backend verifies that what it writes is
+The nodes and the engine are those of `pdserve.bench.simulation`. Forwards and writes end when a test says so,
+never by themselves, so every order of events can be arranged. The backend verifies that what it writes is
 exposed or in quarantine. `Pair.settle` checks the invariants of both nodes each time.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from pdserve.components.flush_wrapper import FlushWrapper
-from pdserve.components.invariant_checker import check_idle, check_pages, check_requests
-from pdserve.components.load_inquirer import LoadInquirer
-from pdserve.components.metrics_reporter import MetricsReporter
-from pdserve.components.node_control import NodeControl
-from pdserve.components.node_process import LoadedModel
-from pdserve.components.node_status import NodeStatus
-from pdserve.components.output_streamer import OutputStreamer
+from pdserve.bench.simulation.nodes import DecodeNode, Place, PrefillNode, Settings
+from pdserve.bench.simulation.tokens import (
+    LAYOUT,
+    PAGE_SIZE,
+    Pool,
+    expected_tokens,
+    kv_of,
+    prompt_of,
+)
 from pdserve.components.page_allocator import PageAllocator
-from pdserve.components.prefix_cache import PrefixCache
-from pdserve.components.request_receiver import RequestReceiver
-from pdserve.components.weight_updater import Prepared, WeightUpdater
-from pdserve.decode.batching import DecodeRow
-from pdserve.decode.death_probe import DeathProbe
-from pdserve.decode.growth_estimate import GrowthEstimate
-from pdserve.decode.local_prefill import LocalPrefillPolicy
-from pdserve.decode.peer_links import LinkDown, PeerLinks
-from pdserve.decode.request_pages import RequestPages
-from pdserve.decode.scheduler import DecodeLimits, DecodeScheduler
-from pdserve.decode.sequence import DecodeRequest, RequestState
-from pdserve.decode.sequence import Sequence as DecodeSequence
-from pdserve.engine.engine_thread import EngineThread, JobResult
-from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput, SampledToken
-from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
-from pdserve.messages.channel import ServerChannel
+from pdserve.decode.peer_links import LinkDown
 from pdserve.messages.codec import Codec
-from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.node import (
     AttemptFailed,
     CancelRequest,
     ClientToNode,
     Finish,
     GenerateRequest,
-    ModelInfo,
-    NodeEntry,
     NodeToClient,
-    Role,
     Roster,
     TokenOutputs,
 )
-from pdserve.messages.peer import (
-    PROTOCOL_VERSION,
-    MemoryRegion,
-    PeerIdentity,
-    PeerToDecode,
-    PeerToPrefill,
-)
+from pdserve.messages.peer import MemoryRegion, PeerToDecode, PeerToPrefill
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
-from pdserve.prefill.job import JobState
-from pdserve.prefill.scheduler import PrefillLimits, PrefillScheduler, ToPrefill
-from pdserve.runtime.config import VerifyPages, node_config
-from pdserve.runtime.errors import PdserveError, StartupError
+from pdserve.prefill.scheduler import ToPrefill
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.copy_plan import Run
-from pdserve.transfer.decode_rooms import DecodeRooms
-from pdserve.transfer.page_digests import Digests, DigestWorker
-from pdserve.transfer.prefill_rooms import PrefillRooms
 
-PAGE_SIZE = 4
-LAYOUT = KVLayout(num_kv_heads=1, num_layers=1, page_size=PAGE_SIZE, head_dim=2, dtype="float32")
-EOS = 0  # never sampled by the formula
+__all__ = [
+    "ADDRESS",
+    "LAYOUT",
+    "PAGE_SIZE",
+    "ROUTER",
+    "SETTLE_S",
+    "DecodeNode",
+    "Pair",
+    "PrefillNode",
+    "expected_tokens",
+    "kv_of",
+    "prompt_of",
+    "read_stream",
+]
+
 ADDRESS = "tcp://prefill:1"
 ROUTER = b"router"
 SETTLE_S = 2.0
-INITIAL_VERSION = "default"
 T = TypeVar("T")
-
-
-def next_token(token_ids: Sequence[int], choice: int) -> int:
-    return 1 + zlib.crc32(repr((tuple(token_ids), choice)).encode()) % 997
-
-
-def expected_tokens(prompt: Sequence[int], count: int, choice: int = 0) -> list[int]:
-    """The only right continuation of a prompt."""
-    token_ids = list(prompt)
-    for _ in range(count):
-        token_ids.append(next_token(token_ids, choice))
-    return token_ids[len(prompt) :]
-
-
-def prompt_of(num_tokens: int, seed: int = 0) -> tuple[int, ...]:
-    """Prompts of different seeds share no page."""
-    return tuple(1 + (seed * 101 + position) % 997 for position in range(num_tokens))
-
-
-# ---- KV ---------------------------------------------------------------------------------------------
-
-
-class Pool:
-    """What each slot of each page holds; None: nothing that a forward may read."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.pages: list[tuple[int | None, ...]] = [(None,) * PAGE_SIZE for _ in range(num_pages)]
-
-    def poison(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            self.pages[page] = (None,) * PAGE_SIZE
-
-    def copy(self, source: int, destination: int) -> None:
-        self.pages[destination] = self.pages[source]
-
-    def write(self, page: int, slot: int, value: int) -> None:
-        self.pages[page] = (*self.pages[page][:slot], value, *self.pages[page][slot + 1 :])
-
-
-def kv_of(token_ids: Sequence[int], weights: str) -> list[int]:
-    """The right content of the slots of a sequence: each depends on all tokens before it."""
-    values: list[int] = []
-    value = zlib.crc32(weights.encode())
-    for token in token_ids:
-        value = zlib.crc32(token.to_bytes(4, "little"), value)
-        values.append(value)
-    return values
-
-
-# ---- the engine -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    name: str
-    run: Callable[[], Any]
-
-
-class FakeEngine:
-    """Forwards wait in `queued` until `finish`; `batches` remembers all of them."""
-
-    def __init__(self, name: str, pool: Pool, allocator: PageAllocator, journal: list[str]) -> None:
-        self.name = name
-        self.pool = pool
-        self.allocator = allocator
-        self.journal = journal
-        self.weights = "weights-1"
-        self.queued: deque[ScheduleBatch | _Job] = deque()
-        self.results: deque[ForwardOutput | JobResult] = deque()
-        self.batches: list[ScheduleBatch] = []
-
-    @staticmethod
-    def build(batch: ScheduleBatch) -> ScheduleBatch:
-        """A copy, as the real one is: the scheduler may append to what it named."""
-        rows = (replace(row, token_ids=tuple(row.token_ids), pages=tuple(row.pages)) for row in batch.rows)
-        return replace(batch, rows=tuple(rows))
-
-    def submit(self, batch: ScheduleBatch) -> None:
-        for row in batch.rows:
-            self.journal.append(f"{self.name} forward {row.row_id} [{row.start}, {row.end})")
-            self._check_writable(row)
-        self.batches.append(batch)
-        self.queued.append(batch)
-
-    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
-        self.queued.append(_Job(name, run))
-
-    def poll(self) -> list[ForwardOutput | JobResult]:
-        results = list(self.results)
-        self.results.clear()
-        return results
-
-    def fileno(self) -> int:
-        return -1
-
-    # ---- for tests ----
-
-    def finish(self) -> bool:
-        """The oldest forward or job is done; False if there is none."""
-        if not self.queued:
-            return False
-        work = self.queued.popleft()
-        if isinstance(work, ScheduleBatch):
-            rows = tuple(self._compute(row) for row in work.rows)
-            self.results.append(ForwardOutput(len(self.batches), rows, 0.0, 0.001))
-        else:
-            self.results.append(_job_result(work))
-        return True
-
-    def row_ids(self, index: int = -1) -> list[str | int]:
-        """The requests in a batch."""
-        return [row.row_id for row in self.batches[index].rows]
-
-    def rows_of(self, request_id: str) -> list[ScheduledRow]:
-        return [row for batch in self.batches for row in batch.rows if row.row_id == request_id]
-
-    def _compute(self, row: ScheduledRow) -> RowOutput:
-        self._check_writable(row)
-        values = kv_of(row.token_ids[: row.end], self.weights)
-        for position in range(row.start):
-            page, slot = row.pages[position // PAGE_SIZE], position % PAGE_SIZE
-            found = self.pool.pages[page][slot]
-            assert found == values[position], f"{self.name}, {row.row_id}: position {position} holds {found}"
-        for position in range(row.start, row.end):
-            self.pool.write(row.pages[position // PAGE_SIZE], position % PAGE_SIZE, values[position])
-        known = row.token_ids[: row.end]
-        return RowOutput(row.row_id, _sample(row, known), _prompt_logprobs(row))
-
-    def _check_writable(self, row: ScheduledRow) -> None:
-        for index in range(row.start // PAGE_SIZE, (row.end - 1) // PAGE_SIZE + 1):
-            state = self.allocator.describe(row.pages[index])
-            assert state.startswith("private"), f"{self.name}, {row.row_id}: writes a page that is {state}"
-
-
-def _sample(row: ScheduledRow, known: Sequence[int]) -> tuple[SampledToken, ...]:
-    tokens = [(choice, next_token(known, choice)) for choice in row.choices]
-    wants_logprobs = row.sampling.num_logprobs is not None
-    return tuple(
-        SampledToken(choice, token, TokenLogprob(token, -0.5) if wants_logprobs else None)
-        for choice, token in tokens
-    )
-
-
-def _prompt_logprobs(row: ScheduledRow) -> tuple[TokenLogprob, ...]:
-    if row.prompt_logprobs_from is None:
-        return ()
-    positions = range(max(row.prompt_logprobs_from, row.start + 1), min(row.end + 1, row.num_prompt_tokens))
-    return tuple(TokenLogprob(row.token_ids[position], -float(position)) for position in positions)
-
-
-def _job_result(job: _Job) -> JobResult:
-    try:
-        return JobResult(job.name, job.run(), None, 0.0, 0.0)
-    except PdserveError as error:
-        return JobResult(job.name, None, error, 0.0, 0.0)
 
 
 # ---- the wire ---------------------------------------------------------------------------------------
@@ -460,305 +279,6 @@ class Network:
         )
 
 
-class FakeDeathProbe:
-    """Proves what a test says; remembers who is suspected."""
-
-    def __init__(self) -> None:
-        self.suspects: Mapping[str, tuple[str, ...]] = {}
-        self.proven: list[str] = []
-
-    def watch(self, suspects: Mapping[str, tuple[str, ...]]) -> None:
-        self.suspects = suspects
-
-    def poll(self) -> list[str]:
-        proven, self.proven = self.proven, []
-        return proven
-
-
-class FakeDigests:
-    """Digests of what is in the pool when the result is taken; none is while `is_held`."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.jobs: list[tuple[object, tuple[int, ...]]] = []
-        self.is_held = False
-
-    def submit(self, key: object, pages: Sequence[int]) -> None:
-        self.jobs.append((key, tuple(pages)))
-
-    def poll(self) -> list[Digests]:
-        if self.is_held:
-            return []
-        jobs, self.jobs = self.jobs, []
-        return [
-            Digests(key, tuple(zlib.crc32(repr(self.pool.pages[page]).encode()) for page in pages))
-            for key, pages in jobs
-        ]
-
-
-# ---- the nodes --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FakeCheckpoint:
-    path: Path
-    fingerprint: str
-
-
-def load_checkpoint(path: Path) -> FakeCheckpoint:
-    if path.name.startswith("wrong"):
-        raise StartupError(f"{path} cannot replace the model that is served")
-    return FakeCheckpoint(path, f"print of {path.name}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    prefill_pages: int = 32
-    decode_pages: int = 32
-    chunk_tokens: int = 8
-    max_rows: int = 16
-    max_waiting: int = 8
-    max_running: int = 8
-    max_model_len: int = 1000
-    has_cache: bool = True
-    decode_has_cache: bool = True
-    local_prefill_threshold: int | None = None
-    local_prefill_chunk: int = 8
-    conservativeness: float = 1.0
-    is_colocated: bool = False
-    verify_pages: VerifyPages = "off"
-    eos_token_ids: tuple[int, ...] = (EOS,)
-
-
-class _Base(Generic[T]):
-    """What both nodes have: the parts around the scheduler, wired as main.py wires them."""
-
-    def __init__(
-        self, role: Role, receives: object, num_pages: int, settings: Settings, journal: list[str]
-    ) -> None:
-        self.server: FakeServer[T] = FakeServer(receives)
-        self.pool = Pool(num_pages)
-        self.allocator = PageAllocator(num_pages)
-        self.engine = FakeEngine(role, self.pool, self.allocator, journal)
-        self.identity = PeerIdentity(
-            incarnation=f"{role}-1",
-            protocol_version=PROTOCOL_VERSION,
-            model_fingerprint="print of weights-1",
-            weight_version=INITIAL_VERSION,
-            layout=LAYOUT,
-            tp_size=1,
-            backend=FakeBackend.name,
-            transport=FakeBackend.transport,
-        )
-        entry = NodeEntry(
-            url=f"http://{role}",
-            role=role,
-            incarnation=self.identity.incarnation,
-            zmq_address=f"tcp://{role}:1",
-            model_name="model",
-            model_fingerprint=self.identity.model_fingerprint,
-            weight_version=INITIAL_VERSION,
-            colocated=settings.is_colocated and role == "decode",
-        )
-        model = ModelInfo(
-            model_name="model",
-            model_path="weights-1",
-            model_type="qwen3",
-            architectures=(),
-            vocab_size=1000,
-            max_model_len=settings.max_model_len,
-            eos_token_ids=settings.eos_token_ids,
-            dtype="float32",
-            weight_version=INITIAL_VERSION,
-            model_fingerprint=self.identity.model_fingerprint,
-        )
-        self.status = NodeStatus(entry, model, node_config(role, {}), LAYOUT, FakeBackend.transport)
-        self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(load_checkpoint, self.engine.submit_job)
-        self.metrics = MetricsReporter("model", role)
-        self.digests = FakeDigests(self.pool)
-        self.load_inquirer = LoadInquirer(page_size=PAGE_SIZE, max_running_requests=settings.max_running)
-        self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", self.server))
-
-    def control(self, drop_cache: Callable[[], bool]) -> NodeControl[FakeCheckpoint]:
-        return NodeControl(
-            status=self.status,
-            flush=FlushWrapper(),
-            weights=self.weights,
-            metrics=self.metrics,
-            drop_cache=drop_cache,
-        )
-
-    def swap(self, prepared: Prepared[FakeCheckpoint]) -> PeerIdentity:
-        checkpoint = prepared.checkpoint
-        self.engine.weights = checkpoint.path.name
-        self.status.renew(str(checkpoint.path), checkpoint.fingerprint, prepared.weight_version)
-        self.identity = msgspec.structs.replace(
-            self.identity,
-            model_fingerprint=checkpoint.fingerprint,
-            weight_version=prepared.weight_version,
-        )
-        return self.identity
-
-    def common(self, drop_cache: Callable[[], bool]) -> dict[str, Any]:
-        return {
-            "receiver": self.receiver,
-            "send": self.server.send,
-            "allocator": self.allocator,
-            "digests": cast(DigestWorker, self.digests),
-            "engine": cast(EngineThread, self.engine),
-            "build": cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
-            "control": cast("NodeControl[LoadedModel]", self.control(drop_cache)),
-            "weights": cast("WeightUpdater[LoadedModel]", self.weights),
-            "swap": self.swap,
-            "status": self.status,
-            "load_inquirer": self.load_inquirer,
-            "metrics": self.metrics,
-            "unix_minus_monotonic_s": 0.0,
-        }
-
-
-class PrefillNode(_Base[ToPrefill]):
-    def __init__(self, settings: Settings, backend: FakeBackend, journal: list[str]) -> None:
-        super().__init__("prefill", ToPrefill, settings.prefill_pages, settings, journal)
-        backend.source = self.pool
-        self.backend = backend
-        self.cache = PrefixCache(self.allocator, PAGE_SIZE) if settings.has_cache else None
-        self.rooms = PrefillRooms(self.identity, settle_s=backend.settle_s)
-        self.scheduler = PrefillScheduler(
-            **self.common(lambda: self.cache is None or self.cache.reset()),
-            rooms=self.rooms,
-            backend=backend,
-            cache=self.cache,
-            layout=LAYOUT,
-            limits=PrefillLimits(
-                max_batch_tokens=settings.chunk_tokens,
-                max_batch_rows=settings.max_rows,
-                max_waiting=settings.max_waiting,
-            ),
-        )
-
-    @property
-    def caches(self) -> list[PrefixCache]:
-        return [self.cache] if self.cache else []
-
-    @property
-    def states(self) -> dict[str, list[Any]]:
-        jobs = self.scheduler.jobs.items()
-        return {state.value: [room for room, job in jobs if job.state is state] for state in JobState}
-
-    def check(self) -> None:
-        check_pages(self.allocator, self.caches, owners=self.scheduler.jobs.keys())
-        check_requests(self.states)
-
-    def check_idle(self) -> None:
-        assert self.scheduler.is_idle
-        check_idle(self.allocator, self.caches, states=self.states)
-
-
-class DecodeNode(_Base[ClientToNode]):
-    def __init__(self, settings: Settings, network: Network, journal: list[str]) -> None:
-        super().__init__("decode", ClientToNode, settings.decode_pages, settings, journal)
-        self.cache = PrefixCache(self.allocator, PAGE_SIZE)
-        self.pages = RequestPages(
-            self.allocator,
-            self.cache,
-            self.pool.copy,
-            self.pool.poison,
-            keeps_prefixes=settings.decode_has_cache,
-        )
-        self.growth = GrowthEstimate(settings.conservativeness)
-        pool_bytes = settings.decode_pages * LAYOUT.page_bytes
-        region = MemoryRegion(
-            session="decode", address=0, num_bytes=pool_bytes + 8, scratch_address=pool_bytes
-        )
-        self.rooms = DecodeRooms(self.identity, region, settings.decode_pages)
-        gone_clients: set[bytes] = set()
-
-        def send_output(client: bytes, message: msgspec.Struct) -> None:
-            if not self.server.send(client, message):
-                gone_clients.add(client)
-
-        self.streamer = OutputStreamer(send_output)
-        self.death_probe = FakeDeathProbe()
-        self.scheduler = DecodeScheduler(
-            **self.common(self.cache.reset),
-            cache=self.cache,
-            growth=self.growth,
-            local_prefill=LocalPrefillPolicy(
-                threshold=settings.local_prefill_threshold,
-                chunk_tokens=settings.local_prefill_chunk,
-                page_size=PAGE_SIZE,
-                page_bytes=LAYOUT.page_bytes,
-            ),
-            links=cast(PeerLinks, network),
-            death_probe=cast(DeathProbe, self.death_probe),
-            rooms=self.rooms,
-            pages=self.pages,
-            streamer=self.streamer,
-            gone_clients=gone_clients,
-            verify_pages=settings.verify_pages,
-            limits=DecodeLimits(
-                max_running=settings.max_running,
-                max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
-                max_model_len=settings.max_model_len,
-            ),
-            eos_token_ids=settings.eos_token_ids,
-        )
-
-    @property
-    def states(self) -> dict[str, list[Any]]:
-        requests = self.scheduler.requests.values()
-        return {
-            state.value: [request.key for request in requests if request.state is state]
-            for state in RequestState
-        }
-
-    def check(self) -> None:
-        scheduler = self.scheduler
-        sequences = self._sequences()
-        rooms = [*self.allocator.exposed_rooms(), *self.allocator.quarantined_rooms()]
-        check_pages(
-            self.allocator,
-            [self.cache],
-            owners=[sequence.owner for sequence in sequences],
-            open_rooms=[
-                room for room in rooms if self.rooms.state_of(room) is not None or room in scheduler.verifying
-            ],
-        )
-        check_requests(self.states)
-        self.pages.check_promises([cast(DecodeRequest, SimpleNamespace(sequences=sequences))])
-        self.streamer.check()
-        counts = self.allocator.counts()
-        assert counts.quarantined == self.rooms.num_quarantined_pages
-        num_verifying = sum(len(self.allocator.room_pages(room)) for room in scheduler.verifying)
-        num_exposed = self.rooms.num_exposed_pages(ADDRESS) - counts.quarantined
-        assert counts.exposed == num_exposed + num_verifying
-        in_handoff = {request.room: request for request in scheduler.requests.values() if request.room}
-        assert in_handoff == scheduler.by_room
-        assert set(self.allocator.exposed_rooms()) == in_handoff.keys()
-        for request in scheduler.requests.values():
-            assert (request.state is RequestState.HANDOFF) == (request.room is not None)
-            assert request.live_sequences, "a request without a live choice is not forgotten"
-
-    def _sequences(self) -> list[DecodeSequence]:
-        """Of every request, and cancelled ones that a forward still writes."""
-        found = {
-            id(sequence): sequence
-            for request in self.scheduler.requests.values()
-            for sequence in request.sequences
-        }
-        for row in self.scheduler.forward:
-            in_forward = [row.sequence] if isinstance(row, DecodeRow) else row.request.sequences
-            found.update({id(sequence): sequence for sequence in in_forward})
-        return list(found.values())
-
-    def check_idle(self) -> None:
-        assert self.scheduler.is_idle
-        assert self.rooms.is_idle, "a room is still in quarantine"
-        assert self.pages.num_available == self.allocator.num_pages
-        check_idle(self.allocator, [self.cache], states=self.states)
-
-
 # ---- the client -------------------------------------------------------------------------------------
 
 
@@ -823,9 +343,23 @@ class Pair:
         self.journal: list[str] = []
         no_pool, no_allocator = Pool(1), PageAllocator(1)
         self.backend = FakeBackend(no_pool, no_pool, no_allocator, self.journal)
-        self.prefill = PrefillNode(self.settings, self.backend, self.journal)
-        self.network = Network(self.prefill.server, self.journal)
-        self.decode = DecodeNode(self.settings, self.network, self.journal)
+        to_prefill: FakeServer[ToPrefill] = FakeServer(ToPrefill)
+        self.prefill = PrefillNode(
+            Place(name="prefill", incarnation="prefill-1"),
+            to_prefill,
+            self.backend,
+            self.settings,
+            journal=self.journal,
+        )
+        self.backend.source = self.prefill.pool
+        self.network = Network(to_prefill, self.journal)
+        self.decode = DecodeNode(
+            Place(name="decode", incarnation="decode-1"),
+            FakeServer(ClientToNode),
+            self.network,
+            self.settings,
+            journal=self.journal,
+        )
         self.backend.destination = self.decode.pool
         self.backend.decode_allocator = self.decode.allocator
         if not self.settings.is_colocated:

@@ -249,10 +249,10 @@ def test_a_failed_write_fails_the_attempt_and_its_pages_settle(pair: Pair) -> No
     assert (failure.code, failure.retriable) == ("transfer_failed", True)
     (room,) = pair.decode.allocator.quarantined_rooms()
     assert pair.decode.rooms.state_of(room) is RoomState.SETTLING
-    pair.advance(SETTLE_S - 0.5)
+    pair.advance(SETTLE_S)
     pair.backend.land_late()  # the fake asserts that nobody has these pages yet
     assert pair.decode.allocator.counts().quarantined == 4
-    pair.advance(1.0)
+    pair.advance(1.5)
     assert pair.decode.allocator.num_free == 32
     pair.start("a", PROMPT, attempt=2, output_ids=expected_tokens(PROMPT, 1))
     pair.finish()
@@ -286,7 +286,7 @@ def test_a_held_loop_counts_the_settling_time_from_the_start(pair: Pair) -> None
     pair.settle()
     assert pair.decode.allocator.counts().quarantined == 4
     pair.backend.land_late()
-    pair.advance(SETTLE_S + 0.5)
+    pair.advance(SETTLE_S + 1.5)
     assert pair.decode.allocator.counts().quarantined == 0
     pair.finish()
 

@@ -207,6 +207,22 @@ async def test_a_frozen_decode_node_is_suspected_and_told_to_stop(
     first.emit(TokenOutputs(outputs=(late,)))
 
 
+async def test_a_connection_that_died_in_silence_is_made_again(bench: Bench) -> None:
+    """A network that forgot it tells nobody; the node goes on registering itself and waits for pings."""
+    node = bench.decode()
+    await bench.start(lease_s=0.8)
+    await bench.until(lambda: bench.service.workers()[0].healthy)
+    (link,) = node.links
+    node.answers_pings = False  # on this connection, that is
+    async with asyncio.timeout(10):
+        while link in node.links:
+            await bench.service.register_worker(node.entry.url, node.entry)
+            await asyncio.sleep(0.005)
+    node.answers_pings = True
+    await bench.service.register_worker(node.entry.url, node.entry)
+    await bench.until(lambda: bool(bench.service.workers()) and bench.service.workers()[0].healthy)
+
+
 async def test_choices_of_a_lost_node_are_each_continued_alone(
     bench: Bench, spec: Spec, expected: Expected
 ) -> None:

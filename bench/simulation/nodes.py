@@ -1,0 +1,414 @@
+"""A prefill and a decode node composed of their real parts, as their `main` modules compose them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import msgspec
+
+from ...components.flush_wrapper import FlushWrapper
+from ...components.invariant_checker import check_idle, check_pages, check_requests
+from ...components.load_inquirer import LoadInquirer
+from ...components.metrics_reporter import MetricsReporter
+from ...components.node_control import NodeControl
+from ...components.node_process import LoadedModel
+from ...components.node_status import NodeStatus
+from ...components.output_streamer import OutputStreamer
+from ...components.page_allocator import PageAllocator
+from ...components.prefix_cache import PrefixCache
+from ...components.request_receiver import RequestReceiver
+from ...components.weight_updater import Prepared, WeightUpdater
+from ...decode.batching import DecodeRow
+from ...decode.death_probe import DeathProbe
+from ...decode.growth_estimate import GrowthEstimate
+from ...decode.local_prefill import LocalPrefillPolicy
+from ...decode.peer_links import LinkDown, PeerLinks
+from ...decode.request_pages import RequestPages
+from ...decode.scheduler import DecodeLimits, DecodeScheduler
+from ...decode.sequence import DecodeRequest, RequestState, Sequence
+from ...engine.engine_thread import EngineThread
+from ...engine.forward_batch import ForwardBatch
+from ...engine.schedule_batch import ScheduleBatch
+from ...messages.channel import ServerChannel
+from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
+from ...messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity, PeerToDecode, PeerToPrefill
+from ...prefill.job import JobState
+from ...prefill.scheduler import PrefillLimits, PrefillScheduler, ToPrefill
+from ...runtime.config import VerifyPages, node_config
+from ...runtime.errors import StartupError
+from ...transfer.backends.base import TransferBackend
+from ...transfer.decode_rooms import DecodeRooms
+from ...transfer.page_digests import DigestWorker
+from ...transfer.prefill_rooms import PrefillRooms
+from .engine import FakeEngine
+from .side_work import FakeDeathProbe, FakeDigests
+from .tokens import EOS, LAYOUT, PAGE_SIZE, VOCAB_SIZE, Pool
+
+INITIAL_VERSION = "default"
+BACKEND = "fake"  # also the name of its transport
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class FakeCheckpoint:
+    path: Path
+    fingerprint: str
+
+
+def load_checkpoint(path: Path) -> FakeCheckpoint:
+    if path.name.startswith("wrong"):
+        raise StartupError(f"{path} cannot replace the model that is served")
+    return FakeCheckpoint(path, f"print of {path.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of both nodes of a pair."""
+
+    prefill_pages: int = 32
+    decode_pages: int = 32
+    chunk_tokens: int = 8
+    max_rows: int = 16
+    max_waiting: int = 8
+    max_running: int = 8
+    max_model_len: int = 1000
+    has_cache: bool = True
+    decode_has_cache: bool = True
+    local_prefill_threshold: int | None = None
+    local_prefill_chunk: int = 8
+    conservativeness: float = 1.0
+    is_colocated: bool = False
+    verify_pages: VerifyPages = "off"
+    eos_token_ids: tuple[int, ...] = (EOS,)
+
+
+class Server(Protocol[T_co]):
+    """A node's bound socket, in place of ServerChannel."""
+
+    def receive(self) -> Iterator[tuple[bytes, T_co]]: ...
+
+    def send(self, link: bytes, message: msgspec.Struct) -> bool: ...
+
+
+class Links(Protocol):
+    """A decode node's connections to prefill nodes, in place of PeerLinks."""
+
+    def open(self, address: str, epoch: int) -> None: ...
+
+    def close(self, address: str) -> None: ...
+
+    def send(self, address: str, message: PeerToPrefill) -> None: ...
+
+    def receive(self) -> Iterator[tuple[str, PeerToDecode | LinkDown]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a node is, and which life of it this is."""
+
+    name: str
+    incarnation: str
+    model_path: str = "weights-1"
+    weight_version: str = INITIAL_VERSION
+
+    @property
+    def address(self) -> str:
+        return f"tcp://{self.name}:1"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.name}"
+
+    @property
+    def fingerprint(self) -> str:
+        return f"print of {self.model_path}"
+
+
+class _Base(Generic[T]):
+    """What both nodes have: the parts around the scheduler."""
+
+    def __init__(
+        self,
+        role: Role,
+        place: Place,
+        server: Server[T],
+        num_pages: int,
+        settings: Settings,
+        *,
+        journal: list[str] | None,
+        on_queued: Callable[[], None] | None,
+        on_digest: Callable[[], None] | None,
+        metrics: MetricsReporter | None,
+    ) -> None:
+        self.place = place
+        self.server = server
+        self.pool = Pool(num_pages)
+        self.allocator = PageAllocator(num_pages)
+        self.engine = FakeEngine(place.name, self.pool, self.allocator, journal, on_queued)
+        self.engine.weights = place.model_path
+        self.identity = PeerIdentity(
+            incarnation=place.incarnation,
+            protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=place.fingerprint,
+            weight_version=place.weight_version,
+            layout=LAYOUT,
+            tp_size=1,
+            backend=BACKEND,
+            transport=BACKEND,
+        )
+        entry = NodeEntry(
+            url=place.url,
+            role=role,
+            incarnation=place.incarnation,
+            zmq_address=place.address,
+            model_name="model",
+            model_fingerprint=place.fingerprint,
+            weight_version=place.weight_version,
+            colocated=settings.is_colocated and role == "decode",
+        )
+        model = ModelInfo(
+            model_name="model",
+            model_path=place.model_path,
+            model_type="qwen3",
+            architectures=(),
+            vocab_size=VOCAB_SIZE,
+            max_model_len=settings.max_model_len,
+            eos_token_ids=settings.eos_token_ids,
+            dtype="float32",
+            weight_version=place.weight_version,
+            model_fingerprint=place.fingerprint,
+        )
+        self.status = NodeStatus(entry, model, node_config(role, {}), LAYOUT, BACKEND)
+        self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(load_checkpoint, self.engine.submit_job)
+        self.metrics = metrics or MetricsReporter("model", role)
+        self.digests = FakeDigests(self.pool, on_digest)
+        self.load_inquirer = LoadInquirer(page_size=PAGE_SIZE, max_running_requests=settings.max_running)
+        self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", server))
+
+    def _control(self, drop_cache: Callable[[], bool]) -> NodeControl[FakeCheckpoint]:
+        return NodeControl(
+            status=self.status,
+            flush=FlushWrapper(),
+            weights=self.weights,
+            metrics=self.metrics,
+            drop_cache=drop_cache,
+        )
+
+    def swap(self, prepared: Prepared[FakeCheckpoint]) -> PeerIdentity:
+        checkpoint = prepared.checkpoint
+        self.engine.weights = checkpoint.path.name
+        self.status.renew(str(checkpoint.path), checkpoint.fingerprint, prepared.weight_version)
+        self.identity = msgspec.structs.replace(
+            self.identity,
+            model_fingerprint=checkpoint.fingerprint,
+            weight_version=prepared.weight_version,
+        )
+        return self.identity
+
+    def _common(self, drop_cache: Callable[[], bool]) -> dict[str, Any]:
+        return {
+            "receiver": self.receiver,
+            "send": self.server.send,
+            "allocator": self.allocator,
+            "digests": cast(DigestWorker, self.digests),
+            "engine": cast(EngineThread, self.engine),
+            "build": cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
+            "control": cast("NodeControl[LoadedModel]", self._control(drop_cache)),
+            "weights": cast("WeightUpdater[LoadedModel]", self.weights),
+            "swap": self.swap,
+            "status": self.status,
+            "load_inquirer": self.load_inquirer,
+            "metrics": self.metrics,
+            "unix_minus_monotonic_s": 0.0,
+        }
+
+
+class PrefillNode(_Base[ToPrefill]):
+    def __init__(
+        self,
+        place: Place,
+        server: Server[ToPrefill],
+        backend: TransferBackend,
+        settings: Settings,
+        *,
+        journal: list[str] | None = None,
+        on_queued: Callable[[], None] | None = None,
+        on_digest: Callable[[], None] | None = None,
+        metrics: MetricsReporter | None = None,
+    ) -> None:
+        super().__init__(
+            "prefill",
+            place,
+            server,
+            settings.prefill_pages,
+            settings,
+            journal=journal,
+            on_queued=on_queued,
+            on_digest=on_digest,
+            metrics=metrics,
+        )
+        self.cache = PrefixCache(self.allocator, PAGE_SIZE) if settings.has_cache else None
+        self.rooms = PrefillRooms(self.identity, settle_s=backend.settle_s)
+        self.scheduler = PrefillScheduler(
+            **self._common(lambda: self.cache is None or self.cache.reset()),
+            rooms=self.rooms,
+            backend=backend,
+            cache=self.cache,
+            layout=LAYOUT,
+            limits=PrefillLimits(
+                max_batch_tokens=settings.chunk_tokens,
+                max_batch_rows=settings.max_rows,
+                max_waiting=settings.max_waiting,
+            ),
+        )
+
+    @property
+    def caches(self) -> list[PrefixCache]:
+        return [self.cache] if self.cache else []
+
+    @property
+    def states(self) -> dict[str, list[Any]]:
+        jobs = self.scheduler.jobs.items()
+        return {state.value: [room for room, job in jobs if job.state is state] for state in JobState}
+
+    def check(self) -> None:
+        check_pages(self.allocator, self.caches, owners=self.scheduler.jobs.keys())
+        check_requests(self.states)
+
+    def check_idle(self) -> None:
+        """Nothing runs, nothing is held but the cache."""
+        assert self.scheduler.is_idle, f"{self.place.incarnation} is not idle"
+        check_idle(self.allocator, self.caches, states=self.states)
+
+
+class DecodeNode(_Base[ClientToNode]):
+    def __init__(
+        self,
+        place: Place,
+        server: Server[ClientToNode],
+        links: Links,
+        settings: Settings,
+        *,
+        journal: list[str] | None = None,
+        on_queued: Callable[[], None] | None = None,
+        on_digest: Callable[[], None] | None = None,
+        metrics: MetricsReporter | None = None,
+    ) -> None:
+        super().__init__(
+            "decode",
+            place,
+            server,
+            settings.decode_pages,
+            settings,
+            journal=journal,
+            on_queued=on_queued,
+            on_digest=on_digest,
+            metrics=metrics,
+        )
+        self.cache = PrefixCache(self.allocator, PAGE_SIZE)
+        self.pages = RequestPages(
+            self.allocator,
+            self.cache,
+            self.pool.copy,
+            self.pool.poison,
+            keeps_prefixes=settings.decode_has_cache,
+        )
+        self.growth = GrowthEstimate(settings.conservativeness)
+        pool_bytes = settings.decode_pages * LAYOUT.page_bytes
+        region = MemoryRegion(
+            session=place.incarnation, address=0, num_bytes=pool_bytes + 8, scratch_address=pool_bytes
+        )
+        self.rooms = DecodeRooms(self.identity, region, settings.decode_pages)
+        gone_clients: set[bytes] = set()
+
+        def send_output(client: bytes, message: msgspec.Struct) -> None:
+            if not server.send(client, message):
+                gone_clients.add(client)
+
+        self.streamer = OutputStreamer(send_output)
+        self.death_probe = FakeDeathProbe()
+        self.scheduler = DecodeScheduler(
+            **self._common(self.cache.reset),
+            cache=self.cache,
+            growth=self.growth,
+            local_prefill=LocalPrefillPolicy(
+                threshold=settings.local_prefill_threshold,
+                chunk_tokens=settings.local_prefill_chunk,
+                page_size=PAGE_SIZE,
+                page_bytes=LAYOUT.page_bytes,
+            ),
+            links=cast(PeerLinks, links),
+            death_probe=cast(DeathProbe, self.death_probe),
+            rooms=self.rooms,
+            pages=self.pages,
+            streamer=self.streamer,
+            gone_clients=gone_clients,
+            verify_pages=settings.verify_pages,
+            limits=DecodeLimits(
+                max_running=settings.max_running,
+                max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
+                max_model_len=settings.max_model_len,
+            ),
+            eos_token_ids=settings.eos_token_ids,
+        )
+
+    @property
+    def states(self) -> dict[str, list[Any]]:
+        requests = self.scheduler.requests.values()
+        return {
+            state.value: [request.key for request in requests if request.state is state]
+            for state in RequestState
+        }
+
+    def check(self) -> None:
+        """Between two turns of the loop: each page has one owner that is alive, and the parts agree."""
+        scheduler = self.scheduler
+        sequences = self._sequences()
+        rooms = [*self.allocator.exposed_rooms(), *self.allocator.quarantined_rooms()]
+        check_pages(
+            self.allocator,
+            [self.cache],
+            owners=[sequence.owner for sequence in sequences],
+            open_rooms=[
+                room for room in rooms if self.rooms.state_of(room) is not None or room in scheduler.verifying
+            ],
+        )
+        check_requests(self.states)
+        self.pages.check_promises([cast(DecodeRequest, SimpleNamespace(sequences=sequences))])
+        self.streamer.check()
+        counts = self.allocator.counts()
+        num_exposed = sum(peer.num_exposed_pages for peer in self.rooms.peers())
+        assert counts.quarantined == self.rooms.num_quarantined_pages, "quarantine differs between the parts"
+        num_verifying = sum(len(self.allocator.room_pages(room)) for room in scheduler.verifying)
+        num_exposed += num_verifying - counts.quarantined
+        assert counts.exposed == num_exposed, "exposure differs between the parts"
+        in_handoff = {request.room: request for request in scheduler.requests.values() if request.room}
+        assert in_handoff == scheduler.by_room, "a room's request is not known by it"
+        assert set(self.allocator.exposed_rooms()) == in_handoff.keys(), "a request's room is not exposed"
+        for request in scheduler.requests.values():
+            assert (request.state is RequestState.HANDOFF) == (request.room is not None)
+            assert request.live_sequences, "a request without a live choice is not forgotten"
+
+    def _sequences(self) -> list[Sequence]:
+        """Of every request, and cancelled ones that a forward still writes."""
+        found = {
+            id(sequence): sequence
+            for request in self.scheduler.requests.values()
+            for sequence in request.sequences
+        }
+        for row in self.scheduler.forward:
+            in_forward = [row.sequence] if isinstance(row, DecodeRow) else row.request.sequences
+            found.update({id(sequence): sequence for sequence in in_forward})
+        return list(found.values())
+
+    def check_idle(self) -> None:
+        """Nothing runs, nothing is held, no room is in quarantine."""
+        assert self.scheduler.is_idle, f"{self.place.incarnation} is not idle"
+        assert self.rooms.is_idle, "a room is still in quarantine"
+        assert self.pages.num_available == self.allocator.num_pages, "pages are promised to nobody"
+        check_idle(self.allocator, [self.cache], states=self.states)

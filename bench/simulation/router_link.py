@@ -1,0 +1,149 @@
+"""A router's connection to a node, in place of the zmq one: calls that are answered, output that streams."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ...api.node_client import Call, NodeUnavailableError, Reply, StreamMessage
+from ...messages.node import (
+    AbortRequests,
+    AssertPeerDeath,
+    AttemptFailed,
+    CallReply,
+    ClientToNode,
+    CommitWeights,
+    DiscardWeights,
+    FlushCache,
+    GetRequestState,
+    GetServerInfo,
+    Ping,
+    Pong,
+    PrepareWeights,
+    RequestStateReply,
+    ServerInfoReply,
+    TokenOutputs,
+)
+from .network import Network
+
+REPLY_MARGIN_S = 5.0
+CONTROL_S = 10.0
+R = TypeVar("R", bound=Reply)
+
+
+class SimulatedLink:
+    """A `NodeLink`."""
+
+    def __init__(
+        self,
+        network: Network,
+        address: str,
+        *,
+        client_name: str,
+        on_stream: Callable[[StreamMessage], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._on_stream = on_stream
+        self._on_lost = on_lost
+        self._call_ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._ended = ""
+        self._loop = asyncio.get_running_loop()
+        self._connection = network.connect(
+            address, client_name=client_name, on_message=self._arrive, on_down=self._down
+        )
+
+    def send(self, message: ClientToNode) -> None:
+        if self._ended:
+            raise NodeUnavailableError(self._ended)
+        if self._connection is not None:
+            self._connection.to_server(message)
+
+    async def ping(self, timeout_s: float) -> Pong:
+        return await self._call(Ping(call_id=next(self._call_ids)), Pong, timeout_s)
+
+    async def server_info(self, timeout_s: float) -> ServerInfoReply:
+        return await self._call(GetServerInfo(call_id=next(self._call_ids)), ServerInfoReply, timeout_s)
+
+    async def flush_cache(self, flush_timeout_s: float) -> CallReply:
+        message = FlushCache(call_id=next(self._call_ids), timeout_s=flush_timeout_s)
+        return await self._call(message, CallReply, flush_timeout_s + REPLY_MARGIN_S)
+
+    async def abort(self, request_id: str, *, all_requests: bool) -> CallReply:
+        message = AbortRequests(
+            call_id=next(self._call_ids), request_id=request_id, all_requests=all_requests
+        )
+        return await self._call(message, CallReply, CONTROL_S)
+
+    async def assert_peer_death(self, incarnation: str, timeout_s: float) -> CallReply:
+        message = AssertPeerDeath(call_id=next(self._call_ids), incarnation=incarnation)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def request_state(self, request_id: str, timeout_s: float) -> RequestStateReply:
+        message = GetRequestState(call_id=next(self._call_ids), request_id=request_id)
+        return await self._call(message, RequestStateReply, timeout_s)
+
+    async def prepare_weights(
+        self, update_id: str, model_path: str, weight_version: str, timeout_s: float
+    ) -> CallReply:
+        message = PrepareWeights(
+            call_id=next(self._call_ids),
+            update_id=update_id,
+            model_path=model_path,
+            weight_version=weight_version,
+        )
+        return await self._call(message, CallReply, timeout_s)
+
+    async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply:
+        message = CommitWeights(call_id=next(self._call_ids), update_id=update_id)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply:
+        message = DiscardWeights(call_id=next(self._call_ids), update_id=update_id)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def close(self) -> None:
+        self._end("closed")
+
+    async def _call(self, message: Call, expected: type[R], timeout_s: float) -> R:
+        self.send(message)
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        self._waiting[message.call_id] = future
+        timer = self._loop.call_later(timeout_s, self._give_up, message.call_id)
+        try:
+            reply = await future
+        finally:
+            timer.cancel()
+            self._waiting.pop(message.call_id, None)
+        assert isinstance(reply, expected)
+        return reply
+
+    def _give_up(self, call_id: int) -> None:
+        future = self._waiting.get(call_id)
+        if future is not None and not future.done():
+            future.set_exception(NodeUnavailableError("no answer in time"))
+
+    def _arrive(self, message: Any) -> None:  # noqa: ANN401, one of NodeToClient
+        if isinstance(message, TokenOutputs | AttemptFailed):
+            self._on_stream(message)
+            return
+        future = self._waiting.get(message.call_id)
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def _down(self) -> None:
+        if not self._ended:
+            self._end("the connection is lost")
+            self._on_lost("the connection is lost")
+
+    def _end(self, reason: str) -> None:
+        if self._ended:
+            return
+        self._ended = reason
+        if self._connection is not None:
+            self._connection.close()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(NodeUnavailableError(reason))
