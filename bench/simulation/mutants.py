@@ -416,6 +416,7 @@ MUTANTS = (
         "sources-unlocked-early",
         "source pages may be evicted while the last ones travel (6.1.1)",
         (Patch(PrefillScheduler, "insert_into_cache", _sources_unlocked_early),),
+        flavour="crowded",
     ),
     Mutant(
         "freed-under-a-prefill",

@@ -171,6 +171,8 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
             faults.append(_killing(draw, len(faults)))
         case "crowded":
             requests = [_impatient(draw, request) for request in requests]
+            quality = replace(quality, slow_rate=0.5, slow_s=0.8)
+            settings = replace(settings, has_cache=True, local_prefill_threshold=0)
         case "stalled":
             quality = replace(quality, settle_s=draw.choice((0.0, 0.0, 2.0)))
             faults.append(_stall(draw, len(faults)))
