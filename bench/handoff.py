@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -36,7 +35,8 @@ class Measured:
     second_token_s: float
     last_token_s: float
     num_tokens: int
-    spans: dict[str, dict[str, Any]]
+    stage_s: dict[str, float]  # spans of one stage added up
+    num_bytes: int  # handed off
 
     @property
     def itl_s(self) -> float:
@@ -77,7 +77,8 @@ def ask(url: str, prompt: Sequence[int], max_tokens: int) -> Measured:
     )
     started = time.perf_counter()
     times: list[float] = []
-    spans: dict[str, dict[str, Any]] = {}
+    stage_s: dict[str, float] = {}
+    num_bytes = 0
     try:
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -90,7 +91,9 @@ def ask(url: str, prompt: Sequence[int], max_tokens: int) -> Measured:
             event = json.loads(line[6:])
             if "error" in event:
                 raise StartupError(f"a request failed: {event['error']['message']}")
-            spans |= {span["name"]: span for span in event.get("timeline", {}).get("spans", [])}
+            for span in event.get("timeline", {}).get("spans", []):
+                stage_s[span["name"]] = stage_s.get(span["name"], 0.0) + span["duration_s"]
+                num_bytes += span.get("num_bytes", 0) if span["name"] == "wire" else 0
             for choice in event["choices"]:
                 times += [now] * len(choice.get("token_ids") or [])
     except (http.client.HTTPException, OSError) as error:
@@ -99,7 +102,7 @@ def ask(url: str, prompt: Sequence[int], max_tokens: int) -> Measured:
         connection.close()
     if len(times) != max_tokens:
         raise StartupError(f"{len(times)} tokens came instead of {max_tokens}")
-    return Measured(times[0], times[1], times[-1], len(times), spans)
+    return Measured(times[0], times[1], times[-1], len(times), stage_s, num_bytes)
 
 
 def measure(two_nodes: str, colocated: str, prompt_tokens: int, repeats: int, vocab_size: int) -> Row:
@@ -124,10 +127,9 @@ def measure(two_nodes: str, colocated: str, prompt_tokens: int, repeats: int, vo
         ttft_colocated_ms=median_ms([m.first_token_s for m in joined]),
         second_ms=median_ms([m.second_token_s for m in split]),
         second_colocated_ms=median_ms([m.second_token_s for m in joined]),
-        wire_ms=median_ms([m.spans["wire"]["duration_s"] for m in split]),
-        wire_mib=split[0].spans["wire"]["num_bytes"] / 2**20,
-        prefill_tokens_per_s=prompt_tokens
-        / statistics.median([m.spans["prefill"]["duration_s"] for m in split]),
+        wire_ms=median_ms([m.stage_s["wire"] for m in split]),
+        wire_mib=split[0].num_bytes / 2**20,
+        prefill_tokens_per_s=prompt_tokens / statistics.median([m.stage_s["prefill_chunk"] for m in split]),
         itl_ms=median_ms([m.itl_s for m in split]),
         itl_colocated_ms=median_ms([m.itl_s for m in joined]),
     )

@@ -51,6 +51,7 @@ class NodeStatus:
         ready_peers: Sequence[str],
         refused_peers: Mapping[str, str],
         is_draining: bool,
+        unix_s: float = 0.0,
     ) -> Pong:
         return Pong(
             call_id=call_id,
@@ -59,6 +60,7 @@ class NodeStatus:
             ready_peers=tuple(ready_peers),
             refused_peers=dict(refused_peers),
             draining=is_draining,
+            unix_s=unix_s,
         )
 
     def server_info(self, call_id: int, load: NodeLoad) -> ServerInfoReply:

@@ -247,6 +247,7 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     ready_peers: tuple[str, ...]  # incarnations of prefill nodes that this decode node may use
     refused_peers: dict[str, str]  # url -> reason
     draining: bool = False
+    unix_s: float = 0.0  # the node's clock when it was sent
 
 
 class CallReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):

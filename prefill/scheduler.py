@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,13 +64,14 @@ from ..messages.peer import (
     PeerHello,
     PeerIdentity,
     PeerPing,
+    PeerPong,
     PeerToPrefill,
     PrefillRequest,
     RoomBusy,
     RoomId,
     SampledFirstToken,
 )
-from ..messages.timeline import Span
+from ..messages.timeline import SpanClock, covered_s
 from ..transfer.actions import (
     AdmitRoom,
     CancelWrites,
@@ -125,6 +127,7 @@ class PrefillScheduler:
         metrics: MetricsReporter,
         limits: PrefillLimits,
         unix_minus_monotonic_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.receiver = receiver
         self.send = send
@@ -142,7 +145,7 @@ class PrefillScheduler:
         self.load_inquirer = load_inquirer
         self.metrics = metrics
         self.limits = limits
-        self.unix_minus_monotonic_s = unix_minus_monotonic_s
+        self.clock = SpanClock(clock, unix_minus_monotonic_s)
         self.jobs: dict[RoomId, PrefillJob] = {}  # every job, in order of arrival
         self.forwards: deque[list[tuple[PrefillJob, ScheduledRow]]] = deque()  # on the engine thread
         self.idle_check = IdleCheck()
@@ -192,6 +195,7 @@ class PrefillScheduler:
                     ready_peers=(),
                     refused_peers={},
                     is_draining=self.is_draining,
+                    unix_s=self.clock.unix_s(self.clock.now()),
                 )
                 self.send(link, pong)
             case (
@@ -223,7 +227,11 @@ class PrefillScheduler:
         for action in actions:
             match action:
                 case SendToDecode():
-                    self.send(action.link, action.message)
+                    message = action.message
+                    if isinstance(message, PeerPong):
+                        unix_s = self.clock.unix_s(self.clock.now())
+                        message = msgspec.structs.replace(message, unix_s=unix_s)
+                    self.send(action.link, message)
                     self.count(action)
                 case MeetPeer():
                     self.backend.first_contact(action.handle, action.region)
@@ -234,7 +242,7 @@ class PrefillScheduler:
                 case DisconnectPeer():
                     self.backend.disconnect(action.region)
                 case AdmitRoom():
-                    self.jobs[action.request.room] = self.new_job(action.request, now)
+                    self.jobs[action.request.room] = self.new_job(action.request)
                 case ReleaseRoom():
                     self.release(action)
                 case _:
@@ -248,9 +256,10 @@ class PrefillScheduler:
         is_stuck = self.backend.stuck_s(now) > _STUCK_S
         return num_waiting < self.limits.max_waiting and not is_stuck and not self.is_draining
 
-    def new_job(self, request: PrefillRequest, now: float) -> PrefillJob:
+    def new_job(self, request: PrefillRequest) -> PrefillJob:
+        arrived = self.clock.now()
         token_ids = (*request.prompt_ids, *request.output_ids)
-        return PrefillJob(message=request, arrived_s=now, token_ids=token_ids, state_since_s=now)
+        return PrefillJob(message=request, token_ids=token_ids, state_since_s=arrived, reached_s=arrived)
 
     def admit_waiting(self, now: float) -> None:
         """Oldest first; who does not get all of its pages lets nobody pass, or long prompts would starve."""
@@ -298,9 +307,10 @@ class PrefillScheduler:
             if not chunks:
                 return
             self.engine.submit(self.build(ScheduleBatch(rows=tuple(row for _, row in chunks))))
+            submitted = self.clock.now()
             self.forwards.append(chunks)
             for job, row in chunks:
-                job.started_s = job.started_s or now
+                job.submitted_s.append(submitted)
                 job.num_scheduled += row.num_tokens
                 job.num_forwards += 1
 
@@ -311,6 +321,7 @@ class PrefillScheduler:
         for (job, row), result in zip(chunks, output.rows, strict=True):
             job.num_forwards -= 1
             job.num_computed += row.num_tokens
+            self.note_chunk(job, row, output)
             self.load_inquirer.count_prompt(num_computed=row.num_tokens)
             if job.is_over:
                 self.free_if_unused(job)
@@ -322,7 +333,18 @@ class PrefillScheduler:
                 self.enter_sending(job, result, now)
             num_ready = job.num_computed // self.layout.page_size
             pages = job.pages if job.state is JobState.SENDING else job.pages[:num_ready]
-            self.act(self.rooms.pages_ready(job.room, 0, pages, now), now)
+            self.act(self.rooms.pages_ready(job.room, 0, pages, self.clock.now()), now)
+
+    def note_chunk(self, job: PrefillJob, row: ScheduledRow, output: ForwardOutput) -> None:
+        """What it waited for since its chunk before, and the chunk itself, as the engine measured it."""
+        submitted = job.submitted_s.popleft()
+        if submitted > job.reached_s:
+            job.spans.append(self.clock.span("prefill_queue", job.reached_s, submitted))
+            job.reached_s = submitted
+        job.spans.append(self.clock.span("engine_queue", job.reached_s, output.started))
+        chunk = self.clock.span("prefill_chunk", output.started, output.finished, num_tokens=row.num_tokens)
+        job.spans.append(chunk)
+        job.reached_s = output.finished
 
     # ---- 3: sending ---------------------------------------------------------------------------------
 
@@ -333,17 +355,14 @@ class PrefillScheduler:
         tokens = tuple(
             SampledFirstToken(sampled.choice, sampled.token_id, sampled.logprob) for sampled in result.tokens
         )
-        spans = (
-            self.span("prefill_queue", job.arrived_s, job.started_s),
-            self.span("prefill", job.started_s, now),
-        )
+        sent = self.clock.span("first_token", job.reached_s, self.clock.now())
         first_token = self.rooms.first_token(
             job.room,
             tokens,
             now,
             prompt_logprobs=tuple(job.prompt_logprobs),
             num_cached_tokens=job.num_cached,
-            spans=spans,
+            spans=(*job.spans, sent),
         )
         self.act(first_token, now)
 
@@ -425,8 +444,8 @@ class PrefillScheduler:
     def count(self, action: SendToDecode) -> None:
         match action.message:
             case HandoffDone() as done:
-                wire = next(span for span in done.spans if span.name == "wire")
-                self.metrics.count_transfer(done.num_bytes, wire.duration_s)
+                wires = [span for span in done.spans if span.name == "wire"]
+                self.metrics.count_transfer(done.num_bytes, covered_s(wires, 0.0, math.inf))
                 self.metrics.count_room("done")
             case RoomBusy():
                 self.metrics.count_room("busy")
@@ -454,9 +473,6 @@ class PrefillScheduler:
                     },
                 )
         return RequestStateReply(call_id=message.call_id)
-
-    def span(self, name: str, start_s: float, end_s: float) -> Span:
-        return Span(name, start_s + self.unix_minus_monotonic_s, end_s - start_s)
 
     def fail_open_requests(self) -> None:
         """This process ends: what is left may be tried elsewhere."""

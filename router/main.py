@@ -16,9 +16,11 @@ from ..api.app import build_router_app
 from ..api.generation import ModelCard
 from ..api.in_flight import InFlightRequests
 from ..api.server import serve
+from ..api.timelines import Timelines
 from ..api.tokenization import Tokenizer
 from ..api.validation import GenerationDefaults
 from ..engine.model_config import ModelConfig
+from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
 from ..runtime.listen import http_url
@@ -49,6 +51,7 @@ async def _serve(
     defaults: GenerationDefaults,
 ) -> None:
     registry = CollectorRegistry()
+    clock = SpanClock.start()
     context = zmq.asyncio.Context()
     service = RouterService(
         RouterOptions(
@@ -61,6 +64,8 @@ async def _serve(
         lookup=HttpEntryLookup(config.api_key[0] if config.api_key else ""),
         static_urls=(*config.prefill, *config.decode),
         metrics_registry=registry,
+        clock=clock.now,
+        unix_minus_monotonic_s=clock.unix_minus_monotonic_s,
     )
     in_flight = InFlightRequests()
     app = build_router_app(
@@ -71,6 +76,7 @@ async def _serve(
         admin=service,
         registry=registry,
         in_flight=in_flight,
+        timelines=Timelines(clock, registry, card.name),
         api_keys=config.api_key,
     )
     await service.start()

@@ -20,8 +20,10 @@ from pdserve.api.app import build_router_app
 from pdserve.api.generation import ModelCard
 from pdserve.api.in_flight import InFlightRequests
 from pdserve.api.server import serve
+from pdserve.api.timelines import Timelines
 from pdserve.api.tokenization import Tokenizer
 from pdserve.api.validation import GenerationDefaults, Limits
+from pdserve.messages.timeline import SpanClock
 from pdserve.tests.unit.api.fakes import FakeAdmin, FakeGenerator
 
 CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -140,6 +142,7 @@ async def api(
         admin=admin,
         registry=registry,
         in_flight=in_flight,
+        timelines=Timelines(SpanClock.start(), registry, card.name),
         api_keys=api_keys,
         limits=limits,
     )

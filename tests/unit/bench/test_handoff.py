@@ -66,7 +66,10 @@ def serve() -> Iterator[Callable[[int, bytes], str]]:
 
 
 TOKEN = b'data: {"choices": [{"text": "a", "token_ids": [7]}]}\n\n'
-SPANS = b'data: {"choices": [], "timeline": {"spans": [{"name": "handoff", "duration_s": 1}]}}\n\n'
+WIRES = (
+    b'{"name": "wire", "duration_s": 1, "num_bytes": 8}, {"name": "wire", "duration_s": 2, "num_bytes": 4}'
+)
+SPANS = b'data: {"choices": [], "timeline": {"spans": [' + WIRES + b"]}}\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -74,7 +77,7 @@ def test_each_token_is_timed(serve: Callable[[int, bytes], str]) -> None:
     measured = handoff.ask(serve(200, TOKEN * 4 + SPANS + DONE), [1, 2], 4)
     assert measured.num_tokens == 4
     assert 0 < measured.first_token_s <= measured.second_token_s <= measured.last_token_s
-    assert measured.spans["handoff"]["duration_s"] == 1
+    assert (measured.stage_s, measured.num_bytes) == ({"wire": 3}, 12)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ from pdserve.messages.peer import (
     PeerToPrefill,
 )
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
+from pdserve.messages.timeline import Span
 from pdserve.prefill.job import JobState
 from pdserve.prefill.scheduler import PrefillLimits, PrefillScheduler, ToPrefill
 from pdserve.runtime.config import node_config
@@ -135,6 +136,17 @@ def kv_of(token_ids: Sequence[int], weights: str) -> list[int]:
 # ---- the engine -------------------------------------------------------------------------------------
 
 
+@dataclass
+class FakeClock:
+    """Stands still but for a nanosecond at each look, so what is measured later ends later."""
+
+    now: float = 100.0
+
+    def tick(self) -> float:
+        self.now += 1e-9
+        return self.now
+
+
 @dataclass(frozen=True)
 class _Job:
     name: str
@@ -144,8 +156,11 @@ class _Job:
 class FakeEngine:
     """Forwards wait in `queued` until `finish`; `batches` remembers all of them."""
 
-    def __init__(self, name: str, pool: Pool, allocator: PageAllocator, journal: list[str]) -> None:
+    def __init__(
+        self, name: str, pool: Pool, allocator: PageAllocator, journal: list[str], clock: FakeClock
+    ) -> None:
         self.name = name
+        self.clock = clock
         self.pool = pool
         self.allocator = allocator
         self.journal = journal
@@ -187,7 +202,8 @@ class FakeEngine:
         work = self.queued.popleft()
         if isinstance(work, ScheduleBatch):
             rows = tuple(self._compute(row) for row in work.rows)
-            self.results.append(ForwardOutput(len(self.batches), rows, 0.0, 0.001))
+            started = self.clock.tick()
+            self.results.append(ForwardOutput(len(self.batches), rows, started, self.clock.tick()))
         else:
             self.results.append(_job_result(work))
         return True
@@ -489,12 +505,19 @@ class _Base(Generic[T]):
     """What both nodes have: the parts around the scheduler, wired as main.py wires them."""
 
     def __init__(
-        self, role: Role, receives: object, num_pages: int, settings: Settings, journal: list[str]
+        self,
+        role: Role,
+        receives: object,
+        num_pages: int,
+        settings: Settings,
+        journal: list[str],
+        clock: FakeClock,
     ) -> None:
+        self.clock = clock
         self.server: FakeServer[T] = FakeServer(receives)
         self.pool = Pool(num_pages)
         self.allocator = PageAllocator(num_pages)
-        self.engine = FakeEngine(role, self.pool, self.allocator, journal)
+        self.engine = FakeEngine(role, self.pool, self.allocator, journal, clock)
         self.identity = PeerIdentity(
             incarnation=f"{role}-1",
             protocol_version=PROTOCOL_VERSION,
@@ -567,12 +590,15 @@ class _Base(Generic[T]):
             "load_inquirer": self.load_inquirer,
             "metrics": self.metrics,
             "unix_minus_monotonic_s": 0.0,
+            "clock": self.clock.tick,
         }
 
 
 class PrefillNode(_Base[ToPrefill]):
-    def __init__(self, settings: Settings, backend: FakeBackend, journal: list[str]) -> None:
-        super().__init__("prefill", ToPrefill, settings.prefill_pages, settings, journal)
+    def __init__(
+        self, settings: Settings, backend: FakeBackend, journal: list[str], clock: FakeClock
+    ) -> None:
+        super().__init__("prefill", ToPrefill, settings.prefill_pages, settings, journal, clock)
         backend.source = self.pool
         self.backend = backend
         self.cache = PrefixCache(self.allocator, PAGE_SIZE) if settings.has_cache else None
@@ -609,8 +635,8 @@ class PrefillNode(_Base[ToPrefill]):
 
 
 class DecodeNode(_Base[ClientToNode]):
-    def __init__(self, settings: Settings, network: Network, journal: list[str]) -> None:
-        super().__init__("decode", ClientToNode, settings.decode_pages, settings, journal)
+    def __init__(self, settings: Settings, network: Network, journal: list[str], clock: FakeClock) -> None:
+        super().__init__("decode", ClientToNode, settings.decode_pages, settings, journal, clock)
         self.pages = RequestPages(self.allocator, PAGE_SIZE, self.pool.copy, self.pool.poison)
         pool_bytes = settings.decode_pages * LAYOUT.page_bytes
         region = MemoryRegion(
@@ -703,8 +729,12 @@ class Stream:
     num_cached_tokens: int = 0
     weight_version: str = ""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    span_names: list[str] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     message_sizes: list[int] = field(default_factory=list)  # tokens in each output
+
+    @property
+    def span_names(self) -> list[str]:
+        return [span.name for span in self.spans]
 
     @property
     def reasons(self) -> dict[int, str]:
@@ -736,7 +766,7 @@ def read_stream(
                 stream.num_cached_tokens = output.num_cached_tokens or stream.num_cached_tokens
                 stream.weight_version = output.weight_version or stream.weight_version
                 stream.prompt_logprobs = output.prompt_logprobs or stream.prompt_logprobs
-                stream.span_names += [span.name for span in output.spans]
+                stream.spans += output.spans
                 if output.finish is not None:
                     stream.finishes[output.choice] = output.finish
     return stream
@@ -750,17 +780,25 @@ class Pair:
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401, the fields of Settings
         self.settings = Settings(**settings)
-        self.now = 100.0
+        self.clock = FakeClock()
         self.journal: list[str] = []
         no_pool, no_allocator = Pool(1), PageAllocator(1)
         self.backend = FakeBackend(no_pool, no_pool, no_allocator, self.journal)
-        self.prefill = PrefillNode(self.settings, self.backend, self.journal)
+        self.prefill = PrefillNode(self.settings, self.backend, self.journal, self.clock)
         self.network = Network(self.prefill.server, self.journal)
-        self.decode = DecodeNode(self.settings, self.network, self.journal)
+        self.decode = DecodeNode(self.settings, self.network, self.journal, self.clock)
         self.backend.destination = self.decode.pool
         self.backend.decode_allocator = self.decode.allocator
         if not self.settings.is_colocated:
             self.connect()
+
+    @property
+    def now(self) -> float:
+        return self.clock.now
+
+    @now.setter
+    def now(self, now: float) -> None:
+        self.clock.now = now
 
     def connect(self) -> None:
         self.to_decode(Roster(router_id="router", nodes=(self.prefill.status.entry,)))
