@@ -61,6 +61,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket) -> int:
             max_batch_tokens=config.chunked_prefill_size,
             max_batch_rows=config.max_running_requests,
             max_waiting=config.max_queued_prefills,
+            overlaps_transfer=not config.disable_transfer_overlap,
         ),
         unix_minus_monotonic_s=node.unix_minus_monotonic_s,
     )

@@ -102,6 +102,7 @@ class PrefillLimits:
     max_batch_tokens: int
     max_batch_rows: int
     max_waiting: int
+    overlaps_transfer: bool = True  # a chunk's pages travel while the next one computes
 
 
 class PrefillScheduler:
@@ -278,8 +279,7 @@ class PrefillScheduler:
                 job.enter(JobState.COMPUTING, now)
                 self.load_inquirer.count_prompt(num_cached=job.num_cached)
                 # What is cached needs no forward: it travels while the first chunk computes.
-                num_cached_pages = job.num_cached // self.layout.page_size
-                self.act(self.rooms.pages_ready(job.room, 0, job.pages[:num_cached_pages], now), now)
+                self.send_pages(job, now)
 
     def take_pages(self, job: PrefillJob, num_pages: int) -> bool:
         """Locks the cached prefix and allocates the rest; all or nothing."""
@@ -331,8 +331,13 @@ class PrefillScheduler:
             job.prompt_logprobs += result.prompt_logprobs
             if result.tokens:
                 self.enter_sending(job, result, now)
-            num_ready = job.num_computed // self.layout.page_size
-            pages = job.pages if job.state is JobState.SENDING else job.pages[:num_ready]
+            self.send_pages(job, now)
+
+    def send_pages(self, job: PrefillJob, now: float) -> None:
+        """Every whole page that is computed and was not sent before; in the end the last one too."""
+        is_last = job.state is JobState.SENDING
+        if is_last or self.limits.overlaps_transfer:
+            pages = job.pages if is_last else job.pages[: job.num_computed // self.layout.page_size]
             self.act(self.rooms.pages_ready(job.room, 0, pages, self.clock.now()), now)
 
     def note_chunk(self, job: PrefillJob, row: ScheduledRow, output: ForwardOutput) -> None:

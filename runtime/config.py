@@ -90,6 +90,8 @@ FLAGS: tuple[Flag, ...] = (
          help="URL of a router to register with; repeatable"),
     Flag(names=("--max-queued-prefills",), roles=_PREFILL, kind=int, default=32,
          help="prompts waiting here before new ones are sent back as Busy"),
+    Flag(names=("--disable-transfer-overlap",), roles=_PREFILL, kind=bool, default=False,
+         help="send a prompt's pages only after its last chunk, to measure what overlap is worth"),
     Flag(names=("--colocated",), roles=_DECODE, kind=bool, default=False,
          help="prefill locally; no prefill node is needed"),
     Flag(names=("--poison-reserved-pages",), roles=_DECODE, kind=bool, default=False,
@@ -158,6 +160,7 @@ class NodeConfig:
     log_level: str
     log_format: str
     max_queued_prefills: int = 0  # prefill only
+    disable_transfer_overlap: bool = False  # prefill only
     colocated: bool = False  # decode only
     poison_reserved_pages: bool = False  # decode only
 

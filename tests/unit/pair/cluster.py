@@ -498,6 +498,7 @@ class Settings:
     max_model_len: int = 1000
     has_cache: bool = True
     is_colocated: bool = False
+    overlaps_transfer: bool = True
     eos_token_ids: tuple[int, ...] = (EOS,)
 
 
@@ -613,6 +614,7 @@ class PrefillNode(_Base[ToPrefill]):
                 max_batch_tokens=settings.chunk_tokens,
                 max_batch_rows=settings.max_rows,
                 max_waiting=settings.max_waiting,
+                overlaps_transfer=settings.overlaps_transfer,
             ),
         )
 

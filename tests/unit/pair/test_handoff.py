@@ -98,6 +98,18 @@ def test_the_last_write_alone_completes_a_hand_off() -> None:
     pair.check_answer("a", prompt_of(12), 4)
 
 
+def test_without_overlap_no_page_travels_before_the_last_chunk() -> None:
+    pair = Pair(overlaps_transfer=False)
+    pair.start("a", prompt_of(20))
+    pair.compute()
+    pair.compute()
+    assert pair.backend.num_outstanding == 0
+    pair.compute()
+    pair.finish()
+    pair.check_answer("a", prompt_of(20), 4)
+    assert pair.stream("a").span_names.count("wire") == 1
+
+
 def test_the_timeline_of_a_request_is_reported_with_its_last_token() -> None:
     pair = Pair()
     pair.start("a", prompt_of(10))
