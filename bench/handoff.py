@@ -1,8 +1,8 @@
 """What the hand-off costs: two nodes against one that does both, on the same machine in the same run.
 
-One factor at a time changes around 1k tokens, pages of 16, Mooncake over TCP, overlap on; `--rows` picks some
-of the rows. In each, the same requests go to both clusters in turns: time to the first token (TTFT) and to the
-second (TT2T), seen by the client, and the server's own timeline. The clusters share dtype, chunk and page
+One factor at a time changes around 1k tokens, pages of 16, Mooncake TCP, overlap on; `--rows` picks some
+of the rows. In each, the same requests go to both clusters in turns: time to the first token (TTFT) and the
+second (TT2T), as the client sees it, and the server's own timeline. The clusters share dtype, chunk and page
 size, prefix caches are off, and the engine that prefills has the same number of threads in both.
 
 "Adds" is two nodes minus colocated, the median of the pairs. A bar is met, missed or "not told": by where the

@@ -27,6 +27,7 @@ from ..runtime.listen import http_url
 from .links import HttpEntryLookup, ZmqConnector
 from .options import RouterOptions
 from .service import RouterService
+from .trace_export import TraceExporter
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,12 @@ def run_router(config: RouterConfig, listener: socket.socket) -> int:
     tokenizer = Tokenizer.from_directory(path)
     defaults = GenerationDefaults.from_directory(path)
     card = _model_card(config, path)
-    uvloop.run(_serve(config, listener, card, tokenizer, defaults))
+    exporter = None
+    if config.otlp_traces_endpoint:
+        exporter = TraceExporter(config.otlp_traces_endpoint, card.name)
+    uvloop.run(_serve(config, listener, card, tokenizer, defaults, exporter))
+    if exporter is not None:
+        exporter.close()
     return 0
 
 
@@ -49,6 +55,7 @@ async def _serve(
     card: ModelCard,
     tokenizer: Tokenizer,
     defaults: GenerationDefaults,
+    exporter: TraceExporter | None,
 ) -> None:
     registry = CollectorRegistry()
     clock = SpanClock.start()
@@ -76,7 +83,7 @@ async def _serve(
         admin=service,
         registry=registry,
         in_flight=in_flight,
-        timelines=Timelines(clock, registry, card.name),
+        timelines=Timelines(clock, registry, card.name, exporter.export if exporter else None),
         api_keys=config.api_key,
     )
     await service.start()

@@ -107,6 +107,8 @@ FLAGS: tuple[Flag, ...] = (
          help="requests waiting before new ones get 429"),
     Flag(names=("--drain-timeout", "--shutdown-timeout"), roles=_ROUTER, kind=float, default=60.0,
          help="seconds that running requests get after SIGTERM"),
+    Flag(names=("--otlp-traces-endpoint",), roles=_ROUTER, default="",
+         help="URL that traces are sent to by OTLP/HTTP, such as http://host:4318/v1/traces"),
     Flag(names=("--num-prefill",), roles=_UP, kind=int, default=1, help="prefill nodes to start"),
     Flag(names=("--num-decode",), roles=_UP, kind=int, default=1, help="decode nodes to start"),
     Flag(names=("--log-level",), roles=_ALL, default="info", choices=LEVELS, help="of messages shown"),
@@ -130,6 +132,7 @@ class RouterConfig:
     request_timeout: float
     max_queued_requests: int
     drain_timeout: float
+    otlp_traces_endpoint: str
     log_level: str
     log_format: str
 
