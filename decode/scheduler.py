@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ class DecodeScheduler:
         limits: DecodeLimits,
         eos_token_ids: tuple[int, ...],
         unix_minus_monotonic_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float],
     ) -> None:
         self.receiver = receiver
         self.send = send

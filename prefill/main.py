@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import zmq
 
@@ -64,5 +65,6 @@ def run_prefill(config: NodeConfig, listener: socket.socket) -> int:
             overlaps_transfer=not config.disable_transfer_overlap,
         ),
         unix_minus_monotonic_s=node.unix_minus_monotonic_s,
+        clock=time.monotonic,
     )
     return run(node, scheduler, scheduler.fail_open_requests)

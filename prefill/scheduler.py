@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +85,7 @@ from ..transfer.backends.base import TransferBackend
 from ..transfer.prefill_rooms import PrefillRooms
 from .batching import next_chunks
 from .job import JobState, PrefillJob
+from .last_chunk import LastChunk
 
 ToPrefill: TypeAlias = ClientToNode | PeerToPrefill
 _log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class PrefillScheduler:
         metrics: MetricsReporter,
         limits: PrefillLimits,
         unix_minus_monotonic_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float],
     ) -> None:
         self.receiver = receiver
         self.send = send
@@ -146,6 +146,7 @@ class PrefillScheduler:
         self.load_inquirer = load_inquirer
         self.metrics = metrics
         self.limits = limits
+        self.last_chunk = LastChunk(layout.page_size, layout.page_bytes // layout.page_size)
         self.clock = SpanClock(clock, unix_minus_monotonic_s)
         self.jobs: dict[RoomId, PrefillJob] = {}  # every job, in order of arrival
         self.forwards: deque[list[tuple[PrefillJob, ScheduledRow]]] = deque()  # on the engine thread
@@ -238,6 +239,7 @@ class PrefillScheduler:
                     self.backend.first_contact(action.handle, action.region)
                 case SubmitWrite():
                     self.backend.submit(action.handle, action.region, action.run)
+                    self.metrics.count_run()
                 case CancelWrites():
                     self.backend.cancel(action.handles)
                 case DisconnectPeer():
@@ -303,7 +305,9 @@ class PrefillScheduler:
 
     def launch_forwards(self, now: float) -> None:
         while len(self.forwards) < _MAX_FORWARDS:
-            chunks = next_chunks(self.jobs.values(), self.limits.max_batch_tokens, self.limits.max_batch_rows)
+            chunks = next_chunks(
+                self.jobs.values(), self.limits.max_batch_tokens, self.limits.max_batch_rows, self.last_chunk
+            )
             if not chunks:
                 return
             self.engine.submit(self.build(ScheduleBatch(rows=tuple(row for _, row in chunks))))
@@ -317,7 +321,9 @@ class PrefillScheduler:
     def apply(self, output: ForwardOutput, now: float) -> None:
         """A forward is done: its whole pages may travel, and who reached the end has a first token."""
         chunks = self.forwards.popleft()
-        self.metrics.count_step("prefill", output.finished - output.started)
+        step_s = output.finished - output.started
+        self.metrics.count_step("prefill", step_s)
+        self.last_chunk.measured_forward(sum(row.num_tokens for _, row in chunks), step_s)
         for (job, row), result in zip(chunks, output.rows, strict=True):
             job.num_forwards -= 1
             job.num_computed += row.num_tokens
@@ -450,7 +456,9 @@ class PrefillScheduler:
         match action.message:
             case HandoffDone() as done:
                 wires = [span for span in done.spans if span.name == "wire"]
-                self.metrics.count_transfer(done.num_bytes, covered_s(wires, 0.0, math.inf))
+                busy_s = covered_s(wires, 0.0, math.inf)
+                self.metrics.count_transfer(done.num_bytes, busy_s)
+                self.last_chunk.measured_wire(done.num_bytes, busy_s)
                 self.metrics.count_room("done")
             case RoomBusy():
                 self.metrics.count_room("busy")
