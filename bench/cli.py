@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import handoff, serve
+from . import handoff, page_runs, serve
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,6 +20,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     handoff_parser = commands.add_parser("handoff", help=handoff_summary, description=handoff.__doc__)
     handoff.add_arguments(handoff_parser)
     handoff_parser.set_defaults(run_bench=handoff.main)
+    runs_summary = "how many writes a hand-off takes when the pools are in use"
+    runs_parser = commands.add_parser("page-runs", help=runs_summary, description=page_runs.__doc__)
+    page_runs.add_arguments(runs_parser)
+    runs_parser.set_defaults(run_bench=page_runs.main)
 
 
 def run(args: argparse.Namespace) -> int:
