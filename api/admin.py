@@ -15,6 +15,7 @@ from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
 from .generation import ClusterAdmin, GenerateSpec, Generator, ModelCard, WorkerStatus
 from .in_flight import InFlightRequests, new_request_id
+from .timelines import Timelines, timeline_body
 from .validation import (
     FieldRules,
     Limits,
@@ -91,7 +92,7 @@ def outcome(success: bool, message: str, *, failure_status: int = 400) -> Respon
 
 def request_not_found(request_id: str) -> RequestError:
     return RequestError(
-        f"No request {request_id!r} is in flight.",
+        f"No request {request_id!r} is in flight, or ended a short while ago.",
         status=404,
         code="request_not_found",
         error_type="not_found_error",
@@ -184,6 +185,7 @@ class ClusterRoutes:
     admin: ClusterAdmin
     generator: Generator
     in_flight: InFlightRequests
+    timelines: Timelines
     limits: Limits
     version: str
 
@@ -257,15 +259,19 @@ class ClusterRoutes:
         return Response(await self.admin.metrics_text(), media_type=METRICS_MEDIA_TYPE)
 
     async def request_state(self, http: Request) -> Response:
-        """What each generation of a request does now, for how long, and what it waits for."""
+        """What each generation of a request does now, for how long, and what it waits for; where its time
+        went, also for a while after its end."""
         request_id = http.path_params["request_id"]
         generation_ids = self.in_flight.generations_of(request_id)
-        states = [await self.admin.request_state(generation_id) for generation_id in generation_ids]
-        known = [
-            {"id": generation_id, **state}
-            for generation_id, state in zip(generation_ids, states, strict=True)
-            if state is not None
-        ]
+        known: list[dict[str, Any]] = []
+        for generation_id in generation_ids:
+            state = await self.admin.request_state(generation_id)
+            timeline = self.timelines.find(generation_id)
+            if state is None and timeline is not None and timeline.ended_unix_s:
+                state = {"state": "ended"}
+            if state is not None:
+                measured = {} if timeline is None else {"timeline": timeline_body([timeline])}
+                known.append({"id": generation_id, **state, **measured})
         if not known:
             raise request_not_found(request_id)
         return json_response(known[0] if len(generation_ids) == 1 else {"requests": known})

@@ -34,6 +34,7 @@ from .openai_completions import Completions
 from .openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from .openapi import Bodies
 from .text_run import Serving
+from .timelines import Timelines
 from .tokenization import Tokenizer
 from .tokens import TokenRoutes
 from .validation import GenerationDefaults, Limits
@@ -49,6 +50,7 @@ def build_router_app(
     admin: ClusterAdmin,
     registry: CollectorRegistry,
     in_flight: InFlightRequests,
+    timelines: Timelines,
     api_keys: Collection[str] = (),
     limits: Limits | None = None,
 ) -> FastAPI:
@@ -66,6 +68,7 @@ def build_router_app(
         limits=limits,
         metrics=HttpMetrics(registry, card.name),
         in_flight=in_flight,
+        timelines=timelines,
         weight_version=admin.weight_version,
     )
     completions = Completions(serving)
@@ -73,7 +76,13 @@ def build_router_app(
     native = Native(serving)
     tokens = TokenRoutes(card=card, tokenizer=tokenizer, limits=limits)
     cluster = ClusterRoutes(
-        card=card, admin=admin, generator=generator, in_flight=in_flight, limits=limits, version=VERSION
+        card=card,
+        admin=admin,
+        generator=generator,
+        in_flight=in_flight,
+        timelines=timelines,
+        limits=limits,
+        version=VERSION,
     )
 
     operations = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import time
 from collections.abc import Collection, MutableMapping
 from typing import Any
 
@@ -30,7 +31,10 @@ OPEN_PATHS = frozenset(
 
 
 class RequestIds:
-    """``request.state.request_id``: the client's X-Request-ID or a new one. Every answer repeats it."""
+    """``request.state.request_id``: the client's X-Request-ID or a new one. Every answer repeats it.
+
+    ``request.state.received_s``: when the request came, monotonic seconds.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -41,7 +45,9 @@ class RequestIds:
             return
         given = _header(scope, b"x-request-id")
         request_id = given if is_safe_id(given) else new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["received_s"] = time.monotonic()
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":

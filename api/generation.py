@@ -64,6 +64,8 @@ class GenerationInfo:
     weight_version: str = ""
     num_attempts: int = 1
     spans: list[Span] = field(default_factory=list)
+    arrived_unix_s: float = 0.0  # when the first token came from decode
+    first_token_unix_s: float = 0.0  # when it was given to the client
 
 
 class Generation(Protocol):

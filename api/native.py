@@ -20,6 +20,7 @@ from .logprobs import native_logprobs, native_top_logprobs
 from .native_types import MetaInfo, NativeFinish, NativeOutput, NativeRequest, NativeSampling
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
+from .timelines import Laps
 from .validation import (
     NATIVE_RULES,
     NATIVE_SAMPLING_RULES,
@@ -45,12 +46,15 @@ class Native:
 
     async def handle(self, http: Request) -> Response:
         serving = self._serving
+        laps = serving.timelines.begin(http)
         serving.in_flight.check_open()
         raw = parse_object(await read_body(http, serving.limits))
         body = parse_request(raw, NativeRequest, NATIVE_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
         check_model(body.model, serving.card)
+        laps.lap("receive")
         prompts, is_batch = await self._prompts(body)
+        laps.lap("tokenize")
         samplings = _samplings(body, len(prompts))
         request_id, rids = self._ids(http, body, len(prompts))
         jobs = [
@@ -58,7 +62,7 @@ class Native:
             for rid, prompt, sampling in zip(rids, prompts, samplings, strict=True)
         ]
         is_list = is_batch or any(sampling.n > 1 for sampling in samplings)
-        answer = _NativeAnswer(serving, body, jobs, is_list=is_list, meter=meter)
+        answer = _NativeAnswer(serving, body, jobs, is_list=is_list, meter=meter, laps=laps)
         return await respond(
             http,
             answer,
@@ -180,13 +184,14 @@ class _NativeAnswer:
         *,
         is_list: bool,
         meter: RequestMeter,
+        laps: Laps,
     ) -> None:
         self._tokenizer = serving.tokenizer
         self._body = body
         self._jobs = jobs
         self._is_list = is_list
         self._meter = meter
-        self._run = TextRun(serving, jobs)
+        self._run = TextRun(serving, jobs, laps)
         keys = [(prompt, choice) for prompt, job in enumerate(jobs) for choice in range(job.spec.num_choices)]
         self._index = {key: index for index, key in enumerate(keys)}
 

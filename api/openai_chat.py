@@ -46,6 +46,7 @@ from .openai_types import (
 )
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
+from .timelines import Laps
 from .tokenization import Tokenizer
 from .validation import (
     OPENAI_RULES,
@@ -126,11 +127,13 @@ class ChatCompletions:
 
     async def handle(self, http: Request) -> Response:
         serving = self._serving
+        laps = serving.timelines.begin(http)
         serving.in_flight.check_open()
         raw = parse_object(await read_body(http, serving.limits))
         body = parse_request(raw, ChatRequest, OPENAI_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
         check_model(body.model, serving.card)
+        laps.lap("receive")
         prompt_ids = await encode_chat(
             serving.tokenizer,
             body.messages,
@@ -140,10 +143,11 @@ class ChatCompletions:
             template_kwargs=body.chat_template_kwargs,
         )
         check_prompt(prompt_ids, serving.card, "messages")
+        laps.lap("tokenize")
         request_id = choose_request_id(http, body, serving)
         envelope = Envelope(f"chatcmpl-{bare_id(request_id)}", serving.card.name)
         job = self._job(body, prompt_ids, envelope.id)
-        answer = _ChatAnswer(serving, body, job, envelope, meter)
+        answer = _ChatAnswer(serving, body, job, envelope, meter, laps)
         return await respond(
             http, answer, [job], request_id=request_id, stream=body.stream, in_flight=serving.in_flight
         )
@@ -181,6 +185,7 @@ class _ChatAnswer:
         job: TextJob,
         envelope: Envelope,
         meter: RequestMeter,
+        laps: Laps,
     ) -> None:
         self._tokenizer = serving.tokenizer
         self._card = serving.card
@@ -188,7 +193,7 @@ class _ChatAnswer:
         self._prompt_ids = job.spec.prompt_ids
         self._envelope = envelope
         self._meter = meter
-        self._run = TextRun(serving, [job])
+        self._run = TextRun(serving, [job], laps)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         every_usage = usage_in_every_chunk(self._body)

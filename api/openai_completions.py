@@ -42,6 +42,7 @@ from .openai_types import (
 )
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
+from .timelines import Laps
 from .validation import (
     OPENAI_RULES,
     bad_type,
@@ -70,16 +71,19 @@ class Completions:
 
     async def handle(self, http: Request) -> Response:
         serving = self._serving
+        laps = serving.timelines.begin(http)
         serving.in_flight.check_open()
         raw = parse_object(await read_body(http, serving.limits))
         body = parse_request(raw, CompletionRequest, OPENAI_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
         check_model(body.model, serving.card)
+        laps.lap("receive")
         prompts = await self._prompts(body)
+        laps.lap("tokenize")
         request_id = choose_request_id(http, body, serving)
         envelope = Envelope(f"cmpl-{bare_id(request_id)}", serving.card.name)
         jobs = self._jobs(body, prompts, envelope.id)
-        answer = _CompletionAnswer(serving, body, prompts, jobs, envelope, meter)
+        answer = _CompletionAnswer(serving, body, prompts, jobs, envelope, meter, laps)
         return await respond(
             http, answer, jobs, request_id=request_id, stream=body.stream, in_flight=serving.in_flight
         )
@@ -160,6 +164,7 @@ class _CompletionAnswer:
         jobs: Sequence[TextJob],
         envelope: Envelope,
         meter: RequestMeter,
+        laps: Laps,
     ) -> None:
         self._tokenizer = serving.tokenizer
         self._card = serving.card
@@ -168,7 +173,7 @@ class _CompletionAnswer:
         self._jobs = jobs
         self._envelope = envelope
         self._meter = meter
-        self._run = TextRun(serving, jobs)
+        self._run = TextRun(serving, jobs, laps)
         self._begun: set[tuple[int, int]] = set()  # (prompt, choice) whose first chunk is out
 
     async def events(self) -> AsyncGenerator[bytes, None]:

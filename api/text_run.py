@@ -7,14 +7,13 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from msgspec import UNSET, UnsetType
-
-from ..messages.timeline import Span
+from ..messages.timeline import SpanClock, span_between
 from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta
 from .generation import ChoiceDelta, GenerateSpec, Generation, GenerationInfo, Generator, ModelCard
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
-from .openai_types import PromptTokensDetails, SpanBody, TimelineBody, Usage
+from .openai_types import PromptTokensDetails, TimelineBody, Usage
+from .timelines import Laps, Timelines, timeline_body
 from .tokenization import Tokenizer
 from .validation import GenerationDefaults, Limits
 
@@ -30,6 +29,7 @@ class Serving:
     limits: Limits
     metrics: HttpMetrics
     in_flight: InFlightRequests
+    timelines: Timelines
     weight_version: Callable[[], str]
 
 
@@ -47,9 +47,10 @@ class TextRun:
     A prompt's facts (``info``) are there from its first delta on, and complete when ``deltas`` has ended.
     """
 
-    def __init__(self, serving: Serving, jobs: Sequence[TextJob]) -> None:
+    def __init__(self, serving: Serving, jobs: Sequence[TextJob], laps: Laps) -> None:
         self._serving = serving
         self._jobs = jobs
+        self._laps = laps
         self._generations: dict[int, Generation] = {}  # prompt -> its generation, once it has started
         self.num_completion_tokens = 0
 
@@ -72,30 +73,46 @@ class TextRun:
             [Detokenizer(self._serving.tokenizer, job.options) for _ in range(job.spec.num_choices)]
             for job in self._jobs
         ]
-        async with contextlib.aclosing(self._arrivals()) as arrivals:
+        async with self._arrivals() as arrivals:
             async for prompt, delta in arrivals:
                 detokenizer = detokenizers[prompt][delta.choice]
                 if detokenizer.is_finished:
                     continue
+                info = self._generations[prompt].info
+                first = None if info.first_token_unix_s else _FirstToken(info, self._serving.timelines.clock)
                 shown = detokenizer.push(delta)
                 if shown.finish_reason is not None and delta.finish_reason is None:
                     self._generations[prompt].stop_choice(delta.choice)
                 self.num_completion_tokens += len(shown.token_ids)
+                if first is not None:
+                    first.detokenized()
                 yield prompt, shown
+                if first is not None:  # who reads this asks for more once the event has been written
+                    first.streamed()
 
     async def scores(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """For specs of one token that only serve the prompt's logprobs: (prompt, an empty delta) each."""
-        async with contextlib.aclosing(self._arrivals()) as arrivals:
+        async with self._arrivals() as arrivals:
             async for prompt, delta in arrivals:
                 if delta.finish_reason is not None:
                     yield prompt, empty_delta("length")
 
-    def _arrivals(self) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
-        return self._run(0) if len(self._jobs) == 1 else self._run_all()
+    @contextlib.asynccontextmanager
+    async def _arrivals(self) -> AsyncGenerator[AsyncGenerator[tuple[int, ChoiceDelta], None], None]:
+        source = self._run(0) if len(self._jobs) == 1 else self._run_all()
+        try:
+            async with contextlib.aclosing(source) as arrivals:
+                yield arrivals
+        finally:
+            for job in self._jobs:
+                self._serving.timelines.end(job.spec.request_id)
 
     async def _run(self, prompt: int) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
-        generation = await self._serving.generator.generate(self._jobs[prompt].spec)
+        spec = self._jobs[prompt].spec
+        self._laps.lap("prepare")
+        generation = await self._serving.generator.generate(spec)
         self._generations[prompt] = generation
+        self._serving.timelines.start(spec, generation.info, self._laps)
         try:
             async for delta in generation:
                 yield prompt, delta
@@ -140,24 +157,26 @@ class TextRun:
         return sum(generation.info.num_cached_tokens for generation in self._generations.values())
 
     def timeline(self) -> TimelineBody:
-        spans = [
-            (prompt, span)
-            for prompt, generation in self._generations.items()
-            for span in generation.info.spans
-        ]
-        spans.sort(key=lambda entry: entry[1].start_unix_s)
-        origin_s = spans[0][1].start_unix_s if spans else 0.0
-        is_batch = len(self._jobs) > 1
-        return TimelineBody(
-            spans=[_span_body(span, origin_s, prompt if is_batch else UNSET) for prompt, span in spans]
-        )
+        """Of all that was measured so far."""
+        found = [self._serving.timelines.find(job.spec.request_id) for job in self._jobs]
+        return timeline_body([timeline for timeline in found if timeline is not None])
 
 
-def _span_body(span: Span, origin_s: float, prompt: int | UnsetType) -> SpanBody:
-    return SpanBody(
-        name=span.name,
-        start_s=span.start_unix_s - origin_s,
-        duration_s=span.duration_s,
-        num_bytes=span.num_bytes or UNSET,
-        prompt=prompt,
-    )
+class _FirstToken:
+    """The last stages on the way to a generation's first token, as this process sees them."""
+
+    def __init__(self, info: GenerationInfo, clock: SpanClock) -> None:
+        self._info = info
+        self._clock = clock
+        self._note("deliver", info.arrived_unix_s or clock.unix_s(clock.now()))
+
+    def detokenized(self) -> None:
+        self._note("detokenize", self._reached)
+
+    def streamed(self) -> None:
+        self._note("stream_out", self._reached)
+
+    def _note(self, name: str, start_unix_s: float) -> None:
+        self._reached = self._clock.unix_s(self._clock.now())
+        self._info.first_token_unix_s = self._reached
+        self._info.spans.append(span_between(name, start_unix_s, self._reached))

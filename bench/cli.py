@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import handoff, serve, turns
+from . import handoff, page_runs, serve, turns
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,6 +24,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     turns_parser = commands.add_parser("turns", help=turns_summary, description=turns.__doc__)
     turns.add_arguments(turns_parser)
     turns_parser.set_defaults(run_bench=turns.main)
+    runs_summary = "how many writes a hand-off takes when the pools are in use"
+    runs_parser = commands.add_parser("page-runs", help=runs_summary, description=page_runs.__doc__)
+    page_runs.add_arguments(runs_parser)
+    runs_parser.set_defaults(run_bench=page_runs.main)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -73,6 +73,9 @@ class MetricsReporter:
         )
 
         self._transfer_bytes = self._counter("pd_kv_transfer_bytes", "KV bytes of finished hand-offs.")
+        self._transfer_runs = self._counter(
+            "pd_kv_transfer_runs", "Writes of contiguous pages; over the rooms, runs per hand-off."
+        )
         self._transfer_seconds = Histogram(
             "pd_kv_transfer_seconds",
             "Time of a hand-off during which writes were outstanding.",
@@ -191,6 +194,10 @@ class MetricsReporter:
         self._transfer_seconds.observe(duration_s)
         if duration_s > 0:
             self._transfer_speed.set(num_bytes / duration_s)
+
+    def count_run(self) -> None:
+        """A write was submitted."""
+        self._transfer_runs.inc()
 
     def count_room(self, outcome: RoomOutcome) -> None:
         """A room is closed."""

@@ -52,6 +52,7 @@ class NodeStatus:
         refused_peers: Mapping[str, str],
         is_draining: bool,
         quarantined_pages: Mapping[str, int] | None = None,
+        unix_s: float = 0.0,
     ) -> Pong:
         return Pong(
             call_id=call_id,
@@ -61,6 +62,7 @@ class NodeStatus:
             refused_peers=dict(refused_peers),
             quarantined_pages=dict(quarantined_pages or {}),
             draining=is_draining,
+            unix_s=unix_s,
         )
 
     def server_info(self, call_id: int, load: NodeLoad) -> ServerInfoReply:

@@ -155,8 +155,10 @@ class OutputStreamer:
         self._dirty[key] = None
 
     def note(self, key: StreamKey, spans: Sequence[Span]) -> None:
-        """Parts of the request's timeline. They ride on the next output, whichever choice it is of."""
-        self._open_attempt(key).spans += spans
+        """Parts of the request's timeline. They ride on the next output, whichever choice it is of; when no
+        more is to come, they are lost."""
+        if (attempt := self._attempts.get(key)) is not None:
+            attempt.spans += spans
 
     def finish(self, key: StreamKey, choice: int, finish: Finish) -> None:
         """The choice ends with the tokens that it has (none is fine). Once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import msgspec
 import zmq
@@ -99,5 +100,6 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         ),
         eos_token_ids=node.model.config.eos_token_ids,
         unix_minus_monotonic_s=node.unix_minus_monotonic_s,
+        clock=time.monotonic,
     )
     return run(node, scheduler, scheduler.fail_open_requests)

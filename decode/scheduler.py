@@ -67,10 +67,11 @@ from ..messages.node import (
     ResendFrom,
     Roster,
 )
-from ..messages.peer import HandoffDone, PeerIdentity, RoomId
+from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, RoomId
 from ..messages.sampling import TokenLogprob
-from ..messages.timeline import Span
+from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
 from ..runtime.config import VerifyPages
+from ..runtime.peer_clock import PeerClocks
 from ..transfer.actions import (
     CloseLink,
     DecodeAction,
@@ -139,6 +140,7 @@ class DecodeScheduler:
         limits: DecodeLimits,
         eos_token_ids: tuple[int, ...],
         unix_minus_monotonic_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self.receiver = receiver
         self.send = send
@@ -164,7 +166,10 @@ class DecodeScheduler:
         self.verify_pages = verify_pages
         self.limits = limits
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.unix_minus_monotonic_s = unix_minus_monotonic_s
+        self.clock = SpanClock(clock, unix_minus_monotonic_s)
+        self.peer_clocks = PeerClocks()  # by address
+        # Their first token is sent at the end of this turn; and since when it is here.
+        self.relayed: list[tuple[DecodeRequest, float]] = []
 
         self.requests: dict[StreamKey, DecodeRequest] = {}  # every one, in order of arrival
         self.by_room: dict[RoomId, DecodeRequest] = {}
@@ -184,6 +189,9 @@ class DecodeScheduler:
             if isinstance(peer_message, LinkDown):
                 self.act(self.rooms.on_link_down(address, peer_message.epoch, now), now)
             else:
+                if isinstance(peer_message, PeerPong):
+                    pong = peer_message
+                    self.peer_clocks.answered(address, pong.seq, self.unix_now(), pong.unix_s)
                 self.act(self.rooms.on_message(address, peer_message, now), now)
         for incarnation in self.death_probe.poll():
             self.act(self.rooms.peer_death_proven(incarnation, now), now)
@@ -199,6 +207,7 @@ class DecodeScheduler:
         self.expire(now)
         self.admit_waiting(now)
         self.launch_forward(now)
+        self.note_relayed()
         self.streamer.flush_step(now)
         self.drop_gone_clients(now)
         self.reply(self.control.poll(now, idle=self.is_idle), now)
@@ -264,9 +273,12 @@ class DecodeScheduler:
             match action:
                 case OpenLink():
                     self.links.open(action.address, action.epoch)
+                    self.peer_clocks.forget(action.address)
                 case CloseLink():
                     self.links.close(action.address)
                 case SendToPrefill():
+                    if isinstance(action.message, PeerPing):
+                        self.peer_clocks.pinged(action.address, action.message.seq, self.unix_now())
                     self.links.send(action.address, action.message)
                 case PeerReady():
                     _log.info("prefill node at %s is ready", action.address)
@@ -307,6 +319,7 @@ class DecodeScheduler:
                 for choice in message.choices
             ],
             state_since_s=now,
+            reached_s=self.clock.now(),
         )
         if (reason := self.impossible(request)) is not None:
             self.refuse(link, message, "invalid", reason)
@@ -402,11 +415,12 @@ class DecodeScheduler:
         )
 
     def start_local_prefill(self, request: DecodeRequest, now: float) -> None:
+        self.note(request, "decode_queue")
         self.pages.allocate_prompt(request)
         request.num_prefilled = request.num_cached
         self.load_inquirer.count_prompt(num_cached=request.num_cached)
         request.enter(RequestState.LOCAL_PREFILL, now)
-        self.note(request, "reserve", request.arrived_s, now)
+        self.note(request, "reserve")
 
     def expire(self, now: float) -> None:
         """Rooms have their own deadlines; who waits or runs is looked at here."""
@@ -432,6 +446,7 @@ class DecodeScheduler:
         num_missing = self.pages.need(request).prompt - num_shared
         if not self.rooms.may_expose(address, num_missing):
             return False
+        self.note(request, "decode_queue")
         dest_pages = self.pages.expose(request, self.rooms.next_room_id)
         digest_pages = pages_to_verify(
             self.verify_pages, num_shared, len(dest_pages), self.rooms.next_room_id.counter
@@ -453,7 +468,7 @@ class DecodeScheduler:
         )
         self.by_room[request.room] = request
         request.enter(RequestState.HANDOFF, now)
-        self.note(request, "reserve", request.arrived_s, now)
+        self.note(request, "reserve")
         self.act(actions, now)
         return True
 
@@ -461,9 +476,9 @@ class DecodeScheduler:
         """Streamed at once, while the last pages are in flight."""
         request = self.by_room[action.room]
         message = action.message
-        self.streamer.note(request.key, message.spans)
         num_computed = request.num_prefill_tokens - message.num_cached_tokens
-        self.local_prefill.measured_prefill(num_computed, duration_of("prefill", message.spans))
+        self.local_prefill.measured_prefill(num_computed, duration_of("prefill_chunk", message.spans))
+        self.note_prefill(request, message.spans)
         self.streamer.prompt_done(
             request.key, num_cached_tokens=message.num_cached_tokens, prompt_logprobs=message.prompt_logprobs
         )
@@ -477,8 +492,10 @@ class DecodeScheduler:
     def finish_handoff(self, action: HandoffComplete, now: float) -> None:
         request = self.by_room[action.room]
         message = action.message
-        self.streamer.note(request.key, message.spans)
-        self.local_prefill.measured_wire(message.num_bytes, duration_of("wire", message.spans))
+        self.streamer.note(request.key, self.on_our_clock(request, message.spans))
+        self.note(request, "last_pages")
+        wires = [span for span in message.spans if span.name == "wire"]
+        self.local_prefill.measured_wire(message.num_bytes, covered_s(wires, 0.0, math.inf))
         if request.verified_pages:
             # The pages stay the room's own until it is known what is in them.
             self.verifying[action.room] = message
@@ -607,9 +624,7 @@ class DecodeScheduler:
                 row.sequence.in_forward = True
             case PrefillRow(request=request):
                 request.sequences[0].in_forward = True
-                if request.num_prefilled == 0:
-                    self.note(request, "prefill_queue", request.state_since_s, now)
-                    request.state_since_s = now
+                self.note(request, "prefill_queue")
                 request.num_prefilled += row.row.num_tokens
             case _:
                 assert_never(row)
@@ -628,9 +643,11 @@ class DecodeScheduler:
             match row:
                 case DecodeRow(request=request, sequence=sequence):
                     sequence.in_forward = False
+                    self.note_first_step(sequence, output)
                     self.apply_decoded(request, sequence, result, now)
                 case PrefillRow(request=request):
                     request.sequences[0].in_forward = False
+                    self.note_chunk(request, row, output)
                     self.apply_prefilled(request, row, result, now)
                 case _:
                     assert_never(row)
@@ -641,9 +658,6 @@ class DecodeScheduler:
         if sequence.is_finished:  # cancelled while it was computed
             self.pages.free(request, sequence)
             return
-        if not request.has_decoded:
-            request.has_decoded = True
-            self.note(request, "first_decode_step", request.state_since_s, now)
         sampled = result.tokens[0]
         self.load_inquirer.count_generated(1)
         self.take_token(request, sequence, sampled.token_id, sampled.logprob)
@@ -660,7 +674,6 @@ class DecodeScheduler:
         request.prompt_logprobs += result.prompt_logprobs
         if not result.tokens:
             return
-        self.note(request, "prefill", request.state_since_s, now)
         self.streamer.prompt_done(
             request.key,
             num_cached_tokens=min(request.num_cached, len(request.message.prompt_ids)),
@@ -677,6 +690,9 @@ class DecodeScheduler:
         self, request: DecodeRequest, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
     ) -> None:
         """One token more of one choice: recorded, streamed, and perhaps its last."""
+        if not request.has_first_token:
+            request.has_first_token = True
+            self.relayed.append((request, request.reached_s))
         sequence.token_ids.append(token_id)
         self.streamer.append(request.key, sequence.choice, token_id, logprob)
         finish = check_finish(
@@ -798,6 +814,7 @@ class DecodeScheduler:
             refused_peers=refused,
             quarantined_pages=self.rooms.quarantined_pages(),
             is_draining=self.is_draining,
+            unix_s=self.unix_now(),
         )
 
     def reply(self, result: ControlResult[LoadedModel], now: float) -> None:
@@ -872,12 +889,56 @@ class DecodeScheduler:
                 )
         return RequestStateReply(call_id=message.call_id)
 
-    def note(self, request: DecodeRequest, name: str, start_s: float, end_s: float) -> None:
-        """A span of the request's timeline, measured here."""
-        span = Span(name, start_s + self.unix_minus_monotonic_s, end_s - start_s)
-        self.streamer.note(request.key, (span,))
+    # ---- the timeline -------------------------------------------------------------------------------
+
+    def note(self, request: DecodeRequest, name: str, end: float | None = None) -> None:
+        """The span from where the request's timeline ended so far until now, or until `end`."""
+        until = self.clock.now() if end is None else end
+        self.streamer.note(request.key, (self.clock.span(name, request.reached_s, until),))
+        request.reached_s = until
+
+    def note_chunk(self, request: DecodeRequest, row: PrefillRow, output: ForwardOutput) -> None:
+        self.note(request, "engine_queue", output.started)
+        chunk = self.clock.span(
+            "prefill_chunk", output.started, output.finished, num_tokens=row.row.num_tokens
+        )
+        self.streamer.note(request.key, (chunk,))
+        request.reached_s = output.finished
+
+    def note_prefill(self, request: DecodeRequest, spans: tuple[Span, ...]) -> None:
+        """What prefill measured, and the two ways there and back: from our clock's stamps to its own."""
+        arrived = self.clock.now()
+        ours = self.on_our_clock(request, spans)
+        if ours:
+            sent_unix_s = self.clock.unix_s(request.reached_s)
+            there = span_between("to_prefill", sent_unix_s, ours[0].start_unix_s)
+            back = span_between("from_prefill", ours[-1].end_unix_s, self.clock.unix_s(arrived))
+            self.streamer.note(request.key, (there, *ours, back))
+        request.reached_s = arrived
+
+    def note_relayed(self) -> None:
+        """Right before the tokens are sent, so that the span is on the message that it ends with."""
+        now = self.clock.now()
+        for request, arrived in self.relayed:
+            self.streamer.note(request.key, (self.clock.span("relay", arrived, now),))
+        self.relayed.clear()
+
+    def note_first_step(self, sequence: Sequence, output: ForwardOutput) -> None:
+        """Before the step's token is recorded: it may be the last."""
+        request = self.requests.get(sequence.key)
+        if request is not None and not request.has_decoded:
+            request.has_decoded = True
+            self.note(request, "decode_wait", output.started)
+            self.note(request, "first_decode_step", output.finished)
+
+    def on_our_clock(self, request: DecodeRequest, spans: tuple[Span, ...]) -> tuple[Span, ...]:
+        address = self.rooms.ready_address(request.message.prefill_incarnation)
+        return moved(spans, -self.peer_clocks.lead_s(address or ""))
+
+    def unix_now(self) -> float:
+        return self.clock.unix_s(self.clock.now())
 
 
 def duration_of(name: str, spans: tuple[Span, ...]) -> float:
-    """Of the span with this name, seconds; 0 if there is none."""
+    """Of the spans with this name, seconds, added up; 0 if there is none."""
     return sum(span.duration_s for span in spans if span.name == name)

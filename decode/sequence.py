@@ -66,6 +66,8 @@ class DecodeRequest:
     num_prefilled: int = 0  # LOCAL_PREFILL: prompt tokens computed, or in a forward
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # LOCAL_PREFILL
     has_decoded: bool = False  # its first step after the hand-off is done
+    reached_s: float = 0.0  # where the spans of its timeline end so far
+    has_first_token: bool = False
 
     @property
     def num_prefill_tokens(self) -> int:

@@ -272,6 +272,7 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     refused_peers: dict[str, str]  # url -> reason
     quarantined_pages: dict[str, int] = {}  # by incarnation of the prefill node that may still write them
     draining: bool = False
+    unix_s: float = 0.0  # the node's clock when it was sent
 
 
 class CallReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):

@@ -132,6 +132,7 @@ class PeerPong(msgspec.Struct, frozen=True, kw_only=True, tag="peer_pong"):
     epoch: int
     seq: int
     busy_until_s: float = 0.0  # a long hold is announced: no suspicion for this many seconds
+    unix_s: float = 0.0  # prefill's clock when it was sent
 
 
 class SampledFirstToken(msgspec.Struct, frozen=True, array_like=True):
@@ -157,7 +158,7 @@ class HandoffDone(msgspec.Struct, frozen=True, kw_only=True, tag="handoff_done")
     room: RoomId
     epoch: int
     num_bytes: int
-    spans: tuple[Span, ...] = ()  # "handoff": first write to last byte; "wire": with writes outstanding
+    spans: tuple[Span, ...] = ()  # "handoff": first write to last byte; "wire": of each chunk
     digests: tuple[int, ...] = ()  # one for each of the request's digest_pages
 
 

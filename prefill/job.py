@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections import deque
 from dataclasses import dataclass, field
 
 from ..components.prefix_cache import PrefixMatch, num_reusable_tokens
 from ..messages.peer import PrefillRequest, RoomId
 from ..messages.sampling import TokenLogprob
+from ..messages.timeline import Span
 
 
 class JobState(enum.Enum):
@@ -28,7 +30,6 @@ class PrefillJob:
     """
 
     message: PrefillRequest
-    arrived_s: float
     token_ids: tuple[int, ...]  # prompt and kept output
     state: JobState = JobState.WAITING
     state_since_s: float = 0.0
@@ -39,9 +40,11 @@ class PrefillJob:
     num_scheduled: int = 0
     num_digested: int = 0  # pages of which the digests that were asked for are made, or being made
     num_forwards: int = 0  # on the engine thread right now
-    started_s: float = 0.0  # its first forward was submitted
+    submitted_s: deque[float] = field(default_factory=deque)  # when each of those was
     is_over: bool = False  # the room has ended; a forward may still write into its pages
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)  # so far
+    reached_s: float = 0.0  # where they end: its arrival, or the end of its last forward
 
     @property
     def room(self) -> RoomId:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import zmq
 
@@ -73,7 +74,9 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
             max_batch_tokens=config.chunked_prefill_size,
             max_batch_rows=config.max_running_requests,
             max_waiting=config.max_queued_prefills,
+            overlaps_transfer=not config.disable_transfer_overlap,
         ),
         unix_minus_monotonic_s=node.unix_minus_monotonic_s,
+        clock=time.monotonic,
     )
     return run(node, scheduler, scheduler.fail_open_requests)

@@ -64,13 +64,14 @@ from ..messages.peer import (
     PeerHello,
     PeerIdentity,
     PeerPing,
+    PeerPong,
     PeerToPrefill,
     PrefillRequest,
     RoomBusy,
     RoomId,
     SampledFirstToken,
 )
-from ..messages.timeline import Span
+from ..messages.timeline import SpanClock, covered_s
 from ..transfer.actions import (
     AdmitRoom,
     CancelWrites,
@@ -86,6 +87,7 @@ from ..transfer.page_digests import Digests, DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
 from .batching import next_chunks
 from .job import JobState, PrefillJob
+from .last_chunk import LastChunk
 
 ToPrefill: TypeAlias = ClientToNode | PeerToPrefill
 _log = logging.getLogger(__name__)
@@ -102,6 +104,7 @@ class PrefillLimits:
     max_batch_tokens: int
     max_batch_rows: int
     max_waiting: int
+    overlaps_transfer: bool = True  # a chunk's pages travel while the next one computes
 
 
 class PrefillScheduler:
@@ -128,6 +131,7 @@ class PrefillScheduler:
         metrics: MetricsReporter,
         limits: PrefillLimits,
         unix_minus_monotonic_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self.receiver = receiver
         self.send = send
@@ -146,7 +150,8 @@ class PrefillScheduler:
         self.load_inquirer = load_inquirer
         self.metrics = metrics
         self.limits = limits
-        self.unix_minus_monotonic_s = unix_minus_monotonic_s
+        self.last_chunk = LastChunk(layout.page_size, layout.page_bytes // layout.page_size)
+        self.clock = SpanClock(clock, unix_minus_monotonic_s)
         self.jobs: dict[RoomId, PrefillJob] = {}  # every job, in order of arrival
         self.forwards: deque[list[tuple[PrefillJob, ScheduledRow]]] = deque()  # on the engine thread
         self.idle_check = IdleCheck()
@@ -200,6 +205,7 @@ class PrefillScheduler:
                     ready_peers=(),
                     refused_peers={},
                     is_draining=self.is_draining,
+                    unix_s=self.clock.unix_s(self.clock.now()),
                 )
                 self.send(link, pong)
             case (
@@ -236,18 +242,23 @@ class PrefillScheduler:
         for action in actions:
             match action:
                 case SendToDecode():
-                    self.send(action.link, action.message)
+                    message = action.message
+                    if isinstance(message, PeerPong):
+                        unix_s = self.clock.unix_s(self.clock.now())
+                        message = msgspec.structs.replace(message, unix_s=unix_s)
+                    self.send(action.link, message)
                     self.count(action)
                 case MeetPeer():
                     self.backend.first_contact(action.handle, action.region)
                 case SubmitWrite():
                     self.backend.submit(action.handle, action.region, action.run)
+                    self.metrics.count_run()
                 case CancelWrites():
                     self.backend.cancel(action.handles)
                 case DisconnectPeer():
                     self.backend.disconnect(action.region)
                 case AdmitRoom():
-                    self.jobs[action.request.room] = self.new_job(action.request, now)
+                    self.jobs[action.request.room] = self.new_job(action.request)
                 case ReleaseRoom():
                     self.release(action)
                 case _:
@@ -261,9 +272,10 @@ class PrefillScheduler:
         is_stuck = self.backend.stuck_s(now) > _STUCK_S
         return num_waiting < self.limits.max_waiting and not is_stuck and not self.is_draining
 
-    def new_job(self, request: PrefillRequest, now: float) -> PrefillJob:
+    def new_job(self, request: PrefillRequest) -> PrefillJob:
+        arrived = self.clock.now()
         token_ids = (*request.prompt_ids, *request.output_ids)
-        return PrefillJob(message=request, arrived_s=now, token_ids=token_ids, state_since_s=now)
+        return PrefillJob(message=request, token_ids=token_ids, state_since_s=arrived, reached_s=arrived)
 
     def admit_waiting(self, now: float) -> None:
         """Oldest first; who does not get all of its pages lets nobody pass, or long prompts would starve."""
@@ -282,8 +294,7 @@ class PrefillScheduler:
                 job.enter(JobState.COMPUTING, now)
                 self.load_inquirer.count_prompt(num_cached=job.num_cached)
                 # What is cached needs no forward: it travels while the first chunk computes.
-                num_cached_pages = job.num_cached // self.layout.page_size
-                self.send_pages(job, job.pages[:num_cached_pages], now)
+                self.send_pages(job, now)
 
     def take_pages(self, job: PrefillJob, num_pages: int) -> bool:
         """Locks the cached prefix and allocates the rest; all or nothing."""
@@ -307,23 +318,29 @@ class PrefillScheduler:
 
     def launch_forwards(self, now: float) -> None:
         while len(self.forwards) < _MAX_FORWARDS:
-            chunks = next_chunks(self.jobs.values(), self.limits.max_batch_tokens, self.limits.max_batch_rows)
+            chunks = next_chunks(
+                self.jobs.values(), self.limits.max_batch_tokens, self.limits.max_batch_rows, self.last_chunk
+            )
             if not chunks:
                 return
             self.engine.submit(self.build(ScheduleBatch(rows=tuple(row for _, row in chunks))))
+            submitted = self.clock.now()
             self.forwards.append(chunks)
             for job, row in chunks:
-                job.started_s = job.started_s or now
+                job.submitted_s.append(submitted)
                 job.num_scheduled += row.num_tokens
                 job.num_forwards += 1
 
     def apply(self, output: ForwardOutput, now: float) -> None:
         """A forward is done: its whole pages may travel, and who reached the end has a first token."""
         chunks = self.forwards.popleft()
-        self.metrics.count_step("prefill", output.finished - output.started)
+        step_s = output.finished - output.started
+        self.metrics.count_step("prefill", step_s)
+        self.last_chunk.measured_forward(sum(row.num_tokens for _, row in chunks), step_s)
         for (job, row), result in zip(chunks, output.rows, strict=True):
             job.num_forwards -= 1
             job.num_computed += row.num_tokens
+            self.note_chunk(job, row, output)
             self.load_inquirer.count_prompt(num_computed=row.num_tokens)
             if job.is_over:
                 self.free_if_unused(job)
@@ -333,22 +350,35 @@ class PrefillScheduler:
             job.prompt_logprobs += result.prompt_logprobs
             if result.tokens:
                 self.enter_sending(job, result, now)
-            num_ready = job.num_computed // self.layout.page_size
-            pages = job.pages if job.state is JobState.SENDING else job.pages[:num_ready]
-            self.send_pages(job, pages, now)
+            self.send_pages(job, now)
 
-    def send_pages(self, job: PrefillJob, pages: list[int], now: float) -> None:
-        """The first pages of the prompt are computed: those not sent before travel."""
+    def send_pages(self, job: PrefillJob, now: float) -> None:
+        """Every whole page that is computed and was not sent before; in the end the last one too."""
+        is_last = job.state is JobState.SENDING
+        if not (is_last or self.limits.overlaps_transfer):
+            return
+        pages = job.pages if is_last else job.pages[: job.num_computed // self.layout.page_size]
         wanted = [index for index in job.message.digest_pages if job.num_digested <= index < len(pages)]
         job.num_digested = max(job.num_digested, len(pages))
         if wanted:
             self.digests.submit((job.room, tuple(wanted)), [pages[index] for index in wanted])
-        self.act(self.rooms.pages_ready(job.room, 0, pages, now), now)
+        self.act(self.rooms.pages_ready(job.room, 0, pages, self.clock.now()), now)
 
     def take_digests(self, done: Digests, now: float) -> None:
         """Of a room that failed meanwhile they are worth nothing: its pages may be others' by now."""
         room, indices = done.key
         self.act(self.rooms.digests_ready(room, dict(zip(indices, done.digests, strict=True)), now), now)
+
+    def note_chunk(self, job: PrefillJob, row: ScheduledRow, output: ForwardOutput) -> None:
+        """What it waited for since its chunk before, and the chunk itself, as the engine measured it."""
+        submitted = job.submitted_s.popleft()
+        if submitted > job.reached_s:
+            job.spans.append(self.clock.span("prefill_queue", job.reached_s, submitted))
+            job.reached_s = submitted
+        job.spans.append(self.clock.span("engine_queue", job.reached_s, output.started))
+        chunk = self.clock.span("prefill_chunk", output.started, output.finished, num_tokens=row.num_tokens)
+        job.spans.append(chunk)
+        job.reached_s = output.finished
 
     # ---- 3: sending ---------------------------------------------------------------------------------
 
@@ -359,17 +389,14 @@ class PrefillScheduler:
         tokens = tuple(
             SampledFirstToken(sampled.choice, sampled.token_id, sampled.logprob) for sampled in result.tokens
         )
-        spans = (
-            self.span("prefill_queue", job.arrived_s, job.started_s),
-            self.span("prefill", job.started_s, now),
-        )
+        sent = self.clock.span("first_token", job.reached_s, self.clock.now())
         first_token = self.rooms.first_token(
             job.room,
             tokens,
             now,
             prompt_logprobs=tuple(job.prompt_logprobs),
             num_cached_tokens=job.num_cached,
-            spans=spans,
+            spans=(*job.spans, sent),
         )
         self.act(first_token, now)
 
@@ -452,8 +479,10 @@ class PrefillScheduler:
     def count(self, action: SendToDecode) -> None:
         match action.message:
             case HandoffDone() as done:
-                wire = next(span for span in done.spans if span.name == "wire")
-                self.metrics.count_transfer(done.num_bytes, wire.duration_s)
+                wires = [span for span in done.spans if span.name == "wire"]
+                busy_s = covered_s(wires, 0.0, math.inf)
+                self.metrics.count_transfer(done.num_bytes, busy_s)
+                self.last_chunk.measured_wire(done.num_bytes, busy_s)
                 self.metrics.count_room("done")
             case RoomBusy():
                 self.metrics.count_room("busy")
@@ -481,9 +510,6 @@ class PrefillScheduler:
                     },
                 )
         return RequestStateReply(call_id=message.call_id)
-
-    def span(self, name: str, start_s: float, end_s: float) -> Span:
-        return Span(name, start_s + self.unix_minus_monotonic_s, end_s - start_s)
 
     def fail_open_requests(self) -> None:
         """This process ends: what is left may be tried elsewhere."""

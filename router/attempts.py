@@ -8,7 +8,7 @@ Values and ``now`` in, decisions out; the service acts on them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from ..api.generation import ChoiceDelta, GenerateSpec, GenerationInfo
 from ..components.stop_conditions import check_finish
 from ..messages.node import AttemptFailed, FailureCode, GenerateRequest, ResendFrom, TokenOutput
+from ..messages.timeline import Span, SpanClock, moved, span_between
 from ..runtime.errors import RequestError
 from .ledger import Attempt
 from .pairing import Chosen, Pair
@@ -68,12 +69,16 @@ class RequestRecord:
         resend_interval_s: float,
         eos_token_ids: Collection[int],
         max_model_len: int,
+        clock: SpanClock,
+        clock_lead_s: Callable[[str], float],  # of a decode node's clock ahead of ours, by incarnation
         attempt_numbers: Iterator[int] | None = None,
     ) -> None:
         self.spec = spec
         self.arrived_at = arrived_at
         self.deadline = deadline
         self.info = GenerationInfo(num_attempts=0)
+        self._clock = clock
+        self._clock_lead_s = clock_lead_s
         self.choices = [ChoiceState(index) for index in range(spec.num_choices)]
         self._max_attempts = max_attempts
         self._resend_interval_s = resend_interval_s
@@ -192,12 +197,33 @@ class RequestRecord:
         if output.weight_version:
             self._on_opening(output)
         if output.spans:
-            self.info.spans.extend(span for span in output.spans if span not in self.info.spans)
+            self._take_spans(attempt, output.spans, now)
+        if not self.info.arrived_unix_s:
+            self.info.arrived_unix_s = self._clock.unix_s(now)
         finish = output.finish
         if finish is None:
             return ChoiceDelta(choice.index, output.token_ids, output.logprobs)
         self._finish(choice)
         return ChoiceDelta(choice.index, output.token_ids, output.logprobs, finish.reason, finish.matched)
+
+    def _take_spans(self, attempt: Attempt, spans: Sequence[Span], now: float) -> None:
+        """Each once: output that is sent again brings them again. On our clock, as of the first of them.
+
+        The first message of an attempt was under way in between: from our sending to decode's first span, and
+        from its last one, which ends as it sends, to now.
+        """
+        if attempt.clock_lead_s is None:
+            attempt.clock_lead_s = self._clock_lead_s(attempt.pair.decode)
+        seen = set(self.info.spans)
+        new = [span for span in moved(spans, -attempt.clock_lead_s) if span not in seen]
+        self.info.spans.extend(new)
+        for span in new:
+            if span.name == "decode_queue":
+                sent_unix_s = self._clock.unix_s(attempt.sent_s)
+                self.info.spans.append(span_between("to_decode", sent_unix_s, span.start_unix_s))
+            elif span.name == "relay":
+                arrived = self._clock.unix_s(now)
+                self.info.spans.append(span_between("to_router", span.end_unix_s, arrived))
 
     def _on_opening(self, output: TokenOutput) -> None:
         """A choice's first message in an attempt tells of the prompt; what the first attempt says counts."""

@@ -28,6 +28,8 @@ class Attempt:
     weight: int = 1  # choices it was sent with: sequences on decode
     awaits_first_token: bool = True
     since: float = 0.0  # it was opened; its first token came
+    sent_s: float = 0.0  # the message that opened it
+    clock_lead_s: float | None = None  # decode's clock ahead of ours, as of its first spans
 
 
 @dataclass(slots=True)

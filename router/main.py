@@ -16,15 +16,18 @@ from ..api.app import build_router_app
 from ..api.generation import ModelCard
 from ..api.in_flight import InFlightRequests
 from ..api.server import serve
+from ..api.timelines import Timelines
 from ..api.tokenization import Tokenizer
 from ..api.validation import GenerationDefaults
 from ..engine.model_config import ModelConfig
+from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
 from ..runtime.listen import http_url
 from .links import HttpEntryLookup, ZmqConnector
 from .options import RouterOptions
 from .service import RouterService
+from .trace_export import TraceExporter
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +40,12 @@ def run_router(config: RouterConfig, listener: socket.socket) -> int:
     tokenizer = Tokenizer.from_directory(path)
     defaults = GenerationDefaults.from_directory(path)
     card = _model_card(config, path)
-    uvloop.run(_serve(config, listener, card, tokenizer, defaults))
+    exporter = None
+    if config.otlp_traces_endpoint:
+        exporter = TraceExporter(config.otlp_traces_endpoint, card.name)
+    uvloop.run(_serve(config, listener, card, tokenizer, defaults, exporter))
+    if exporter is not None:
+        exporter.close()
     return 0
 
 
@@ -47,8 +55,10 @@ async def _serve(
     card: ModelCard,
     tokenizer: Tokenizer,
     defaults: GenerationDefaults,
+    exporter: TraceExporter | None,
 ) -> None:
     registry = CollectorRegistry()
+    clock = SpanClock.start()
     context = zmq.asyncio.Context()
     service = RouterService(
         RouterOptions(
@@ -61,6 +71,8 @@ async def _serve(
         lookup=HttpEntryLookup(config.api_key[0] if config.api_key else ""),
         static_urls=(*config.prefill, *config.decode),
         metrics_registry=registry,
+        clock=clock.now,
+        unix_minus_monotonic_s=clock.unix_minus_monotonic_s,
     )
     in_flight = InFlightRequests()
     app = build_router_app(
@@ -71,6 +83,7 @@ async def _serve(
         admin=service,
         registry=registry,
         in_flight=in_flight,
+        timelines=Timelines(clock, registry, card.name, exporter.export if exporter else None),
         api_keys=config.api_key,
     )
     await service.start()

@@ -38,8 +38,9 @@ from ..messages.node import (
     TokenOutput,
     TokenOutputs,
 )
-from ..messages.timeline import Span
+from ..messages.timeline import SpanClock
 from ..runtime.errors import RequestError
+from ..runtime.peer_clock import PeerClocks
 from .admission import AdmissionQueue, Ticket
 from .attempts import COST_NO_ATTEMPT, RequestRecord, Retry
 from .cluster import Cluster
@@ -82,14 +83,15 @@ class RouterService:
         static_urls: Sequence[str] = (),
         metrics_registry: CollectorRegistry | None = None,
         clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
+        unix_minus_monotonic_s: float = 0.0,
     ) -> None:
         self.router_id = uuid.uuid4().hex
         self.counters = RouterCounters()
         self._options = options
         self._model = model
         self._clock = clock
-        self._wall_clock = wall_clock
+        self._span_clock = SpanClock(clock, unix_minus_monotonic_s)
+        self._node_clocks = PeerClocks()  # by incarnation
         self._cluster = Cluster(
             options,
             router_id=self.router_id,
@@ -180,6 +182,8 @@ class RouterService:
             resend_interval_s=self._options.resend_interval_s,
             eos_token_ids=self._model.eos_token_ids,
             max_model_len=self._model.max_model_len,
+            clock=self._span_clock,
+            clock_lead_s=self._node_clocks.lead_s,
             attempt_numbers=self._attempt_numbers,
         )
         try:
@@ -208,10 +212,11 @@ class RouterService:
             generation = self._generations.get(ticket.request_id)
             if generation is None:  # it failed for good in this very loop
                 continue
+            turn = self._clock()
             decision = self._choose(ticket, generation.record, pairs, now)
             match decision:
                 case Chosen():
-                    self._start_attempt(generation, ticket, decision, now)
+                    self._start_attempt(generation, ticket, decision, turn, now)
                 case NoRoom(waits_for):
                     ticket.unpaired_since = None
                     ticket.waits_for = waits_for
@@ -283,18 +288,19 @@ class RouterService:
         )
 
     def _start_attempt(
-        self, generation: RoutedGeneration, ticket: Ticket, chosen: Chosen, now: float
+        self, generation: RoutedGeneration, ticket: Ticket, chosen: Chosen, turn: float, now: float
     ) -> None:
         record = generation.record
         attempt = record.open_attempt(ticket.choices, chosen, now)
         self._queue.take(ticket, now)
         self._ledger.open(attempt)
-        waited_s = now - ticket.queued_at
-        record.info.spans.append(Span("queue", self._wall_clock() - waited_s, waited_s))
         generation.mark_dispatched()
         self._remember_prefix(attempt, record)
         interval = 1 if record.spec.stream else self._options.unstreamed_interval
         message = record.message(attempt, ticket.choices, now=now, stream_interval=interval)
+        attempt.sent_s = self._clock()
+        record.info.spans.append(self._span_clock.span("queue", ticket.queued_at, turn))
+        record.info.spans.append(self._span_clock.span("pairing", turn, attempt.sent_s))
         if not self._cluster.send(attempt.pair.decode, message):
             self._fail_attempt(_lost(attempt, "the link to the decode node is down"), now)
 
@@ -394,6 +400,9 @@ class RouterService:
         if attempt is None:
             return
         self._close_attempt(attempt, failure.code)
+        if attempt.awaits_first_token:
+            lost = self._span_clock.span("failed_attempt", attempt.sent_s, now)
+            self._generations[failure.request_id].record.info.spans.append(lost)
         if failure.code == "busy":
             self._ledger.full(attempt.pair.prefill or attempt.pair.decode)
         elif failure.code in ("not_ready", "peer_lost", "shutting_down"):
@@ -432,11 +441,14 @@ class RouterService:
 
     def on_ping(self, incarnation: str) -> None:
         self._ledger.ping(incarnation)
+        self._node_clocks.pinged(incarnation, 0, self._span_clock.unix_s(self._clock()))  # one at a time
 
     def on_pong(self, incarnation: str, pong: Pong) -> None:
         if pong.entry.incarnation == incarnation:
+            now = self._clock()
+            self._node_clocks.answered(incarnation, 0, self._span_clock.unix_s(now), pong.unix_s)
             self._ledger.pong(incarnation, pong.load)
-            self._dispatch(self._clock())
+            self._dispatch(now)
 
     def on_node_event(self, event: NodeEvent) -> None:
         match event:
@@ -456,6 +468,7 @@ class RouterService:
     def _node_gone(self, entry: NodeEntry, reason: str) -> None:
         self._move_attempts(entry, reason)
         self._prefixes.forget(entry.incarnation)
+        self._node_clocks.forget(entry.incarnation)
         self._ledger.forget_node(entry.incarnation)
 
     def _move_attempts(self, entry: NodeEntry, reason: str) -> None:

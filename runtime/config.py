@@ -93,6 +93,8 @@ FLAGS: tuple[Flag, ...] = (
          help="URL of a router to register with; repeatable"),
     Flag(names=("--max-queued-prefills",), roles=_PREFILL, kind=int, default=32,
          help="prompts waiting here before new ones are sent back as Busy"),
+    Flag(names=("--disable-transfer-overlap",), roles=_PREFILL, kind=bool, default=False,
+         help="send a prompt's pages only after its last chunk, to measure what overlap is worth"),
     Flag(names=("--colocated",), roles=_DECODE, kind=bool, default=False,
          help="prefill locally; no prefill node is needed"),
     Flag(names=("--local-prefill-threshold",), roles=_DECODE, kind=int,
@@ -121,6 +123,8 @@ FLAGS: tuple[Flag, ...] = (
          help="requests waiting before new ones get 429"),
     Flag(names=("--drain-timeout", "--shutdown-timeout"), roles=_ROUTER, kind=float, default=60.0,
          help="seconds that running requests get after SIGTERM"),
+    Flag(names=("--otlp-traces-endpoint",), roles=_ROUTER, default="",
+         help="URL that traces are sent to by OTLP/HTTP, such as http://host:4318/v1/traces"),
     Flag(names=("--num-prefill",), roles=_UP, kind=int, default=1, help="prefill nodes to start"),
     Flag(names=("--num-decode",), roles=_UP, kind=int, default=1, help="decode nodes to start"),
     Flag(names=("--log-level",), roles=_ALL, default="info", choices=LEVELS, help="of messages shown"),
@@ -144,6 +148,7 @@ class RouterConfig:
     request_timeout: float
     max_queued_requests: int
     drain_timeout: float
+    otlp_traces_endpoint: str
     log_level: str
     log_format: str
 
@@ -176,6 +181,7 @@ class NodeConfig:
     log_format: str
     max_queued_prefills: int = 0  # prefill only
     faulty: str = ""  # prefill only
+    disable_transfer_overlap: bool = False  # prefill only
     colocated: bool = False  # decode only
     local_prefill_threshold: int | None = None  # decode only
     local_prefill_chunk_size: int | None = None  # decode only

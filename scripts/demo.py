@@ -25,7 +25,22 @@ CHAT = {
     "max_tokens": 96,
     "seed": 2,
 }
-SPAN_NAMES = ("queue", "reserve", "prefill_queue", "prefill", "handoff", "wire", "first_decode_step")
+STAGES = (
+    *(
+        "receive",
+        "tokenize",
+        "prepare",
+        "queue",
+        "pairing",
+        "to_decode",
+        "decode_queue",
+        "reserve",
+        "to_prefill",
+    ),
+    *("prefill_queue", "engine_queue", "prefill_chunk", "first_token", "from_prefill", "relay", "to_router"),
+    *("deliver", "detokenize", "stream_out"),
+)
+BEHIND = ("wire", "handoff", "last_pages", "decode_wait", "first_decode_step")
 
 
 @dataclass
@@ -37,7 +52,9 @@ class Answer:
     finish_reason: str | None = None
     is_done: bool = False
     error: str = ""
-    spans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stage_s: dict[str, float] = field(default_factory=dict)  # spans of one stage added up
+    num_bytes: int = 0
+    unaccounted_s: float | None = None
 
     @property
     def ended_properly(self) -> bool:
@@ -82,8 +99,12 @@ def take(answer: Answer, event: dict[str, Any]) -> None:
     if "error" in event:
         answer.error = event["error"]["message"]
         return
-    for span in event.get("timeline", {}).get("spans", []):
-        answer.spans[span["name"]] = span
+    timeline = event.get("timeline", {})
+    answer.unaccounted_s = timeline.get("unaccounted_s", answer.unaccounted_s)
+    for span in timeline.get("spans", []):
+        answer.stage_s[span["name"]] = answer.stage_s.get(span["name"], 0.0) + span["duration_s"]
+        if span["name"] == "handoff":
+            answer.num_bytes += span.get("num_bytes", 0)
     for choice in event.get("choices", []):
         text = choice.get("text") or choice.get("delta", {}).get("content") or ""
         if text:
@@ -96,8 +117,8 @@ def row(name: str, values: list[str]) -> None:
     print(f"  {name:<28}" + "".join(f"{value:>14}" for value in values))
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms"
+def milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.2f} ms"
 
 
 def print_table(answers: list[Answer]) -> None:
@@ -108,11 +129,14 @@ def print_table(answers: list[Answer]) -> None:
         for answer in answers
     ]
     row("ITL, mean", [milliseconds(gap) for gap in gaps])
-    for name in SPAN_NAMES:
-        spans = [answer.spans.get(name) for answer in answers]
-        row(name, [milliseconds(span["duration_s"]) if span else "-" for span in spans])
-    handoffs = [answer.spans.get("handoff", {}) for answer in answers]
-    row("KV bytes handed off", [f"{span.get('num_bytes', 0):,}" for span in handoffs])
+    print("on the way to the first token:")
+    for name in STAGES:
+        row(name, [milliseconds(answer.stage_s.get(name)) for answer in answers])
+    row("unaccounted", [milliseconds(answer.unaccounted_s) for answer in answers])
+    print("beside it, and behind it:")
+    for name in BEHIND:
+        row(name, [milliseconds(answer.stage_s.get(name)) for answer in answers])
+    row("KV bytes handed off", [f"{answer.num_bytes:,}" for answer in answers])
 
 
 def show(url: str, api_key: str = "") -> bool:

@@ -124,7 +124,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
         "head_dim": 64,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 32768,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         "eos_token_id": 2,
         "dtype": "bfloat16",

@@ -47,7 +47,7 @@ from ..messages.peer import (
     SampledFirstToken,
 )
 from ..messages.sampling import TokenLogprob
-from ..messages.timeline import Span
+from ..messages.timeline import Span, covered_s
 from .actions import (
     AdmitRoom,
     CancelWrites,
@@ -106,6 +106,16 @@ class _Decode:
 
 
 @dataclass(slots=True)
+class _Chunk:
+    """The pages that became ready together: their writes."""
+
+    submitted: float
+    num_bytes: int
+    num_outstanding: int
+    ended: float = 0.0
+
+
+@dataclass(slots=True)
 class _Room:
     request: PrefillRequest
     decode: _Decode
@@ -113,10 +123,7 @@ class _Room:
     deadline: float
     next_page: int  # index into dest_pages; those before it are submitted, or were held by decode
     outstanding: dict[int, int] = field(default_factory=dict)  # handle -> bytes
-    num_bytes: int = 0
-    first_submit: float | None = None
-    busy_since: float = 0.0  # while writes are outstanding: since when
-    wire_s: float = 0.0  # time during which writes were outstanding, so far
+    chunks: list[_Chunk] = field(default_factory=list)  # in the order of their pages
     sent_first_token: bool = False
     digests: dict[int, int] = field(default_factory=dict)  # by index into dest_pages, where asked for
     is_draining: bool = False
@@ -164,7 +171,7 @@ class PrefillRooms:
         self._decodes: dict[str, _Decode] = {}  # by incarnation; one small entry per start of a decode node
         self._rooms: dict[RoomId, _Room] = {}
         self._meetings: dict[int, _Link] = {}  # handle of the first contact
-        self._room_of_write: dict[int, RoomId] = {}
+        self._room_of_write: dict[int, tuple[RoomId, _Chunk]] = {}
         self._last_handle = 0
         self._busy_until = 0.0
         self._due = float("inf")
@@ -193,7 +200,8 @@ class PrefillRooms:
 
     def room_of_write(self, handle: int) -> RoomId:
         """The room that a write without a result belongs to."""
-        return self._room_of_write[handle]
+        room, _ = self._room_of_write[handle]
+        return room
 
     def next_deadline(self) -> float:
         """When `tick` is due at the latest; infinity while there is nothing to wait for."""
@@ -374,17 +382,14 @@ class PrefillRooms:
             self._max_run_bytes,
         )
         room.next_page = end
-        if room.first_submit is None:
-            room.first_submit = now
-        if not room.outstanding:
-            room.busy_since = now
+        chunk = _Chunk(now, sum(run.num_bytes for run in runs), len(runs))
+        room.chunks.append(chunk)
         actions: list[PrefillAction] = []
         for run in runs:
             handle = self._new_handle()
-            self._room_of_write[handle] = room_id
+            self._room_of_write[handle] = (room_id, chunk)
             room.outstanding[handle] = run.num_bytes
             room.decode.meter.submitted(now)
-            room.num_bytes += run.num_bytes
             actions.append(SubmitWrite(handle, room.region, run))
         return actions
 
@@ -458,11 +463,13 @@ class PrefillRooms:
         link = self._meetings.pop(result.handle, None)
         if link is not None:
             return self._on_met(link, result, now)
-        room = self._rooms[self._room_of_write.pop(result.handle)]
+        room_id, chunk = self._room_of_write.pop(result.handle)
+        room = self._rooms[room_id]
         num_bytes = room.outstanding.pop(result.handle)
         room.decode.meter.ended(num_bytes if result.state is WriteState.DONE else 0, now)
-        if not room.outstanding:
-            room.wire_s += now - room.busy_since
+        chunk.num_outstanding -= 1
+        if not chunk.num_outstanding:
+            chunk.ended = now
         match result.state:
             case WriteState.DONE:
                 pass
@@ -574,22 +581,22 @@ class PrefillRooms:
             return []
         room_id = room.request.room
         del self._rooms[room_id]
-        started = now if room.first_submit is None else room.first_submit
-        self.stats.num_completed += 1
-        self.stats.num_bytes += room.num_bytes
-        self.stats.transfer_s += room.wire_s
-        link = self._link_of(room)
-        unix_s = self._unix_minus_monotonic_s + started
-        # The hand-off of a prompt of several chunks spans their computing; the wire is busy for less of it.
-        spans = (
-            Span("handoff", unix_s, now - started, room.num_bytes),
-            Span("wire", unix_s, room.wire_s, room.num_bytes),
+        num_bytes = sum(chunk.num_bytes for chunk in room.chunks)
+        wires = tuple(
+            self._span("wire", chunk.submitted, chunk.ended, chunk.num_bytes) for chunk in room.chunks
         )
+        self.stats.num_completed += 1
+        self.stats.num_bytes += num_bytes
+        self.stats.transfer_s += covered_s(wires, 0.0, float("inf"))
+        link = self._link_of(room)
+        started = room.chunks[0].submitted if room.chunks else now
+        # The hand-off of a prompt of several chunks spans their computing; the wire is busy for less of it.
+        handoff = self._span("handoff", started, now, num_bytes)
         done = HandoffDone(
             room=room_id,
             epoch=link.epoch,
-            num_bytes=room.num_bytes,
-            spans=spans,
+            num_bytes=num_bytes,
+            spans=(handoff, *wires),
             digests=tuple(room.digests[index] for index in room.request.digest_pages),
         )
         return [SendToDecode(link.link, done), ReleaseRoom(room_id, completed=True)]
@@ -612,6 +619,9 @@ class PrefillRooms:
     def _pong(self, link: _Link, seq: int, now: float) -> SendToDecode:
         busy_until_s = max(0.0, self._busy_until - now)
         return SendToDecode(link.link, PeerPong(epoch=link.epoch, seq=seq, busy_until_s=busy_until_s))
+
+    def _span(self, name: str, start: float, end: float, num_bytes: int) -> Span:
+        return Span(name, self._unix_minus_monotonic_s + start, end - start, num_bytes)
 
     def _new_handle(self) -> int:
         self._last_handle += 1

@@ -140,6 +140,9 @@ class SimulatedCluster:
             await router.close()
             _require(not router.crashed.done(), "a task of the router failed")
 
+    def _now(self) -> float:
+        return self.events.now
+
     def note(self, text: str) -> None:
         self.events.note(text)
 
@@ -186,6 +189,7 @@ class SimulatedCluster:
                 host,
                 backend,
                 plan.settings,
+                clock=self._now,
                 on_queued=on_queued,
                 on_digest=on_digest,
                 metrics=METRICS["prefill"],
@@ -199,6 +203,7 @@ class SimulatedCluster:
                 host,
                 peers,
                 plan.settings,
+                clock=self._now,
                 on_queued=on_queued,
                 on_digest=on_digest,
                 metrics=METRICS["decode"],
@@ -339,8 +344,8 @@ class SimulatedCluster:
             lookup=lookup,
             static_urls=[life.node.place.url for life in self.lives.values()],
             metrics_registry=CollectorRegistry(),
-            clock=lambda: self.events.now,
-            wall_clock=lambda: self.events.now,
+            clock=self._now,
+            unix_minus_monotonic_s=0.0,
         )
         self.routers.append(router)
         await router.start()
@@ -580,15 +585,11 @@ class SimulatedCluster:
         """Whatever has a deadline ends by it, give and take a turn of a loop that is awake."""
         overdue_at = self.events.now - OVERDUE_S
         node = life.node
-        overdue: list[str]
         if isinstance(node, DecodeNode):
             requests = node.scheduler.requests.values()
             overdue = [request.key.request_id for request in requests if request.deadline_s < overdue_at]
         else:
-            jobs = [job for job in node.scheduler.jobs.values() if not job.is_over]
-            overdue = [
-                job.message.request_id for job in jobs if job.arrived_s + job.message.deadline_s < overdue_at
-            ]
+            overdue = ["a room"] if node.rooms.next_deadline() < overdue_at else []
         _require(not overdue, f"{life.process.name} works beyond a deadline: {overdue}")
 
     def _check_deadlines(self, life: Life, now: float) -> None:

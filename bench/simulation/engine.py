@@ -35,12 +35,14 @@ class FakeEngine:
         name: str,
         pool: Pool,
         allocator: PageAllocator,
+        clock: Callable[[], float],
         journal: list[str] | None = None,
         on_queued: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.pool = pool
         self.allocator = allocator
+        self.clock = clock
         self.weights = "weights-1"
         self.queued: deque[ScheduleBatch | _Job] = deque()
         self.results: deque[ForwardOutput | JobResult] = deque()
@@ -87,7 +89,8 @@ class FakeEngine:
         work = self.queued.popleft()
         if isinstance(work, ScheduleBatch):
             rows = tuple(self._compute(row) for row in work.rows)
-            self.results.append(ForwardOutput(len(self.batches), rows, 0.0, 0.001))
+            started = self.clock()
+            self.results.append(ForwardOutput(len(self.batches), rows, started, self.clock()))
         else:
             self.results.append(_job_result(work))
         return True

@@ -83,6 +83,7 @@ class Settings:
     local_prefill_chunk: int = 8
     conservativeness: float = 1.0
     is_colocated: bool = False
+    overlaps_transfer: bool = True
     verify_pages: VerifyPages = "off"
     eos_token_ids: tuple[int, ...] = (EOS,)
 
@@ -140,6 +141,7 @@ class _Base(Generic[T]):
         num_pages: int,
         settings: Settings,
         *,
+        clock: Callable[[], float],
         journal: list[str] | None,
         on_queued: Callable[[], None] | None,
         on_digest: Callable[[], None] | None,
@@ -147,9 +149,10 @@ class _Base(Generic[T]):
     ) -> None:
         self.place = place
         self.server = server
+        self.clock = clock
         self.pool = Pool(num_pages)
         self.allocator = PageAllocator(num_pages)
-        self.engine = FakeEngine(place.name, self.pool, self.allocator, journal, on_queued)
+        self.engine = FakeEngine(place.name, self.pool, self.allocator, clock, journal, on_queued)
         self.engine.weights = place.model_path
         self.identity = PeerIdentity(
             incarnation=place.incarnation,
@@ -225,6 +228,7 @@ class _Base(Generic[T]):
             "load_inquirer": self.load_inquirer,
             "metrics": self.metrics,
             "unix_minus_monotonic_s": 0.0,
+            "clock": self.clock,
         }
 
 
@@ -236,6 +240,7 @@ class PrefillNode(_Base[ToPrefill]):
         backend: TransferBackend,
         settings: Settings,
         *,
+        clock: Callable[[], float],
         journal: list[str] | None = None,
         on_queued: Callable[[], None] | None = None,
         on_digest: Callable[[], None] | None = None,
@@ -247,6 +252,7 @@ class PrefillNode(_Base[ToPrefill]):
             server,
             settings.prefill_pages,
             settings,
+            clock=clock,
             journal=journal,
             on_queued=on_queued,
             on_digest=on_digest,
@@ -264,6 +270,7 @@ class PrefillNode(_Base[ToPrefill]):
                 max_batch_tokens=settings.chunk_tokens,
                 max_batch_rows=settings.max_rows,
                 max_waiting=settings.max_waiting,
+                overlaps_transfer=settings.overlaps_transfer,
             ),
         )
 
@@ -294,6 +301,7 @@ class DecodeNode(_Base[ClientToNode]):
         links: Links,
         settings: Settings,
         *,
+        clock: Callable[[], float],
         journal: list[str] | None = None,
         on_queued: Callable[[], None] | None = None,
         on_digest: Callable[[], None] | None = None,
@@ -305,6 +313,7 @@ class DecodeNode(_Base[ClientToNode]):
             server,
             settings.decode_pages,
             settings,
+            clock=clock,
             journal=journal,
             on_queued=on_queued,
             on_digest=on_digest,

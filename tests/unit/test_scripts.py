@@ -72,7 +72,10 @@ def piece(text: str, finish_reason: str | None = None) -> bytes:
 
 DONE = event(b"[DONE]")
 TIMELINE = event(
-    {"choices": [], "timeline": {"spans": [{"name": "handoff", "num_bytes": 8, "duration_s": 1}]}}
+    {
+        "choices": [],
+        "timeline": {"spans": [{"name": "handoff", "num_bytes": 8, "duration_s": 1}], "unaccounted_s": 0.5},
+    }
 )
 WHOLE = [piece("def"), piece(" f", "stop"), TIMELINE, DONE]
 
@@ -128,7 +131,9 @@ def test_both_answers_are_shown_with_their_table(
     shown = capsys.readouterr().out
     assert shown.count("def f") >= 2
     assert "TTFT" in shown
-    assert re.search(r"^ +handoff +1000\.0 ms +1000\.0 ms$", shown, re.MULTILINE)
+    assert re.search(r"^ +handoff +1000\.00 ms +1000\.00 ms$", shown, re.MULTILINE)
+    assert re.search(r"^ +unaccounted +500\.00 ms +500\.00 ms$", shown, re.MULTILINE)
+    assert re.search(r"^ +KV bytes handed off +8 +8$", shown, re.MULTILINE)
     assert re.search(r"^ +KV bytes handed off +8 +8$", shown, re.MULTILINE)
 
 
@@ -138,7 +143,7 @@ def test_an_answer_is_read_event_by_event(demo: ModuleType, serve: Serve) -> Non
     last = event({"choices": [{"delta": {}, "finish_reason": "length"}]})
     answer = demo.ask(serve([chat, words, b": a comment\n\n", last, DONE]), "/v1/chat/completions", {})
     assert answer.ended_properly
-    assert (len(answer.token_times), answer.finish_reason, answer.spans) == (1, "length", {})
+    assert (len(answer.token_times), answer.finish_reason, answer.stage_s) == (1, "length", {})
 
 
 BROKEN: dict[str, tuple[list[bytes], bool]] = {

@@ -20,8 +20,10 @@ from pdserve.api.app import build_router_app
 from pdserve.api.generation import ModelCard
 from pdserve.api.in_flight import InFlightRequests
 from pdserve.api.server import serve
+from pdserve.api.timelines import Timeline, Timelines
 from pdserve.api.tokenization import Tokenizer
 from pdserve.api.validation import GenerationDefaults, Limits
+from pdserve.messages.timeline import SpanClock
 from pdserve.tests.unit.api.fakes import FakeAdmin, FakeGenerator
 
 CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -80,6 +82,7 @@ class Api:
     generator: FakeGenerator
     admin: FakeAdmin
     in_flight: InFlightRequests
+    exported: list[Timeline]
     http: aiohttp.ClientSession
 
     async def post(self, path: str, body: object, **headers: str) -> tuple[int, Any]:
@@ -131,6 +134,7 @@ async def api(
     admin = FakeAdmin()
     in_flight = InFlightRequests()
     registry = CollectorRegistry()
+    exported: list[Timeline] = []
     admin.metrics = lambda: generate_latest(registry).decode()
     app = build_router_app(
         card=card,
@@ -140,6 +144,7 @@ async def api(
         admin=admin,
         registry=registry,
         in_flight=in_flight,
+        timelines=Timelines(SpanClock.start(), registry, card.name, exported.append),
         api_keys=api_keys,
         limits=limits,
     )
@@ -147,7 +152,7 @@ async def api(
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = asyncio.create_task(serve(app, listener, in_flight=in_flight))
     async with aiohttp.ClientSession() as http:
-        yield Api(url, generator, admin, in_flight, http)
+        yield Api(url, generator, admin, in_flight, exported, http)
     assert len(in_flight) == 0
     server.cancel()  # at once; test_server.py ends one properly
     await asyncio.wait({server})

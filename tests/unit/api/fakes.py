@@ -57,7 +57,7 @@ class FakeGeneration:
             num_cached_tokens=2,
             weight_version="7",
             spans=[
-                Span("prefill", 101.5, 0.25),
+                Span("prefill_chunk", 101.5, 0.25, num_tokens=3),
                 Span("queue", 100.0, 1.5),
                 Span("handoff", 101.75, 0.5, 4096),
             ],

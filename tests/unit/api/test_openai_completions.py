@@ -298,11 +298,23 @@ async def test_timeline(api: Api, stream: bool) -> None:
         assert (answer["choices"], "usage" in answer) == ([], False)
     else:
         _, answer = await api.post(PATH, body)
-    assert answer["timeline"]["spans"] == [
+    timeline = answer["timeline"]
+    assert timeline["spans"][:3] == [
         {"name": "queue", "start_s": 0.0, "duration_s": 1.5},
-        {"name": "prefill", "start_s": 1.5, "duration_s": 0.25},
-        {"name": "handoff", "start_s": 1.75, "duration_s": 0.5, "num_bytes": 4096},
+        {"name": "prefill_chunk", "start_s": 1.5, "duration_s": 0.25, "num_tokens": 3},
+        {"name": "handoff", "start_s": 1.75, "duration_s": 0.5, "num_bytes": 4096, "overlaps": True},
     ]
+    own = ["receive", "tokenize", "prepare", "deliver", "detokenize", "stream_out"]
+    assert [span["name"] for span in timeline["spans"][3:]] == own
+    # The fake's spans lie long ago, so what they would name of this request is told to be missing.
+    assert 0 < timeline["unaccounted_s"] < timeline["ttft_s"]
+
+
+async def test_a_batch_tells_which_prompt_a_span_is_of(api: Api) -> None:
+    _, answer = await api.post(PATH, {"prompt": ["The", "fox"], "timeline": True})
+    spans = answer["timeline"]["spans"]
+    assert {span["prompt"] for span in spans if span["name"] == "deliver"} == {0, 1}
+    assert "ttft_s" not in answer["timeline"], "each prompt has its own"
 
 
 async def test_a_token_whose_text_must_wait_is_given_at_once(api: Api, tokenizer: Tokenizer) -> None:

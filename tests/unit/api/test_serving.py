@@ -183,16 +183,36 @@ async def test_requests_are_found_and_aborted_by_rid(api: Api) -> None:
     goes_on, first = await in_flight(api, {"prompt": "The", "rid": "mine"})
     api.admin.states["cmpl-mine"] = {"state": "decoding", "age_s": 0.5, "waits_for": "a step"}
     for name in ("mine", "cmpl-mine"):
-        assert (await api.get(f"/requests/{name}"))[1] == {
-            "id": "cmpl-mine",
-            "state": "decoding",
-            "age_s": 0.5,
-            "waits_for": "a step",
-        }
+        _, state = await api.get(f"/requests/{name}")
+        timeline = state.pop("timeline")
+        assert state == {"id": "cmpl-mine", "state": "decoding", "age_s": 0.5, "waits_for": "a step"}
+        assert [span["name"] for span in timeline["spans"][-3:]] == ["receive", "tokenize", "prepare"]
     assert (await api.post("/abort_request", {"rid": "mine"}))[0] == 200
     assert api.admin.calls == [("abort", "cmpl-mine", False)]
     goes_on.set()
     await first
+
+
+async def test_the_trace_that_a_client_names_goes_with_the_timeline(api: Api) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    for path, body in BODIES:
+        await api.post(path, body, traceparent=parent, tracestate="vendor=1")
+    assert len(api.exported) == len(BODIES) + 1, "one of them is a batch of two"
+    for timeline in api.exported:
+        assert (timeline.traceparent, timeline.tracestate) == (parent, "vendor=1")
+
+
+async def test_a_timeline_is_kept_after_the_end_of_its_request(api: Api) -> None:
+    await api.post("/v1/completions", {"prompt": "The", "rid": "mine"})
+    await api.stream("/generate", {"text": "The", "stream": True, "rid": "other"})
+    for name in ("mine", "cmpl-mine", "other"):
+        status, answer = await api.get(f"/requests/{name}")
+        assert (status, answer["state"]) == (200, "ended")
+        assert answer["timeline"]["spans"][-1]["name"] == "stream_out"
+    assert [timeline.request_id for timeline in api.exported] == ["cmpl-mine", "other"]
+    text = api.admin.metrics()
+    assert 'pd_request_stage_seconds_count{model_name="org/tiny",role="router",stage="tokenize"} 2.0' in text
+    assert 'pd_request_unaccounted_seconds_count{model_name="org/tiny",role="router"} 2.0' in text
 
 
 # ---- the door ---------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from pdserve.messages.node import (
 )
 from pdserve.messages.peer import MemoryRegion, PeerToDecode, PeerToPrefill
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
+from pdserve.messages.timeline import Span
 from pdserve.prefill.scheduler import ToPrefill
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.copy_plan import Run
@@ -56,6 +57,23 @@ __all__ = [
     "prompt_of",
     "read_stream",
 ]
+
+
+@dataclass
+class FakeClock:
+    """Stands still but for a nanosecond at each look, so what is measured later ends later."""
+
+    now: float = 100.0
+
+    def tick(self) -> float:
+        self.now += 1e-9
+        return self.now
+
+    def tick_of_engine(self) -> float:
+        """A forward takes a hundred times longer than anything else that is measured."""
+        self.now += 1e-7
+        return self.now
+
 
 ADDRESS = "tcp://prefill:1"
 ROUTER = b"router"
@@ -292,8 +310,12 @@ class Stream:
     num_cached_tokens: int = 0
     weight_version: str = ""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    span_names: list[str] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     message_sizes: list[int] = field(default_factory=list)  # tokens in each output
+
+    @property
+    def span_names(self) -> list[str]:
+        return [span.name for span in self.spans]
 
     @property
     def reasons(self) -> dict[int, str]:
@@ -325,7 +347,7 @@ def read_stream(
                 stream.num_cached_tokens = output.num_cached_tokens or stream.num_cached_tokens
                 stream.weight_version = output.weight_version or stream.weight_version
                 stream.prompt_logprobs = output.prompt_logprobs or stream.prompt_logprobs
-                stream.span_names += [span.name for span in output.spans]
+                stream.spans += output.spans
                 if output.finish is not None:
                     stream.finishes[output.choice] = output.finish
     return stream
@@ -339,7 +361,7 @@ class Pair:
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401, the fields of Settings
         self.settings = Settings(**settings)
-        self.now = 100.0
+        self.clock = FakeClock()
         self.journal: list[str] = []
         no_pool, no_allocator = Pool(1), PageAllocator(1)
         self.backend = FakeBackend(no_pool, no_pool, no_allocator, self.journal)
@@ -349,6 +371,7 @@ class Pair:
             to_prefill,
             self.backend,
             self.settings,
+            clock=self.clock.tick,
             journal=self.journal,
         )
         self.backend.source = self.prefill.pool
@@ -358,12 +381,23 @@ class Pair:
             FakeServer(ClientToNode),
             self.network,
             self.settings,
+            clock=self.clock.tick,
             journal=self.journal,
         )
+        for node in (self.prefill, self.decode):
+            node.engine.clock = self.clock.tick_of_engine
         self.backend.destination = self.decode.pool
         self.backend.decode_allocator = self.decode.allocator
         if not self.settings.is_colocated:
             self.connect()
+
+    @property
+    def now(self) -> float:
+        return self.clock.now
+
+    @now.setter
+    def now(self, now: float) -> None:
+        self.clock.now = now
 
     def connect(self) -> None:
         self.to_decode(Roster(router_id="router", nodes=(self.prefill.status.entry,)))

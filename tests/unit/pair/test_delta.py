@@ -108,9 +108,9 @@ def test_it_is_computed_where_less_is_missing() -> None:
     assert pair.state("next") == "local_prefill", "14 tokens here, 54 on prefill"
     pair.finish()
     pair.check_answer("next", prompt, 4)
-    pair.generate("other", (*prompt_of(6), *prompt_of(20, seed=4)), num_prefill_tokens_ahead=22)
+    pair.generate("other", (*prompt_of(6), *prompt_of(20, seed=4)), num_prefill_tokens_ahead=6)
     pair.settle()
-    assert pair.state("other") == "handoff", "22 on either side"
+    assert pair.state("other") == "handoff", "22 tokens here, 6 on prefill"
     pair.finish()
 
 

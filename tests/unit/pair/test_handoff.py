@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 
 from pdserve.messages.peer import PrefillRequest
 from pdserve.messages.sampling import TokenLogprob
+from pdserve.messages.timeline import unaccounted_s
 
 from .cluster import ADDRESS, LAYOUT, PAGE_SIZE, Pair, expected_tokens, kv_of, prompt_of
 
@@ -95,13 +98,36 @@ def test_the_last_write_alone_completes_a_hand_off() -> None:
     pair.check_answer("a", prompt_of(12), 4)
 
 
+def test_without_overlap_no_page_travels_before_the_last_chunk() -> None:
+    pair = Pair(overlaps_transfer=False)
+    pair.start("a", prompt_of(20))
+    pair.compute()
+    pair.compute()
+    assert pair.backend.num_outstanding == 0
+    pair.compute()
+    pair.finish()
+    pair.check_answer("a", prompt_of(20), 4)
+    assert pair.stream("a").span_names.count("wire") == 1
+
+
 def test_the_timeline_of_a_request_is_reported_with_its_last_token() -> None:
     pair = Pair()
     pair.start("a", prompt_of(10))
     pair.finish()
-    names = ["reserve", "prefill_queue", "prefill", "handoff", "wire", "first_decode_step"]
-    assert pair.stream("a").span_names == names
-    assert pair.stream("a").weight_version == "default"
+    stream = pair.stream("a")
+    there = ["decode_queue", "reserve", "to_prefill"]
+    prefill = ["prefill_queue", *["engine_queue", "prefill_chunk"] * 2, "first_token"]
+    rest = ["from_prefill", "relay", "handoff", "wire", "wire", "last_pages", "decode_wait"]
+    assert stream.span_names == [*there, *prefill, *rest, "first_decode_step"]
+    assert stream.weight_version == "default"
+    # Each stage on the way to the first token begins where the one before ended.
+    chain = stream.spans[: stream.span_names.index("relay") + 1]
+    for before, after in pairwise(chain):
+        assert after.start_unix_s == pytest.approx(before.end_unix_s, abs=1e-12)
+    assert [span.num_tokens for span in chain if span.name == "prefill_chunk"] == [8, 2]
+    assert unaccounted_s(stream.spans, chain[0].start_unix_s, chain[-1].end_unix_s) == pytest.approx(
+        0.0, abs=1e-12
+    )
 
 
 def test_logprobs_of_prompt_and_first_token_come_from_prefill() -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.engine.schedule_batch import ScheduledRow
 from pdserve.messages.peer import PrefillRequest, RoomId
 from pdserve.messages.sampling import SamplingParams
-from pdserve.prefill.batching import next_chunks
+from pdserve.prefill.batching import next_chunks as chunks_of
 from pdserve.prefill.job import JobState, PrefillJob
+from pdserve.prefill.last_chunk import LastChunk
+
+
+def next_chunks(
+    jobs: Iterable[PrefillJob], max_tokens: int, max_rows: int, last_chunk: LastChunk | None = None
+) -> list[tuple[PrefillJob, ScheduledRow]]:
+    """Without measurements no last chunk is cut."""
+    return chunks_of(jobs, max_tokens, max_rows, last_chunk or LastChunk(16, 1))
 
 
 def make_job(
@@ -39,7 +50,6 @@ def make_job(
     )
     return PrefillJob(
         message=message,
-        arrived_s=0.0,
         token_ids=(*prompt_ids, *output_ids),
         state=state,
         num_scheduled=num_scheduled,
@@ -130,3 +140,14 @@ def test_reusable_tokens(start: int | None, reusable: int) -> None:
 def test_a_new_attempt_may_reuse_all_but_the_last_token() -> None:
     sampling = SamplingParams(num_prompt_logprobs=0)
     assert make_job(10, sampling=sampling, output_ids=(5,)).reusable_tokens == 9
+
+
+def test_a_last_chunk_is_cut_when_it_pays_and_others_take_the_place() -> None:
+    last_chunk = LastChunk(4, 1)
+    last_chunk.measured_forward(1, 0.0001)
+    last_chunk.measured_forward(32, 0.0321)
+    last_chunk.measured_wire(1000, 1.0)  # as long for a token as its computing
+    first, second = make_job(40, num_scheduled=8), make_job(40, counter=2)
+    chunks = next_chunks([first, second], 32, 8, last_chunk)
+    assert [(job, row.start, row.end) for job, row in chunks] == [(first, 8, 24), (second, 0, 16)]
+    assert chunks[0][1].choices == (), "its tail samples"

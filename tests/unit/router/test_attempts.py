@@ -11,7 +11,7 @@ import pytest
 from pdserve.api.generation import ChoiceDelta, GenerateSpec
 from pdserve.messages.node import AttemptFailed, FailureCode, Finish, FinishReason, ResendFrom, TokenOutput
 from pdserve.messages.sampling import TokenLogprob
-from pdserve.messages.timeline import Span
+from pdserve.messages.timeline import Span, SpanClock
 from pdserve.router.attempts import AttemptEnded, RequestRecord
 from pdserve.router.ledger import Attempt
 from pdserve.router.pairing import Chosen, Pair
@@ -33,6 +33,8 @@ def make(spec: Callable[..., GenerateSpec]) -> MakeRecord:
             resend_interval_s=0.5,
             eos_token_ids=(EOS,),
             max_model_len=50,
+            clock=SpanClock(lambda: 0.0, 1000.0),
+            clock_lead_s=lambda node: 0.0,
         )
 
     return make
@@ -177,6 +179,32 @@ def test_spans_of_all_attempts_are_gathered_each_once(make: MakeRecord) -> None:
     record.on_tokens(tokens(1, 0, 5, finish="stop", spans=(prefill, step)), 0.0)
     record.on_tokens(tokens(1, 0, 5, choice=1, finish="stop", spans=(prefill, step)), 0.0)
     assert record.info.spans == [prefill, step]
+
+
+def test_the_two_ways_between_router_and_decode_are_spans(spec: Callable[..., GenerateSpec]) -> None:
+    """Decode's clock is 5 s ahead; ours showed 1000 s more than our monotonic one."""
+    record = RequestRecord(
+        spec(),
+        arrived_at=0.0,
+        deadline=100.0,
+        max_attempts=3,
+        resend_interval_s=0.5,
+        eos_token_ids=(EOS,),
+        max_model_len=50,
+        clock=SpanClock(lambda: 0.0, 1000.0),
+        clock_lead_s={"d": 5.0}.__getitem__,
+    )
+    attempt = start(record)
+    attempt.sent_s = 1.0
+    theirs = (Span("decode_queue", 1006.5, 0.5), Span("relay", 1008.0, 0.25))
+    record.on_tokens(tokens(1, 0, 5, spans=theirs), now=4.0)
+    assert record.info.spans == [
+        Span("decode_queue", 1001.5, 0.5),
+        Span("relay", 1003.0, 0.25),
+        Span("to_decode", 1001.0, 0.5),
+        Span("to_router", 1003.25, 0.75),
+    ]
+    assert record.info.arrived_unix_s == 1004.0
 
 
 # ---- new attempts ---------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ async def test_a_request_goes_to_the_decode_node_alone_and_streams(
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
     assert generation.info.num_attempts == 1
     assert generation.info.weight_version == "v1"
-    assert [span.name for span in generation.info.spans] == ["queue"]
+    assert [span.name for span in generation.info.spans] == ["queue", "pairing"]
     assert [(r.prefill_incarnation, r.choices, r.stream_interval) for r in decode.requests()] == [
         ("p-1", (0,), 1)
     ]

@@ -81,7 +81,7 @@ TABLE: tuple[tuple[str, frozenset[str], object, str, bool], ...] = (
     ("--num-prefill", frozenset({"up"}), 1, "", False),
     ("--num-decode", frozenset({"up"}), 1, "", False),
     ("--num-threads", NODES, None, "", False),
-    ("--transfer-backend --disaggregation-transfer-backend", NODES, "mooncake", "mooncake shm", False),
+    ("--transfer-backend --disaggregation-transfer-backend", NODES, "mooncake", "mooncake nixl shm", False),
     ("--transport", NODES, "tcp", "tcp rdma", False),
     ("--ib-device", NODES, "", "", False),
     ("--router", NODES, (), "", True),

@@ -231,8 +231,11 @@ def test_pages_travel_as_they_are_ready_and_the_last_byte_ends_the_room(node: No
     token = FirstToken(room=room, epoch=1, tokens=node.make.token)
     assert node.first_token(room) == [sent(token)]
     node.now = 11.5
-    # Writes were outstanding from 10.0 on, without a pause.
-    spans = (Span("handoff", 1010.0, 1.5, 3 * page), Span("wire", 1010.0, 1.5, 3 * page))
+    spans = (
+        Span("handoff", 1010.0, 1.5, 3 * page),
+        Span("wire", 1010.0, 1.0, 2 * page),
+        Span("wire", 1011.0, 0.5, page),
+    )
     done = HandoffDone(room=room, epoch=1, num_bytes=3 * page, spans=spans)
     assert node.end(second) == [sent(done), ReleaseRoom(room, completed=True)]
     assert node.rooms.is_idle
