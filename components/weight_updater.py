@@ -54,9 +54,16 @@ class WeightUpdater(Generic[C]):
     current one; it runs on the engine thread (`start_job`), so the loop goes on.
     """
 
-    def __init__(self, load: Callable[[Path], C], start_job: Callable[[str, Callable[[], C]], None]) -> None:
+    def __init__(
+        self,
+        load: Callable[[Path], C],
+        start_job: Callable[[str, Callable[[], C]], None],
+        drop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`drop` is called when a load failed, or what it returned is not wanted any more."""
         self._load = load
         self._start_job = start_job
+        self._drop = drop
         self._loading: _Loading | None = None
         self._is_discarded = False  # the update that is loading
         self._prepared: Prepared[C] | None = None
@@ -81,12 +88,14 @@ class WeightUpdater(Generic[C]):
         loading = self._take_loading()
         message = loading.message
         if self._is_discarded:
+            self._drop()
             return self._no(loading.link, message.call_id, f"update {message.update_id} was discarded")
         self._prepared = Prepared(message.update_id, message.model_path, message.weight_version, checkpoint)
         return Answer(loading.link, CallReply(call_id=message.call_id, success=True, message="prepared"))
 
     def failed(self, error: PdserveError) -> Answer:
         loading = self._take_loading()
+        self._drop()
         reply = CallReply(call_id=loading.message.call_id, success=False, message=str(error))
         return Answer(loading.link, reply)
 
@@ -106,6 +115,7 @@ class WeightUpdater(Generic[C]):
             self._is_discarded = True  # it cannot be stopped; what it loads is dropped
         if self._prepared is not None and self._prepared.update_id == message.update_id:
             self._prepared = None
+            self._drop()
         return Answer(link, CallReply(call_id=message.call_id, success=True))
 
     def _take_loading(self) -> _Loading:

@@ -30,8 +30,10 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
     server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode)
     node = start_node(config, listener, server.socket, server.port)
     allocator = PageAllocator(node.num_pages)
-    poison = node.pool.poison if config.poison_reserved_pages else None
-    weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
+    poison = node.poison if config.poison_reserved_pages else None
+    weights: WeightUpdater[LoadedModel] = WeightUpdater(
+        node.load_replacement, node.engine.submit_job, node.drop_replacement
+    )
     control = NodeControl(
         status=node.status,
         flush=FlushWrapper(),
@@ -41,9 +43,6 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
     )
     gone_clients: set[bytes] = set()
 
-    def copy_page(source: int, destination: int) -> None:
-        node.pool.copy_pages([source], [destination])
-
     def send_output(client: bytes, message: msgspec.Struct) -> None:
         if not server.send(client, message):
             gone_clients.add(client)
@@ -52,9 +51,9 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
         receiver=RequestReceiver(server),
         send=server.send,
         links=PeerLinks(context, node.waiter),
-        rooms=DecodeRooms(node.identity, node.region, node.num_pages),
+        rooms=DecodeRooms(node.identity, node.regions, node.num_pages),
         allocator=allocator,
-        pages=RequestPages(allocator, config.page_size, copy_page, poison),
+        pages=RequestPages(allocator, config.page_size, node.copy_page, poison),
         engine=node.engine,
         build=node.build,
         streamer=OutputStreamer(send_output),

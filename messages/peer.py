@@ -15,7 +15,7 @@ from .node import FailureCode
 from .sampling import SamplingParams, TokenLogprob
 from .timeline import Span
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class RoomId(msgspec.Struct, frozen=True, array_like=True):
@@ -26,10 +26,10 @@ class RoomId(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MemoryRegion(msgspec.Struct, frozen=True, kw_only=True):
-    """A registered memory region of a decode node that a prefill node may write into.
+    """The registered memory of one rank of a decode node, which a prefill node may write into.
 
     ``session`` is what the backend addresses the owner by: ``host:port`` for Mooncake, the name of the
-    shared-memory object for shm. Page ``i`` starts at ``address + i * layout.stride_bytes``;
+    shared-memory object for shm. Page ``i`` starts at ``address + i * stride_bytes`` of the rank's layout;
     ``scratch_address`` is 8 bytes inside the region that no page uses, for the first contact.
     """
 
@@ -46,8 +46,8 @@ class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):
     protocol_version: int
     model_fingerprint: str
     weight_version: str
-    layout: KVLayout
-    tp_size: int
+    layout: KVLayout  # of all heads; a rank's pool has `layout.of_rank(tp_size)`
+    tp_size: int  # may differ between the two
     backend: str  # "mooncake" | "shm"
     transport: str  # "tcp" | "rdma" | "shm"
 
@@ -60,8 +60,8 @@ class PeerHello(msgspec.Struct, frozen=True, kw_only=True, tag="peer_hello"):
 
     epoch: int
     identity: PeerIdentity
-    region: MemoryRegion
-    num_pages: int
+    regions: tuple[MemoryRegion, ...]  # of each rank
+    num_pages: int  # of each rank's pool: a page has the same number in all of them
 
 
 class PeerPing(msgspec.Struct, frozen=True, kw_only=True, tag="peer_ping"):

@@ -27,7 +27,9 @@ def run_prefill(config: NodeConfig, listener: socket.socket) -> int:
     node = start_node(config, listener, server.socket, server.port)
     allocator = PageAllocator(node.num_pages)
     cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)
-    weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
+    weights: WeightUpdater[LoadedModel] = WeightUpdater(
+        node.load_replacement, node.engine.submit_job, node.drop_replacement
+    )
     control = NodeControl(
         status=node.status,
         flush=FlushWrapper(),
@@ -43,7 +45,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket) -> int:
             settle_s=node.backend.settle_s,
             unix_minus_monotonic_s=node.unix_minus_monotonic_s,
         ),
-        backend=node.backend,
+        movers=node.movers,
         allocator=allocator,
         cache=cache,
         engine=node.engine,

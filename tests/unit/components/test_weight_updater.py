@@ -28,8 +28,15 @@ class Bench:
 
     jobs: list[tuple[str, Callable[[], FakeCheckpoint]]] = field(default_factory=list)
 
+    num_dropped: int = 0  # what other ranks were told to let go of
+
     def __post_init__(self) -> None:
-        self.updater = WeightUpdater(FakeCheckpoint, lambda name, run: self.jobs.append((name, run)))
+        self.updater = WeightUpdater(
+            FakeCheckpoint, lambda name, run: self.jobs.append((name, run)), self.drop
+        )
+
+    def drop(self) -> None:
+        self.num_dropped += 1
 
     def prepare(self, update_id: str, call_id: int = 1, link: bytes = b"router") -> Answer | None:
         path, version = f"/models/{update_id}", f"version of {update_id}"
@@ -153,3 +160,22 @@ def test_a_load_that_nobody_asked_for_is_a_defect(bench: Bench) -> None:
         bench.updater.loaded(FakeCheckpoint(Path("x")))
     with pytest.raises(RuntimeError):
         bench.updater.failed(StartupError("x"))
+
+
+def test_other_ranks_let_go_of_what_is_not_committed(bench: Bench) -> None:
+    bench.prepare("u1")
+    bench.finish_loading()
+    bench.discard("u1")
+    assert bench.num_dropped == 1
+    bench.prepare("u2")
+    bench.discard("u2")
+    assert bench.num_dropped == 1  # it is still loading
+    bench.finish_loading()
+    assert bench.num_dropped == 2
+    bench.prepare("u3")
+    bench.updater.failed(StartupError("no such file"))
+    assert bench.num_dropped == 3
+    bench.prepare("u4")
+    bench.finish_loading()
+    bench.commit("u4")
+    assert bench.num_dropped == 3

@@ -580,7 +580,7 @@ class PrefillNode(_Base[ToPrefill]):
         self.scheduler = PrefillScheduler(
             **self.common(lambda: self.cache is None or self.cache.reset()),
             rooms=self.rooms,
-            backend=backend,
+            movers=(backend,),
             cache=self.cache,
             layout=LAYOUT,
             limits=PrefillLimits(
@@ -616,7 +616,7 @@ class DecodeNode(_Base[ClientToNode]):
         region = MemoryRegion(
             session="decode", address=0, num_bytes=pool_bytes + 8, scratch_address=pool_bytes
         )
-        self.rooms = DecodeRooms(self.identity, region, settings.decode_pages)
+        self.rooms = DecodeRooms(self.identity, (region,), settings.decode_pages)
         gone_clients: set[bytes] = set()
 
         def send_output(client: bytes, message: msgspec.Struct) -> None:

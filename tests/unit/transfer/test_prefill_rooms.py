@@ -154,10 +154,11 @@ def test_a_contact_that_outlives_its_link_ends_quietly(make: Factory) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"protocol_version": 0}, "protocol version differs: prefill has 1, decode has 0; install"),
+        ({"protocol_version": 0}, "protocol version differs: prefill has 2, decode has 0; install"),
         ({"model_fingerprint": "m2"}, "model differs: prefill has 'model', decode has 'm2'; load"),
         ({"weight_version": "w2"}, "weight version differs: prefill has 'w1', decode has 'w2'; update"),
-        ({"tp_size": 2}, "TP size differs: prefill has 1, decode has 2; start both with the same --tp-size"),
+        ({"tp_size": 3}, "decode splits 2 KV heads over 3 ranks: they do not divide"),
+        ({"tp_size": 2}, "decode has 2 ranks and announces the memory of 1"),
         ({"backend": "shm"}, "transfer backend differs: prefill has 'mooncake', decode has 'shm'; start"),
         ({"transport": "rdma"}, "transport differs: prefill has 'tcp', decode has 'rdma'; start"),
     ],
