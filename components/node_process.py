@@ -117,20 +117,13 @@ class Node:
         cannot. Runs on the engine's thread."""
         if self.ranks is None:
             return load_replacement(path, self.model.config, self.layout.dtype)
-        loading = self.ranks.load_shards(path)
-        errors: list[str] = []
         try:
             model = load_replacement(path, self.model.config, self.layout.dtype, self.shard)
         finally:
-            errors = self.ranks.finish(loading)
+            errors = self.ranks.finish_load()
         if errors:
             raise StartupError(errors[0])
         return model
-
-    def drop_replacement(self) -> None:
-        """What `load_replacement` loaded is not wanted: the further ranks let go of it too."""
-        if self.ranks is not None:
-            self.ranks.drop_shards()
 
     def swap(self, model: LoadedModel, weight_version: str) -> PeerIdentity:
         """Serve with these weights from the next forward on; returns the identity to shake hands with."""
@@ -341,11 +334,9 @@ def _step_with_ranks(node: Node, ranks: RankGroup, scheduler: Scheduler, now: fl
         ranks.poll(now, node.engine.progress)
         scheduler.step(now)
     except Exception as error:
-        reason = ranks.reason(error)
+        cause = ranks.cause(error)
         ranks.kill()
-        _log.critical(
-            "%s: the replica ends", reason, exc_info=None if isinstance(error, LostRankError) else error
-        )
+        _log.critical("%s; the node ends", cause, exc_info=not isinstance(cause, LostRankError))
         # The engine's thread may wait in a collective for a rank that will never answer.
         end_now(1)
 

@@ -60,7 +60,9 @@ class LostRankError(RuntimeError):
 
 
 @dataclass(slots=True)
-class _Rank:
+class RankProcess:
+    """What rank 0 has of a further rank."""
+
     name: str
     process: subprocess.Popen[bytes]
     pidfd: int
@@ -77,13 +79,14 @@ class _Call:
 
 
 class RankGroup:
-    """Its methods belong to the loop's thread, but for `call` and `finish`, which the engine's uses too."""
+    """Its methods belong to the loop's thread, but for `finish_load`."""
 
-    def __init__(self, ranks: Sequence[_Rank], rendezvous: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, ranks: Sequence[RankProcess], rendezvous: tempfile.TemporaryDirectory[str]) -> None:
         self._ranks = list(ranks)
         self._rendezvous = rendezvous
         self._call_ids = itertools.count()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _Call] = {}  # not answered by every rank yet
+        self._load: _Call | None = None  # the last one
         self._hang_watch = HangWatch()
 
     @classmethod
@@ -102,7 +105,7 @@ class RankGroup:
             name = f"TP rank {number}"
             pipe: Pipe[FromRank] = Pipe(ours, FromRank, name)
             pipe.send(starts(number, str(Path(folder.name) / "rendezvous")))
-            ranks.append(_Rank(name, process, os.pidfd_open(process.pid), pipe, RankMover(pipe.send)))
+            ranks.append(RankProcess(name, process, os.pidfd_open(process.pid), pipe, RankMover(pipe.send)))
         return cls(ranks, folder)
 
     # ---- start --------------------------------------------------------------------------------------
@@ -165,16 +168,17 @@ class RankGroup:
     def copy_pages(self, source: Sequence[int], dest: Sequence[int]) -> None:
         """Waits until every rank has: the source may be given to another request right after."""
         self._wait(
-            self.call(lambda call_id: CopyPages(call_id=call_id, source=tuple(source), dest=tuple(dest)))
+            self._call(lambda call_id: CopyPages(call_id=call_id, source=tuple(source), dest=tuple(dest)))
         )
 
     def poison(self, pages: Sequence[int]) -> None:
         """Waits until every rank has: a peer may write the pages right after."""
-        self._wait(self.call(lambda call_id: PoisonPages(call_id=call_id, pages=tuple(pages))))
+        self._wait(self._call(lambda call_id: PoisonPages(call_id=call_id, pages=tuple(pages))))
 
-    def load_shards(self, path: Path) -> int:
-        """Every rank loads its share of a checkpoint; `finish` waits for it."""
-        return self.call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
+    def load_shards(self, path: Path) -> None:
+        """Every rank loads its share of a checkpoint; `finish_load` waits for it. One load at a time."""
+        call = self._call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
+        self._load = self._calls[call]
 
     def swap_shards(self) -> None:
         self._tell(SwapShard())
@@ -182,30 +186,25 @@ class RankGroup:
     def drop_shards(self) -> None:
         self._tell(DropShard())
 
-    def call(self, message: Callable[[int], msgspec.Struct]) -> int:
-        """Ask every rank something; the call's id."""
-        call_id = next(self._call_ids)
-        self._calls[call_id] = _Call({rank.name for rank in self._ranks})
-        self._tell(message(call_id))
-        return call_id
-
-    def finish(self, call_id: int) -> list[str]:
-        """Waits, on the engine's thread while the loop hears, for every rank's answer; their errors."""
-        self._calls[call_id].is_over.wait()
-        return self._calls.pop(call_id).errors
+    def finish_load(self) -> list[str]:
+        """What kept ranks from loading their share. For the engine's thread, which waits while the loop
+        hears."""
+        assert self._load is not None, "load_shards comes first"
+        self._load.is_over.wait()
+        return self._load.errors
 
     # ---- the end ------------------------------------------------------------------------------------
 
-    def reason(self, error: Exception) -> str:
+    def cause(self, error: Exception) -> Exception:
         """Why the replica ends. A collective fails before the process it failed on is known to be dead."""
         deadline = time.monotonic() + _REAP_S
         while not isinstance(error, LostRankError) and time.monotonic() < deadline:
             try:
                 self._check_alive(LostRankError)
             except LostRankError as lost:
-                return str(lost)
+                return lost
             time.sleep(0.01)
-        return str(error)
+        return error
 
     def kill(self) -> None:
         """At once, frozen ones too."""
@@ -225,11 +224,18 @@ class RankGroup:
 
     # ---- inside -------------------------------------------------------------------------------------
 
+    def _call(self, message: Callable[[int], msgspec.Struct]) -> int:
+        """Ask every rank something; the call's id."""
+        call_id = next(self._call_ids)
+        self._calls[call_id] = _Call({rank.name for rank in self._ranks})
+        self._tell(message(call_id))
+        return call_id
+
     def _tell(self, message: msgspec.Struct) -> None:
         for rank in self._ranks:
             rank.pipe.send(message)
 
-    def _take(self, rank: _Rank, message: FromRank) -> None:
+    def _take(self, rank: RankProcess, message: FromRank) -> None:
         match message:
             case RankReady():
                 rank.region = message.region
@@ -239,6 +245,7 @@ class RankGroup:
                 if message.error:
                     call.errors.append(f"{rank.name}: {message.error}")
                 if not call.awaited:
+                    del self._calls[message.call_id]
                     call.is_over.set()
             case WritesEnded():
                 rank.mover.take(message)
@@ -259,7 +266,6 @@ class RankGroup:
             self._check_alive(LostRankError)
             if time.monotonic() > deadline:
                 raise LostRankError(f"{', '.join(sorted(call.awaited))} did not answer for {_CALL_S:.0f} s")
-        del self._calls[call_id]
 
     def _check_alive(self, kind: type[Exception]) -> None:
         for rank in self._ranks:
@@ -267,6 +273,6 @@ class RankGroup:
                 raise kind(obituary(rank.name, rank.process))
 
     @staticmethod
-    def _sleep(ranks: Sequence[_Rank], deadline: float) -> None:
+    def _sleep(ranks: Sequence[RankProcess], deadline: float) -> None:
         sources = [source for rank in ranks for source in (rank.pipe.fileno(), rank.pidfd)]
         select.select(sources, [], [], max(0.0, deadline - time.monotonic()))

@@ -32,7 +32,7 @@ def run_decode(config: NodeConfig, listener: socket.socket) -> int:
     allocator = PageAllocator(node.num_pages)
     poison = node.poison if config.poison_reserved_pages else None
     weights: WeightUpdater[LoadedModel] = WeightUpdater(
-        node.load_replacement, node.engine.submit_job, node.drop_replacement
+        node.load_replacement, node.engine.submit_job, node.ranks
     )
     control = NodeControl(
         status=node.status,

@@ -28,7 +28,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket) -> int:
     allocator = PageAllocator(node.num_pages)
     cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)
     weights: WeightUpdater[LoadedModel] = WeightUpdater(
-        node.load_replacement, node.engine.submit_job, node.drop_replacement
+        node.load_replacement, node.engine.submit_job, node.ranks
     )
     control = NodeControl(
         status=node.status,
