@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import socket
 import sys
 import threading
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--api-key", default="", help="sent as a bearer token to each --url")
     front = commands.add_parser("node-front", help="a node's own HTTP (started by its scheduler)")
     _add_front_arguments(front)
+    worker = commands.add_parser(
+        "tp-worker", help="a further tensor-parallel rank (started by its scheduler)"
+    )
+    _add_worker_arguments(worker)
 
     given = vars(parser.parse_args(argv))
     return _run(str(given.pop("command")), given)
@@ -90,9 +95,11 @@ def _run(command: str, given: dict[str, Any]) -> int:
         "bench": _bench,
         "doctor": _doctor,
         "node-front": _node_front,
+        "tp-worker": _tp_worker,
     }
     if (parent_pid := given.pop("parent_pid", None)) is not None:
-        die_with_parent(parent_pid)
+        # A rank has nothing to finish without rank 0, and must not outlive it as a frozen process.
+        die_with_parent(parent_pid, signal.SIGKILL if command == "tp-worker" else signal.SIGTERM)
         if api_keys := handed_api_keys():
             given["api_key"] = api_keys
     try:
@@ -170,6 +177,22 @@ def _node_front(given: dict[str, Any]) -> int:
         router_urls=tuple(given["router"]),
         api_keys=given.get("api_key", ()),
     )
+
+
+def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--role", required=True)
+    parser.add_argument("--pipe-fd", type=int, required=True)
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
+    _add_child_argument(parser)
+
+
+def _tp_worker(given: dict[str, Any]) -> int:
+    configure_logging(f"{given['role']}-{given['rank']}", given["log_level"], given["log_format"])
+    from .components.rank_worker import run_rank
+
+    end_now(run_rank(socket.socket(fileno=given["pipe_fd"])))
 
 
 def _bench(given: dict[str, Any]) -> int:

@@ -167,7 +167,7 @@ def listening_sockets() -> Iterator[Finding]:
 
 def _role(command: Sequence[str]) -> str | None:
     """Which part of pdserve a command line runs, if any."""
-    roles = ("router", "prefill", "decode", "node-front", "up")
+    roles = ("router", "prefill", "decode", "node-front", "tp-worker", "up")
     for program, argument in itertools.pairwise([*command, ""]):
         name = os.path.basename(program)
         if name == "pdserve" and argument in roles:
@@ -199,6 +199,8 @@ def ask_server(url: str, api_key: str = "") -> Finding:
             "router", True, f"{len(info.get('prefill', []))} prefill, {len(info.get('decode', []))} decode"
         )
     detail = f"{entry['role']} node, zmq {entry['zmq_address']}, KV over {info.get('transport', '?')}"
+    if len(ranks := info.get("ranks", [])) > 1:
+        detail += f", {len(ranks)} TP ranks (pids {', '.join(str(rank['pid']) for rank in ranks)})"
     return Finding("node", True, detail)
 
 

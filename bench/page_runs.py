@@ -15,6 +15,7 @@ from ..components.page_allocator import PageAllocator
 from ..messages.kv_layout import KVLayout
 from ..messages.peer import RoomId
 from ..transfer.copy_plan import plan_runs
+from ..transfer.head_slices import plan_head_slices
 
 _PAGE = KVLayout(num_kv_heads=1, num_layers=1, page_size=16, head_dim=1, dtype="float32")
 _MAX_GROWTH = 16  # pages that a sequence may grow by
@@ -35,6 +36,7 @@ class Scattered:
 def churn(num_pages: int, max_pages: int, fill: float, num_handoffs: int, seed: int) -> Scattered:
     """`fill`: the share of both pools that is in use once they are warm."""
     rng = random.Random(seed)
+    (whole,) = plan_head_slices(_PAGE, 1, 1)
     prefill, decode = PageAllocator(num_pages), PageAllocator(num_pages)
     held: list[int] = []  # numbers of requests on both sides
     runs: list[int] = []
@@ -58,7 +60,7 @@ def churn(num_pages: int, max_pages: int, fill: float, num_handoffs: int, seed: 
             (last,) = decode.allocate_private(number, 1, near=last) or (last,)
         held.append(number)
         if number >= num_handoffs:
-            runs.append(len(plan_runs(source, dest, _PAGE)))
+            runs.append(len(plan_runs(source, dest, whole)))
             pages.append(length)
     return Scattered(
         fill=fill,

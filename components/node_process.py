@@ -15,12 +15,12 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import torch
 import zmq
 
@@ -29,23 +29,25 @@ from ..engine.forward_batch import ForwardBatch
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_config import ModelConfig, kv_layout, resolve_dtype
 from ..engine.model_runner import ModelRunner
-from ..engine.operators import EAGER, Operators, Survey, deterministic, survey
+from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
+from ..engine.tensor_parallel import WHOLE, Shard, check_divides
 from ..engine.weights import Weights, load_weights, weights_digest
 from ..messages.kv_layout import KVLayout
-from ..messages.node import ModelInfo, NodeEntry
+from ..messages.node import ModelInfo, NodeEntry, RankInfo
 from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
+from ..messages.ranks import RankStart
 from ..runtime.config import NodeConfig
 from ..runtime.cpu_features import native_dtypes
 from ..runtime.errors import StartupError
 from ..runtime.listen import http_url
-from ..runtime.process import available_memory_bytes, end, routable_host, spawn
+from ..runtime.process import available_memory_bytes, end, end_now, routable_host, spawn
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
-from ..transfer.backends.base import TransferBackend
-from ..transfer.backends.faulty import FaultPlan, FaultyBackend
+from ..transfer.backends.base import Mover, TransferBackend
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
+from .rank_group import LostRankError, RankGroup
 
 _log = logging.getLogger(__name__)
 
@@ -73,14 +75,15 @@ class Node:
     config: NodeConfig
     model: LoadedModel
     max_model_len: int
-    layout: KVLayout
+    layout: KVLayout  # of all heads
     num_pages: int
     memory: memoryview  # of the pool
     pool: KVPool
     runner: ModelRunner
     engine: EngineThread
     backend: TransferBackend
-    region: MemoryRegion
+    regions: tuple[MemoryRegion, ...]  # of each rank
+    ranks: RankGroup | None  # the further ones; None: this one is alone
     identity: PeerIdentity
     status: NodeStatus
     metrics: MetricsReporter
@@ -93,28 +96,55 @@ class Node:
         self.num_steps += 1
         return ForwardBatch.build(batch, step=self.num_steps, config=self.model.config, layout=self.layout)
 
+    @property
+    def shard(self) -> Shard:
+        return Shard(0, self.config.tensor_parallel_size)
+
+    @property
+    def movers(self) -> tuple[Mover, ...]:
+        """Of each rank."""
+        return (self.backend,) if self.ranks is None else (self.backend, *self.ranks.movers)
+
+    def copy_page(self, source: int, dest: int) -> None:
+        self.pool.copy_pages([source], [dest])
+        if self.ranks is not None:
+            self.ranks.copy_pages([source], [dest])
+
+    def poison(self, pages: Sequence[int]) -> None:
+        self.pool.poison(pages)
+        if self.ranks is not None:
+            self.ranks.poison(pages)
+
     def load_replacement(self, path: Path) -> LoadedModel:
-        """A checkpoint that can serve instead of the current one. StartupError says why it cannot."""
-        return load_replacement(path, self.model.config, self.layout.dtype)
+        """A checkpoint that can serve instead of the current one, on every rank. StartupError says why it
+        cannot. Runs on the engine's thread."""
+        if self.ranks is None:
+            return load_replacement(path, self.model.config, self.layout.dtype)
+        try:
+            model = load_replacement(path, self.model.config, self.layout.dtype, self.shard)
+        finally:
+            errors = self.ranks.finish_load()
+        if errors:
+            raise StartupError(errors[0])
+        return model
 
     def swap(self, model: LoadedModel, weight_version: str) -> PeerIdentity:
         """Serve with these weights from the next forward on; returns the identity to shake hands with."""
         self.model = model
         self.runner.swap_weights(model.weights)
+        if self.ranks is not None:
+            self.ranks.swap_shards()
         self.status.renew(str(model.path), model.fingerprint, weight_version)
-        self.identity = _identity(
-            model.fingerprint,
-            weight_version,
-            self.identity.incarnation,
-            self.layout,
-            self.backend,
-            self.identity.arithmetic,
+        self.identity = msgspec.structs.replace(
+            self.identity, model_fingerprint=model.fingerprint, weight_version=weight_version
         )
         return self.identity
 
     def close(self) -> None:
         end(self.front, grace_s=5.0)
         self.engine.close()
+        if self.ranks is not None:
+            self.ranks.close()
         self.backend.close()
 
 
@@ -131,19 +161,20 @@ class Scheduler(Protocol):
     def is_idle(self) -> bool: ...
 
 
-def load_replacement(path: Path, current: ModelConfig, dtype: str) -> LoadedModel:
+def load_replacement(path: Path, current: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:
     """Reads a checkpoint that can be swapped in for a model of this config. Raises StartupError."""
     config = ModelConfig.from_dir(path)
     # Before any tensor is read: another model may be larger than the memory that is left.
     if (difference := _difference(current, config)) is not None:
         raise StartupError(f"{path} cannot replace the model that is served: {difference}")
-    return load_model(path, config, dtype)
+    return load_model(path, config, dtype, shard)
 
 
-def load_model(path: Path, config: ModelConfig, dtype: str) -> LoadedModel:
-    """Reads a checkpoint of this config; `dtype` is a key of TORCH_DTYPES. Raises StartupError."""
+def load_model(path: Path, config: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:
+    """Reads a rank's share of a checkpoint of this config; `dtype` is a key of TORCH_DTYPES. Raises
+    StartupError. The fingerprint is the whole checkpoint's."""
     try:
-        weights = load_weights(path, config, TORCH_DTYPES[dtype], torch.device("cpu"))
+        weights = load_weights(path, config, TORCH_DTYPES[dtype], torch.device("cpu"), shard)
     except RuntimeError as error:  # how torch reports that memory is out; the old weights can serve on
         raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     return LoadedModel(path, config, weights, weights_digest(path, config))
@@ -167,6 +198,9 @@ def start_node(
     model_config = ModelConfig.from_dir(path)
     dtype = resolve_dtype(config.dtype, model_config, native_dtypes())
     layout = kv_layout(model_config, config.page_size, dtype)
+    size = config.tensor_parallel_size
+    check_divides(model_config, size)
+    shard = Shard(0, size)
     max_model_len = _max_model_len(config, model_config)
     host = config.advertise_host or routable_host(config.host)
 
@@ -177,27 +211,49 @@ def start_node(
         front = _start_front(config, listener, zmq_address, url)
         undo.callback(end, front, grace_s=5.0)
 
-        backend: TransferBackend = create_backend(
-            config.transfer_backend,
-            "shm" if config.transfer_backend == "shm" else config.transport,
-            host,
-            config.ib_device,
-        )
-        if config.faulty:
-            backend = FaultyBackend(backend, FaultPlan.parse(config.faulty))
-        undo.callback(backend.close)
         num_pages = _num_pages(config, layout, max_model_len)
-        memory = backend.allocate(num_pages * layout.stride_bytes)
-        pool = KVPool(layout, num_pages, torch.device("cpu"), memory=memory)
-        region = backend.register()
-        model = load_model(path, model_config, dtype)
-        operators, arithmetic = _operators(config, model)
-        runner = ModelRunner(model.config, model.weights, pool, torch.device("cpu"), operators)
-        engine = EngineThread(runner, config.num_threads)
+        ranks = None
+        if size > 1:
+            ranks = _start_ranks(config, path, dtype, num_pages, host)
+            undo.callback(ranks.close)
+        backend = create_backend(
+            config.transfer_backend, _transport(config), host, config.ib_device, config.faulty
+        )
+        undo.callback(backend.close)
+        memory = backend.allocate(num_pages * layout.of_rank(size).stride_bytes)
+        pool = KVPool(layout.of_rank(size), num_pages, torch.device("cpu"), memory=memory)
+        regions: tuple[MemoryRegion, ...] = (backend.register(),)
+        model = load_model(path, model_config, dtype, shard)
+        collective = None
+        if ranks is not None:
+            regions += ranks.wait_ready()
+            collective = ranks.join()
+        rank_config = shard.config(model.config)
+        operators, arithmetic = EAGER, ""
+        if config.deterministic:
+            found = survey_with_threads(rank_config, model.weights, rank_threads(config))
+            operators, arithmetic = deterministic(found), found.arithmetic
+            heights = ", ".join(map(str, found.heights))
+            _log.info("deterministic: arithmetic %s, row tiles of %s", arithmetic, heights)
+        runner = ModelRunner(
+            rank_config, model.weights, pool, torch.device("cpu"), operators=operators, collective=collective
+        )
+        engine = EngineThread(runner, rank_threads(config), share=None if ranks is None else ranks.forward)
         undo.pop_all()  # nothing below fails
 
     incarnation = incarnation or uuid.uuid4().hex
-    identity = _identity(model.fingerprint, INITIAL_WEIGHT_VERSION, incarnation, layout, backend, arithmetic)
+    identity = PeerIdentity(
+        incarnation=incarnation,
+        protocol_version=PROTOCOL_VERSION,
+        model_fingerprint=model.fingerprint,
+        weight_version=INITIAL_WEIGHT_VERSION,
+        layout=layout,
+        tp_size=size,
+        arithmetic=arithmetic,
+        verifies_pages=config.verify_pages != "off",
+        backend=backend.name,
+        transport=backend.transport,
+    )
     entry = NodeEntry(
         url=url,
         role=config.role,
@@ -208,23 +264,30 @@ def start_node(
         weight_version=INITIAL_WEIGHT_VERSION,
         colocated=config.colocated,
     )
-    status = NodeStatus(
-        entry, _model_info(config, model, max_model_len, dtype), config, layout, backend.transport
+    pids = (os.getpid(), *(() if ranks is None else ranks.pids))
+    rank_infos = tuple(
+        RankInfo(rank=rank, pid=pid, session=region.session)
+        for rank, (pid, region) in enumerate(zip(pids, regions, strict=True))
     )
+    model_info = _model_info(config, model, max_model_len, dtype)
+    status = NodeStatus(entry, model_info, config, layout, backend.transport, rank_infos)
     waiter = Waiter()
     waiter.add(server)
     waiter.add(engine.fileno())
     waiter.add(backend.fileno())
     if config.dtype == "auto" and dtype != model_config.dtype:
         _log.info("computing in %s: this processor has no %s arithmetic", dtype, model_config.dtype)
+    if ranks is not None:
+        ranks.wake(waiter)
     _log.info(
-        "%s of %s: %s, %d pages of %d tokens (%.2f GiB), transfer over %s/%s, %d threads",
+        "%s of %s: %s, %d TP ranks, %d pages of %d tokens (%.2f GiB), transfer over %s/%s, %d threads",
         url,
         config.model,
         dtype,
+        size,
         num_pages,
         layout.page_size,
-        pool.nbytes / 2**30,
+        size * pool.nbytes / 2**30,
         backend.name,
         backend.transport,
         config.num_threads,
@@ -240,7 +303,8 @@ def start_node(
         runner=runner,
         engine=engine,
         backend=backend,
-        region=region,
+        regions=regions,
+        ranks=ranks,
         identity=identity,
         status=status,
         metrics=MetricsReporter(config.served_model_name, config.role),
@@ -271,7 +335,10 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
     drain_until = math.inf
     while True:
         now = time.monotonic()
-        scheduler.step(now)
+        if node.ranks is None:
+            scheduler.step(now)
+        else:
+            _step_with_ranks(node, node.ranks, scheduler, now)
         if num_signals and not scheduler.is_draining:
             scheduler.is_draining = True
             drain_until = now + _DRAIN_S
@@ -287,6 +354,19 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
     return 0
 
 
+def _step_with_ranks(node: Node, ranks: RankGroup, scheduler: Scheduler, now: float) -> None:
+    """A step of the loop; when a rank is lost, it ends this process, and with it the replica, loudly."""
+    try:
+        ranks.poll(now, node.engine.progress)
+        scheduler.step(now)
+    except Exception as error:
+        cause = ranks.cause(error)
+        ranks.kill()
+        _log.critical("%s; the node ends", cause, exc_info=not isinstance(cause, LostRankError))
+        # The engine's thread may wait in a collective for a rank that will never answer.
+        end_now(1)
+
+
 def _end_process(failure: threading.ExceptHookArgs) -> None:
     """A helper thread died of a bug: what it held would stay pending for ever, so everything ends, loudly."""
     name = failure.thread.name if failure.thread else "?"
@@ -297,6 +377,38 @@ def _end_process(failure: threading.ExceptHookArgs) -> None:
     )
     logging.shutdown()
     os._exit(1)
+
+
+def rank_threads(config: NodeConfig) -> int:
+    """Of each rank's engine."""
+    return max(1, config.num_threads // config.tensor_parallel_size)
+
+
+def _transport(config: NodeConfig) -> str:
+    return "shm" if config.transfer_backend == "shm" else config.transport
+
+
+def _start_ranks(config: NodeConfig, path: Path, dtype: str, num_pages: int, host: str) -> RankGroup:
+    def told(rank: int, rendezvous: str) -> RankStart:
+        return RankStart(
+            rank=rank,
+            size=config.tensor_parallel_size,
+            model_path=str(path),
+            dtype=dtype,
+            page_size=config.page_size,
+            num_pages=num_pages,
+            transfer_backend=config.transfer_backend,
+            transport=_transport(config),
+            host=host,
+            ib_device=config.ib_device,
+            faults=config.faulty,
+            deterministic=config.deterministic,
+            num_threads=rank_threads(config),
+            rendezvous=rendezvous,
+        )
+
+    arguments = ["--role", config.role, "--log-level", config.log_level, "--log-format", config.log_format]
+    return RankGroup.start(arguments, told, config.tensor_parallel_size)
 
 
 def _start_front(
@@ -321,54 +433,20 @@ def _max_model_len(config: NodeConfig, model_config: ModelConfig) -> int:
 def _num_pages(config: NodeConfig, layout: KVLayout, max_model_len: int) -> int:
     context_pages = layout.pages_for(max_model_len)
     available_bytes = available_memory_bytes()
+    # On all ranks, which are on this host: with more ranks than KV heads they hold copies.
+    size = config.tensor_parallel_size
+    stride_bytes = size * layout.of_rank(size).stride_bytes
     if config.kv_cache_gb is not None:
-        num_pages = int(config.kv_cache_gb * 2**30) // layout.stride_bytes
-        if num_pages * layout.stride_bytes > available_bytes:
+        num_pages = int(config.kv_cache_gb * 2**30) // stride_bytes
+        if num_pages * stride_bytes > available_bytes:
             wanted, left = config.kv_cache_gb, available_bytes / 2**30
             raise StartupError(f"--kv-cache-gb {wanted}: this host has {left:.1f} GiB left")
     else:
-        affordable = int(available_bytes * _SHARE_OF_FREE_MEMORY) // layout.stride_bytes
+        affordable = int(available_bytes * _SHARE_OF_FREE_MEMORY) // stride_bytes
         num_pages = min(affordable, _DEFAULT_POOL_CONTEXTS * context_pages)
     if num_pages < 1:
-        raise StartupError(f"no KV page of {layout.stride_bytes:,} bytes fits; give more with --kv-cache-gb")
+        raise StartupError(f"no KV page of {stride_bytes:,} bytes fits; give more with --kv-cache-gb")
     return num_pages
-
-
-def _operators(config: NodeConfig, model: LoadedModel) -> tuple[Operators, str]:
-    """The operators of forwards, and the arithmetic to shake hands with. Raises StartupError."""
-    if not config.deterministic:
-        return EAGER, ""
-
-    def survey_with_the_engines_threads() -> Survey:
-        torch.set_num_threads(config.num_threads)
-        return survey(model.config, model.weights)
-
-    with ThreadPoolExecutor(1) as pool:  # the setting belongs to the calling thread
-        found = pool.submit(survey_with_the_engines_threads).result()
-    heights = ", ".join(map(str, found.heights))
-    _log.info("deterministic: arithmetic %s, row tiles of %s", found.arithmetic, heights)
-    return deterministic(found), found.arithmetic
-
-
-def _identity(
-    fingerprint: str,
-    weight_version: str,
-    incarnation: str,
-    layout: KVLayout,
-    backend: TransferBackend,
-    arithmetic: str,
-) -> PeerIdentity:
-    return PeerIdentity(
-        incarnation=incarnation,
-        protocol_version=PROTOCOL_VERSION,
-        model_fingerprint=fingerprint,
-        weight_version=weight_version,
-        layout=layout,
-        tp_size=1,
-        arithmetic=arithmetic,
-        backend=backend.name,
-        transport=backend.transport,
-    )
 
 
 def _model_info(config: NodeConfig, model: LoadedModel, max_model_len: int, dtype: str) -> ModelInfo:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import msgspec
 
 from ..messages.kv_layout import KVLayout
-from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, ServerInfoReply
+from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, RankInfo, ServerInfoReply
 from ..runtime.config import NodeConfig
 
 
@@ -16,12 +16,19 @@ class NodeStatus:
     """Holds what is said of this node, and renews it when its weights change."""
 
     def __init__(
-        self, entry: NodeEntry, model: ModelInfo, config: NodeConfig, layout: KVLayout, transport: str
+        self,
+        entry: NodeEntry,
+        model: ModelInfo,
+        config: NodeConfig,
+        layout: KVLayout,
+        transport: str,
+        ranks: tuple[RankInfo, ...] = (),
     ) -> None:
         self.entry = entry
         self.model = model
         self._layout = layout
         self._transport = transport
+        self._ranks = ranks
         self._config = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
         }
@@ -74,4 +81,5 @@ class NodeStatus:
             load=load,
             kv_layout=self._layout,
             transport=self._transport,
+            ranks=self._ranks,
         )

@@ -22,6 +22,16 @@ class Checkpoint(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class ShardLoader(Protocol):
+    """The further ranks of a node."""
+
+    def load_shards(self, path: Path) -> None:
+        """Each loads its share beside the one that serves. The node's own `load` waits for them."""
+
+    def drop_shards(self) -> None:
+        """A load failed somewhere, or what was loaded is not wanted."""
+
+
 C = TypeVar("C", bound=Checkpoint)
 
 
@@ -54,9 +64,15 @@ class WeightUpdater(Generic[C]):
     current one; it runs on the engine thread (`start_job`), so the loop goes on.
     """
 
-    def __init__(self, load: Callable[[Path], C], start_job: Callable[[str, Callable[[], C]], None]) -> None:
+    def __init__(
+        self,
+        load: Callable[[Path], C],
+        start_job: Callable[[str, Callable[[], C]], None],
+        ranks: ShardLoader | None = None,
+    ) -> None:
         self._load = load
         self._start_job = start_job
+        self._ranks = ranks
         self._loading: _Loading | None = None
         self._is_discarded = False  # the update that is loading
         self._prepared: Prepared[C] | None = None
@@ -74,6 +90,9 @@ class WeightUpdater(Generic[C]):
         self._loading = _Loading(link, message)
         self._is_discarded = False
         path = Path(message.model_path)
+        if self._ranks is not None:
+            # Before the job is queued, so that it has the same place among the forwards on every rank.
+            self._ranks.load_shards(path)
         self._start_job("load weights", lambda: self._load(path))
         return None
 
@@ -81,12 +100,14 @@ class WeightUpdater(Generic[C]):
         loading = self._take_loading()
         message = loading.message
         if self._is_discarded:
+            self._drop_shards()
             return self._no(loading.link, message.call_id, f"update {message.update_id} was discarded")
         self._prepared = Prepared(message.update_id, message.model_path, message.weight_version, checkpoint)
         return Answer(loading.link, CallReply(call_id=message.call_id, success=True, message="prepared"))
 
     def failed(self, error: PdserveError) -> Answer:
         loading = self._take_loading()
+        self._drop_shards()
         reply = CallReply(call_id=loading.message.call_id, success=False, message=str(error))
         return Answer(loading.link, reply)
 
@@ -106,7 +127,12 @@ class WeightUpdater(Generic[C]):
             self._is_discarded = True  # it cannot be stopped; what it loads is dropped
         if self._prepared is not None and self._prepared.update_id == message.update_id:
             self._prepared = None
+            self._drop_shards()
         return Answer(link, CallReply(call_id=message.call_id, success=True))
+
+    def _drop_shards(self) -> None:
+        if self._ranks is not None:
+            self._ranks.drop_shards()
 
     def _take_loading(self) -> _Loading:
         if self._loading is None:

@@ -37,10 +37,12 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = PrefixCache(allocator, config.page_size)
-    poison = node.pool.poison if config.poison_reserved_pages else None
+    poison = node.poison if config.poison_reserved_pages else None
     digests = DigestWorker(node.memory, node.layout)
     node.waiter.add(digests.fileno())
-    weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
+    weights: WeightUpdater[LoadedModel] = WeightUpdater(
+        node.load_replacement, node.engine.submit_job, node.ranks
+    )
     control = NodeControl(
         status=node.status,
         flush=FlushWrapper(),
@@ -54,9 +56,6 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     death_probe = DeathProbe()
     node.waiter.add(death_probe.fileno())
 
-    def copy_page(source: int, destination: int) -> None:
-        node.pool.copy_pages([source], [destination])
-
     def send_output(client: bytes, message: msgspec.Struct) -> None:
         if not server.send(client, message):
             gone_clients.add(client)
@@ -66,11 +65,11 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         send=server.send,
         links=PeerLinks(context, node.waiter),
         death_probe=death_probe,
-        rooms=DecodeRooms(node.identity, node.region, node.num_pages),
+        rooms=DecodeRooms(node.identity, node.regions, node.num_pages),
         allocator=allocator,
         cache=cache,
         pages=RequestPages(
-            allocator, cache, copy_page, poison, keeps_prefixes=not config.disable_prefix_cache
+            allocator, cache, node.copy_page, poison, keeps_prefixes=not config.disable_prefix_cache
         ),
         growth=GrowthEstimate(config.schedule_conservativeness),
         local_prefill=LocalPrefillPolicy(

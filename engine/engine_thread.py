@@ -85,8 +85,16 @@ class StepTimes:
 class EngineThread:
     """Owns the runner from its start on. Every method but the thread's own body belongs to the loop."""
 
-    def __init__(self, runner: ModelRunner, num_threads: int, name: str = "engine") -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        num_threads: int,
+        name: str = "engine",
+        share: Callable[[ForwardBatch], None] | None = None,
+    ) -> None:
+        """`share` gives every batch to the other ranks, in the order of submission."""
         self._runner = runner
+        self._share = share
         self._num_threads = num_threads
         self._work: SimpleQueue[ForwardBatch | _Job | None] = SimpleQueue()
         self._finished: deque[Finished | _Failure] = deque()
@@ -101,6 +109,8 @@ class EngineThread:
 
     def submit(self, batch: ForwardBatch) -> None:
         self.num_queued += 1
+        if self._share is not None:
+            self._share(batch)
         self._work.put(batch)
 
     def submit_job(self, name: str, run: Callable[[], Any], expected_s: float = 60.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .model_config import ModelConfig
 from .models.decoder import Decoder
 from .operators import EAGER, Operators
 from .sampler import sample, token_logprobs
+from .tensor_parallel import RankCollective
 from .weights import Weights
 
 # Rows of logits computed at once for prompt logprobs: a vocabulary of 150,000 takes 77 MB.
@@ -29,9 +31,12 @@ class ModelRunner:
         weights: Weights,
         pool: KVPool,
         device: torch.device,
+        *,
         operators: Operators = EAGER,
+        collective: RankCollective | None = None,
     ) -> None:
-        self._decoder = Decoder(config, device, operators)
+        self._decoder = Decoder(config, device, operators, collective)
+        self._follows = collective is not None and collective.shard.rank > 0
         self._weights = weights
         self._pool = pool
 
@@ -41,11 +46,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
+        """Every rank is given the same batch; those but the first sample nothing and return no rows."""
+        return self._follow(batch) if self._follows else self._lead(batch)
+
+    def _lead(self, batch: ForwardBatch) -> ForwardOutput:
         started = time.monotonic()
         hidden = self._decoder.hidden_states(self._weights, self._pool, batch)
         tokens: list[list[SampledToken]] = [[] for _ in batch.row_ids]
         if batch.sampling is not None:
-            logits = self._decoder.logits(self._weights, hidden[batch.sampled_from])
+            logits = self._logits(hidden[batch.sampled_from])
             for (row, choice), token_id, logprob in zip(
                 batch.entries, *sample(logits, batch.sampling), strict=True
             ):
@@ -59,11 +68,35 @@ class ModelRunner:
         )
         return ForwardOutput(batch.step, rows, started, time.monotonic())
 
+    def _follow(self, batch: ForwardBatch) -> ForwardOutput:
+        """The same collectives as `_lead`, and nothing sampled."""
+        started = time.monotonic()
+        hidden = self._decoder.hidden_states(self._weights, self._pool, batch)
+        if batch.sampled_from.numel():
+            self._decoder.logits(self._weights, hidden[batch.sampled_from])
+        for wanted in batch.prompt_logprobs:
+            for first, num_rows in _blocks(wanted):
+                self._decoder.logits(self._weights, hidden[first : first + num_rows])
+        return ForwardOutput(batch.step, (), started, time.monotonic())
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._decoder.logits(self._weights, hidden)
+        assert logits is not None, "only the first rank samples"
+        return logits
+
     def _prompt_logprobs(self, hidden: Tensor, wanted: PromptLogprobs) -> tuple[TokenLogprob, ...]:
         logprobs: list[TokenLogprob] = []
-        for done in range(0, wanted.targets.numel(), _PROMPT_LOGITS_ROWS):
-            targets = wanted.targets[done : done + _PROMPT_LOGITS_ROWS].tolist()
-            first = wanted.first + done
-            logits = self._decoder.logits(self._weights, hidden[first : first + len(targets)])
-            logprobs += token_logprobs(logits, targets, wanted.num_top)
+        for first, num_rows in _blocks(wanted):
+            done = first - wanted.first
+            targets = wanted.targets[done : done + num_rows].tolist()
+            logprobs += token_logprobs(
+                self._logits(hidden[first : first + num_rows]), targets, wanted.num_top
+            )
         return tuple(logprobs)
+
+
+def _blocks(wanted: PromptLogprobs) -> Iterator[tuple[int, int]]:
+    """First hidden state and number of rows of each block of logits."""
+    end = wanted.first + wanted.targets.numel()
+    for first in range(wanted.first, end, _PROMPT_LOGITS_ROWS):
+        yield first, min(_PROMPT_LOGITS_ROWS, end - first)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -92,6 +93,17 @@ def survey(config: ModelConfig, weights: Weights) -> Survey:
         digest.update(_same_in_every_place(name, function).numpy().tobytes())
     kept = tuple(sorted(heights))
     return Survey(kept, _agreeing_rows(config, kept), digest.hexdigest())
+
+
+def survey_with_threads(config: ModelConfig, weights: Weights, num_threads: int) -> Survey:
+    """`survey` with so many torch threads, as forwards will have."""
+
+    def run() -> Survey:
+        torch.set_num_threads(num_threads)
+        return survey(config, weights)
+
+    with ThreadPoolExecutor(1) as pool:  # the setting belongs to the calling thread
+        return pool.submit(run).result()
 
 
 _Compute: TypeAlias = Callable[[Tensor, tuple[int, ...]], Tensor]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..runtime.errors import StartupError
 from .model_config import ModelConfig
+from .tensor_parallel import WHOLE, Shard
 
 _FLOATS = ("F32", "BF16", "F16", "F64")  # a quantized tensor is no number without its scale
 
@@ -47,7 +48,7 @@ class Weights:
     embed_tokens: Tensor  # [V, H]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [H]
-    lm_head: Tensor  # [V, H]; the embedding itself where they are tied
+    lm_head: Tensor  # [V, H], or this rank's rows of it; the embedding's own memory where they are tied
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,27 +87,35 @@ class Checkpoint:
         """As safetensors spells it: ``BF16``."""
         return str(self._shard_of[name].get_slice(name).get_dtype())
 
-    def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._shard_of[name].get_tensor(name)
+    def tensor(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
+        """`part` of the tensor, all of it where empty; no more than that is read."""
+        file = self._shard_of[name]
+        tensor: Tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
         return tensor
 
 
-def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read every tensor of the checkpoint in `path`. Raises `StartupError` naming tensors that are missing,
-    unexpected or of another shape. One tensor at a time is held twice."""
+def load_weights(
+    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+) -> Weights:
+    """Read the checkpoint in `path`, or a rank's share of it; `config` is the whole model's. Raises
+    `StartupError` naming tensors that are missing, unexpected or of another shape. One tensor at a time is
+    held twice."""
     shapes = tensor_shapes(config)
     with Checkpoint(path) as checkpoint:
         _check_tensors(path, checkpoint, shapes, config)
 
+        parts = {name: shard.part(name, shape, config) for name, shape in shapes.items()}
+
         def fused(*names: str) -> Tensor:
-            rows = [shapes[name][0] for name in names]
-            whole = torch.empty((sum(rows), *shapes[names[0]][1:]), dtype=dtype, device=device)
-            for part, name in zip(torch.split(whole, rows), names, strict=True):
-                part.copy_(checkpoint.tensor(name))
+            of_part = [torch.empty(shapes[name], device="meta")[parts[name] or ()].shape for name in names]
+            rows = [shape[0] for shape in of_part]
+            whole = torch.empty((sum(rows), *of_part[0][1:]), dtype=dtype, device=device)
+            for target, name in zip(torch.split(whole, rows), names, strict=True):
+                target.copy_(checkpoint.tensor(name, parts[name] or ()))
             return whole
 
         def optional(*names: str) -> Tensor | None:
-            return fused(*names) if names[0] in shapes else None
+            return fused(*names) if parts.get(names[0]) is not None else None
 
         def layer(index: int) -> LayerWeights:
             prefix = f"model.layers.{index}."
@@ -133,7 +142,11 @@ def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype, device: to
             embed_tokens=embed_tokens,
             layers=tuple(layer(index) for index in range(config.num_layers)),
             norm=fused("model.norm.weight"),
-            lm_head=embed_tokens if config.tie_word_embeddings else fused("lm_head.weight"),
+            lm_head=(
+                embed_tokens[shard.vocab_rows(config)]
+                if config.tie_word_embeddings
+                else fused("lm_head.weight")
+            ),
         )
 
 

@@ -7,6 +7,19 @@ import msgspec
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def kv_heads_of_rank(num_kv_heads: int, tp_size: int, rank: int) -> range:
+    """The heads of the model that lie in this rank's pool. With more ranks than heads, ranks hold copies."""
+    if tp_size <= num_kv_heads:
+        return range(num_kv_heads * rank // tp_size, num_kv_heads * (rank + 1) // tp_size)
+    head = rank // (tp_size // num_kv_heads)
+    return range(head, head + 1)
+
+
+def heads_divide(num_kv_heads: int, tp_size: int) -> bool:
+    """Whether every rank holds equally many KV heads, or every head lies on equally many ranks."""
+    return num_kv_heads % tp_size == 0 or tp_size % num_kv_heads == 0
+
+
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     """One allocation per rank: ``[num_pages, num_kv_heads, num_layers, 2, page_size, head_dim]``.
 
@@ -33,6 +46,13 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def stride_bytes(self) -> int:
         return self.page_stride_bytes or self.page_bytes
+
+    def of_rank(self, tp_size: int) -> KVLayout:
+        """Of the pool of one of `tp_size` ranks, where this is the layout of the whole model's heads."""
+        if tp_size == 1:
+            return self
+        num_kv_heads = len(kv_heads_of_rank(self.num_kv_heads, tp_size, 0))
+        return msgspec.structs.replace(self, num_kv_heads=num_kv_heads)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""

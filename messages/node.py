@@ -283,6 +283,14 @@ class CallReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     message: str = ""
 
 
+class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank of a replica: its process, and the address of its memory for peers."""
+
+    rank: int
+    pid: int
+    session: str
+
+
 class ServerInfoReply(msgspec.Struct, frozen=True, kw_only=True, tag="server_info"):
     call_id: int
     entry: NodeEntry
@@ -291,6 +299,7 @@ class ServerInfoReply(msgspec.Struct, frozen=True, kw_only=True, tag="server_inf
     load: NodeLoad
     kv_layout: KVLayout | None = None
     transport: str = ""  # what KV pages really travel over: "tcp", "rdma" or "shm"
+    ranks: tuple[RankInfo, ...] = ()  # as many as the TP size
 
 
 class MetricsReply(msgspec.Struct, frozen=True, kw_only=True, tag="metrics"):

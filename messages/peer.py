@@ -15,7 +15,7 @@ from .node import FailureCode
 from .sampling import SamplingParams, TokenLogprob
 from .timeline import Span
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class RoomId(msgspec.Struct, frozen=True, array_like=True):
@@ -26,12 +26,12 @@ class RoomId(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MemoryRegion(msgspec.Struct, frozen=True, kw_only=True):
-    """A registered memory region of a decode node that a prefill node may write into.
+    """The registered memory of one rank of a decode node, which a prefill node may write into.
 
     ``session`` is what the backend addresses the owner by: ``host:port`` for Mooncake, the name of the
     shared-memory object for shm, an agent's name and its metadata for NIXL. Page ``i`` starts at
-    ``address + i * layout.stride_bytes``; ``scratch_address`` is 8 bytes inside the region that no page
-    uses, for the first contact.
+    ``address + i * stride_bytes`` of the rank's layout; ``scratch_address`` is 8 bytes inside the region that
+    no page uses, for the first contact.
     """
 
     session: str
@@ -47,11 +47,12 @@ class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):
     protocol_version: int
     model_fingerprint: str
     weight_version: str
-    layout: KVLayout
-    tp_size: int
+    layout: KVLayout  # of all heads; a rank's pool has `layout.of_rank(tp_size)`
+    tp_size: int  # may differ between the two
     # With --deterministic: a digest of what the node's processor and threads make of given products; nodes
     # that compute with the same bits have the same. Empty without.
     arithmetic: str = ""
+    verifies_pages: bool = False  # decode only
     backend: str  # "mooncake" | "nixl" | "shm"
     transport: str  # "tcp" | "rdma" | "shm"
 
@@ -64,8 +65,8 @@ class PeerHello(msgspec.Struct, frozen=True, kw_only=True, tag="peer_hello"):
 
     epoch: int
     identity: PeerIdentity
-    region: MemoryRegion
-    num_pages: int
+    regions: tuple[MemoryRegion, ...]  # of each rank
+    num_pages: int  # of each rank's pool: a page has the same number in all of them
 
 
 class PeerPing(msgspec.Struct, frozen=True, kw_only=True, tag="peer_ping"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 
 import zmq
 
@@ -22,11 +23,15 @@ from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
 from .scheduler import PrefillLimits, PrefillScheduler, ToPrefill
 
+# The kernel kills further ranks once the first one, whose ports peers look at, is gone: until then they may
+# write.
+_RANK_OUTLIVES_S = 1.0
 
-def _transfer_addresses(region: MemoryRegion) -> tuple[str, ...]:
-    """Where the transfer engine listens. One without a port writes from this very process alone."""
-    host, _, port = region.session.rpartition(":")
-    return (region.session,) if host and port.isdigit() else ()
+
+def _transfer_addresses(regions: Sequence[MemoryRegion]) -> tuple[str, ...]:
+    """Where the ranks' transfer engines listen. One without a port writes from its own process alone."""
+    parts = [region.session.rpartition(":") for region in regions]
+    return tuple(f"{host}:{port}" for host, _, port in parts if host and port.isdigit())
 
 
 def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = "") -> int:
@@ -38,7 +43,9 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
     cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)
     digests = DigestWorker(node.memory, node.layout)
     node.waiter.add(digests.fileno())
-    weights: WeightUpdater[LoadedModel] = WeightUpdater(node.load_replacement, node.engine.submit_job)
+    weights: WeightUpdater[LoadedModel] = WeightUpdater(
+        node.load_replacement, node.engine.submit_job, node.ranks
+    )
     control = NodeControl(
         status=node.status,
         flush=FlushWrapper(),
@@ -51,11 +58,11 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         send=server.send,
         rooms=PrefillRooms(
             node.identity,
-            settle_s=node.backend.settle_s,
-            transfer_addresses=_transfer_addresses(node.region),
+            settle_s=max(node.backend.settle_s, _RANK_OUTLIVES_S if node.ranks is not None else 0.0),
+            transfer_addresses=_transfer_addresses(node.regions),
             unix_minus_monotonic_s=node.unix_minus_monotonic_s,
         ),
-        backend=node.backend,
+        movers=node.movers,
         allocator=allocator,
         cache=cache,
         digests=digests,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
@@ -82,7 +82,7 @@ from ..transfer.actions import (
     SendToDecode,
     SubmitWrite,
 )
-from ..transfer.backends.base import TransferBackend, WriteState
+from ..transfer.backends.base import Mover, WriteState
 from ..transfer.page_digests import Digests, DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
 from .batching import next_chunks
@@ -116,7 +116,7 @@ class PrefillScheduler:
         receiver: RequestReceiver[ToPrefill],
         send: Callable[[bytes, msgspec.Struct], bool],
         rooms: PrefillRooms,
-        backend: TransferBackend,
+        movers: Sequence[Mover],
         digests: DigestWorker,
         allocator: PageAllocator,
         cache: PrefixCache | None,
@@ -136,7 +136,7 @@ class PrefillScheduler:
         self.receiver = receiver
         self.send = send
         self.rooms = rooms
-        self.backend = backend
+        self.movers = movers  # of each rank
         self.digests = digests
         self.allocator = allocator
         self.cache = cache
@@ -162,10 +162,11 @@ class PrefillScheduler:
     def step(self, now: float) -> None:
         for link, message in self.receiver.receive():
             self.handle(link, message, now)
-        for result in self.backend.poll():
-            if result.state is WriteState.FAILED:
-                self.metrics.count_failed_write()
-            self.act(self.rooms.on_write_result(result, now), now)
+        for mover in self.movers:
+            for result in mover.poll():
+                if result.state is WriteState.FAILED:
+                    self.metrics.count_failed_write()
+                self.act(self.rooms.on_write_result(result, now), now)
         for done in self.digests.poll():
             self.take_digests(done, now)
         for finished in self.engine.poll():
@@ -249,14 +250,15 @@ class PrefillScheduler:
                     self.send(action.link, message)
                     self.count(action)
                 case MeetPeer():
-                    self.backend.first_contact(action.handle, action.region)
+                    self.movers[action.rank].first_contact(action.handle, action.region)
                 case SubmitWrite():
-                    self.backend.submit(action.handle, action.region, action.run)
+                    self.movers[action.rank].submit(action.handle, action.region, action.run)
                     self.metrics.count_run()
                 case CancelWrites():
-                    self.backend.cancel(action.handles)
+                    for mover in self.movers:
+                        mover.cancel(action.handles)
                 case DisconnectPeer():
-                    self.backend.disconnect(action.region)
+                    self.movers[action.rank].disconnect(action.region)
                 case AdmitRoom():
                     self.jobs[action.request.room] = self.new_job(action.request)
                 case ReleaseRoom():
@@ -269,7 +271,7 @@ class PrefillScheduler:
     def has_room(self, now: float) -> bool:
         """Whether a new room may open. Not while the transfer engine hangs in a call: others can take it."""
         num_waiting = sum(job.state is JobState.WAITING for job in self.jobs.values())
-        is_stuck = self.backend.stuck_s(now) > _STUCK_S
+        is_stuck = any(mover.stuck_s(now) > _STUCK_S for mover in self.movers)
         return num_waiting < self.limits.max_waiting and not is_stuck and not self.is_draining
 
     def new_job(self, request: PrefillRequest) -> PrefillJob:

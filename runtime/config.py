@@ -79,8 +79,11 @@ FLAGS: tuple[Flag, ...] = (
          help="prompt tokens computed in one step"),
     Flag(names=("--max-running-requests", "--max-num-seqs"), roles=_NODES, kind=int, default=64,
          help="sequences in a batch"),
+    Flag(names=("--tensor-parallel-size", "--tp-size", "--tp", "-tp"), roles=_NODES, kind=int, default=1,
+         help="ranks, each a process, that the model is split over; both sides may differ"),
     Flag(names=("--num-threads",), roles=_NODES, kind=int,
-         help="threads of the engine (default: cores / nodes that `up` starts; by hand half of the cores)"),
+         help="threads of the engine, all ranks together (default: cores / nodes that `up` starts; by hand "
+         "half of the cores)"),
     Flag(names=("--disable-prefix-cache", "--no-enable-prefix-caching", "--disable-radix-cache"),
          roles=_NODES, kind=bool, default=False, help="compute every prompt token"),
     Flag(names=("--transfer-backend", "--disaggregation-transfer-backend"), roles=_NODES, default="mooncake",
@@ -171,6 +174,7 @@ class NodeConfig:
     kv_cache_gb: float | None
     chunked_prefill_size: int
     max_running_requests: int
+    tensor_parallel_size: int
     num_threads: int
     disable_prefix_cache: bool
     transfer_backend: str
@@ -302,7 +306,7 @@ def _typed(path: Path, flag: Flag, value: object) -> object:
 def _check(values: Mapping[str, Any]) -> None:
     for name in ("page_size", "chunked_prefill_size", "max_running_requests", "max_attempts", "num_threads",
                  "max_model_len", "max_queued_requests", "max_queued_prefills",
-                 "local_prefill_chunk_size"):  # fmt: skip
+                 "local_prefill_chunk_size", "tensor_parallel_size"):  # fmt: skip
         value = values.get(name)
         if value is not None and value < 1:
             raise StartupError(f"--{name.replace('_', '-')} {value}: 1 or more is expected")

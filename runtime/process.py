@@ -22,11 +22,11 @@ _PR_SET_CHILD_SUBREAPER = 36
 _API_KEYS_VARIABLE = "PDSERVE_API_KEYS"
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel for SIGTERM when the parent ends (Linux only), whatever ends it."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel for this signal when the parent ends (Linux only), whatever ends it."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent_pid:  # it ended before it was asked for
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 def adopt_orphans() -> None:

@@ -48,7 +48,7 @@ def main() -> int:
     found = survey(config, weights)
     print(f"survey: {time.thread_time() - started:.2f} s, row tiles of {', '.join(map(str, found.heights))}")
     runners = {
-        operators.name: ModelRunner(config, weights, pool, CPU, operators)
+        operators.name: ModelRunner(config, weights, pool, CPU, operators=operators)
         for operators in (EAGER, deterministic(found))
     }
 

@@ -2,6 +2,7 @@
 
     scripts/same_answers --family all        # llama, mistral, qwen2, qwen3 and the shipped model
     scripts/same_answers --family qwen3 --transfer-backend shm
+    scripts/same_answers --tensor-parallel     # 1 to 2, 2 to 1, 2 to 4, 4 to 2, shm and Mooncake
 
 For each family: makes a seeded random checkpoint, starts a router, a prefill and a decode node, asks greedy
 continuations of prompts around every page and chunk boundary, alone, with n choices and stops, and in batches
@@ -34,6 +35,13 @@ CHUNK = 64
 TIE = 1e-4
 MAX_TIES_PER_TOKEN = 1e-3
 NUM_TOKENS = 24
+# Ranks of prefill and of decode, KV heads and backend. With two KV heads four ranks hold copies of them.
+TENSOR_PARALLEL = tuple(
+    (prefill, decode, num_kv_heads, backend)
+    for backend in ("shm", "mooncake")
+    for prefill, decode in ((1, 2), (2, 1), (2, 4), (4, 2))
+    for num_kv_heads in (4, 2)
+)
 
 
 @dataclass
@@ -167,12 +175,21 @@ def check_stops(cluster: LocalCluster, prompt: list[int], tally: Tally) -> None:
             tally.fail(f"prompt of {len(prompt)}: stop string {stop!r} gave {stopped['text']!r}")
 
 
-def run_family(family: str, work_dir: Path, arguments: Sequence[str] = (), *, quick: bool = False) -> Tally:
-    """Everything of one family; `quick` leaves out most prompt lengths and one of the batches."""
+def run_family(
+    family: str,
+    work_dir: Path,
+    arguments: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    changes: Sequence[str] = (),
+) -> Tally:
+    """Everything of one family; `quick` leaves out most prompt lengths and one of the batches. `changes` are
+    settings of the checkpoint's config, KEY=JSON."""
     model_dir = ROOT / "assets" / "tiny-python" if family == "shipped" else work_dir / family
     if family != "shipped":
         maker = [sys.executable, "-P", str(ROOT / "scripts" / "make_checkpoint.py"), family, str(model_dir)]
-        subprocess.run([*maker, "--dtype", "float32"], check=True, stdout=subprocess.DEVNULL)
+        maker += ["--dtype", "float32", *(f"--set={change}" for change in changes)]
+        subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
     reference = Reference(model_dir)
     rng = np.random.default_rng(0)
     tally = Tally()
@@ -207,28 +224,50 @@ def run_family(family: str, work_dir: Path, arguments: Sequence[str] = (), *, qu
     return tally
 
 
+def run_tensor_parallel(
+    prefill: int, decode: int, num_kv_heads: int, backend: str, work_dir: Path, *, quick: bool = False
+) -> Tally:
+    """A model of 8 query heads, split over `prefill` ranks on one side and `decode` on the other."""
+    config = work_dir / "ranks.yaml"
+    config.write_text(f"prefill: {{tp: {prefill}}}\ndecode: {{tp: {decode}}}\n")
+    arguments = ["--config", str(config), "--transfer-backend", backend]
+    changes = ["num_attention_heads=8", f"num_key_value_heads={num_kv_heads}"]
+    return run_family("llama", work_dir, arguments, quick=quick, changes=changes)
+
+
+def show(name: str, tally: Tally) -> bool:
+    print(
+        f"{name:<8} {tally.num_equal}/{tally.num_requests} equal "
+        f"({tally.num_tokens} tokens, {tally.num_ties} ties, logprobs within {tally.max_logprob_error:.1e})",
+        flush=True,
+    )
+    for failure in tally.failures:
+        print(f"  {failure}", file=sys.stderr)
+    return not tally.failures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--family", default="all", choices=("all", *FAMILIES))
+    parser.add_argument("--tensor-parallel", action="store_true", help="the pairs of TP sizes instead")
     parser.add_argument("--quick", action="store_true", help="fewer prompts of each kind")
     options, arguments = parser.parse_known_args()
     transformers.logging.disable_progress_bar()
-    families = FAMILIES if options.family == "all" else (options.family,)
     is_good = True
     with tempfile.TemporaryDirectory() as work_dir:
-        for family in families:
+        if options.tensor_parallel:
+            for prefill, decode, num_kv_heads, backend in TENSOR_PARALLEL:
+                tally = run_tensor_parallel(
+                    prefill, decode, num_kv_heads, backend, Path(work_dir), quick=options.quick
+                )
+                name = f"TP {prefill} to {decode}, {num_kv_heads} KV heads, {backend:<8}"
+                is_good = show(name, tally) and is_good
+            return 0 if is_good else 1
+        for family in FAMILIES if options.family == "all" else (options.family,):
             tally = run_family(family, Path(work_dir), arguments, quick=options.quick)
-            print(
-                f"{family:<8} {tally.num_equal}/{tally.num_requests} equal "
-                f"({tally.num_tokens} tokens, {tally.num_ties} ties, "
-                f"logprobs within {tally.max_logprob_error:.1e})",
-                flush=True,
-            )
-            for failure in tally.failures:
-                print(f"  {failure}", file=sys.stderr)
-            is_good = is_good and not tally.failures
+            is_good = show(family, tally) and is_good
     return 0 if is_good else 1
 
 

@@ -33,33 +33,36 @@ class SendToDecode:
 
 @dataclass(frozen=True, slots=True)
 class MeetPeer:
-    """`TransferBackend.first_contact`: now, the peer has just proved to be alive."""
+    """`Mover.first_contact`: now, the peer has just proved to be alive."""
 
     handle: int
     region: MemoryRegion
+    rank: int = 0  # of ours, whose mover is asked; so below
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitWrite:
-    """`TransferBackend.submit`."""
+    """`Mover.submit`."""
 
     handle: int
     region: MemoryRegion
     run: Run
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CancelWrites:
-    """`TransferBackend.cancel`."""
+    """`Mover.cancel`, of every rank: each knows its own."""
 
     handles: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class DisconnectPeer:
-    """`TransferBackend.disconnect`: nothing is outstanding to this region any more."""
+    """`Mover.disconnect`: nothing is outstanding to this region any more."""
 
     region: MemoryRegion
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..messages.kv_layout import heads_divide
 from ..messages.peer import PeerHello, PeerIdentity
 
 
@@ -12,10 +13,20 @@ def refusal(prefill: PeerIdentity, hello: PeerHello) -> str | None:
     for what, ours, theirs, mend in _compared(prefill, hello.identity):
         if ours != theirs:
             return f"{what} differs: prefill has {ours!r}, decode has {theirs!r}; {mend}"
-    needed_bytes = hello.num_pages * hello.identity.layout.stride_bytes
-    pool_bytes = hello.region.scratch_address - hello.region.address
-    if needed_bytes > pool_bytes:
-        return f"decode announces {hello.num_pages} pages of {needed_bytes} bytes in {pool_bytes} bytes"
+    decode = hello.identity
+    for side, tp_size in (("prefill", prefill.tp_size), ("decode", decode.tp_size)):
+        if tp_size < 1 or not heads_divide(decode.layout.num_kv_heads, tp_size):
+            heads = decode.layout.num_kv_heads
+            return f"{side} splits {heads} KV heads over {tp_size} ranks: they do not divide"
+    if decode.verifies_pages and max(prefill.tp_size, decode.tp_size) > 1:
+        return "--verify-pages compares whole pages, and ranks hold parts; leave it out on decode"
+    if len(hello.regions) != decode.tp_size:
+        return f"decode has {decode.tp_size} ranks and announces the memory of {len(hello.regions)}"
+    needed_bytes = hello.num_pages * decode.layout.of_rank(decode.tp_size).stride_bytes
+    for region in hello.regions:
+        pool_bytes = region.scratch_address - region.address
+        if needed_bytes > pool_bytes:
+            return f"decode announces {hello.num_pages} pages of {needed_bytes} bytes in {pool_bytes} bytes"
     return None
 
 
@@ -27,9 +38,11 @@ def _compared(prefill: PeerIdentity, decode: PeerIdentity) -> Iterator[tuple[str
     yield "protocol version", prefill.protocol_version, decode.protocol_version, "install one pdserve on both"
     yield "model", prefill.model_fingerprint, decode.model_fingerprint, f"{same_model}, in the same dtype"
     yield "weight version", prefill.weight_version, decode.weight_version, "update the older one"
-    yield "TP size", prefill.tp_size, decode.tp_size, f"{same_flag} --tp-size"
     both_deterministic = bool(prefill.arithmetic and decode.arithmetic)
-    same_bits = f"use equal processors, and {same_flag} --num-threads, or leave --deterministic out on both"
+    same_bits = (
+        f"use equal processors, and {same_flag} --num-threads and --tensor-parallel-size, or leave "
+        "--deterministic out on both"
+    )
     yield (
         "deterministic mode's arithmetic",
         prefill.arithmetic or "none",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..messages.kv_layout import KVLayout
+from .head_slices import HeadSlice
 
 MAX_RUN_BYTES = 64 << 20  # long enough to be at wire speed, short enough for peers to take turns
 
@@ -29,13 +29,14 @@ class Run:
 def plan_runs(
     source_pages: Sequence[int],
     dest_pages: Sequence[int],
-    layout: KVLayout,
+    heads: HeadSlice,
     max_run_bytes: int = MAX_RUN_BYTES,
 ) -> list[Run]:
-    """The fewest runs that carry ``source_pages[i]`` to ``dest_pages[i]``, in order.
+    """The fewest runs that carry these heads of ``source_pages[i]`` to ``dest_pages[i]``, in order.
 
-    Padding between pages is never written: with a padded stride each page is a run of its own. A run is cut
-    at whole pages, so one page longer than `max_run_bytes` still travels whole.
+    Neighbouring pages are one run only where the heads are the whole page on both sides. Padding between
+    pages is never written: with a padded stride each page is a run of its own. A run is cut at whole pages,
+    so one page longer than `max_run_bytes` still travels whole.
     """
     if len(source_pages) != len(dest_pages):
         raise ValueError(f"{len(source_pages)} source pages for {len(dest_pages)} destination pages")
@@ -43,15 +44,14 @@ def plan_runs(
         return []
     source = np.asarray(source_pages, dtype=np.int64)
     dest = np.asarray(dest_pages, dtype=np.int64)
-    dense = layout.stride_bytes == layout.page_bytes
-    max_pages = max(1, max_run_bytes // layout.page_bytes) if dense else 1
+    max_pages = max(1, max_run_bytes // heads.num_bytes) if heads.is_whole_page else 1
     is_break = (np.diff(source) != 1) | (np.diff(dest) != 1)
     starts = np.concatenate(([0], np.flatnonzero(is_break) + 1, [source.size])).tolist()
     return [
         Run(
-            source=int(source[first]) * layout.stride_bytes,
-            dest=int(dest[first]) * layout.stride_bytes,
-            num_bytes=min(max_pages, end - first) * layout.page_bytes,
+            source=int(source[first]) * heads.source_stride + heads.source_offset,
+            dest=int(dest[first]) * heads.dest_stride + heads.dest_offset,
+            num_bytes=min(max_pages, end - first) * heads.num_bytes,
         )
         for start, end in itertools.pairwise(starts)
         for first in range(start, end, max_pages)

@@ -141,9 +141,9 @@ class PrefillPeerView:
 
 
 class DecodeRooms:
-    def __init__(self, identity: PeerIdentity, region: MemoryRegion, num_pages: int) -> None:
+    def __init__(self, identity: PeerIdentity, regions: tuple[MemoryRegion, ...], num_pages: int) -> None:
         self._identity = identity
-        self._region = region
+        self._regions = regions  # of each rank
         self._num_pages = num_pages
         self._peers: dict[str, _Peer] = {}
         self._rooms: dict[RoomId, _Room] = {}
@@ -403,7 +403,7 @@ class DecodeRooms:
         peer.next_ping = now + PING_S
         self._wake_by(peer.next_ping)
         hello = PeerHello(
-            epoch=peer.epoch, identity=self._identity, region=self._region, num_pages=self._num_pages
+            epoch=peer.epoch, identity=self._identity, regions=self._regions, num_pages=self._num_pages
         )
         return [OpenLink(peer.address, peer.epoch), SendToPrefill(peer.address, hello)]
 

@@ -61,6 +61,7 @@ from .actions import (
 from .backends.base import WriteResult, WriteState
 from .compatibility import refusal
 from .copy_plan import MAX_RUN_BYTES, plan_runs
+from .head_slices import HeadSlice, plan_head_slices
 from .wire_meter import WireMeter
 
 SILENCE_S = 10.0  # a decode node that has not pinged for so long is gone; its rooms are a waste of work
@@ -81,8 +82,10 @@ class _Link:
     link: bytes
     hello: PeerHello
     heard: float
+    slices: tuple[HeadSlice, ...]  # what of a page which of our ranks writes to which of its
     state: LinkState = LinkState.PINGED
     meeting_since: float = 0.0
+    meetings: set[int] = field(default_factory=set)  # handles of first contacts without a result
 
     @property
     def incarnation(self) -> str:
@@ -92,6 +95,12 @@ class _Link:
     def epoch(self) -> int:
         return self.hello.epoch
 
+    @property
+    def pairs(self) -> dict[tuple[int, int], MemoryRegion]:
+        """(our rank, its rank) -> memory of the latter, for each pair that has something to write."""
+        ranks = ((heads.source_rank, heads.dest_rank) for heads in self.slices)
+        return {(ours, theirs): self.hello.regions[theirs] for ours, theirs in ranks}
+
 
 @dataclass(slots=True)
 class _Decode:
@@ -100,7 +109,8 @@ class _Decode:
     mark: int = 0  # highest room counter seen; requests at or below it are old
     epoch: int = -1  # highest epoch seen
     link: _Link | None = None
-    met: MemoryRegion | None = None  # known to the backend
+    # Memory known to the backends, by (our rank, its rank).
+    met: dict[tuple[int, int], MemoryRegion] = field(default_factory=dict)
     no_contact_before: float = 0.0
     meter: WireMeter = field(default_factory=WireMeter)
 
@@ -119,10 +129,11 @@ class _Chunk:
 class _Room:
     request: PrefillRequest
     decode: _Decode
-    region: MemoryRegion
+    regions: tuple[MemoryRegion, ...]  # of each decode rank
+    slices: tuple[HeadSlice, ...]
     deadline: float
     next_page: int  # index into dest_pages; those before it are submitted, or were held by decode
-    outstanding: dict[int, int] = field(default_factory=dict)  # handle -> bytes
+    outstanding: dict[int, int] = field(default_factory=dict)  # writes of all ranks: handle -> bytes
     chunks: list[_Chunk] = field(default_factory=list)  # in the order of their pages
     sent_first_token: bool = False
     digests: dict[int, int] = field(default_factory=dict)  # by index into dest_pages, where asked for
@@ -170,7 +181,7 @@ class PrefillRooms:
         self._links: dict[bytes, _Link] = {}
         self._decodes: dict[str, _Decode] = {}  # by incarnation; one small entry per start of a decode node
         self._rooms: dict[RoomId, _Room] = {}
-        self._meetings: dict[int, _Link] = {}  # handle of the first contact
+        self._meetings: dict[int, _Link] = {}  # by handle of a first contact
         self._room_of_write: dict[int, tuple[RoomId, _Chunk]] = {}
         self._last_handle = 0
         self._busy_until = 0.0
@@ -268,7 +279,8 @@ class PrefillRooms:
         if reason is not None:
             actions.append(SendToDecode(link_id, PeerRefused(epoch=hello.epoch, reason=reason)))
             return actions + self._disconnect_if_unused(decode)
-        decode.link = self._links[link_id] = _Link(link_id, hello, heard=now)
+        slices = plan_head_slices(self._identity.layout, self._identity.tp_size, hello.identity.tp_size)
+        decode.link = self._links[link_id] = _Link(link_id, hello, now, slices)
         self._wake_by(now + SILENCE_S)
         actions.append(SendToDecode(link_id, ContactPing(epoch=hello.epoch)))
         return actions
@@ -278,10 +290,14 @@ class PrefillRooms:
             return []
         link.state = LinkState.MEETING
         link.meeting_since = now
-        handle = self._new_handle()
-        self._meetings[handle] = link
-        self._decodes[link.incarnation].met = link.hello.region
-        return [MeetPeer(handle, link.hello.region)]
+        actions: list[PrefillAction] = []
+        for (rank, _), region in link.pairs.items():
+            handle = self._new_handle()
+            self._meetings[handle] = link
+            link.meetings.add(handle)
+            actions.append(MeetPeer(handle, region, rank))
+        self._decodes[link.incarnation].met = link.pairs
+        return actions
 
     def _on_request(
         self, link: _Link, request: PrefillRequest, now: float, queue_has_room: bool
@@ -307,7 +323,8 @@ class PrefillRooms:
         self._rooms[room_id] = _Room(
             request=request,
             decode=decode,
-            region=link.hello.region,
+            regions=link.hello.regions,
+            slices=link.slices,
             deadline=deadline,
             next_page=request.num_cached_tokens // self._identity.layout.page_size,
         )
@@ -375,22 +392,23 @@ class PrefillRooms:
             raise ValueError(f"room {room_id}: page {end - 1} of {len(room.request.dest_pages)}")
         if end <= room.next_page:
             return []
-        runs = plan_runs(
-            source_pages[room.next_page - first_page :],
-            room.request.dest_pages[room.next_page : end],
-            self._identity.layout,
-            self._max_run_bytes,
-        )
+        source_pages = source_pages[room.next_page - first_page :]
+        dest_pages = room.request.dest_pages[room.next_page : end]
         room.next_page = end
-        chunk = _Chunk(now, sum(run.num_bytes for run in runs), len(runs))
+        runs = [
+            (heads, run)
+            for heads in room.slices
+            for run in plan_runs(source_pages, dest_pages, heads, self._max_run_bytes)
+        ]
+        chunk = _Chunk(now, sum(run.num_bytes for _, run in runs), len(runs))
         room.chunks.append(chunk)
         actions: list[PrefillAction] = []
-        for run in runs:
+        for heads, run in runs:
             handle = self._new_handle()
             self._room_of_write[handle] = (room_id, chunk)
             room.outstanding[handle] = run.num_bytes
             room.decode.meter.submitted(now)
-            actions.append(SubmitWrite(handle, room.region, run))
+            actions.append(SubmitWrite(handle, room.regions[heads.dest_rank], run, heads.source_rank))
         return actions
 
     def digests_ready(self, room_id: RoomId, digests: Mapping[int, int], now: float) -> list[PrefillAction]:
@@ -485,10 +503,13 @@ class PrefillRooms:
 
     def _on_met(self, link: _Link, result: WriteResult, now: float) -> list[PrefillAction]:
         decode = self._decodes[link.incarnation]
+        link.meetings.discard(result.handle)
         if result.state is not WriteState.DONE:
             decode.no_contact_before = now + CONTACT_PAUSE * (now - link.meeting_since)
         if decode.link is not link:
             return self._disconnect_if_unused(decode)
+        if result.state is WriteState.DONE and link.meetings:
+            return []  # other ranks are still meeting
         if result.state is WriteState.DONE:
             link.state = LinkState.READY
             welcome = PeerWelcome(
@@ -602,15 +623,14 @@ class PrefillRooms:
         return [SendToDecode(link.link, done), ReleaseRoom(room_id, completed=True)]
 
     def _disconnect_if_unused(self, decode: _Decode) -> list[PrefillAction]:
-        region = decode.met
-        if region is None or decode.link is not None:
+        if not decode.met or decode.link is not None:
             return []
         if any(room.decode is decode for room in self._rooms.values()):
             return []
         if any(self._decodes[link.incarnation] is decode for link in self._meetings.values()):
             return []
-        decode.met = None
-        return [DisconnectPeer(region)]
+        regions, decode.met = decode.met, {}
+        return [DisconnectPeer(region, rank) for (rank, _), region in regions.items()]
 
     def _link_of(self, room: _Room) -> _Link:
         assert room.decode.link is not None, "an open room's epoch is alive"

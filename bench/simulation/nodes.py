@@ -263,7 +263,7 @@ class PrefillNode(_Base[ToPrefill]):
         self.scheduler = PrefillScheduler(
             **self._common(lambda: self.cache is None or self.cache.reset()),
             rooms=self.rooms,
-            backend=backend,
+            movers=(backend,),
             cache=self.cache,
             layout=LAYOUT,
             limits=PrefillLimits(
@@ -332,7 +332,7 @@ class DecodeNode(_Base[ClientToNode]):
         region = MemoryRegion(
             session=place.incarnation, address=0, num_bytes=pool_bytes + 8, scratch_address=pool_bytes
         )
-        self.rooms = DecodeRooms(self.identity, region, settings.decode_pages)
+        self.rooms = DecodeRooms(self.identity, (region,), settings.decode_pages)
         gone_clients: set[bytes] = set()
 
         def send_output(client: bytes, message: msgspec.Struct) -> None:

@@ -18,15 +18,24 @@ from ..kv_pool import KVPool
 from ..model_config import ModelConfig
 from ..operators import Operators
 from ..rope import RotaryAngles
+from ..tensor_parallel import RankCollective
 from ..weights import LayerWeights, Weights
 
 
 class Decoder:
     """Computes hidden states and logits; holds no state but its shape. Weights and pool are arguments."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, operators: Operators) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        operators: Operators,
+        collective: RankCollective | None = None,
+    ) -> None:
+        """`config` is this rank's share; without a collective that is all."""
         self._config = config
         self._ops = operators
+        self._collective = collective
         self._angles = RotaryAngles(config.rope, config.head_dim, device)
         self._scale = config.head_dim**-0.5
 
@@ -36,16 +45,24 @@ class Decoder:
         angles = self._angles.at(batch.positions, x.dtype)
         for index, layer in enumerate(weights.layers):
             y = self._ops.rms_norm(x, layer.input_norm, self._config.rms_norm_eps)
-            x += self._attention(y, layer, pool.layer(index), angles, batch)
+            x += self._whole(self._attention(y, layer, pool.layer(index), angles, batch))
             y = self._ops.rms_norm(x, layer.post_attention_norm, self._config.rms_norm_eps)
             gated = self._ops.silu_and_mul(self._ops.linear(y, layer.gate_up, layer.gate_up_bias))
-            x += self._ops.linear(gated, layer.down, layer.down_bias)
+            x += self._whole(self._ops.linear(gated, layer.down, layer.down_bias))
         return x
 
-    def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
-        """``hidden [N, H]`` → ``[N, V]`` float32."""
+    def logits(self, weights: Weights, hidden: Tensor) -> Tensor | None:
+        """``hidden [N, H]`` → ``[N, V]`` float32; None on every rank but the first."""
         y = self._ops.rms_norm(hidden, weights.norm, self._config.rms_norm_eps)
-        return self._ops.linear(y, weights.lm_head, None).float()
+        logits = self._ops.linear(y, weights.lm_head, None)
+        if self._collective is None:
+            return logits.float()
+        gathered = self._collective.gather_columns(logits, self._config.vocab_size)
+        return None if gathered is None else gathered.float()
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """``[T, H]``: the sum over ranks of what each computed from its heads or columns."""
+        return part if self._collective is None else self._collective.sum(part)
 
     def _attention(
         self,

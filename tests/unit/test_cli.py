@@ -186,12 +186,15 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         ("prefill",),
         ("decode",),
         ("node-front", "--role", "decode", "--zmq-address", "tcp://h:1", "--listen-fd", "3", "--url", "u"),
+        ("tp-worker", "--role", "decode", "--rank", "1", "--pipe-fd", "3"),
     ],
 )
 def test_every_process_that_is_spawned_dies_with_its_parent(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ends_with(parent_pid: int) -> None:
+    def ends_with(parent_pid: int, number: signal.Signals) -> None:
+        # A rank has nothing to finish, and SIGTERM would not end a frozen one.
+        assert number == (signal.SIGKILL if arguments[0] == "tp-worker" else signal.SIGTERM)
         raise KeyboardInterrupt(parent_pid)
 
     monkeypatch.setattr(cli, "die_with_parent", ends_with)
@@ -268,7 +271,7 @@ def test_a_child_takes_the_api_keys_of_its_parent(command: str, monkeypatch: pyt
     def take_node(_: str, given: dict[str, Any]) -> int:
         return take_router(given)
 
-    monkeypatch.setattr(cli, "die_with_parent", lambda parent_pid: None)
+    monkeypatch.setattr(cli, "die_with_parent", lambda parent_pid, number: None)
     monkeypatch.setattr(cli, "_router", take_router)
     monkeypatch.setattr(cli, "_node", take_node)
     monkeypatch.setenv("PDSERVE_API_KEYS", '["a", "b"]')

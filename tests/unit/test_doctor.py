@@ -222,6 +222,12 @@ def serve() -> Iterator[Callable[[bytes], str]]:
 NODE = json.dumps({"entry": {"role": "decode", "zmq_address": "tcp://h:5"}, "transport": "tcp"}).encode()
 
 
+def test_a_node_of_several_ranks_names_their_processes(serve: Callable[[bytes], str]) -> None:
+    ranks = [{"rank": 0, "pid": 10}, {"rank": 1, "pid": 11}]
+    finding = doctor.ask_server(serve(json.dumps({**json.loads(NODE), "ranks": ranks}).encode()))
+    assert finding.detail.endswith("KV over tcp, 2 TP ranks (pids 10, 11)")
+
+
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_a_node_says_what_it_is(serve: Callable[[bytes], str], slash: str) -> None:
     assert doctor.ask_server(serve(NODE) + slash) == Finding(

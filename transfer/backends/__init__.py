@@ -8,16 +8,27 @@ from .base import TransferBackend
 TRANSPORTS = {"shm": ("shm",), "mooncake": ("tcp", "rdma"), "nixl": ("tcp", "rdma")}
 
 
-def create_backend(name: str, transport: str, host: str, ib_device: str = "") -> TransferBackend:
+def create_backend(
+    name: str, transport: str, host: str, ib_device: str = "", faults: str = ""
+) -> TransferBackend:
     """The backend that was asked for, on the transport that was asked for, or StartupError.
 
     `host` is the address by which peers reach this node; `ib_device` a comma-separated choice of RDMA
-    devices, all when empty.
+    devices, all when empty; `faults` a plan of what goes wrong on purpose (`FaultPlan.parse`).
     """
     if name not in TRANSPORTS:
         raise StartupError(f"no transfer backend {name!r}; there are {', '.join(TRANSPORTS)}")
     if transport not in TRANSPORTS[name]:
         raise StartupError(f"transfer backend {name} has no transport {transport!r}, only {TRANSPORTS[name]}")
+    if not faults:
+        return _create(name, transport, host, ib_device)
+    from .faulty import FaultPlan, FaultyBackend
+
+    plan = FaultPlan.parse(faults)  # before anything is opened
+    return FaultyBackend(_create(name, transport, host, ib_device), plan)
+
+
+def _create(name: str, transport: str, host: str, ib_device: str) -> TransferBackend:
     if name == "shm":
         from .shm import ShmBackend
 

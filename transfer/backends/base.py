@@ -36,11 +36,41 @@ class WriteResult:
     reason: str = ""  # of a failure, one that a person can act on
 
 
-class TransferBackend(Protocol):
-    """Moves bytes one-sided into a peer's registered memory.
+class Mover(Protocol):
+    """Moves bytes one-sided from one pool of this node into a peer's registered memory.
 
     Handles are chosen by the caller, unique while the backend lives; each gets exactly one result.
     Writes to one peer start in the order of submission; peers take turns.
+    """
+
+    def first_contact(self, handle: int, region: MemoryRegion) -> None:
+        """Meets a peer by an 8-byte write to its scratch bytes.
+
+        Only to be called right after the peer has answered on the control link: meeting a frozen peer can
+        hold the engine for a minute.
+        """
+
+    def submit(self, handle: int, region: MemoryRegion, run: Run) -> None:
+        """Queues a write to a peer that was met. A run outside of either pool fails, and nothing is sent."""
+
+    def cancel(self, handles: Iterable[int]) -> None:
+        """Drops those of `handles` that were not started. The others end as they would have, and handles
+        that were never submitted here are ignored: another rank's mover has them."""
+
+    def disconnect(self, region: MemoryRegion) -> None:
+        """Lets go of what is held for a peer; no write to it may be outstanding."""
+
+    def poll(self) -> list[WriteResult]:
+        """Every result since the last call, each once."""
+
+    def stuck_s(self, now: float) -> float:
+        """For how long the engine has been inside one call that should take milliseconds; 0: it is well."""
+
+
+class TransferBackend(Mover, Protocol):
+    """A mover in this process, with the pool that it moves from and that peers write into.
+
+    `poll` makes `fileno` unreadable until the next result.
     """
 
     @property
@@ -64,30 +94,8 @@ class TransferBackend(Protocol):
     def register(self) -> MemoryRegion:
         """Makes the allocated memory writable for peers. Both sides do: RDMA needs the source registered."""
 
-    def first_contact(self, handle: int, region: MemoryRegion) -> None:
-        """Meets a peer by an 8-byte write to its scratch bytes.
-
-        Only to be called right after the peer has answered on the control link: meeting a frozen peer can
-        hold the engine for a minute.
-        """
-
-    def submit(self, handle: int, region: MemoryRegion, run: Run) -> None:
-        """Queues a write to a peer that was met. A run outside of either pool fails, and nothing is sent."""
-
-    def cancel(self, handles: Iterable[int]) -> None:
-        """Drops those of `handles` that were not started. The others end as they would have."""
-
-    def disconnect(self, region: MemoryRegion) -> None:
-        """Lets go of what is held for a peer; no write to it may be outstanding."""
-
-    def poll(self) -> list[WriteResult]:
-        """Every result since the last call, each once. Makes `fileno` unreadable until the next result."""
-
     def fileno(self) -> int:
         """Readable while `poll` has results."""
-
-    def stuck_s(self, now: float) -> float:
-        """For how long the engine has been inside one call that should take milliseconds; 0: it is well."""
 
     def close(self) -> None:
         """Stops moving bytes and withdraws the registered memory. Unfinished writes get no result."""

@@ -30,6 +30,7 @@ from pdserve.messages.node import (
     Ping,
     Pong,
     PrepareWeights,
+    RankInfo,
     RequestStateReply,
     ResendFrom,
     Roster,
@@ -51,6 +52,7 @@ MODEL = ModelInfo(
 LOAD = NodeLoad(
     num_running_reqs=2, num_waiting_reqs=1, num_total_pages=10, page_size=16, max_running_requests=64
 )
+RANKS = tuple(RankInfo(rank=rank, pid=10 + rank, session=f"h:{rank}") for rank in range(2))
 
 
 class FakeScheduler:
@@ -108,7 +110,12 @@ class FakeScheduler:
                 )
             case GetServerInfo(call_id=call_id):
                 return ServerInfoReply(
-                    call_id=call_id, entry=self.entry, model=MODEL, config={"page_size": 16}, load=LOAD
+                    call_id=call_id,
+                    entry=self.entry,
+                    model=MODEL,
+                    config={"page_size": 16},
+                    load=LOAD,
+                    ranks=RANKS,
                 )
             case GetMetrics(call_id=call_id):
                 return MetricsReply(call_id=call_id, text="pd_x 1\n")

@@ -132,6 +132,7 @@ async def test_facts(front: Front) -> None:
     assert (info["max_total_num_tokens"], info["max_running_requests"], info["page_size"]) == (160, 64, 16)
     assert (info["model"]["vocab_size"], info["served_model_name"]) == (404, "org/tiny")
     assert info["internal_states"][0]["num_running_reqs"] == 2
+    assert (info["tp_size"], [rank["pid"] for rank in info["ranks"]]) == (2, [10, 11])
     assert (await front.get("/get_model_info"))[1]["model_type"] == "qwen3"
     assert (await front.get("/v1/models"))[1]["data"][0]["id"] == "org/tiny"
     assert (await front.get("/v1/models/org/tiny"))[1]["id"] == "org/tiny"

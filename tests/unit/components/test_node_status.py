@@ -10,7 +10,7 @@ import pytest
 from pdserve.components.node_status import NodeStatus
 from pdserve.messages.codec import Codec
 from pdserve.messages.kv_layout import KVLayout
-from pdserve.messages.node import ModelInfo, NodeEntry, NodeLoad, NodeToClient
+from pdserve.messages.node import ModelInfo, NodeEntry, NodeLoad, NodeToClient, RankInfo
 from pdserve.runtime.config import node_config
 
 LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
@@ -35,19 +35,23 @@ MODEL = ModelInfo(
     weight_version="w1",
     model_fingerprint="old digest",
 )
+RANKS = (
+    RankInfo(rank=0, pid=10, session="10.0.0.2:15000"),
+    RankInfo(rank=1, pid=11, session="10.0.0.2:15001"),
+)
 SECRET = "secret-token"
 
 
 @pytest.fixture
 def status() -> NodeStatus:
     config = node_config("decode", {"api_key": [SECRET], "router": ["http://r:1"], "model": "/models/tiny"})
-    return NodeStatus(ENTRY, MODEL, config, LAYOUT, "tcp")
+    return NodeStatus(ENTRY, MODEL, config, LAYOUT, "tcp", RANKS)
 
 
 def test_server_info_has_every_flag_but_the_secret(status: NodeStatus) -> None:
     info = status.server_info(7, NodeLoad(num_running_reqs=3))
     assert (info.call_id, info.entry, info.model, info.load.num_running_reqs) == (7, ENTRY, MODEL, 3)
-    assert (info.kv_layout, info.transport) == (LAYOUT, "tcp")
+    assert (info.kv_layout, info.transport, info.ranks) == (LAYOUT, "tcp", RANKS)
     assert info.config["router"] == ["http://r:1"]
     names = {field.name for field in dataclasses.fields(node_config("decode", {}))}
     assert set(info.config) == names - {"api_key"}

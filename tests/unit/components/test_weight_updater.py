@@ -23,13 +23,32 @@ class FakeCheckpoint:
 
 
 @dataclass
+class FakeRanks:
+    """The further ranks: what they were told, and when the own job was queued."""
+
+    told: list[str] = field(default_factory=list)
+
+    def load_shards(self, path: Path) -> None:
+        self.told.append(f"load {path}")
+
+    def drop_shards(self) -> None:
+        self.told.append("drop")
+
+
+@dataclass
 class Bench:
     """An updater whose jobs run when the test says so."""
 
     jobs: list[tuple[str, Callable[[], FakeCheckpoint]]] = field(default_factory=list)
 
+    ranks: FakeRanks = field(default_factory=FakeRanks)
+
     def __post_init__(self) -> None:
-        self.updater = WeightUpdater(FakeCheckpoint, lambda name, run: self.jobs.append((name, run)))
+        self.updater = WeightUpdater(FakeCheckpoint, self.start_job, self.ranks)
+
+    def start_job(self, name: str, run: Callable[[], FakeCheckpoint]) -> None:
+        self.jobs.append((name, run))
+        self.ranks.told.append("own job")
 
     def prepare(self, update_id: str, call_id: int = 1, link: bytes = b"router") -> Answer | None:
         path, version = f"/models/{update_id}", f"version of {update_id}"
@@ -153,3 +172,28 @@ def test_a_load_that_nobody_asked_for_is_a_defect(bench: Bench) -> None:
         bench.updater.loaded(FakeCheckpoint(Path("x")))
     with pytest.raises(RuntimeError):
         bench.updater.failed(StartupError("x"))
+
+
+def test_other_ranks_load_before_the_own_job_is_queued(bench: Bench) -> None:
+    """Or forwards queued in between would be computed in another order, and wait for one another for ever."""
+    bench.prepare("u1")
+    assert bench.ranks.told == ["load /models/u1", "own job"]
+
+
+def test_other_ranks_let_go_of_what_is_not_committed(bench: Bench) -> None:
+    bench.prepare("u1")
+    bench.finish_loading()
+    bench.discard("u1")
+    assert bench.ranks.told.count("drop") == 1
+    bench.prepare("u2")
+    bench.discard("u2")
+    assert bench.ranks.told.count("drop") == 1  # it is still loading
+    bench.finish_loading()
+    assert bench.ranks.told.count("drop") == 2
+    bench.prepare("u3")
+    bench.updater.failed(StartupError("no such file"))
+    assert bench.ranks.told.count("drop") == 3
+    bench.prepare("u4")
+    bench.finish_loading()
+    bench.commit("u4")
+    assert bench.ranks.told.count("drop") == 3

@@ -104,7 +104,7 @@ class Harness:
         if deterministic:
             found = _survey(folder, torch.get_num_threads())
             chosen = operators.deterministic(found)
-        runner = ModelRunner(config, weights, pool, CPU, chosen)
+        runner = ModelRunner(config, weights, pool, CPU, operators=chosen)
         return cls(config, layout, pool, runner, order, survey=found)
 
     def pages(self, num_tokens: int) -> list[int]:

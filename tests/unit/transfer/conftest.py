@@ -54,7 +54,7 @@ class Factory:
         return PeerHello(
             epoch=epoch,
             identity=self.identity(incarnation, **changes),
-            region=self.region(),
+            regions=(self.region(),),
             num_pages=self.num_pages,
         )
 

@@ -85,7 +85,7 @@ class Pair:
         self.private: dict[RoomId, tuple[int, ...]] = {}
         self.is_frozen = False
         self.start_prefill()
-        self.decode = DecodeRooms(self.make.identity("D1"), self.make.region(), self.make.num_pages)
+        self.decode = DecodeRooms(self.make.identity("D1"), (self.make.region(),), self.make.num_pages)
 
     def join(self) -> None:
         self.run_decode(self.decode.add_peer(ADDRESS, self.now))

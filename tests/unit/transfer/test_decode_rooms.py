@@ -50,7 +50,7 @@ class Node:
 
     def __init__(self, make: Factory) -> None:
         self.make = make
-        self.rooms = DecodeRooms(make.identity("D1"), make.region(), make.num_pages)
+        self.rooms = DecodeRooms(make.identity("D1"), (make.region(),), make.num_pages)
         self.now = 10.0
 
     @property
@@ -132,7 +132,9 @@ def of(kind: type, actions: list[DecodeAction]) -> list[DecodeAction]:
 
 def test_a_peer_is_ready_after_hello_contact_and_welcome(make: Factory) -> None:
     node = Node(make)
-    hello = PeerHello(epoch=1, identity=make.identity("D1"), region=make.region(), num_pages=make.num_pages)
+    hello = PeerHello(
+        epoch=1, identity=make.identity("D1"), regions=(make.region(),), num_pages=make.num_pages
+    )
     assert node.rooms.add_peer(P, node.now) == [OpenLink(P, 1), SendToPrefill(P, hello)]
     assert node.rooms.add_peer(P, node.now) == []
     assert node.rooms.ready_peers() == {}

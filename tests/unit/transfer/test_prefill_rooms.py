@@ -155,14 +155,19 @@ def test_a_contact_that_outlives_its_link_ends_quietly(make: Factory) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"protocol_version": 0}, "protocol version differs: prefill has 1, decode has 0; install"),
+        ({"protocol_version": 0}, "protocol version differs: prefill has 2, decode has 0; install"),
         ({"model_fingerprint": "m2"}, "model differs: prefill has 'model', decode has 'm2'; load"),
         ({"weight_version": "w2"}, "weight version differs: prefill has 'w1', decode has 'w2'; update"),
-        ({"tp_size": 2}, "TP size differs: prefill has 1, decode has 2; start both with the same --tp-size"),
         (
             {"arithmetic": "ab12"},
             "deterministic mode's arithmetic differs: prefill has 'none', decode has 'ab12'; give "
             "--deterministic to both or to neither",
+        ),
+        ({"tp_size": 3}, "decode splits 2 KV heads over 3 ranks: they do not divide"),
+        ({"tp_size": 2}, "decode has 2 ranks and announces the memory of 1"),
+        (
+            {"tp_size": 2, "verifies_pages": True},
+            "--verify-pages compares whole pages, and ranks hold parts; leave it out on decode",
         ),
         ({"backend": "shm"}, "transfer backend differs: prefill has 'mooncake', decode has 'shm'; start"),
         ({"transport": "rdma"}, "transport differs: prefill has 'tcp', decode has 'rdma'; start"),

@@ -1,0 +1,175 @@
+"""A further rank of a replica: it executes what rank 0 decided, and reports. It decides nothing.
+
+It holds its share of the weights, its heads of every page, and a transfer engine for its own pool. It ends
+when its pipe does, and the kernel kills it when rank 0 is gone.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from ..engine.batch_codec import decode_batch
+from ..engine.engine_thread import EngineThread, JobResult
+from ..engine.kv_pool import TORCH_DTYPES, KVPool
+from ..engine.model_config import ModelConfig, kv_layout
+from ..engine.model_runner import ModelRunner
+from ..engine.operators import EAGER, deterministic, survey_with_threads
+from ..engine.tensor_parallel import RankCollective, Shard
+from ..engine.weights import Weights, load_weights
+from ..messages.pipe import Pipe
+from ..messages.ranks import (
+    CancelRuns,
+    CopyPages,
+    DropShard,
+    LeaveRegion,
+    LoadShard,
+    MeetRegion,
+    PoisonPages,
+    RankDone,
+    RankFailed,
+    RankReady,
+    RankStart,
+    RunForward,
+    SwapShard,
+    ToRank,
+    WriteEnd,
+    WriteRun,
+    WritesEnded,
+)
+from ..runtime.errors import StartupError
+from ..runtime.waiting import Waiter
+from ..transfer.backends import create_backend
+from ..transfer.backends.base import TransferBackend
+from ..transfer.copy_plan import Run
+
+_LONGEST_SLEEP_S = 10.0
+_CPU = torch.device("cpu")
+
+
+def run_rank(end: socket.socket) -> int:
+    """Serve rank 0 at the other end until it closes. Returns the exit code."""
+    pipe: Pipe[ToRank] = Pipe(end, ToRank, "rank 0")
+    waiter = Waiter()
+    waiter.add(pipe.fileno())
+    first: list[ToRank] = []
+    while not first and not pipe.closed:
+        waiter.wait(_LONGEST_SLEEP_S)
+        first = pipe.receive()
+    if not first:
+        return 0
+    start, *others = first
+    assert isinstance(start, RankStart), "rank 0 begins with it"
+    try:
+        worker = RankWorker(start, pipe)
+    except StartupError as error:
+        pipe.send(RankFailed(reason=str(error)))
+        pipe.close()
+        return 1
+    for descriptor in worker.descriptors:
+        waiter.add(descriptor)
+    worker.step(others)
+    while not pipe.closed:
+        waiter.wait(_LONGEST_SLEEP_S)
+        worker.step(pipe.receive())
+    worker.close()
+    return 0
+
+
+class RankWorker:
+    """The parts of a rank, joined with the other ranks."""
+
+    def __init__(self, start: RankStart, pipe: Pipe[ToRank]) -> None:
+        """Raises StartupError when the share cannot be loaded or the pool not registered."""
+        self._pipe = pipe
+        self._shard = Shard(start.rank, start.size)
+        self._dtype = TORCH_DTYPES[start.dtype]
+        path = Path(start.model_path)
+        self._config = ModelConfig.from_dir(path)
+        layout = kv_layout(self._config, start.page_size, start.dtype).of_rank(start.size)
+        self._backend: TransferBackend = create_backend(
+            start.transfer_backend, start.transport, start.host, start.ib_device, start.faults
+        )
+        memory = self._backend.allocate(start.num_pages * layout.stride_bytes)
+        self._pool = KVPool(layout, start.num_pages, _CPU, memory=memory)
+        region = self._backend.register()
+        weights = self._load(path)
+        pipe.send(RankReady(region=region))
+        collective = RankCollective(self._shard, Path(start.rendezvous))
+        config = self._shard.config(self._config)
+        operators = EAGER
+        if start.deterministic:
+            operators = deterministic(survey_with_threads(config, weights, start.num_threads))
+        self._runner = ModelRunner(
+            config, weights, self._pool, _CPU, operators=operators, collective=collective
+        )
+        self._engine = EngineThread(self._runner, start.num_threads)
+        self._loaded: Weights | None = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return self._engine.fileno(), self._backend.fileno()
+
+    def step(self, messages: list[ToRank]) -> None:
+        for message in messages:
+            self._handle(message)
+        ends = tuple(
+            WriteEnd(result.handle, result.state.value, result.reason) for result in self._backend.poll()
+        )
+        if ends:
+            self._pipe.send(WritesEnded(ends=ends))
+        for finished in self._engine.poll():
+            if isinstance(finished, JobResult):
+                done, self._loaded = finished.value
+                self._pipe.send(done)
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def _handle(self, message: ToRank) -> None:
+        match message:
+            case RunForward():
+                self._engine.submit(decode_batch(message.batch))
+            case WriteRun():
+                run = Run(message.source, message.dest, message.num_bytes)
+                self._backend.submit(message.handle, message.region, run)
+            case CancelRuns():
+                self._backend.cancel(message.handles)
+            case MeetRegion():
+                self._backend.first_contact(message.handle, message.region)
+            case LeaveRegion():
+                self._backend.disconnect(message.region)
+            case CopyPages():
+                self._pool.copy_pages(message.source, message.dest)
+                self._pipe.send(RankDone(call_id=message.call_id))
+            case PoisonPages():
+                self._pool.poison(message.pages)
+                self._pipe.send(RankDone(call_id=message.call_id))
+            case LoadShard():
+                self._loaded = None
+                self._engine.submit_job("load weights", lambda: self._load_beside(message))
+            case SwapShard():
+                assert self._loaded is not None, "rank 0 swaps what every rank has loaded"
+                self._runner.swap_weights(self._loaded)
+                self._loaded = None
+            case DropShard():
+                self._loaded = None
+            case RankStart():
+                raise RuntimeError("rank 0 starts a rank once")
+            case _:
+                assert_never(message)
+
+    def _load_beside(self, message: LoadShard) -> tuple[RankDone, Weights | None]:
+        try:
+            return RankDone(call_id=message.call_id), self._load(Path(message.model_path))
+        except StartupError as error:
+            return RankDone(call_id=message.call_id, error=str(error)), None
+
+    def _load(self, path: Path) -> Weights:
+        try:
+            return load_weights(path, self._config, self._dtype, _CPU, self._shard)
+        except RuntimeError as error:  # how torch reports that memory is out
+            raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,141 @@
+"""The messages between rank 0 of a replica, which decides, and its further ranks, which execute.
+
+They travel on a pipe of their own, in order, both ways. A rank that reads a `RunForward` computes it after
+everything that came before; so all ranks run the same collectives in the same order, and none of them
+depends on a rank's own clock or queue.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from .peer import MemoryRegion
+
+# ---- rank 0 to a further rank -----------------------------------------------------------------------
+
+
+class RankStart(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
+    """The first message: all that a rank must know to load its share."""
+
+    rank: int
+    size: int
+    model_path: str
+    dtype: str
+    page_size: int
+    num_pages: int
+    transfer_backend: str
+    transport: str
+    host: str  # by which peers reach this rank's memory
+    ib_device: str
+    faults: str  # of writes that go wrong on purpose, see transfer/backends/faulty.py
+    deterministic: bool
+    num_threads: int
+    rendezvous: str  # path of a file by which the ranks find one another
+
+
+class RunForward(msgspec.Struct, frozen=True, kw_only=True, tag="forward"):
+    batch: bytes  # a forward batch, see engine/batch_codec.py
+
+
+class CopyPages(msgspec.Struct, frozen=True, kw_only=True, tag="copy_pages"):
+    """Answered by RankDone, as all with a ``call_id`` are."""
+
+    call_id: int
+    source: tuple[int, ...]
+    dest: tuple[int, ...]
+
+
+class PoisonPages(msgspec.Struct, frozen=True, kw_only=True, tag="poison_pages"):
+    """Fill pages with NaN (tests)."""
+
+    call_id: int
+    pages: tuple[int, ...]
+
+
+class LoadShard(msgspec.Struct, frozen=True, kw_only=True, tag="load_shard"):
+    """Load the rank's share of a checkpoint beside the weights that serve."""
+
+    call_id: int
+    model_path: str
+
+
+class SwapShard(msgspec.Struct, frozen=True, kw_only=True, tag="swap_shard"):
+    """The next forward uses what was loaded last."""
+
+
+class DropShard(msgspec.Struct, frozen=True, kw_only=True, tag="drop_shard"):
+    """What was loaded last is not wanted."""
+
+
+class MeetRegion(msgspec.Struct, frozen=True, kw_only=True, tag="meet"):
+    """A first contact with a rank of a peer. Its handle is reported by WritesEnded, as a write's is."""
+
+    handle: int
+    region: MemoryRegion
+
+
+class WriteRun(msgspec.Struct, frozen=True, kw_only=True, tag="write"):
+    """One contiguous write. Offsets are in bytes from the start of each pool."""
+
+    handle: int
+    region: MemoryRegion
+    source: int
+    dest: int
+    num_bytes: int
+
+
+class CancelRuns(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
+    handles: tuple[int, ...]
+
+
+class LeaveRegion(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
+    region: MemoryRegion
+
+
+ToRank: TypeAlias = (
+    RankStart
+    | RunForward
+    | CopyPages
+    | PoisonPages
+    | LoadShard
+    | SwapShard
+    | DropShard
+    | MeetRegion
+    | WriteRun
+    | CancelRuns
+    | LeaveRegion
+)
+
+# ---- a further rank to rank 0 -----------------------------------------------------------------------
+
+
+class RankReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The share is loaded and the pool registered; the rank waits for the others to join."""
+
+    region: MemoryRegion
+
+
+class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The rank cannot start, for a reason that a person can act on."""
+
+    reason: str
+
+
+class RankDone(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    call_id: int
+    error: str = ""
+
+
+class WriteEnd(msgspec.Struct, frozen=True, array_like=True):
+    handle: int
+    state: Literal["done", "failed", "cancelled"]
+    reason: str = ""
+
+
+class WritesEnded(msgspec.Struct, frozen=True, kw_only=True, tag="writes_ended"):
+    ends: tuple[WriteEnd, ...]
+
+
+FromRank: TypeAlias = RankReady | RankFailed | RankDone | WritesEnded

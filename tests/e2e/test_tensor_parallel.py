@@ -1,0 +1,167 @@
+"""Nodes of several ranks: the same answers, and what happens when a rank dies or freezes."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.tests.e2e.helpers import (
+    GREEDY,
+    Body,
+    Stream,
+    all_paired,
+    frozen,
+    greedy_ids,
+    num_busy,
+    random_ids,
+    request,
+    stream_all,
+    wait_until,
+)
+from pdserve.tests.e2e.reference import Reference
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "same_answers.py"
+FLAGS = ["--dtype", "float32", "--poison-reserved-pages", "--chunked-prefill-size", "16"]
+FLAGS += ["--tp", "2", "--num-decode", "2", "--num-threads", "2"]
+RESTART_S = 240.0  # two processes that import torch, on a loaded machine
+PROMPT = random_ids(3, 50)
+
+
+@pytest.fixture(scope="module")
+def same_answers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("same_answers", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("prefill", "decode", "backend"), [(1, 2, "mooncake"), (2, 1, "shm")])
+def test_sizes_that_differ_answer_as_transformers_does(
+    same_answers: ModuleType, prefill: int, decode: int, backend: str, tmp_path: Path
+) -> None:
+    tally = same_answers.run_tensor_parallel(prefill, decode, 2, backend, tmp_path, quick=True)
+    assert tally.failures == ()
+    assert tally.num_requests > 25
+    assert tally.num_tokens > 25 * 20
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalCluster, Path]]:
+    log_path = tmp_path_factory.mktemp("ranks") / "log"
+    with LocalCluster([str(SHIPPED_MODEL), *FLAGS], log_path=log_path) as cluster:
+        yield cluster, log_path
+    log = log_path.read_text()
+    assert "Traceback" not in log, log
+
+
+@pytest.fixture
+def nodes(started: tuple[LocalCluster, Path]) -> Iterator[LocalCluster]:
+    """All paired, idle, nothing cached. Afterwards nothing is left but quarantine: of pages that a killed
+    node might still have written."""
+    cluster = started[0]
+    wait_until(lambda: all_paired(cluster, 1, 2), RESTART_S, "three nodes, all paired")
+    yield cluster
+    wait_until(lambda: num_busy(cluster) == 0, 20.0, "nodes without work")
+
+
+def ranks(url: str) -> list[psutil.Process]:
+    """The processes of a node, rank 0 first."""
+    reply = request(url, "/server_info")
+    assert reply.status == 200, reply.text
+    info = reply.json
+    assert info["tensor_parallel_size"] == info["tp_size"] == len(info["ranks"]) == 2
+    return [psutil.Process(rank["pid"]) for rank in info["ranks"]]
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_new_weights_are_on_every_rank_or_on_none(nodes: LocalCluster, tmp_path: Path) -> None:
+    def ids() -> list[int]:
+        return greedy_ids(nodes.url, PROMPT, 8)
+
+    def update(model: Path) -> int:
+        body = {"model_path": str(model), "weight_version": model.name}
+        return request(nodes.url, "/update_weights_from_disk", body).status
+
+    old = ids()
+    assert update(tmp_path) == 400
+    assert ids() == old
+    moved = tmp_path / "moved"
+    shutil.copytree(SHIPPED_MODEL, moved)
+    weights = load_file(moved / "model.safetensors")
+    noise = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        by = torch.randn(weight.shape, generator=noise) * 0.1 * weight.float().std(correction=0)
+        weights[name] = (weight.float() + by).to(weight.dtype)
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    assert update(moved) == 200
+    new = ids()
+    logprobs = Reference(moved).logprobs([*PROMPT, *new])[len(PROMPT) - 1 : -1]
+    assert new == logprobs.argmax(-1).tolist()
+    assert new != old
+    assert update(SHIPPED_MODEL) == 200
+    assert ids() == old
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_that_is_killed_ends_its_node_and_the_answer_goes_on_elsewhere(
+    started: tuple[LocalCluster, Path], nodes: LocalCluster
+) -> None:
+    body: Body = {"prompt": PROMPT, "max_tokens": 300, **GREEDY}
+    (undisturbed,) = stream_all(nodes.url, [body])
+    stream = Stream(nodes.url, {**body, "request_id": "rank-dies"})
+    stream.wait_for_tokens(5)
+    states = request(nodes.url, "/requests/rank-dies").json["nodes"]
+    (url,) = (url for url, node in states.items() if node["state"] == "running")
+    rank0, rank1 = ranks(url)
+    rank1.kill()
+    answer = stream.answer()
+    assert answer.is_proper, answer
+    assert answer.token_ids == undisturbed.token_ids
+    wait_until(lambda: is_gone(rank0), 20.0, "the node to end")
+    assert f"TP rank 1 (pid {rank1.pid}) was ended by SIGKILL; the node ends" in started[1].read_text()
+
+
+@pytest.mark.timeout(600)
+def test_a_frozen_rank_is_a_hang_and_ends_its_node(
+    started: tuple[LocalCluster, Path], nodes: LocalCluster
+) -> None:
+    expected = greedy_ids(nodes.url, PROMPT, 8)
+    (prefill,) = nodes.workers("prefill")
+    rank0, rank1 = ranks(prefill["url"])
+    with frozen(rank1):
+        stream = Stream(nodes.url, {"prompt": random_ids(4, 70), "max_tokens": 8, **GREEDY})
+        wait_until(lambda: is_gone(rank0), 60.0, "the hang to be seen")
+        wait_until(lambda: is_gone(rank1), 10.0, "the frozen rank to be killed")
+    assert "a TP rank does not answer; the node ends" in started[1].read_text()
+    answer = stream.answer()
+    assert answer.is_proper or answer.error is not None
+    wait_until(lambda: all_paired(nodes, 1, 2), RESTART_S, "the node to be there again")
+    assert greedy_ids(nodes.url, PROMPT, 8) == expected
+
+
+@pytest.mark.timeout(600)
+def test_ranks_do_not_outlive_a_scheduler_that_is_killed(nodes: LocalCluster) -> None:
+    (prefill,) = nodes.workers("prefill")
+    rank0, rank1 = ranks(prefill["url"])
+    with frozen(rank1):
+        rank0.kill()
+        wait_until(lambda: is_gone(rank1), 10.0, "the rank to be killed with rank 0, frozen as it is")
+    wait_until(lambda: all_paired(nodes, 1, 2), RESTART_S, "the node to be there again")

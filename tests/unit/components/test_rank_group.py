@@ -1,0 +1,194 @@
+"""Rank 0's view of another rank: here a process that sleeps, whose end of the pipe the test holds."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.components.rank_group import LostRankError, RankGroup, RankProcess
+from pdserve.engine.engine_thread import Progress
+from pdserve.messages.peer import MemoryRegion
+from pdserve.messages.pipe import Pipe
+from pdserve.messages.ranks import (
+    CancelRuns,
+    CopyPages,
+    DropShard,
+    FromRank,
+    LoadShard,
+    MeetRegion,
+    RankDone,
+    RankFailed,
+    RankReady,
+    SwapShard,
+    ToRank,
+    WriteEnd,
+    WriteRun,
+    WritesEnded,
+)
+from pdserve.runtime.errors import StartupError
+from pdserve.transfer.backends.base import WriteResult, WriteState
+from pdserve.transfer.backends.rank import RankMover
+from pdserve.transfer.copy_plan import Run
+
+REGION = MemoryRegion(session="s", address=0, num_bytes=1, scratch_address=0)
+
+
+class OtherRank:
+    """What the group believes to be rank 1."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self.process = subprocess.Popen(["sleep", "600"])
+        pipe: Pipe[FromRank] = Pipe(ours, FromRank, "test")
+        self.rank = RankProcess(
+            "TP rank 1", self.process, os.pidfd_open(self.process.pid), pipe, RankMover(pipe.send)
+        )
+        self.end: Pipe[ToRank] = Pipe(theirs, ToRank, "rank 1")
+
+    def next(self) -> ToRank:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if messages := self.end.receive():
+                (message,) = messages
+                return message
+            time.sleep(0.001)
+        raise AssertionError("nothing came")
+
+
+@pytest.fixture
+def other() -> Iterator[OtherRank]:
+    other = OtherRank()
+    yield other
+    other.process.kill()
+    other.process.wait()
+    other.end.close()
+
+
+@pytest.fixture
+def group(other: OtherRank) -> RankGroup:
+    return RankGroup([other.rank], tempfile.TemporaryDirectory())
+
+
+def poll_until(group: RankGroup, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        group.poll(time.monotonic(), None)
+        assert time.monotonic() < deadline
+
+
+def test_ranks_are_ready_when_each_has_told_its_memory(group: RankGroup, other: OtherRank) -> None:
+    other.end.send(RankReady(region=REGION))
+    assert group.wait_ready() == (REGION,)
+
+
+def test_a_rank_that_cannot_start_says_why(group: RankGroup, other: OtherRank) -> None:
+    other.end.send(RankFailed(reason="no model at /x"))
+    with pytest.raises(StartupError, match="no model at /x"):
+        group.wait_ready()
+
+
+def test_a_rank_that_dies_while_it_starts_is_told(group: RankGroup, other: OtherRank) -> None:
+    other.process.kill()
+    with pytest.raises(StartupError, match=r"TP rank 1 \(pid \d+\) was ended by SIGKILL"):
+        group.wait_ready()
+
+
+def test_a_dead_rank_ends_the_replica_with_the_reason(group: RankGroup, other: OtherRank) -> None:
+    group.poll(1.0, None)
+    other.process.kill()
+    other.process.wait()
+    with pytest.raises(LostRankError, match="was ended by SIGKILL"):
+        group.poll(1.0, None)
+    # A collective may have failed first; the death is the cause all the same.
+    assert "was ended by SIGKILL" in str(group.cause(RuntimeError("connection reset")))
+
+
+def test_an_error_that_is_no_rank_s_stays_what_it_is(group: RankGroup) -> None:
+    error = RuntimeError("a bug")
+    assert group.cause(error) is error
+
+
+def test_a_step_that_hangs_ends_the_replica(group: RankGroup) -> None:
+    progress = Progress(step=1, name="forward", started=0.0, expected_s=0.001)
+    for tick in range(20):
+        group.poll(tick * 0.5, progress)
+    group.poll(10.0, progress)
+    with pytest.raises(LostRankError, match="does not answer"):
+        group.poll(10.5, progress)
+
+
+def test_a_copy_of_pages_is_waited_for(group: RankGroup, other: OtherRank) -> None:
+    seen: list[ToRank] = []
+
+    def answer() -> None:
+        message = other.next()
+        assert isinstance(message, CopyPages)
+        seen.append(message)
+        time.sleep(0.05)
+        seen.append(message)
+        other.end.send(RankDone(call_id=message.call_id))
+
+    rank = threading.Thread(target=answer)
+    rank.start()
+    group.copy_pages([3], [7])
+    assert len(seen) == 2
+    assert seen[0] == CopyPages(call_id=0, source=(3,), dest=(7,))
+    rank.join()
+
+
+def test_a_rank_that_dies_while_it_is_waited_for_ends_the_replica(group: RankGroup, other: OtherRank) -> None:
+    threading.Timer(0.1, other.process.kill).start()
+    with pytest.raises(LostRankError, match="was ended by SIGKILL"):
+        group.poison([1])
+
+
+def test_a_load_is_over_when_every_rank_has_answered(group: RankGroup, other: OtherRank) -> None:
+    group.load_shards(Path("/models/next"))
+    assert other.next() == LoadShard(call_id=0, model_path="/models/next")
+    errors: list[str] = []
+    engine = threading.Thread(target=lambda: errors.extend(group.finish_load()))
+    engine.start()
+    other.end.send(RankDone(call_id=0, error="disk on fire"))
+    poll_until(group, lambda: not engine.is_alive())
+    assert errors == ["TP rank 1: disk on fire"]
+    group.drop_shards()
+    assert other.next() == DropShard()
+    group.swap_shards()
+    assert other.next() == SwapShard()
+
+
+def test_writes_are_asked_for_and_reported_by_the_same_handles(group: RankGroup, other: OtherRank) -> None:
+    (mover,) = group.movers
+    mover.first_contact(1, REGION)
+    assert other.next() == MeetRegion(handle=1, region=REGION)
+    assert mover.stuck_s(100.0) == 0.0
+    assert mover.stuck_s(103.0) == 3.0
+    mover.submit(2, REGION, Run(16, 32, 8))
+    assert other.next() == WriteRun(handle=2, region=REGION, source=16, dest=32, num_bytes=8)
+    mover.cancel([2])
+    assert other.next() == CancelRuns(handles=(2,))
+    other.end.send(WritesEnded(ends=(WriteEnd(1, "done"), WriteEnd(2, "failed", "cable"))))
+    results: list[WriteResult] = []
+
+    def has_both() -> bool:
+        results.extend(mover.poll())
+        return len(results) == 2
+
+    poll_until(group, has_both)
+    assert results == [WriteResult(1, WriteState.DONE), WriteResult(2, WriteState.FAILED, "cable")]
+    assert mover.stuck_s(200.0) == 0.0
+
+
+def test_a_rank_that_does_not_leave_is_killed(group: RankGroup, other: OtherRank) -> None:
+    other.end.send(RankReady(region=REGION))
+    group.wait_ready()
+    group.close()  # `sleep` does not look at its pipe
+    assert other.process.poll() is not None
