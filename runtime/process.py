@@ -37,7 +37,7 @@ def adopt_orphans() -> None:
 def reap_orphans(own: Collection[int]) -> int:
     """Collects what has ended of the processes that were adopted; returns how many still live.
 
-    `own`: the pids of the children that this process started itself, whose ends are another's to collect.
+    `own`: pids of children that were not adopted, whose ends are another's to collect.
     """
     num_living = 0
     for child in psutil.Process().children():

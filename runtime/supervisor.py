@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import psutil
+
 from .errors import StartupError
 from .process import adopt_orphans, obituary, reap_orphans, spawn, wait_or_kill
 
@@ -68,8 +70,10 @@ class Supervisor:
         self._on_reaped = on_reaped
         self._dying: list[str] = []  # incarnations whose child has ended; others of their processes may live
         self._stopping = False
+        self._strangers: frozenset[int] = frozenset()  # children that this process had before: not ours
 
     def __enter__(self) -> Supervisor:
+        self._strangers = frozenset(child.pid for child in psutil.Process().children())
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -152,7 +156,7 @@ class Supervisor:
         if not self._dying:
             return
         own = {child.process.pid for child in self._children if child.process is not None}
-        if reap_orphans(own) == 0:
+        if reap_orphans(own | self._strangers) == 0:
             for incarnation in self._dying:
                 self._on_reaped(incarnation)
             self._dying.clear()
