@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,7 @@ def test_prefill_frozen_in_mid_write(tmp_path: Path, undisturbed: list[dict[int,
     with with_one_late_node(tmp_path, delay_s=4.0) as (cluster, late, healthy):
         stream = Stream(cluster.url, LONG)
         wait_for_log(tmp_path, "bytes: delay")
+        due_at = time.monotonic() + 4.0
         with frozen(scheduler_process(cluster, late)):
             cluster.post("/workers", {"url": healthy})
             answer = stream.answer()
@@ -126,6 +128,7 @@ def test_prefill_frozen_in_mid_write(tmp_path: Path, undisturbed: list[dict[int,
             assert "is due since" not in (tmp_path / "log").read_text()
             streams = [Stream(cluster.url, body) for body in PRESSURE]
             streams[0].wait_for_tokens(1)
+            time.sleep(max(0.0, due_at + 1.5 - time.monotonic()))
         # It goes on, and what it held lands while others use the rest of the pool.
         wait_for_log(tmp_path, "delay, is due since [1-9]")
         for stream, right in zip(streams, undisturbed[1:], strict=True):
