@@ -1,11 +1,13 @@
 """Train `assets/tiny-python`, a 5.6 M-parameter Qwen3 model of Python source, from scratch on a CPU.
 
 The corpus is the standard library of the running interpreter, outside test folders; a document is one
-top-level definition. The learning rate follows elapsed time, not steps: whatever the machine's speed, the
-run is fully annealed when `--minutes` have passed. A run that was stopped goes on where its last state was
-saved.
+top-level definition, terse unless asked otherwise: without comment lines and functions' docstrings, so that
+the model gets to the code. The learning rate follows elapsed time, not steps: whatever the
+machine's speed, the run is fully annealed when `--minutes` have passed. A run that was stopped goes on where
+its last state was saved.
 
-    scripts/train_tiny --out assets/tiny-python --work .scratch/train --minutes 100
+    scripts/train_tiny --out .scratch/whole --work .scratch/train --minutes 100 --documents whole
+    scripts/train_tiny --out assets/tiny-python --work .scratch/tune --start-from .scratch/whole --minutes 75
     scripts/train_tiny --eval assets/tiny-python
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,6 +24,7 @@ import random
 import signal
 import sysconfig
 import time
+import tokenize
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +41,7 @@ EOS = "<|endoftext|>"
 VOCAB_SIZE = 4096
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 HELD_OUT_PER_MILLE = 40
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # A line break keeps the indentation after it, so a block costs one token a line. Brackets never join a word:
 # a prompt that ends in "(" or ":" then splits as it does in the corpus.
 SPLIT = r"\s*[\r\n]+[ \t]*|[ ._]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+"
@@ -60,8 +65,44 @@ class Document:
     held_out: bool
 
 
-def read_corpus() -> list[Document]:
-    """Every top-level function and class of the standard library, decorators included, in a stable order."""
+def terse(text: str) -> str:
+    """`text` without comment lines and functions' docstrings; a class's docstring is cut to its first line.
+
+    As it is where that would not be Python.
+    """
+    lines: list[str | None] = [*text.split("\n")]
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, DEFINITIONS) or not ast.get_docstring(node):
+            continue
+        docstring = node.body[0]
+        first, end = docstring.lineno - 1, docstring.end_lineno or docstring.lineno
+        if first == node.lineno - 1 or (len(node.body) > 1 and node.body[1].lineno <= end):
+            continue  # shares a line with other code
+        if isinstance(node, ast.ClassDef) or len(node.body) == 1:
+            if end > first + 1:
+                lines[first] = " " * docstring.col_offset + f'"""{_summary(node)}"""'
+                lines[first + 1 : end] = [None] * (end - first - 1)
+        else:
+            while end < len(lines) and lines[end] == "":
+                end += 1
+            lines[first:end] = [None] * (end - first)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
+            lines[token.start[0] - 1] = None
+    short = "\n".join(line for line in lines if line is not None)
+    return short if parses(short) else text
+
+
+def _summary(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
+    line = (ast.get_docstring(node) or "").strip().split("\n")[0].rstrip()
+    return line.replace("\\", "").replace('"', "'")
+
+
+def read_corpus(form: str) -> list[Document]:
+    """Every top-level function and class of the standard library, decorators included, in a stable order.
+
+    `form` is `whole` or `terse`; which documents are held out does not depend on it.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     documents: list[Document] = []
     seen: set[str] = set()
@@ -76,7 +117,7 @@ def read_corpus() -> list[Document]:
             continue
         lines = source.split("\n")
         for node in tree.body:
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if not isinstance(node, DEFINITIONS):
                 continue
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             text = "\n".join(line.rstrip() for line in lines[first - 1 : node.end_lineno]) + "\n"
@@ -85,6 +126,8 @@ def read_corpus() -> list[Document]:
             seen.add(text)
             key = hashlib.sha256(f"{relative.as_posix()}:{node.name}".encode()).digest()
             held_out = int.from_bytes(key[:4], "big") % 1000 < HELD_OUT_PER_MILLE
+            if form == "terse":
+                text = terse(text)
             documents.append(Document(text, topic_of(node), held_out))
     return documents
 
@@ -211,6 +254,11 @@ class Batches:
 # ------------------------------------------------------------------------------------------------------ model
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware; elsewhere fp32 is 20 times as fast."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @dataclass(frozen=True)
 class Shape:
     hidden: int = 256
@@ -332,8 +380,8 @@ class Qwen3(nn.Module):
 
 
 def orthogonalize(grads: Tensor) -> Tensor:
-    """Newton-Schulz iteration on a stack of matrices, in bf16 (Muon, Jordan et al. 2024)."""
-    x = grads.bfloat16()
+    """Newton-Schulz iteration on a stack of matrices (Muon, Jordan et al. 2024)."""
+    x = grads
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -345,9 +393,10 @@ def orthogonalize(grads: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Muon for the matrices of the layers, AdamW for the rest; fp32 masters of bf16 weights."""
+    """Muon for the matrices of the layers, AdamW for the rest; fp32 masters of the weights in `dtype`."""
 
-    def __init__(self, model: Qwen3) -> None:
+    def __init__(self, model: Qwen3, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.params = dict(model.named_parameters())
         self.master = {n: p.detach().float().clone() for n, p in self.params.items()}
         self.first = {n: torch.zeros_like(m) for n, m in self.master.items()}
@@ -388,7 +437,7 @@ class Optimizer:
                 self.first[n].lerp_(grad, 1 - momentum)
                 updates.append(grad.lerp(self.first[n], momentum))
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for n, update in zip(names, orthogonalize(torch.stack(updates)), strict=True):
+            for n, update in zip(names, orthogonalize(torch.stack(updates).to(self.dtype)), strict=True):
                 self.master[n].mul_(1 - muon_lr * decay).add_(update, alpha=-muon_lr * scale)
         for n, second in self.second.items():
             grad = self.params[n].grad
@@ -460,26 +509,25 @@ def sample(
 ) -> list[str]:
     """`count` texts at temperature 0.6 and top_p 0.9, cut at EOS; ends early once all have `lines` lines."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([tokenizer.encode(prompt).ids] * count)
-    done = torch.zeros(count, dtype=torch.bool)
+    rows = [tokenizer.encode(prompt).ids] * count
+    unfinished = list(range(count))
     for _ in range(max_tokens):
+        ids = torch.tensor([rows[i] for i in unfinished])
         hidden = model.model(ids)[:, -1]
         probs = (F.linear(hidden, model.model.embed_tokens.weight).float() / 0.6).softmax(-1)
         ranked, order = probs.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(-1) - ranked >= 0.9] = 0.0
-        token = order.gather(1, torch.multinomial(ranked, 1, generator=generator))
-        token[done] = 0
-        ids = torch.cat((ids, token), dim=1)
-        done |= token[:, 0] == 0
-        if lines:
-            texts = [tokenizer.decode(row) for row in ids.tolist()]
-            done |= torch.tensor([text.count("\n") > lines for text in texts])
-        if done.all():
+        tokens = order.gather(1, torch.multinomial(ranked, 1, generator=generator))[:, 0].tolist()
+        for i, token in zip(unfinished, tokens, strict=True):
+            rows[i] = [*rows[i], token]
+        unfinished = [i for i in unfinished if not is_over(tokenizer, rows[i], lines)]
+        if not unfinished:
             break
-    out = []
-    for row in ids.tolist():
-        out.append(tokenizer.decode(row[: row.index(0)] if 0 in row else row))
-    return out
+    return [tokenizer.decode(row[:-1] if row[-1] == 0 else row) for row in rows]
+
+
+def is_over(tokenizer: Tokenizer, row: list[int], lines: int) -> bool:
+    return row[-1] == 0 or (lines > 0 and tokenizer.decode(row).count("\n") > lines)
 
 
 def parses(text: str) -> bool:
@@ -504,10 +552,8 @@ def head_completes(text: str) -> bool:
     return any(parses(head + ending + "\n") for ending in endings)
 
 
-def evaluate(
-    model: Qwen3, tokenizer: Tokenizer, held_out: list[str], context: int, show: bool
-) -> dict[str, float]:
-    result = {"bits_per_byte": bits_per_byte(model, tokenizer, held_out, context)}
+def count_parsing_heads(model: Qwen3, tokenizer: Tokenizer, show: bool) -> dict[str, int]:
+    result = {}
     for prompt in ("def", "class"):
         texts = sample(model, tokenizer, prompt, 40, seed=1, lines=3)
         result[f"{prompt}_strict"] = sum(map(head_parses, texts))
@@ -595,7 +641,9 @@ def export(model: Qwen3, tokenizer: Tokenizer, out: Path, s: Shape) -> None:
 def load_model(folder: Path) -> tuple[Qwen3, Tokenizer]:
     model = Qwen3(Shape())
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.bfloat16(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return model.to(torch.bfloat16 if has_fast_bfloat16() else torch.float32), Tokenizer.from_file(
+        str(folder / "tokenizer.json")
+    )
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -625,16 +673,20 @@ def train(args: argparse.Namespace) -> None:
     s, out, work = Shape(), Path(args.out), Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    documents = read_corpus()
+    documents = read_corpus(args.documents)
     held_out = [d.text for d in documents if d.held_out]
     training = [d for d in documents if not d.held_out]
     tokenizer_file = work / "tokenizer.json"
-    if not tokenizer_file.exists():
+    model = Qwen3(s)
+    if args.start_from:
+        model.load_state_dict(load_file(Path(args.start_from) / "model.safetensors"))
+        tokenizer_file = Path(args.start_from) / "tokenizer.json"
+    elif not tokenizer_file.exists():
         train_tokenizer([d.text for d in training]).save(str(tokenizer_file), pretty=False)
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    model = Qwen3(s)
-    optimizer = Optimizer(model)
-    model.bfloat16()
+    dtype = torch.bfloat16 if has_fast_bfloat16() else torch.float32
+    optimizer = Optimizer(model, dtype)
+    model.to(dtype)
     optimizer.params = dict(model.named_parameters())
     progress = Progress()
     if (work / "progress.json").exists():
@@ -696,8 +748,12 @@ def train(args: argparse.Namespace) -> None:
             next_export = elapsed + args.export_minutes * 60
             save()
             export(model, tokenizer, out, s)
-            figures = evaluate(model, tokenizer, held_out, 512, show=False)
-            print(f"\n[{done:.0%}] step {progress.step} tokens {progress.tokens} {figures}", flush=True)
+            bits = bits_per_byte(model, tokenizer, held_out, 512)
+            heads = count_parsing_heads(model, tokenizer, show=False)
+            print(
+                f"\n[{done:.0%}] step {progress.step} tokens {progress.tokens} bits/byte {bits:.4f} {heads}",
+                flush=True,
+            )
     bar.close()
     save()
     export(model, tokenizer, out, s)
@@ -708,6 +764,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--documents",
+        choices=["whole", "terse"],
+        default="terse",
+        help="terse: without comment lines and functions' docstrings",
+    )
+    parser.add_argument("--start-from", metavar="DIR", help="begin with a model's weights and tokenizer")
     parser.add_argument("--out", default="assets/tiny-python", help="folder that gets the model")
     parser.add_argument("--work", default=".scratch/train", help="folder of the resumable state")
     parser.add_argument(
@@ -732,11 +795,15 @@ def main() -> None:
         train(args)
         return
     model, tokenizer = load_model(Path(args.eval))
-    held_out = [d.text for d in read_corpus() if d.held_out]
-    figures = evaluate(model, tokenizer, held_out, 1024, show=True)
-    size = sum(len(t.encode()) for t in held_out)
-    print(f"held out: {len(held_out)} documents, {size} bytes, context 1024, EOS counted")
-    print(f"bits per byte: {figures['bits_per_byte']:.4f}")
+    for form in ("whole", "terse"):
+        held_out = [d.text for d in read_corpus(form) if d.held_out]
+        size = sum(len(t.encode()) for t in held_out)
+        bits = bits_per_byte(model, tokenizer, held_out, 1024)
+        print(
+            f"bits per byte, {form} documents: {bits:.4f} "
+            f"({len(held_out)} held-out documents, {size} bytes, context 1024, EOS counted)"
+        )
+    figures = count_parsing_heads(model, tokenizer, show=True)
     for prompt in ("def", "class"):
         print(
             f"40 samples of {prompt!r} (temperature 0.6, top_p 0.9): the three leading lines parse as they "

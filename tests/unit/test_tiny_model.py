@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import jinja2
 import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-MODEL = Path(__file__).resolve().parents[2] / "assets" / "tiny-python"
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "assets" / "tiny-python"
 
 SHA256 = {
     "LICENSE": "3b2f81fe21d181c499c59a256c8e1968455d6689d269aa85373bfb6af41da3bf",
     "chat_template.jinja": "379056b1d690a5accb2cad84bc9213fdc4fa5e184c7e1d390364f18cffebde9b",
     "config.json": "d792cc8f02293d6bf1694100d4c0ec2bd0ba2921124c2f2d1b63e57a5454c1f8",
     "generation_config.json": "d51a38c4ef4e0a8a85b7345cdd9e72073f7adad50f2f18b0f0830a2bef8ec82b",
-    "model.safetensors": "49ab3b5c6d4c813cc9c09db350fd2062a5e4e2dc01c97fe98a25a67ad916ebec",
+    "model.safetensors": "6a259aaf6c592a047e05de4fc1f57052f26f9e7d283cd8b6a5dec738e5de7136",
     "tokenizer.json": "5ddacc5459e5ddc10e1fff2a1b8f29063f5cbc0cbb700a207ff309781b61017b",
     "tokenizer_config.json": "593391a4993589df07d1cfe4cc7aa839006e78708918e562aa645baa3c7a4599",
 }
@@ -27,6 +31,17 @@ SHA256 = {
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def train_tiny() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_tiny", ROOT / "scripts" / "train_tiny.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("name", sorted(SHA256))
@@ -102,3 +117,25 @@ def test_chat_template_asks_for_a_function() -> None:
     template = jinja2.Environment(autoescape=False).from_string(source)
     assert template.render(messages=[{"role": "user", "content": "hi"}]) == "# hi\n\ndef"
     assert template.render(messages=[{"role": "user", "content": "a\nb"}]) == "# a\n# b\n\ndef"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            'def f(x):\n    """One.\n\n    Two.\n    """\n\n    # a note\n    return x  # kept\n',
+            "def f(x):\n    return x  # kept\n",
+        ),
+        (
+            'class A:\n    """One.\n\n    """\n\n    def g(self):\n        """Only this.\n    """\n',
+            'class A:\n    """One."""\n\n    def g(self):\n        """Only this."""\n',
+        ),
+        ("def h(): 'doc'; return 1\n", "def h(): 'doc'; return 1\n"),
+        (
+            'def s():\n    """# no comment\n    # nor this"""\n    return """\n    # text\n"""\n',
+            'def s():\n    return """\n    # text\n"""\n',
+        ),
+    ],
+)
+def test_a_terse_document_gets_to_the_code(train_tiny: ModuleType, text: str, expected: str) -> None:
+    assert train_tiny.terse(text) == expected
