@@ -17,6 +17,7 @@ import msgspec
 from ...components.prefix_cache import PrefixCache
 from ...decode.request_pages import RequestPages
 from ...decode.scheduler import DecodeScheduler
+from ...decode.sequence import DecodeRequest, RequestState
 from ...messages.peer import Drained, HandoffDone, PrefillRequest, RoomId
 from ...messages.timeline import Span
 from ...prefill.scheduler import PrefillScheduler
@@ -298,6 +299,37 @@ def _room_not_aborted(_: Method) -> Method:
     return drop_room
 
 
+def _prefix_not_locked(_: Method) -> Method:
+    def lock_prefix(self: RequestPages, request: Any) -> list[int]:  # noqa: ANN401
+        match = self.match(request)
+        request.match, request.num_cached = None, match.num_tokens
+        return match.pages
+
+    return lock_prefix
+
+
+def _delta_too_short(original: Method) -> Method:
+    def on_request(self: PrefillRooms, link: Any, request: Any, *args: Any) -> Any:  # noqa: ANN401
+        num_held = request.num_cached_tokens
+        last_page = (len(request.dest_pages) - 1) * self.identity.layout.page_size
+        if 0 < num_held < last_page:
+            num_held += self.identity.layout.page_size
+        return original(self, link, msgspec.structs.replace(request, num_cached_tokens=num_held), *args)
+
+    return on_request
+
+
+def _last_token_cached(original: Method) -> Method:
+    def num_computed(self: DecodeRequest, sequence: Any) -> int:  # noqa: ANN401
+        return len(sequence.token_ids) if self.state is RequestState.RUNNING else original(self, sequence)
+
+    return num_computed
+
+
+def _promises_forgotten(_: Any) -> Any:  # noqa: ANN401, a property
+    return property(lambda self: self._allocator.num_free + self._cache.num_evictable)
+
+
 def _locks_ignored(_: Method) -> Method:
     return lambda self, match: None
 
@@ -448,6 +480,26 @@ MUTANTS = (
         "locks-ignored",
         "locked prefixes can be evicted",
         (Patch(PrefixCache, "lock", _locks_ignored), Patch(PrefixCache, "unlock", _locks_ignored)),
+    ),
+    Mutant(
+        "prefix-not-locked",
+        "decode does not lock the cached prefix of a prompt that is handed off (6.1.1)",
+        (Patch(RequestPages, "_lock_prefix", _prefix_not_locked),),
+    ),
+    Mutant(
+        "delta-too-short",
+        "a delta hand-off leaves out the first page that decode lacks",
+        (Patch(PrefillRooms, "_on_request", _delta_too_short),),
+    ),
+    Mutant(
+        "last-token-cached",
+        "the last token's page is kept in decode's cache though its KV was never computed",
+        (Patch(DecodeRequest, "num_computed", _last_token_cached),),
+    ),
+    Mutant(
+        "promises-forgotten",
+        "pages that were promised to running choices are given to others",
+        (Patch(RequestPages, "num_available", _promises_forgotten),),
     ),
     Mutant(
         "choices-tried-together",
