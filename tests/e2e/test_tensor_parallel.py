@@ -32,7 +32,7 @@ from pdserve.tests.e2e.helpers import (
 from pdserve.tests.e2e.reference import Reference
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "same_answers.py"
-FLAGS = ["--dtype", "float32", "--poison-reserved-pages", "--chunked-prefill-size", "16"]
+FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "16"]
 FLAGS += ["--tp", "2", "--num-decode", "2", "--num-threads", "2"]
 RESTART_S = 240.0  # two processes that import torch, on a loaded machine
 PROMPT = random_ids(3, 50)
