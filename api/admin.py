@@ -13,6 +13,7 @@ from starlette.responses import Response
 from ..messages.node import NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
+from .answers import json_response, outcome
 from .generation import ClusterAdmin, GenerateSpec, Generator, ModelCard, WorkerStatus
 from .in_flight import InFlightRequests, new_request_id
 from .timelines import Timelines, timeline_body
@@ -46,13 +47,6 @@ class AssertPeerDeathRequest(msgspec.Struct, kw_only=True):
     incarnation: str
 
 
-class UpdateWeightsRequest(msgspec.Struct, kw_only=True):
-    model_path: str
-    weight_version: str | None = None
-    abort_all_requests: bool = False
-    force: bool = False  # one node alone, against the rest of its cluster
-
-
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: str = "model"
@@ -74,20 +68,6 @@ REGISTER_RULES = FieldRules(
 )
 ABORT_RULES = FieldRules(harmless=frozenset({"abort_message", "finished_reason"}))
 DEATH_RULES = FieldRules(harmless=frozenset())
-WEIGHT_RULES = FieldRules(
-    harmless=frozenset({"load_format", "flush_cache", "is_async", "torch_empty_cache", "token_step"}),
-    inert={"keep_pause": (False,), "recapture_cuda_graph": (False,), "manifest": ({},)},
-)
-
-
-def json_response(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-def outcome(success: bool, message: str, *, failure_status: int = 400) -> Response:
-    """SGLang's form: the outcome in the body, beside its status."""
-    status = 200 if success else failure_status
-    return json_response({"success": success, "message": message}, status)
 
 
 def request_not_found(request_id: str) -> RequestError:
@@ -313,12 +293,4 @@ class ClusterRoutes:
 
     async def assert_peer_death(self, http: Request) -> Response:
         reply = await self.admin.assert_peer_death(await read_death(http, self.limits))
-        return outcome(reply.success, reply.message)
-
-    async def update_weights(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self.limits))
-        body = parse_request(raw, UpdateWeightsRequest, WEIGHT_RULES)
-        if body.abort_all_requests:
-            await self.admin.abort_requests("", True)
-        reply = await self.admin.update_weights_from_disk(body.model_path, body.weight_version)
         return outcome(reply.success, reply.message)

@@ -14,7 +14,6 @@ from .admin import (
     ModelEntry,
     ModelList,
     RegisterRequest,
-    UpdateWeightsRequest,
 )
 from .generation import ClusterAdmin, Generator, ModelCard
 from .http_metrics import HttpMetrics
@@ -39,6 +38,7 @@ from .tokenization import Tokenizer
 from .tokens import TokenRoutes
 from .validation import GenerationDefaults, Limits
 from .version import VERSION
+from .weights import WeightRoutes, weight_operations
 
 
 def build_router_app(
@@ -126,6 +126,6 @@ def build_router_app(
         Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache),
         Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest)),
         Operation(POST, ("/assert_peer_death",), cluster.assert_peer_death, Bodies(AssertPeerDeathRequest)),
-        Operation(POST, ("/update_weights_from_disk",), cluster.update_weights, Bodies(UpdateWeightsRequest)),
+        *weight_operations(WeightRoutes(admin, limits, is_node=False)),
     ]
     return make_app(operations, api_keys=api_keys)

@@ -5,13 +5,14 @@ The API layer turns text into a GenerateSpec and token events back into text; it
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..messages.node import FinishReason, NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams, TokenLogprob
 from ..messages.timeline import Span
+from ..messages.weights import FromGroup, UpdateGroupSpec, WeightChecksReply, WeightsReply
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +103,15 @@ class AdminReply:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class GroupReply:
+    """Of an update group's beginning."""
+
+    success: bool
+    message: str = ""
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of each node, by URL
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerStatus:
     """One row of ``/workers``."""
@@ -140,6 +150,22 @@ class ClusterAdmin(Protocol):
         ...
 
     async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply: ...
+
+    async def update_weights_from_tensor(
+        self, body: AsyncIterator[bytes], weight_version: str | None
+    ) -> AdminReply: ...
+
+    async def update_weights_from_distributed(
+        self, source: FromGroup, weight_version: str | None
+    ) -> AdminReply: ...
+
+    async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply: ...
+
+    async def destroy_weights_update_group(self, name: str) -> AdminReply: ...
+
+    async def weights_by_name(self, name: str, truncate_size: int) -> Mapping[str, WeightsReply]: ...
+
+    async def check_weights(self) -> Mapping[str, WeightChecksReply]: ...
 
     async def request_state(self, request_id: str) -> dict[str, Any] | None:
         """Which state a request is in, for how long, what it waits for; None if unknown."""

@@ -28,8 +28,6 @@ from ..messages.node import (
     AttemptFailed,
     CallReply,
     ClientToNode,
-    CommitWeights,
-    DiscardWeights,
     FlushCache,
     GetMetrics,
     GetRequestState,
@@ -38,10 +36,23 @@ from ..messages.node import (
     NodeToClient,
     Ping,
     Pong,
-    PrepareWeights,
     RequestStateReply,
     ServerInfoReply,
     TokenOutputs,
+)
+from ..messages.weights import (
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    PrepareWeights,
+    StageWeights,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightSource,
+    WeightsReply,
 )
 from ..runtime.errors import PdserveError
 
@@ -53,15 +64,31 @@ Call: TypeAlias = (
     | FlushCache
     | AbortRequests
     | AssertPeerDeath
+    | StageWeights
     | PrepareWeights
     | CommitWeights
     | DiscardWeights
+    | GetWeights
+    | CheckWeights
+    | JoinUpdateGroup
+    | LeaveUpdateGroup
     | GetServerInfo
     | GetMetrics
     | GetRequestState
 )
-Reply: TypeAlias = Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply
-R = TypeVar("R", Pong, CallReply, ServerInfoReply, MetricsReply, RequestStateReply)
+Reply: TypeAlias = (
+    Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply | WeightsReply | WeightChecksReply
+)
+R = TypeVar(
+    "R",
+    Pong,
+    CallReply,
+    ServerInfoReply,
+    MetricsReply,
+    RequestStateReply,
+    WeightsReply,
+    WeightChecksReply,
+)
 
 # Flushing waits on the node for its own timeout; the reply needs a little more to travel.
 REPLY_MARGIN_S = 5.0
@@ -155,13 +182,18 @@ class NodeClient:
         message = GetRequestState(call_id=next(self._call_ids), request_id=request_id)
         return await self._call(message, RequestStateReply, timeout_s)
 
+    async def stage_weights(self, update_id: str, offset: int, data: bytes, timeout_s: float) -> CallReply:
+        """`data`: the next part of the update, at most STAGE_PART_BYTES."""
+        message = StageWeights(call_id=next(self._call_ids), update_id=update_id, offset=offset, data=data)
+        return await self._call(message, CallReply, timeout_s)
+
     async def prepare_weights(
-        self, update_id: str, model_path: str, weight_version: str, timeout_s: float
+        self, update_id: str, source: WeightSource, weight_version: str, timeout_s: float
     ) -> CallReply:
         message = PrepareWeights(
             call_id=next(self._call_ids),
             update_id=update_id,
-            model_path=model_path,
+            source=source,
             weight_version=weight_version,
         )
         return await self._call(message, CallReply, timeout_s)
@@ -173,6 +205,30 @@ class NodeClient:
     async def discard_weights(self, update_id: str, timeout_s: float = 5.0) -> CallReply:
         message = DiscardWeights(call_id=next(self._call_ids), update_id=update_id)
         return await self._call(message, CallReply, timeout_s)
+
+    async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply:
+        """Waits until every rank has joined, or has not in the time given."""
+        message = JoinUpdateGroup(
+            call_id=next(self._call_ids),
+            group_name=group.name,
+            master_address=group.master_address,
+            master_port=group.master_port,
+            rank=rank,
+            world_size=group.world_size,
+            timeout_s=group.timeout_s,
+        )
+        return await self._call(message, CallReply, 2 * group.timeout_s + REPLY_MARGIN_S)
+
+    async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply:
+        message = LeaveUpdateGroup(call_id=next(self._call_ids), group_name=group_name)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
+        message = GetWeights(call_id=next(self._call_ids), name=name, truncate_size=truncate_size)
+        return await self._call(message, WeightsReply, timeout_s)
+
+    async def check_weights(self, timeout_s: float) -> WeightChecksReply:
+        return await self._call(CheckWeights(call_id=next(self._call_ids)), WeightChecksReply, timeout_s)
 
     async def close(self) -> None:
         """Idempotent. ``on_lost`` is not called."""
@@ -217,7 +273,15 @@ class NodeClient:
         match message:
             case TokenOutputs() | AttemptFailed():
                 self._on_stream(message)
-            case Pong() | CallReply() | ServerInfoReply() | MetricsReply() | RequestStateReply():
+            case (
+                Pong()
+                | CallReply()
+                | ServerInfoReply()
+                | MetricsReply()
+                | RequestStateReply()
+                | WeightsReply()
+                | WeightChecksReply()
+            ):
                 future = self._waiting.get(message.call_id)
                 if future is not None and not future.done():
                     future.set_result(message)

@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -27,33 +27,41 @@ from starlette.responses import Response
 
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, Pong
+from ..messages.weights import (
+    STAGE_PART_BYTES,
+    FromDisk,
+    FromGroup,
+    FromTensors,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightSource,
+    WeightsReply,
+)
 from ..runtime.errors import RequestError
 from .admin import (
     METRICS_MEDIA_TYPE,
-    WEIGHT_RULES,
     AbortRequest,
     AssertPeerDeathRequest,
     ModelEntry,
     ModelList,
-    UpdateWeightsRequest,
     flush_timeout_s,
-    json_response,
     load_body,
     model_answer,
     model_entry,
     model_info,
-    outcome,
     read_abort,
     read_death,
     request_not_found,
 )
-from .generation import ModelCard
+from .answers import json_response, outcome
+from .generation import AdminReply, GroupReply, ModelCard
 from .mounting import GET, POST, Operation, make_app
-from .node_client import NodeClient, NodeUnavailableError
+from .node_client import REPLY_MARGIN_S, NodeClient, NodeUnavailableError
 from .openapi import Bodies
 from .server import serve
-from .validation import Limits, parse_object, parse_request, read_body
+from .validation import Limits
 from .version import VERSION
+from .weights import WeightRoutes, in_parts, weight_operations
 
 log = logging.getLogger(__name__)
 
@@ -253,25 +261,6 @@ class NodeRoutes:
         reply = await self._link.client.assert_peer_death(await read_death(http, self._limits))
         return outcome(reply.success, reply.message)
 
-    async def update_weights(self, http: Request) -> Response:
-        """This node alone, which leaves the pairs of its cluster unlike: only with ``force``."""
-        raw = parse_object(await read_body(http, self._limits))
-        body = parse_request(raw, UpdateWeightsRequest, WEIGHT_RULES)
-        if not body.force:
-            return outcome(False, "This is one node of a cluster: update through the router, or say `force`.")
-        client = self._link.client
-        if body.abort_all_requests:
-            await client.abort(all_requests=True)
-        update_id = uuid.uuid4().hex
-        weight_version = body.weight_version or update_id
-        prepared = await client.prepare_weights(update_id, body.model_path, weight_version, WEIGHTS_TIMEOUT_S)
-        if not prepared.success:
-            return outcome(False, prepared.message)
-        committed = await client.commit_weights(update_id, WEIGHTS_TIMEOUT_S)
-        if not committed.success:
-            await client.discard_weights(update_id)
-        return outcome(committed.success, committed.message)
-
     async def _load(self) -> dict[str, Any]:
         pong = await self._link.client.ping()
         return load_body(msgspec.structs.replace(pong.entry, url=self._url), pong.load)
@@ -294,7 +283,68 @@ def _card(model: ModelInfo) -> ModelCard:
     )
 
 
-def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
+class NodeWeights:
+    """The weights of the one node behind this front, for `WeightRoutes`."""
+
+    def __init__(self, link: SchedulerLink, url: str) -> None:
+        self._link = link
+        self._url = url
+
+    async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
+        return await self._update(uuid.uuid4().hex, FromDisk(model_path=model_path), weight_version)
+
+    async def update_weights_from_tensor(
+        self, body: AsyncIterator[bytes], weight_version: str | None
+    ) -> AdminReply:
+        update_id, offset, refusal = uuid.uuid4().hex, 0, ""
+        client = self._link.client
+        async for part in in_parts(body, STAGE_PART_BYTES):
+            if not refusal:  # otherwise read to its end, so that the caller hears the reason
+                staged = await client.stage_weights(update_id, offset, part, REPLY_MARGIN_S)
+                refusal = "" if staged.success else staged.message
+            offset += len(part)
+        if refusal:
+            await client.discard_weights(update_id)
+            return AdminReply(False, refusal)
+        return await self._update(update_id, FromTensors(num_bytes=offset), weight_version)
+
+    async def update_weights_from_distributed(
+        self, source: FromGroup, weight_version: str | None
+    ) -> AdminReply:
+        return await self._update(uuid.uuid4().hex, source, weight_version)
+
+    async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
+        reply = await self._link.client.join_update_group(group, rank_offset)
+        return GroupReply(reply.success, reply.message, {self._url: rank_offset})
+
+    async def destroy_weights_update_group(self, name: str) -> AdminReply:
+        reply = await self._link.client.leave_update_group(name, WEIGHTS_TIMEOUT_S)
+        return AdminReply(reply.success, reply.message)
+
+    async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
+        return {self._url: await self._link.client.get_weights(name, truncate_size, WEIGHTS_TIMEOUT_S)}
+
+    async def check_weights(self) -> dict[str, WeightChecksReply]:
+        return {self._url: await self._link.client.check_weights(WEIGHTS_TIMEOUT_S)}
+
+    async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply:
+        reply = await self._link.client.abort(request_id, all_requests=all_requests)
+        return AdminReply(reply.success, reply.message)
+
+    async def _update(self, update_id: str, source: WeightSource, weight_version: str | None) -> AdminReply:
+        client = self._link.client
+        prepared = await client.prepare_weights(
+            update_id, source, weight_version or update_id, WEIGHTS_TIMEOUT_S
+        )
+        if not prepared.success:
+            return AdminReply(False, prepared.message)
+        committed = await client.commit_weights(update_id, WEIGHTS_TIMEOUT_S)
+        if not committed.success:
+            await client.discard_weights(update_id)
+        return AdminReply(committed.success, committed.message)
+
+
+def build_node_app(routes: NodeRoutes, weights: WeightRoutes, api_keys: Collection[str]) -> FastAPI:
     operations = [
         Operation(GET, ("/health", "/ping"), routes.health),
         Operation(GET, ("/live", "/liveness"), routes.live),
@@ -311,7 +361,7 @@ def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
         Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache),
         Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest)),
         Operation(POST, ("/assert_peer_death",), routes.assert_peer_death, Bodies(AssertPeerDeathRequest)),
-        Operation(POST, ("/update_weights_from_disk",), routes.update_weights, Bodies(UpdateWeightsRequest)),
+        *weight_operations(weights),
     ]
     return make_app(operations, api_keys=api_keys)
 
@@ -334,7 +384,8 @@ async def serve_node_front(
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address)
     registrar = Registrar(url, router_urls, api_keys)
-    app = build_node_app(NodeRoutes(link, url), api_keys)
+    weights = WeightRoutes(NodeWeights(link, url), Limits(), is_node=True)
+    app = build_node_app(NodeRoutes(link, url), weights, api_keys)
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:

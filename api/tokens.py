@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .admin import json_response
+from .answers import json_response
 from .generation import ModelCard
 from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from .openai_chat import encode_chat

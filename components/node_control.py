@@ -8,15 +8,16 @@ from typing import Generic, TypeAlias, assert_never
 
 import msgspec
 
-from ..messages.node import (
+from ..messages.node import FlushCache, GetMetrics, GetServerInfo, MetricsReply, NodeLoad
+from ..messages.weights import (
+    CheckWeights,
     CommitWeights,
     DiscardWeights,
-    FlushCache,
-    GetMetrics,
-    GetServerInfo,
-    MetricsReply,
-    NodeLoad,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
     PrepareWeights,
+    StageWeights,
 )
 from .flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
 from .metrics_reporter import MetricsReporter
@@ -24,7 +25,17 @@ from .node_status import NodeStatus
 from .weight_updater import Answer, C, Prepared, WeightUpdater
 
 ControlMessage: TypeAlias = (
-    FlushCache | PrepareWeights | CommitWeights | DiscardWeights | GetServerInfo | GetMetrics
+    FlushCache
+    | StageWeights
+    | PrepareWeights
+    | CommitWeights
+    | DiscardWeights
+    | GetWeights
+    | CheckWeights
+    | JoinUpdateGroup
+    | LeaveUpdateGroup
+    | GetServerInfo
+    | GetMetrics
 )
 
 
@@ -62,6 +73,16 @@ class NodeControl(Generic[C]):
         match message:
             case FlushCache():
                 self._decide(self._flush.handle(message, link, now, idle), result)
+            case StageWeights():
+                self._answer(self._weights.stage(link, message), result)
+            case GetWeights():
+                self._weights.get(link, message)
+            case JoinUpdateGroup():
+                self._weights.join(link, message)
+            case LeaveUpdateGroup():
+                self._weights.leave(link, message)
+            case CheckWeights():
+                self._weights.check(link, message)
             case PrepareWeights():
                 self._answer(self._weights.prepare(link, message), result)
             case CommitWeights():

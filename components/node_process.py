@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import msgspec
 import torch
@@ -26,13 +26,14 @@ import zmq
 
 from ..engine.engine_thread import EngineThread
 from ..engine.forward_batch import ForwardBatch
-from ..engine.kv_pool import TORCH_DTYPES, KVPool
+from ..engine.job_thread import JobThread
+from ..engine.kv_pool import KVPool
 from ..engine.model_config import ModelConfig, kv_layout, resolve_dtype
 from ..engine.model_runner import ModelRunner
+from ..engine.named_weights import merge_checksums, named_parts, part_checksums, whole_checksum
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
-from ..engine.tensor_parallel import WHOLE, Shard, check_divides
-from ..engine.weights import Weights, load_weights, weights_digest
+from ..engine.tensor_parallel import Shard, check_divides
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
 from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
@@ -45,9 +46,11 @@ from ..runtime.process import available_memory_bytes, end, end_now, routable_hos
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
+from .loaded_model import LoadedModel, load_model, load_replacement, updated_model
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
 from .rank_group import LostRankError, RankGroup
+from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Sums, TensorHead
 
 _log = logging.getLogger(__name__)
 
@@ -56,16 +59,6 @@ _SHARE_OF_FREE_MEMORY = 0.25
 _DEFAULT_POOL_CONTEXTS = 32  # contexts of max_model_len that a default pool holds at most
 _LONGEST_SLEEP_S = 0.5  # a front that has ended is noticed this late at worst
 _DRAIN_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """Weights that could serve, and the config they were checked against."""
-
-    path: Path
-    config: ModelConfig
-    weights: Weights
-    fingerprint: str
 
 
 @dataclass(slots=True)
@@ -81,6 +74,7 @@ class Node:
     pool: KVPool
     runner: ModelRunner
     engine: EngineThread
+    jobs: JobThread
     backend: TransferBackend
     regions: tuple[MemoryRegion, ...]  # of each rank
     ranks: RankGroup | None  # the further ones; None: this one is alone
@@ -115,18 +109,66 @@ class Node:
         if self.ranks is not None:
             self.ranks.poison(pages)
 
-    def load_replacement(self, path: Path) -> LoadedModel:
-        """A checkpoint that can serve instead of the current one, on every rank. StartupError says why it
-        cannot. Runs on the engine's thread."""
-        if self.ranks is None:
-            return load_replacement(path, self.model.config, self.layout.dtype)
-        try:
-            model = load_replacement(path, self.model.config, self.layout.dtype, self.shard)
-        finally:
-            errors = self.ranks.finish_load()
-        if errors:
-            raise StartupError(errors[0])
-        return model
+    # ---- weights: the jobs that components/weight_updater.py asks for ----
+
+    def load(self, order: LoadOrder) -> Callable[[], LoadedModel]:
+        """Weights that can serve instead of the current ones, on every rank."""
+        model, ranks = self.model, self.ranks
+        if ranks is not None:
+            ranks.load_shards(order)
+
+        def job() -> LoadedModel:
+            try:
+                loaded = self._load_share(order, model)
+            finally:
+                errors = [] if ranks is None else ranks.finish_load()
+            if errors:
+                raise StartupError(errors[0])
+            return loaded
+
+        return job
+
+    def drop(self) -> None:
+        if self.ranks is not None:
+            self.ranks.drop_shards()
+
+    def check(self) -> Callable[[], Sums]:
+        model, ranks = self.model, self.ranks
+        if ranks is not None:
+            ranks.start_check()
+
+        def job() -> Sums:
+            own = part_checksums(model.weights, model.config, self.shard)
+            of_ranks = [own] if ranks is None else [own, *ranks.finish_check()]
+            tensors = merge_checksums(of_ranks)
+            return Sums(tensors, whole_checksum(tensors))
+
+        return job
+
+    def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
+        model = self.model
+
+        def job() -> TensorHead:
+            named = named_parts(model.weights, model.config, self.shard).get(name)
+            if named is None:
+                raise StartupError(f"the model has no tensor {name!r}")
+            if named.part and self.shard.size > 1:
+                raise StartupError(
+                    f"{name} is split over {self.shard.size} ranks: compare it by its checksum"
+                )
+            values = named.data[:num_rows].float().tolist()
+            return TensorHead(str(named.data.dtype).removeprefix("torch."), named.shape, values)
+
+        return job
+
+    def _load_share(self, order: LoadOrder, model: LoadedModel) -> LoadedModel:
+        match order:
+            case LoadFolder(path):
+                return load_replacement(path, model.config, self.layout.dtype, self.shard)
+            case LoadTensors(file):
+                return updated_model(file, model, self.shard)
+            case _:
+                assert_never(order)
 
     def swap(self, model: LoadedModel, weight_version: str) -> PeerIdentity:
         """Serve with these weights from the next forward on; returns the identity to shake hands with."""
@@ -143,6 +185,7 @@ class Node:
     def close(self) -> None:
         end(self.front, grace_s=5.0)
         self.engine.close()
+        self.jobs.close()
         if self.ranks is not None:
             self.ranks.close()
         self.backend.close()
@@ -159,25 +202,6 @@ class Scheduler(Protocol):
 
     @property
     def is_idle(self) -> bool: ...
-
-
-def load_replacement(path: Path, current: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:
-    """Reads a checkpoint that can be swapped in for a model of this config. Raises StartupError."""
-    config = ModelConfig.from_dir(path)
-    # Before any tensor is read: another model may be larger than the memory that is left.
-    if (difference := _difference(current, config)) is not None:
-        raise StartupError(f"{path} cannot replace the model that is served: {difference}")
-    return load_model(path, config, dtype, shard)
-
-
-def load_model(path: Path, config: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:
-    """Reads a rank's share of a checkpoint of this config; `dtype` is a key of TORCH_DTYPES. Raises
-    StartupError. The fingerprint is the whole checkpoint's."""
-    try:
-        weights = load_weights(path, config, TORCH_DTYPES[dtype], torch.device("cpu"), shard)
-    except RuntimeError as error:  # how torch reports that memory is out; the old weights can serve on
-        raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return LoadedModel(path, config, weights, weights_digest(path, config))
 
 
 def start_node(
@@ -239,6 +263,7 @@ def start_node(
             rank_config, model.weights, pool, torch.device("cpu"), operators=operators, collective=collective
         )
         engine = EngineThread(runner, rank_threads(config), share=None if ranks is None else ranks.forward)
+        jobs = JobThread()
         undo.pop_all()  # nothing below fails
 
     incarnation = incarnation or uuid.uuid4().hex
@@ -274,6 +299,7 @@ def start_node(
     waiter = Waiter()
     waiter.add(server)
     waiter.add(engine.fileno())
+    waiter.add(jobs.fileno())
     waiter.add(backend.fileno())
     if config.dtype == "auto" and dtype != model_config.dtype:
         _log.info("computing in %s: this processor has no %s arithmetic", dtype, model_config.dtype)
@@ -302,6 +328,7 @@ def start_node(
         pool=pool,
         runner=runner,
         engine=engine,
+        jobs=jobs,
         backend=backend,
         regions=regions,
         ranks=ranks,
@@ -462,11 +489,3 @@ def _model_info(config: NodeConfig, model: LoadedModel, max_model_len: int, dtyp
         weight_version=INITIAL_WEIGHT_VERSION,
         model_fingerprint=model.fingerprint,
     )
-
-
-def _difference(ours: ModelConfig, theirs: ModelConfig) -> str | None:
-    """The first field in which two models differ that one engine cannot swap."""
-    for name in ModelConfig.__slots__:
-        if name != "dtype" and getattr(ours, name) != getattr(theirs, name):
-            return f"its {name} is {getattr(theirs, name)}, not {getattr(ours, name)}"
-    return None

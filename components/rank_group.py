@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import assert_never
 
 import msgspec
@@ -29,17 +30,20 @@ from ..engine.tensor_parallel import RankCollective, Shard
 from ..messages.peer import MemoryRegion
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
+    CheckShard,
     CopyPages,
     DropShard,
     FromRank,
     LoadShard,
     PoisonPages,
+    RankChecked,
     RankDone,
     RankFailed,
     RankReady,
     RankStart,
     RunForward,
     SwapShard,
+    UpdateShard,
     WritesEnded,
 )
 from ..runtime.errors import StartupError
@@ -47,6 +51,7 @@ from ..runtime.process import end, obituary, spawn, wait_or_kill
 from ..runtime.waiting import Waiter
 from ..transfer.backends.rank import RankMover
 from .hang_watch import HangWatch
+from .weight_updater import LoadFolder, LoadOrder, LoadTensors
 
 _log = logging.getLogger(__name__)
 
@@ -75,11 +80,12 @@ class RankProcess:
 class _Call:
     awaited: set[str]  # names of ranks that have not answered
     errors: list[str] = field(default_factory=list)
+    sums: list[dict[str, int]] = field(default_factory=list)  # of a check, of each rank
     is_over: threading.Event = field(default_factory=threading.Event)
 
 
 class RankGroup:
-    """Its methods belong to the loop's thread, but for `finish_load`."""
+    """Its methods belong to the loop's thread, but for `finish_load` and `finish_check`."""
 
     def __init__(self, ranks: Sequence[RankProcess], rendezvous: tempfile.TemporaryDirectory[str]) -> None:
         self._ranks = list(ranks)
@@ -87,6 +93,7 @@ class RankGroup:
         self._call_ids = itertools.count()
         self._calls: dict[int, _Call] = {}  # not answered by every rank yet
         self._load: _Call | None = None  # the last one
+        self._checks: SimpleQueue[_Call] = SimpleQueue()  # that nobody has waited for yet
         self._hang_watch = HangWatch()
 
     @classmethod
@@ -175,9 +182,15 @@ class RankGroup:
         """Waits until every rank has: a peer may write the pages right after."""
         self._wait(self._call(lambda call_id: PoisonPages(call_id=call_id, pages=tuple(pages))))
 
-    def load_shards(self, path: Path) -> None:
-        """Every rank loads its share of a checkpoint; `finish_load` waits for it. One load at a time."""
-        call = self._call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
+    def load_shards(self, order: LoadOrder) -> None:
+        """Every rank loads its share; `finish_load` waits for it. One load at a time."""
+        match order:
+            case LoadFolder(path):
+                call = self._call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
+            case LoadTensors(file):
+                call = self._call(lambda call_id: UpdateShard(call_id=call_id, file=str(file)))
+            case _:
+                assert_never(order)
         self._load = self._calls[call]
 
     def swap_shards(self) -> None:
@@ -187,11 +200,22 @@ class RankGroup:
         self._tell(DropShard())
 
     def finish_load(self) -> list[str]:
-        """What kept ranks from loading their share. For the engine's thread, which waits while the loop
+        """What kept ranks from loading their share. For the jobs' thread, which waits while the loop
         hears."""
         assert self._load is not None, "load_shards comes first"
         self._load.is_over.wait()
         return self._load.errors
+
+    def start_check(self) -> None:
+        """Every rank computes checksums of its share; `finish_check` waits for them."""
+        call = self._call(lambda call_id: CheckShard(call_id=call_id))
+        self._checks.put(self._calls[call])
+
+    def finish_check(self) -> list[dict[str, int]]:
+        """Of each further rank, for the check that was started first. For the jobs' thread."""
+        check = self._checks.get()
+        check.is_over.wait()
+        return check.sums
 
     # ---- the end ------------------------------------------------------------------------------------
 
@@ -240,19 +264,27 @@ class RankGroup:
             case RankReady():
                 rank.region = message.region
             case RankDone():
-                call = self._calls[message.call_id]
-                call.awaited.discard(rank.name)
                 if message.error:
-                    call.errors.append(f"{rank.name}: {message.error}")
-                if not call.awaited:
-                    del self._calls[message.call_id]
-                    call.is_over.set()
+                    self._calls[message.call_id].errors.append(f"{rank.name}: {message.error}")
+                self._answered(rank, message.call_id)
+            case RankChecked():
+                self._calls[message.call_id].sums.append(
+                    {name: int(digits, 16) for name, digits in message.sums.items()}
+                )
+                self._answered(rank, message.call_id)
             case WritesEnded():
                 rank.mover.take(message)
             case RankFailed():
                 raise LostRankError(f"{rank.name}: {message.reason}")
             case _:
                 assert_never(message)
+
+    def _answered(self, rank: RankProcess, call_id: int) -> None:
+        call = self._calls[call_id]
+        call.awaited.discard(rank.name)
+        if not call.awaited:
+            del self._calls[call_id]
+            call.is_over.set()
 
     def _wait(self, call_id: int) -> None:
         """The loop itself waits: for what takes a rank well under a millisecond."""

@@ -7,28 +7,33 @@ when its pipe does, and the kernel kills it when rank 0 is gone.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import assert_never
 
 import torch
 
 from ..engine.batch_codec import decode_batch
-from ..engine.engine_thread import EngineThread, JobResult
+from ..engine.engine_thread import EngineThread
+from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_config import ModelConfig, kv_layout
 from ..engine.model_runner import ModelRunner
+from ..engine.named_weights import part_checksums
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.tensor_parallel import RankCollective, Shard
 from ..engine.weights import Weights, load_weights
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
     CancelRuns,
+    CheckShard,
     CopyPages,
     DropShard,
     LeaveRegion,
     LoadShard,
     MeetRegion,
     PoisonPages,
+    RankChecked,
     RankDone,
     RankFailed,
     RankReady,
@@ -36,6 +41,7 @@ from ..messages.ranks import (
     RunForward,
     SwapShard,
     ToRank,
+    UpdateShard,
     WriteEnd,
     WriteRun,
     WritesEnded,
@@ -45,6 +51,7 @@ from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import TransferBackend
 from ..transfer.copy_plan import Run
+from .loaded_model import updated_weights
 
 _LONGEST_SLEEP_S = 10.0
 _CPU = torch.device("cpu")
@@ -96,22 +103,23 @@ class RankWorker:
         memory = self._backend.allocate(start.num_pages * layout.stride_bytes)
         self._pool = KVPool(layout, start.num_pages, _CPU, memory=memory)
         region = self._backend.register()
-        weights = self._load(path)
+        self._weights = self._load(path)
         pipe.send(RankReady(region=region))
         collective = RankCollective(self._shard, Path(start.rendezvous))
         config = self._shard.config(self._config)
         operators = EAGER
         if start.deterministic:
-            operators = deterministic(survey_with_threads(config, weights, start.num_threads))
+            operators = deterministic(survey_with_threads(config, self._weights, start.num_threads))
         self._runner = ModelRunner(
-            config, weights, self._pool, _CPU, operators=operators, collective=collective
+            config, self._weights, self._pool, _CPU, operators=operators, collective=collective
         )
         self._engine = EngineThread(self._runner, start.num_threads)
+        self._jobs = JobThread()
         self._loaded: Weights | None = None
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        return self._engine.fileno(), self._backend.fileno()
+        return self._engine.fileno(), self._jobs.fileno(), self._backend.fileno()
 
     def step(self, messages: list[ToRank]) -> None:
         for message in messages:
@@ -121,8 +129,11 @@ class RankWorker:
         )
         if ends:
             self._pipe.send(WritesEnded(ends=ends))
-        for finished in self._engine.poll():
-            if isinstance(finished, JobResult):
+        self._engine.poll()
+        for finished in self._jobs.poll():
+            if isinstance(finished.value, RankChecked):
+                self._pipe.send(finished.value)
+            else:
                 done, self._loaded = finished.value
                 self._pipe.send(done)
 
@@ -150,11 +161,19 @@ class RankWorker:
                 self._pipe.send(RankDone(call_id=message.call_id))
             case LoadShard():
                 self._loaded = None
-                self._engine.submit_job("load weights", lambda: self._load_beside(message))
+                self._jobs.submit(
+                    "load", lambda: self._beside(message.call_id, self._load, message.model_path)
+                )
+            case UpdateShard():
+                self._loaded = None
+                self._jobs.submit("load", lambda: self._beside(message.call_id, self._update, message.file))
+            case CheckShard():
+                weights = self._weights
+                self._jobs.submit("check", lambda: self._check(message.call_id, weights))
             case SwapShard():
                 assert self._loaded is not None, "rank 0 swaps what every rank has loaded"
-                self._runner.swap_weights(self._loaded)
-                self._loaded = None
+                self._weights, self._loaded = self._loaded, None
+                self._runner.swap_weights(self._weights)
             case DropShard():
                 self._loaded = None
             case RankStart():
@@ -162,11 +181,19 @@ class RankWorker:
             case _:
                 assert_never(message)
 
-    def _load_beside(self, message: LoadShard) -> tuple[RankDone, Weights | None]:
+    @staticmethod
+    def _beside(call_id: int, load: Callable[[Path], Weights], path: str) -> tuple[RankDone, Weights | None]:
         try:
-            return RankDone(call_id=message.call_id), self._load(Path(message.model_path))
+            return RankDone(call_id=call_id), load(Path(path))
         except StartupError as error:
-            return RankDone(call_id=message.call_id, error=str(error)), None
+            return RankDone(call_id=call_id, error=str(error)), None
+
+    def _check(self, call_id: int, weights: Weights) -> RankChecked:
+        sums = part_checksums(weights, self._config, self._shard)
+        return RankChecked(call_id=call_id, sums={name: f"{value:x}" for name, value in sums.items()})
+
+    def _update(self, file: Path) -> Weights:
+        return updated_weights(file, self._weights, self._config, self._shard)
 
     def _load(self, path: Path) -> Weights:
         try:

@@ -1,18 +1,38 @@
 """Replaces the weights of a running node, in two phases: prepare beside the old ones, then swap.
 
-A checkpoint that cannot be served is refused while the old weights go on; a node never holds a mix. The
-coordinator (the router) prepares every node before it commits any.
+Weights that cannot be served are refused while the old ones go on; a node never holds a mix. The coordinator
+(the router) prepares every node before it commits any. Questions about the weights are answered here too.
+
+What takes long is a job on a thread of its own; `finish` takes its result, on the loop.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, assert_never
 
-from ..messages.node import CallReply, CommitWeights, DiscardWeights, PrepareWeights
+from ..messages.node import CallReply
+from ..messages.weights import (
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    FromDisk,
+    FromGroup,
+    FromTensors,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    PrepareWeights,
+    StageWeights,
+    WeightChecksReply,
+    WeightsReply,
+)
 from ..runtime.errors import PdserveError
+from .staged_weights import StagedFile
+from .update_groups import UpdateGroups
 
 
 class Checkpoint(Protocol):
@@ -22,17 +42,62 @@ class Checkpoint(Protocol):
     def fingerprint(self) -> str: ...
 
 
-class ShardLoader(Protocol):
-    """The further ranks of a node."""
+C = TypeVar("C", bound=Checkpoint)
+C_co = TypeVar("C_co", bound=Checkpoint, covariant=True)
 
-    def load_shards(self, path: Path) -> None:
-        """Each loads its share beside the one that serves. The node's own `load` waits for them."""
 
-    def drop_shards(self) -> None:
+@dataclass(frozen=True, slots=True)
+class LoadFolder:
+    """A checkpoint in place of the weights that serve."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTensors:
+    """The tensors of a safetensors file in place of those that serve."""
+
+    file: Path
+
+
+LoadOrder: TypeAlias = LoadFolder | LoadTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Checksums, 16 hex digits each."""
+
+    tensors: dict[str, str]  # by name
+    whole: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHead:
+    """The first rows of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    values: list[float | list[float]]
+
+
+class WeightStore(Protocol[C_co]):
+    """The weights of a node, on all its ranks. Methods are called on the loop. The jobs that they return run
+    later, on the jobs' thread, each once and in order; they raise StartupError that says why they cannot."""
+
+    def load(self, order: LoadOrder) -> Callable[[], C_co]:
+        """Further ranks begin at once; the job waits for them."""
+
+    def drop(self) -> None:
         """A load failed somewhere, or what was loaded is not wanted."""
 
+    def check(self) -> Callable[[], Sums]:
+        """Of the weights that serve now. Further ranks begin at once; the job waits for them."""
 
-C = TypeVar("C", bound=Checkpoint)
+    def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
+        """Of the weights that serve now."""
+
+
+Reply: TypeAlias = CallReply | WeightsReply | WeightChecksReply
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,106 +105,248 @@ class Answer:
     """A reply, and the link of the caller that waits for it."""
 
     link: bytes
-    reply: CallReply
+    reply: Reply
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared(Generic[C]):
     update_id: str
-    model_path: str
     weight_version: str
     checkpoint: C
 
 
-@dataclass(frozen=True, slots=True)
-class _Loading:
+@dataclass(slots=True)
+class _Job:
+    """On the jobs' thread, and who waits for it."""
+
     link: bytes
-    message: PrepareWeights
+    message: PrepareWeights | GetWeights | CheckWeights | JoinUpdateGroup | LeaveUpdateGroup
+    weight_version: str = ""  # that a check is of
+    is_received: bool = True  # what is to be prepared: from a trainer's broadcast, else it was here
+    is_discarded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    update_id: str
+    file: StagedFile
 
 
 class WeightUpdater(Generic[C]):
     """At most one update at a time; one that nobody commits can be replaced by a newer one.
 
-    `load` reads and checks a checkpoint and raises StartupError when it cannot be served in place of the
-    current one; it runs on the engine thread (`start_job`), so the loop goes on.
+    `start_job(name, run)` runs jobs one by one; `weight_version` is that of the weights that serve.
     """
 
     def __init__(
         self,
-        load: Callable[[Path], C],
-        start_job: Callable[[str, Callable[[], C]], None],
-        ranks: ShardLoader | None = None,
+        store: WeightStore[C],
+        start_job: Callable[[str, Callable[[], Any]], None],
+        weight_version: Callable[[], str],
+        available_bytes: Callable[[], int],
+        groups: UpdateGroups,
     ) -> None:
-        self._load = load
+        self._store = store
         self._start_job = start_job
-        self._ranks = ranks
-        self._loading: _Loading | None = None
-        self._is_discarded = False  # the update that is loading
+        self._weight_version = weight_version
+        self._available_bytes = available_bytes
+        self._groups = groups
+        self._jobs: deque[_Job] = deque()  # in order
+        self._staged: _Staged | None = None
         self._prepared: Prepared[C] | None = None
 
     @property
     def is_idle(self) -> bool:
-        return self._loading is None
+        return not self._jobs
+
+    # ---- an update ----------------------------------------------------------------------------------
+
+    def stage(self, link: bytes, message: StageWeights) -> Answer:
+        """Keep a part of an update. Another update's first part takes the place of what was staged."""
+        if self._loading is not None:
+            return _no(link, message, f"update {self._loading.update_id} is being prepared")
+        if self._staged is not None and self._staged.update_id != message.update_id:
+            self._drop_staged()
+        staged = self._staged or _Staged(message.update_id, StagedFile())
+        self._staged = staged
+        if message.offset != staged.file.num_bytes:
+            return _no(link, message, f"byte {message.offset} came where {staged.file.num_bytes} was next")
+        # Prepared weights are held beside the staged file.
+        if (left := self._available_bytes()) < 2 * len(message.data):
+            self._drop_staged()
+            return _no(link, message, f"the update does not fit: this host has {left >> 20} MiB left")
+        staged.file.append(message.data)
+        return _yes(link, message)
 
     def prepare(self, link: bytes, message: PrepareWeights) -> Answer | None:
-        """Start loading; the answer comes from `loaded` or `failed`, or now if one is loading already."""
+        """Start loading; the answer comes from `finish`, or now when it cannot begin."""
         if self._loading is not None:
-            busy = f"update {self._loading.message.update_id} is being prepared"
-            return Answer(link, CallReply(call_id=message.call_id, success=False, message=busy))
+            return _no(link, message, f"update {self._loading.update_id} is being prepared")
+        match message.source:
+            case FromDisk(model_path=path):
+                order: LoadOrder = LoadFolder(Path(path))
+            case FromTensors(num_bytes=num_bytes):
+                if self._staged is None or self._staged.update_id != message.update_id:
+                    return _no(link, message, f"nothing is staged for update {message.update_id}")
+                if self._staged.file.num_bytes != num_bytes:
+                    there = self._staged.file.num_bytes
+                    return _no(link, message, f"{there} of {num_bytes} bytes of the update were staged")
+                order = LoadTensors(self._staged.file.path)
+            case FromGroup() as source:
+                self._drop_staged()
+                self._prepared = None
+                job = _Job(link, message, is_received=False)
+                self._submit("receive weights", job, lambda: self._groups.receive(source))
+                return None
+            case _:
+                assert_never(message.source)
         self._prepared = None
-        self._loading = _Loading(link, message)
-        self._is_discarded = False
-        path = Path(message.model_path)
-        if self._ranks is not None:
-            # Before the job is queued, so that it has the same place among the forwards on every rank.
-            self._ranks.load_shards(path)
-        self._start_job("load weights", lambda: self._load(path))
+        self._submit("load weights", _Job(link, message), self._store.load(order))
         return None
-
-    def loaded(self, checkpoint: C) -> Answer:
-        loading = self._take_loading()
-        message = loading.message
-        if self._is_discarded:
-            self._drop_shards()
-            return self._no(loading.link, message.call_id, f"update {message.update_id} was discarded")
-        self._prepared = Prepared(message.update_id, message.model_path, message.weight_version, checkpoint)
-        return Answer(loading.link, CallReply(call_id=message.call_id, success=True, message="prepared"))
-
-    def failed(self, error: PdserveError) -> Answer:
-        loading = self._take_loading()
-        self._drop_shards()
-        reply = CallReply(call_id=loading.message.call_id, success=False, message=str(error))
-        return Answer(loading.link, reply)
 
     def commit(self, link: bytes, message: CommitWeights, *, idle: bool) -> tuple[Answer, Prepared[C] | None]:
         """The answer, and what to swap in when it is a yes. A busy node says no and keeps the update."""
         prepared = self._prepared
         if prepared is None or prepared.update_id != message.update_id:
-            return self._no(link, message.call_id, f"update {message.update_id} is not prepared here"), None
+            return _no(link, message, f"update {message.update_id} is not prepared here"), None
         if not idle:
-            return self._no(link, message.call_id, "the node is not idle"), None
+            return _no(link, message, "the node is not idle"), None
         self._prepared = None
-        reply = CallReply(call_id=message.call_id, success=True, message=prepared.weight_version)
-        return Answer(link, reply), prepared
+        return _yes(link, message, prepared.weight_version), prepared
 
     def discard(self, link: bytes, message: DiscardWeights) -> Answer:
-        if self._loading is not None and self._loading.message.update_id == message.update_id:
-            self._is_discarded = True  # it cannot be stopped; what it loads is dropped
+        for job in self._jobs:
+            if isinstance(job.message, PrepareWeights) and job.message.update_id == message.update_id:
+                job.is_discarded = True  # it cannot be stopped; what it loads is dropped
+                return _yes(link, message)
         if self._prepared is not None and self._prepared.update_id == message.update_id:
             self._prepared = None
-            self._drop_shards()
-        return Answer(link, CallReply(call_id=message.call_id, success=True))
+            self._store.drop()
+        if self._staged is not None and self._staged.update_id == message.update_id:
+            self._drop_staged()
+        return _yes(link, message)
 
-    def _drop_shards(self) -> None:
-        if self._ranks is not None:
-            self._ranks.drop_shards()
+    # ---- questions ----------------------------------------------------------------------------------
 
-    def _take_loading(self) -> _Loading:
-        if self._loading is None:
-            raise RuntimeError("a checkpoint was loaded that nobody asked for")
-        loading, self._loading = self._loading, None
-        return loading
+    def check(self, link: bytes, message: CheckWeights) -> None:
+        """The answer comes from `finish`: every bit is read."""
+        job = _Job(link, message, self._weight_version())
+        self._submit("check weights", job, self._store.check())
 
-    @staticmethod
-    def _no(link: bytes, call_id: int, why: str) -> Answer:
-        return Answer(link, CallReply(call_id=call_id, success=False, message=why))
+    def get(self, link: bytes, message: GetWeights) -> None:
+        """The answer comes from `finish`."""
+        job = self._store.head(message.name, message.truncate_size)
+        self._submit("read weights", _Job(link, message), job)
+
+    # ---- groups that trainers send over -------------------------------------------------------------
+
+    def join(self, link: bytes, message: JoinUpdateGroup) -> None:
+        """The answer comes from `finish`, when every rank has joined or has not in time."""
+        self._submit("join update group", _Job(link, message), lambda: self._groups.join(message))
+
+    def leave(self, link: bytes, message: LeaveUpdateGroup) -> None:
+        """The answer comes from `finish`."""
+        self._submit(
+            "leave update group", _Job(link, message), lambda: self._groups.leave(message.group_name)
+        )
+
+    # ---- jobs ---------------------------------------------------------------------------------------
+
+    def finish(self, value: Any, error: PdserveError | None) -> Answer | None:  # noqa: ANN401
+        """The oldest job is done: it returned `value`, or raised `error`. None: another one follows it."""
+        if not self._jobs:
+            raise RuntimeError("a job is done that nobody asked for")
+        job = self._jobs.popleft()
+        match job.message:
+            case PrepareWeights():
+                if not job.is_received and error is None:
+                    return self._received(job, job.message, value)
+                return self._loaded(job, job.message, value, error)
+            case JoinUpdateGroup() | LeaveUpdateGroup():
+                if error is not None:
+                    return _no(job.link, job.message, str(error))
+                return _yes(job.link, job.message)
+            case CheckWeights(call_id=call_id):
+                if error is not None:
+                    return Answer(
+                        job.link, WeightChecksReply(call_id=call_id, success=False, message=str(error))
+                    )
+                sums: Sums = value
+                return Answer(
+                    job.link,
+                    WeightChecksReply(
+                        call_id=call_id,
+                        success=True,
+                        weight_version=job.weight_version,
+                        tensors=sums.tensors,
+                        whole=sums.whole,
+                    ),
+                )
+            case GetWeights(call_id=call_id):
+                if error is not None:
+                    return Answer(job.link, WeightsReply(call_id=call_id, success=False, message=str(error)))
+                head: TensorHead = value
+                return Answer(
+                    job.link,
+                    WeightsReply(
+                        call_id=call_id,
+                        success=True,
+                        dtype=head.dtype,
+                        shape=head.shape,
+                        values=head.values,
+                    ),
+                )
+            case _:
+                assert_never(job.message)
+
+    def _received(self, job: _Job, message: PrepareWeights, file: StagedFile) -> Answer | None:
+        if job.is_discarded:
+            file.close()
+            return _no(job.link, message, f"update {message.update_id} was discarded")
+        self._staged = _Staged(message.update_id, file)
+        job.is_received = True
+        self._submit("load weights", job, self._store.load(LoadTensors(file.path)))
+        return None
+
+    def _loaded(
+        self, job: _Job, message: PrepareWeights, checkpoint: C, error: PdserveError | None
+    ) -> Answer:
+        if self._staged is not None and self._staged.update_id == message.update_id:
+            self._drop_staged()
+        if error is not None:
+            self._store.drop()
+            return _no(job.link, message, str(error))
+        if job.is_discarded:
+            self._store.drop()
+            return _no(job.link, message, f"update {message.update_id} was discarded")
+        self._prepared = Prepared(message.update_id, message.weight_version, checkpoint)
+        return _yes(job.link, message, "prepared")
+
+    @property
+    def _loading(self) -> PrepareWeights | None:
+        for job in self._jobs:
+            if isinstance(job.message, PrepareWeights):
+                return job.message
+        return None
+
+    def _submit(self, name: str, job: _Job, run: Callable[[], Any]) -> None:
+        self._jobs.append(job)
+        self._start_job(name, run)
+
+    def _drop_staged(self) -> None:
+        if self._staged is not None:
+            self._staged.file.close()
+            self._staged = None
+
+
+_Call: TypeAlias = (
+    StageWeights | PrepareWeights | CommitWeights | DiscardWeights | JoinUpdateGroup | LeaveUpdateGroup
+)
+
+
+def _yes(link: bytes, message: _Call, text: str = "") -> Answer:
+    return Answer(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+
+def _no(link: bytes, message: _Call, why: str) -> Answer:
+    return Answer(link, CallReply(call_id=message.call_id, success=False, message=why))

@@ -30,9 +30,9 @@ import msgspec
 
 from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
+from ..components.loaded_model import LoadedModel
 from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.node_control import ControlResult, NodeControl
-from ..components.node_process import LoadedModel
 from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
 from ..components.page_allocator import PageAllocator
@@ -42,6 +42,7 @@ from ..components.stop_conditions import check_finish
 from ..components.weight_updater import Prepared, WeightUpdater
 from ..engine.engine_thread import EngineThread, JobResult
 from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
+from ..engine.job_thread import JobThread
 from ..engine.schedule_batch import ScheduleBatch
 from ..messages.node import (
     AbortRequests,
@@ -50,8 +51,6 @@ from ..messages.node import (
     CallReply,
     CancelRequest,
     ClientToNode,
-    CommitWeights,
-    DiscardWeights,
     FailureCode,
     Finish,
     FlushCache,
@@ -62,7 +61,6 @@ from ..messages.node import (
     NodeLoad,
     Ping,
     Pong,
-    PrepareWeights,
     RequestStateReply,
     ResendFrom,
     Roster,
@@ -70,6 +68,16 @@ from ..messages.node import (
 from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, RoomId
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
+from ..messages.weights import (
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    PrepareWeights,
+    StageWeights,
+)
 from ..runtime.config import VerifyPages
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.actions import (
@@ -127,6 +135,7 @@ class DecodeScheduler:
         local_prefill: LocalPrefillPolicy,
         digests: DigestWorker,
         engine: EngineThread,
+        side_jobs: JobThread,
         build: Callable[[ScheduleBatch], ForwardBatch],
         streamer: OutputStreamer,
         gone_clients: set[bytes],
@@ -154,6 +163,7 @@ class DecodeScheduler:
         self.local_prefill = local_prefill
         self.digests = digests
         self.engine = engine
+        self.side_jobs = side_jobs
         self.build = build
         self.streamer = streamer
         self.gone_clients = gone_clients  # found out by sending to them
@@ -202,6 +212,8 @@ class DecodeScheduler:
                 self.finish_job(finished)
             else:
                 self.apply(finished, now)
+        for job in self.side_jobs.poll():
+            self.finish_job(job)
         self.act(self.rooms.tick(now), now)
         self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
@@ -254,9 +266,14 @@ class DecodeScheduler:
                 self.send(link, self.pong(message))
             case (
                 FlushCache()
+                | StageWeights()
                 | PrepareWeights()
                 | CommitWeights()
                 | DiscardWeights()
+                | GetWeights()
+                | CheckWeights()
+                | JoinUpdateGroup()
+                | LeaveUpdateGroup()
                 | GetServerInfo()
                 | GetMetrics()
             ):
@@ -838,8 +855,9 @@ class DecodeScheduler:
         self.pages.check_promises([])
 
     def finish_job(self, job: JobResult) -> None:
-        answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)
-        self.send(answer.link, answer.reply)
+        answer = self.weights.finish(job.value, job.error)
+        if answer is not None:
+            self.send(answer.link, answer.reply)
 
     def in_state(self, state: RequestState) -> list[DecodeRequest]:
         return [request for request in self.requests.values() if request.state is state]

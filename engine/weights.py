@@ -20,6 +20,8 @@ from .tensor_parallel import WHOLE, Shard
 
 _FLOATS = ("F32", "BF16", "F16", "F64")  # a quantized tensor is no number without its scale
 
+_MAX_NAMED = 8  # tensors that one error names
+
 # What a tensor contributes to the digest: this many blocks, evenly spaced, first and last included.
 _DIGEST_BLOCKS = 16
 _DIGEST_BLOCK_BYTES = 4096
@@ -56,13 +58,14 @@ class Weights:
 
 
 class Checkpoint:
-    """The tensors of a folder by name, across its shards. A context manager: it holds the files open."""
+    """The tensors of a folder by name, across its shards, or of one safetensors file. A context manager: it
+    holds the files open. Raises StartupError for what cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._files = ExitStack()
         self._shard_of: dict[str, Any] = {}
-        for file in _shards(path):
+        for file in [path] if path.is_file() else _shards(path):
             try:
                 shard = self._files.enter_context(safe_open(file, framework="pt"))
             except (OSError, SafetensorError) as error:
@@ -150,8 +153,9 @@ def load_weights(
         )
 
 
-def weights_digest(path: Path, config: ModelConfig) -> str:
+def weights_digest(path: Path, config: ModelConfig, base: str = "") -> str:
     """A fingerprint of config and weights, the same for any sharding of the same checkpoint, 32 hex digits.
+    Where `path` holds some tensors only, `base` is the fingerprint of the weights that the others are of.
 
     It reads up to 64 KiB of each tensor: 16 blocks, evenly spaced. A tensor that was trained further differs
     nearly everywhere, so that is enough to tell checkpoints apart, and its cost grows with the number of
@@ -159,6 +163,7 @@ def weights_digest(path: Path, config: ModelConfig) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(asdict(config), sort_keys=True).encode())
+    digest.update(base.encode())
     with Checkpoint(path) as checkpoint:
         for name in sorted(checkpoint.names):
             tensor = checkpoint.tensor(name)
@@ -166,6 +171,38 @@ def weights_digest(path: Path, config: ModelConfig) -> str:
             for block in _sample(tensor):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def read_update(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a safetensors file with some of a model's tensors, or all, by name.
+
+    They are views of the file until they are copied. Raises StartupError that names those that are no part of
+    this model, of another shape, or of a type that is no plain number.
+    """
+    shapes = tensor_shapes(config)
+    wrong = []
+    with Checkpoint(path) as given:
+        harmless = _harmless(given, config)
+        for name in sorted(given.names - harmless):
+            if name not in shapes:
+                wrong.append(f"{name} is no tensor of this {config.architecture}")
+            elif given.shape(name) != shapes[name]:
+                wrong.append(f"{name} has shape {list(given.shape(name))}, not {list(shapes[name])}")
+            elif given.dtype(name) not in _FLOATS:
+                wrong.append(f"{name} is of type {given.dtype(name)}; {', '.join(_FLOATS)} are read")
+        if wrong:
+            more = f"; and {len(wrong) - _MAX_NAMED} more" if len(wrong) > _MAX_NAMED else ""
+            raise StartupError("; ".join(wrong[:_MAX_NAMED]) + more)
+        names = given.names - harmless
+        if not names:
+            raise StartupError("the update holds no tensor of the model")
+        return {name: given.tensor(name) for name in names}
+
+
+def _harmless(checkpoint: Checkpoint, config: ModelConfig) -> set[str]:
+    """Old checkpoints keep the rotary frequencies, and tied ones may keep a copy of the embedding."""
+    names = {name for name in checkpoint.names if name.endswith(".rotary_emb.inv_freq")}
+    return names | ({"lm_head.weight"} & checkpoint.names if config.tie_word_embeddings else set())
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -220,11 +257,7 @@ def _check_tensors(
 ) -> None:
     if missing := shapes.keys() - checkpoint.names:
         raise StartupError(f"{path}: {_listed(missing)} missing from the checkpoint")
-    # Old checkpoints keep the rotary frequencies, and tied ones may keep a copy of the embedding.
-    harmless = {name for name in checkpoint.names if name.endswith(".rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        harmless.add("lm_head.weight")
-    if unexpected := checkpoint.names - shapes.keys() - harmless:
+    if unexpected := checkpoint.names - shapes.keys() - _harmless(checkpoint, config):
         raise StartupError(f"{path}: {_listed(unexpected)} not part of a {config.architecture} like this one")
     for name, shape in shapes.items():
         if checkpoint.shape(name) != shape:

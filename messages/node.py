@@ -13,6 +13,18 @@ import msgspec
 from .kv_layout import KVLayout
 from .sampling import SamplingParams, TokenLogprob
 from .timeline import Span
+from .weights import (
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    PrepareWeights,
+    StageWeights,
+    WeightChecksReply,
+    WeightsReply,
+)
 
 Role: TypeAlias = Literal["prefill", "decode"]
 
@@ -152,27 +164,6 @@ class FlushCache(msgspec.Struct, frozen=True, kw_only=True, tag="flush"):
     timeout_s: float = 0.0
 
 
-class PrepareWeights(msgspec.Struct, frozen=True, kw_only=True, tag="prepare_weights"):
-    """Load and check a checkpoint beside the weights that serve."""
-
-    call_id: int
-    update_id: str
-    model_path: str
-    weight_version: str
-
-
-class CommitWeights(msgspec.Struct, frozen=True, kw_only=True, tag="commit_weights"):
-    """Swap to the prepared weights (the node must be idle), drop the prefix cache, renew handshakes."""
-
-    call_id: int
-    update_id: str
-
-
-class DiscardWeights(msgspec.Struct, frozen=True, kw_only=True, tag="discard_weights"):
-    call_id: int
-    update_id: str
-
-
 class GetServerInfo(msgspec.Struct, frozen=True, kw_only=True, tag="get_server_info"):
     call_id: int
 
@@ -195,9 +186,14 @@ ClientToNode: TypeAlias = (
     | Roster
     | Ping
     | FlushCache
+    | StageWeights
     | PrepareWeights
     | CommitWeights
     | DiscardWeights
+    | GetWeights
+    | CheckWeights
+    | JoinUpdateGroup
+    | LeaveUpdateGroup
     | GetServerInfo
     | GetMetrics
     | GetRequestState
@@ -318,5 +314,13 @@ class RequestStateReply(msgspec.Struct, frozen=True, kw_only=True, tag="request_
 
 
 NodeToClient: TypeAlias = (
-    TokenOutputs | AttemptFailed | Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply
+    TokenOutputs
+    | AttemptFailed
+    | Pong
+    | CallReply
+    | ServerInfoReply
+    | MetricsReply
+    | RequestStateReply
+    | WeightsReply
+    | WeightChecksReply
 )

@@ -40,7 +40,7 @@ class RunForward(msgspec.Struct, frozen=True, kw_only=True, tag="forward"):
 
 
 class CopyPages(msgspec.Struct, frozen=True, kw_only=True, tag="copy_pages"):
-    """Answered by RankDone, as all with a ``call_id`` are."""
+    """Answered by RankDone, as all with a ``call_id`` are that do not say otherwise."""
 
     call_id: int
     source: tuple[int, ...]
@@ -59,6 +59,19 @@ class LoadShard(msgspec.Struct, frozen=True, kw_only=True, tag="load_shard"):
 
     call_id: int
     model_path: str
+
+
+class UpdateShard(msgspec.Struct, frozen=True, kw_only=True, tag="update_shard"):
+    """Make new weights of those that serve and the tensors of a safetensors file, beside them."""
+
+    call_id: int
+    file: str
+
+
+class CheckShard(msgspec.Struct, frozen=True, kw_only=True, tag="check_shard"):
+    """Compute checksums of the rank's share; answered by RankChecked."""
+
+    call_id: int
 
 
 class SwapShard(msgspec.Struct, frozen=True, kw_only=True, tag="swap_shard"):
@@ -100,6 +113,8 @@ ToRank: TypeAlias = (
     | CopyPages
     | PoisonPages
     | LoadShard
+    | UpdateShard
+    | CheckShard
     | SwapShard
     | DropShard
     | MeetRegion
@@ -128,6 +143,13 @@ class RankDone(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     error: str = ""
 
 
+class RankChecked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
+    """What this rank adds to the checksum of each tensor, in hex."""
+
+    call_id: int
+    sums: dict[str, str]
+
+
 class WriteEnd(msgspec.Struct, frozen=True, array_like=True):
     handle: int
     state: Literal["done", "failed", "cancelled"]
@@ -138,4 +160,4 @@ class WritesEnded(msgspec.Struct, frozen=True, kw_only=True, tag="writes_ended")
     ends: tuple[WriteEnd, ...]
 
 
-FromRank: TypeAlias = RankReady | RankFailed | RankDone | WritesEnded
+FromRank: TypeAlias = RankReady | RankFailed | RankDone | RankChecked | WritesEnded

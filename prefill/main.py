@@ -10,15 +10,19 @@ import zmq
 
 from ..components.flush_wrapper import FlushWrapper
 from ..components.load_inquirer import LoadInquirer
+from ..components.loaded_model import LoadedModel
 from ..components.node_control import NodeControl
-from ..components.node_process import LoadedModel, run, start_node
+from ..components.node_process import run, start_node
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
+from ..components.update_groups import UpdateGroups
 from ..components.weight_updater import WeightUpdater
+from ..engine.update_group import join_update_group
 from ..messages.channel import ServerChannel
 from ..messages.peer import MemoryRegion
 from ..runtime.config import NodeConfig
+from ..runtime.process import available_memory_bytes
 from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
 from .scheduler import PrefillLimits, PrefillScheduler, ToPrefill
@@ -44,7 +48,11 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
     digests = DigestWorker(node.memory, node.layout)
     node.waiter.add(digests.fileno())
     weights: WeightUpdater[LoadedModel] = WeightUpdater(
-        node.load_replacement, node.engine.submit_job, node.ranks
+        node,
+        node.jobs.submit,
+        lambda: node.status.weight_version,
+        available_memory_bytes,
+        UpdateGroups(join_update_group, available_memory_bytes),
     )
     control = NodeControl(
         status=node.status,
@@ -67,6 +75,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         cache=cache,
         digests=digests,
         engine=node.engine,
+        side_jobs=node.jobs,
         build=node.build,
         control=control,
         weights=weights,

@@ -25,9 +25,9 @@ import msgspec
 
 from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
+from ..components.loaded_model import LoadedModel
 from ..components.metrics_reporter import MetricsReporter
 from ..components.node_control import ControlResult, NodeControl
-from ..components.node_process import LoadedModel
 from ..components.node_status import NodeStatus
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
@@ -35,6 +35,7 @@ from ..components.request_receiver import RequestReceiver
 from ..components.weight_updater import Prepared, WeightUpdater
 from ..engine.engine_thread import EngineThread, JobResult
 from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
+from ..engine.job_thread import JobThread
 from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
 from ..messages.kv_layout import KVLayout
 from ..messages.node import (
@@ -43,8 +44,6 @@ from ..messages.node import (
     CallReply,
     CancelRequest,
     ClientToNode,
-    CommitWeights,
-    DiscardWeights,
     FlushCache,
     GenerateRequest,
     GetMetrics,
@@ -52,7 +51,6 @@ from ..messages.node import (
     GetServerInfo,
     NodeLoad,
     Ping,
-    PrepareWeights,
     RequestStateReply,
     ResendFrom,
     Roster,
@@ -72,6 +70,16 @@ from ..messages.peer import (
     SampledFirstToken,
 )
 from ..messages.timeline import SpanClock, covered_s
+from ..messages.weights import (
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    PrepareWeights,
+    StageWeights,
+)
 from ..transfer.actions import (
     AdmitRoom,
     CancelWrites,
@@ -121,6 +129,7 @@ class PrefillScheduler:
         allocator: PageAllocator,
         cache: PrefixCache | None,
         engine: EngineThread,
+        side_jobs: JobThread,
         build: Callable[[ScheduleBatch], ForwardBatch],
         control: NodeControl[LoadedModel],
         weights: WeightUpdater[LoadedModel],
@@ -141,6 +150,7 @@ class PrefillScheduler:
         self.allocator = allocator
         self.cache = cache
         self.engine = engine
+        self.side_jobs = side_jobs
         self.build = build
         self.control = control
         self.weights = weights
@@ -172,9 +182,11 @@ class PrefillScheduler:
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
                 self.finish_job(finished)
-                self.act(self.rooms.announce_busy(now, now), now)
             else:
                 self.apply(finished, now)
+        for job in self.side_jobs.poll():
+            self.finish_job(job)
+            self.act(self.rooms.announce_busy(now, now), now)
         self.act(self.rooms.tick(now), now)
         self.admit_waiting(now)
         self.launch_forwards(now)
@@ -211,9 +223,14 @@ class PrefillScheduler:
                 self.send(link, pong)
             case (
                 FlushCache()
+                | StageWeights()
                 | PrepareWeights()
                 | CommitWeights()
                 | DiscardWeights()
+                | GetWeights()
+                | CheckWeights()
+                | JoinUpdateGroup()
+                | LeaveUpdateGroup()
                 | GetServerInfo()
                 | GetMetrics()
             ):
@@ -454,8 +471,9 @@ class PrefillScheduler:
         check_idle(self.allocator, caches, states={"open": self.jobs.keys()})
 
     def finish_job(self, job: JobResult) -> None:
-        answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)
-        self.send(answer.link, answer.reply)
+        answer = self.weights.finish(job.value, job.error)
+        if answer is not None:
+            self.send(answer.link, answer.reply)
 
     def drop_cache(self) -> bool:
         return self.cache is None or self.cache.reset()

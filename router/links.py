@@ -14,6 +14,7 @@ import zmq.asyncio
 
 from ..api.node_client import NodeClient, NodeUnavailableError, StreamMessage
 from ..messages.node import CallReply, ClientToNode, NodeEntry, Pong, RequestStateReply, ServerInfoReply
+from ..messages.weights import UpdateGroupSpec, WeightChecksReply, WeightSource, WeightsReply
 
 
 class NodeLink(Protocol):
@@ -36,13 +37,25 @@ class NodeLink(Protocol):
 
     async def request_state(self, request_id: str, timeout_s: float) -> RequestStateReply: ...
 
+    async def stage_weights(
+        self, update_id: str, offset: int, data: bytes, timeout_s: float
+    ) -> CallReply: ...
+
     async def prepare_weights(
-        self, update_id: str, model_path: str, weight_version: str, timeout_s: float
+        self, update_id: str, source: WeightSource, weight_version: str, timeout_s: float
     ) -> CallReply: ...
 
     async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply: ...
 
     async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply: ...
+
+    async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply: ...
+
+    async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply: ...
+
+    async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply: ...
+
+    async def check_weights(self, timeout_s: float) -> WeightChecksReply: ...
 
     async def close(self) -> None: ...
 

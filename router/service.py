@@ -19,7 +19,7 @@ import itertools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ..api.generation import AdminReply, GenerateSpec, ModelCard, WorkerStatus
+from ..api.generation import AdminReply, GenerateSpec, GroupReply, ModelCard, WorkerStatus
 from ..api.node_client import NodeUnavailableError, StreamMessage
 from ..messages.node import (
     AttemptFailed,
@@ -39,6 +39,7 @@ from ..messages.node import (
     TokenOutputs,
 )
 from ..messages.timeline import SpanClock
+from ..messages.weights import FromDisk, FromGroup, UpdateGroupSpec, WeightChecksReply, WeightsReply
 from ..runtime.errors import RequestError
 from ..runtime.peer_clock import PeerClocks
 from .admission import AdmissionQueue, Ticket
@@ -61,7 +62,8 @@ from .pairing import (
 )
 from .prefix_index import DEFAULT_MAX_PAGES, PrefixIndex
 from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, NodeRestarted, NodeSilent
-from .weight_rollout import ask_all, roll_out
+from .weight_rollout import ask_all
+from .weight_updates import Traffic, WeightUpdates
 
 BUSY_TICK_S = 0.02
 IDLE_TICK_S = 0.2
@@ -108,8 +110,18 @@ class RouterService:
         self._generations: dict[str, RoutedGeneration] = {}
         self._attempt_numbers = itertools.count(1)  # one row for all requests: none is used twice
         self._draining = False
-        self._weight_update: asyncio.Task[AdminReply] | None = None
-        self._is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
+        self._weights = WeightUpdates(
+            options,
+            registry=self._nodes,
+            links=self._cluster.links,
+            traffic=Traffic(
+                hold=self._queue.hold,
+                release=self._release_held,
+                num_running=lambda: self.num_running,
+                forget_prefixes=self._prefixes.clear,
+            ),
+            clock=clock,
+        )
         self._last_tick_at = clock()
         self._metrics_registry = metrics_registry or CollectorRegistry()
         self._metrics_registry.register(RouterCollector(model.name, self.counters, self._gauges))
@@ -148,7 +160,7 @@ class RouterService:
         self._last_tick_at = now
         if late_s > STALL_S:
             self._nodes.excuse(late_s, now)
-        self._cluster.tick(now, expire=not self._is_rolling_out)
+        self._cluster.tick(now, expire=not self._weights.is_rolling_out)
         self._expire_requests(now)
         self._dispatch(now)
 
@@ -637,60 +649,36 @@ class RouterService:
             generation.end()
 
     async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
-        """Runs to its end even if whoever asked for it leaves: half an update is no state to be in."""
-        if self._weight_update is not None and not self._weight_update.done():
-            return AdminReply(False, "another weight update is running")
-        self._weight_update = asyncio.create_task(self._update_weights(model_path, weight_version))
-        return await asyncio.shield(self._weight_update)
+        version = weight_version or f"{PurePath(model_path).name}@{uuid.uuid4().hex[:8]}"
+        return await self._weights.update(FromDisk(model_path=model_path), version)
 
-    async def _update_weights(self, model_path: str, weight_version: str | None) -> AdminReply:
-        update_id = uuid.uuid4().hex
-        version = weight_version or f"{PurePath(model_path).name}@{update_id[:8]}"
-        self._queue.hold()
-        try:
-            if reason := self._why_no_update():
-                return AdminReply(False, reason)
-            if not await self._until(lambda: self.num_running == 0, self._options.weight_drain_s):
-                return AdminReply(
-                    False, f"{self.num_running} requests were still running; nothing was changed"
-                )
-            reply = await self._roll_out(model_path, version, update_id)
-            if reply.success and not await self._until(
-                lambda: self._serves(version), self._options.weight_ready_s
-            ):
-                return AdminReply(False, f"new weights are loaded, but {self._nodes.explain_no_pair()}")
-            return reply
-        finally:
-            self._queue.release()
-            self._dispatch(self._clock())
+    async def update_weights_from_tensor(
+        self, body: AsyncIterator[bytes], weight_version: str | None
+    ) -> AdminReply:
+        version = weight_version or f"tensors@{uuid.uuid4().hex[:8]}"
+        return await self._weights.update_from_tensors(body, version)
 
-    async def _roll_out(self, model_path: str, weight_version: str, update_id: str) -> AdminReply:
-        started = self._clock()
-        self._is_rolling_out = True
-        try:
-            return await roll_out(
-                self._cluster.links(),
-                update_id=update_id,
-                model_path=model_path,
-                weight_version=weight_version,
-                timeout_s=self._options.weight_update_s,
-                commit_patience_s=self._options.weight_commit_s,
-            )
-        finally:
-            self._is_rolling_out = False
-            now = self._clock()
-            self._nodes.excuse(now - started, now)
-            self._prefixes.clear()
+    async def update_weights_from_distributed(
+        self, source: FromGroup, weight_version: str | None
+    ) -> AdminReply:
+        version = weight_version or f"{source.group_name}@{uuid.uuid4().hex[:8]}"
+        return await self._weights.update(source, version)
 
-    def _why_no_update(self) -> str:
-        if not len(self._nodes):
-            return "no node is registered"
-        silent = [node.entry.url for node in self._nodes if not self._nodes.healthy(node)]
-        return f"these nodes do not answer: {', '.join(silent)}" if silent else ""
+    async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
+        return await self._weights.init_group(group, rank_offset)
 
-    def _serves(self, weight_version: str) -> bool:
-        everywhere = all(node.entry.weight_version == weight_version for node in self._nodes)
-        return everywhere and bool(self._nodes.ready_pairs())
+    async def destroy_weights_update_group(self, name: str) -> AdminReply:
+        return await self._weights.destroy_group(name)
+
+    async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
+        return await self._weights.weights_by_name(name, truncate_size)
+
+    async def check_weights(self) -> dict[str, WeightChecksReply]:
+        return await self._weights.check()
+
+    def _release_held(self) -> None:
+        self._queue.release()
+        self._dispatch(self._clock())
 
     def weight_version(self) -> str:
         """Of the nodes that serve; of any known node while none is ready; empty when there is none."""

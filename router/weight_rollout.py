@@ -1,4 +1,4 @@
-"""New weights on every node, or on none: prepare everywhere, then commit everywhere or discard everywhere."""
+"""The calls of a weight update to every node: prepare all, then commit all or discard all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from ..api.generation import AdminReply
 from ..api.node_client import NodeUnavailableError
 from ..messages.node import CallReply
+from ..messages.weights import WeightSource
 from .links import NodeLink
 
 DISCARD_TIMEOUT_S = 10.0
@@ -30,22 +30,35 @@ async def ask_all(
     links: Mapping[str, NodeLink], ask: Callable[[NodeLink], Awaitable[CallReply]]
 ) -> list[NodeAnswer]:
     """Ask every node (url -> link) the same at once. A node that does not answer has failed."""
+    return list(await asyncio.gather(*(ask_one(url, link, ask) for url, link in links.items())))
 
-    async def one(url: str, link: NodeLink) -> NodeAnswer:
-        try:
-            reply = await ask(link)
-        except NodeUnavailableError as error:
-            return NodeAnswer(url, False, str(error), is_reached=False)
-        return NodeAnswer(url, reply.success, reply.message)
 
-    return list(await asyncio.gather(*(one(url, link) for url, link in links.items())))
+async def ask_one(url: str, link: NodeLink, ask: Callable[[NodeLink], Awaitable[CallReply]]) -> NodeAnswer:
+    try:
+        reply = await ask(link)
+    except NodeUnavailableError as error:
+        return NodeAnswer(url, False, str(error), is_reached=False)
+    return NodeAnswer(url, reply.success, reply.message)
 
 
 def failures(answers: list[NodeAnswer]) -> str:
     return "; ".join(str(answer) for answer in answers if not answer.success)
 
 
-async def _commit(
+async def prepare_all(
+    links: Mapping[str, NodeLink], update_id: str, source: WeightSource, weight_version: str, timeout_s: float
+) -> list[NodeAnswer]:
+    return await ask_all(
+        links, lambda link: link.prepare_weights(update_id, source, weight_version, timeout_s)
+    )
+
+
+async def discard_all(links: Mapping[str, NodeLink], update_id: str) -> None:
+    """A node that does not hear it forgets it with the next update."""
+    await ask_all(links, lambda link: link.discard_weights(update_id, DISCARD_TIMEOUT_S))
+
+
+async def commit_all(
     links: Mapping[str, NodeLink], update_id: str, *, timeout_s: float, patience_s: float
 ) -> list[NodeAnswer]:
     """A node that is not idle yet says no and keeps the update: it is asked again for `patience_s`.
@@ -64,25 +77,3 @@ async def _commit(
         if not pending or loop.time() >= deadline:
             return list(answers.values())
         await asyncio.sleep(COMMIT_AGAIN_S)
-
-
-async def roll_out(
-    links: Mapping[str, NodeLink],
-    *,
-    update_id: str,
-    model_path: str,
-    weight_version: str,
-    timeout_s: float,
-    commit_patience_s: float,
-) -> AdminReply:
-    """No request runs. On success all nodes have swapped; they renew their handshakes by themselves."""
-    prepared = await ask_all(
-        links, lambda link: link.prepare_weights(update_id, model_path, weight_version, timeout_s)
-    )
-    if reasons := failures(prepared):
-        await ask_all(links, lambda link: link.discard_weights(update_id, DISCARD_TIMEOUT_S))
-        return AdminReply(False, f"the old weights serve on; {reasons}")
-    committed = await _commit(links, update_id, timeout_s=timeout_s, patience_s=commit_patience_s)
-    if reasons := failures(committed):
-        return AdminReply(False, f"some nodes kept the old weights and pair only with one another; {reasons}")
-    return AdminReply(True, f"{len(links)} nodes serve weight version {weight_version}")

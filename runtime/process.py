@@ -124,6 +124,15 @@ def available_memory_bytes() -> int:
     return available
 
 
+def address_toward(host: str) -> str:
+    """Our address on the way to `host`: the loopback one where it is this machine's own. Raises OSError when
+    its name is not known."""
+    (family, _, _, _, address), *_ = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing, only picks a route
+        return str(probe.getsockname()[0])
+
+
 def routable_host(host: str) -> str:
     """The address that others reach this host by: `host` itself unless it means "all interfaces"."""
     if host not in ("0.0.0.0", "::", ""):

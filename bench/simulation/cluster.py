@@ -27,6 +27,7 @@ from ...decode.sequence import RequestState
 from ...messages.node import CancelRequest, GenerateRequest, NodeEntry, Role
 from ...messages.peer import AbortRoom
 from ...messages.sampling import SamplingParams
+from ...messages.weights import FromDisk
 from ...prefill.job import JobState
 from ...router.options import RouterOptions
 from ...router.service import RouterService
@@ -533,7 +534,9 @@ class SimulatedCluster:
             )
             try:
                 update_id = f"update of {life.process.name}"
-                prepared = await link.prepare_weights(update_id, self.weights, self.weights, 2.0)
+                prepared = await link.prepare_weights(
+                    update_id, FromDisk(model_path=self.weights), self.weights, 2.0
+                )
                 for _ in range(60 if prepared.success else 0):
                     if (await link.commit_weights(update_id, 2.0)).success:
                         self.statistics.count("updates of weights")

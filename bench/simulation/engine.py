@@ -1,4 +1,4 @@
-"""Stands for the engine thread: forwards wait until they are told to finish."""
+"""Stands for the engine's and the jobs' thread: forwards and jobs wait until they are told to finish."""
 
 from __future__ import annotations
 
@@ -26,6 +26,22 @@ class _Job:
     run: Callable[[], Any]
 
 
+class FakeJobs:
+    """The jobs' thread. Its work is done in turn with the forwards."""
+
+    def __init__(self, queue: Callable[[_Job], None]) -> None:
+        self._queue = queue
+        self.results: deque[JobResult] = deque()
+
+    def submit(self, name: str, run: Callable[[], Any]) -> None:
+        self._queue(_Job(name, run))
+
+    def poll(self) -> list[JobResult]:
+        results = list(self.results)
+        self.results.clear()
+        return results
+
+
 class FakeEngine:
     """Work waits in `queued` until `finish`. Each forward verifies every slot that attention would read,
     and that it may write those it writes. `on_queued` is called for each piece of work."""
@@ -45,7 +61,8 @@ class FakeEngine:
         self.clock = clock
         self.weights = "weights-1"
         self.queued: deque[ScheduleBatch | _Job] = deque()
-        self.results: deque[ForwardOutput | JobResult] = deque()
+        self.results: deque[ForwardOutput] = deque()
+        self.jobs = FakeJobs(self._queue)
         self.batches: list[ScheduleBatch] = []
         self._journal = journal
         self._on_queued = on_queued
@@ -64,15 +81,12 @@ class FakeEngine:
         self.batches.append(batch)
         self._queue(batch)
 
-    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
-        self._queue(_Job(name, run))
-
     def _queue(self, work: ScheduleBatch | _Job) -> None:
         self.queued.append(work)
         if self._on_queued is not None:
             self._on_queued()
 
-    def poll(self) -> list[ForwardOutput | JobResult]:
+    def poll(self) -> list[ForwardOutput]:
         results = list(self.results)
         self.results.clear()
         return results
@@ -92,7 +106,7 @@ class FakeEngine:
             started = self.clock()
             self.results.append(ForwardOutput(len(self.batches), rows, started, self.clock()))
         else:
-            self.results.append(_job_result(work))
+            self.jobs.results.append(_job_result(work))
         return True
 
     def row_ids(self, index: int = -1) -> list[str | int]:

@@ -13,15 +13,16 @@ import msgspec
 from ...components.flush_wrapper import FlushWrapper
 from ...components.invariant_checker import check_idle, check_pages, check_requests
 from ...components.load_inquirer import LoadInquirer
+from ...components.loaded_model import LoadedModel
 from ...components.metrics_reporter import MetricsReporter
 from ...components.node_control import NodeControl
-from ...components.node_process import LoadedModel
 from ...components.node_status import NodeStatus
 from ...components.output_streamer import OutputStreamer
 from ...components.page_allocator import PageAllocator
 from ...components.prefix_cache import PrefixCache
 from ...components.request_receiver import RequestReceiver
-from ...components.weight_updater import Prepared, WeightUpdater
+from ...components.update_groups import Group, UpdateGroups
+from ...components.weight_updater import LoadFolder, LoadOrder, Prepared, Sums, TensorHead, WeightUpdater
 from ...decode.batching import DecodeRow
 from ...decode.death_probe import DeathProbe
 from ...decode.growth_estimate import GrowthEstimate
@@ -32,10 +33,12 @@ from ...decode.scheduler import DecodeLimits, DecodeScheduler
 from ...decode.sequence import DecodeRequest, RequestState, Sequence
 from ...engine.engine_thread import EngineThread
 from ...engine.forward_batch import ForwardBatch
+from ...engine.job_thread import JobThread
 from ...engine.schedule_batch import ScheduleBatch
 from ...messages.channel import ServerChannel
 from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
 from ...messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity, PeerToDecode, PeerToPrefill
+from ...messages.weights import JoinUpdateGroup
 from ...prefill.job import JobState
 from ...prefill.scheduler import PrefillLimits, PrefillScheduler, ToPrefill
 from ...runtime.config import VerifyPages, node_config
@@ -60,10 +63,39 @@ class FakeCheckpoint:
     fingerprint: str
 
 
-def load_checkpoint(path: Path) -> FakeCheckpoint:
-    if path.name.startswith("wrong"):
-        raise StartupError(f"{path} cannot replace the model that is served")
-    return FakeCheckpoint(path, f"print of {path.name}")
+def _no_group(message: JoinUpdateGroup) -> Group:
+    raise StartupError(f"group {message.group_name!r} was not joined: there is no trainer here")
+
+
+class FakeStore:
+    """Weights are a name: the folder's, or what a file of tensors holds."""
+
+    def __init__(self, served: Callable[[], str]) -> None:
+        self._served = served
+
+    def load(self, order: LoadOrder) -> Callable[[], FakeCheckpoint]:
+        def job() -> FakeCheckpoint:
+            path = order.path if isinstance(order, LoadFolder) else Path(order.file.read_text())
+            if path.name.startswith("wrong"):
+                raise StartupError(f"{path} cannot replace the model that is served")
+            return FakeCheckpoint(path, f"print of {path.name}")
+
+        return job
+
+    def drop(self) -> None:
+        pass
+
+    def check(self) -> Callable[[], Sums]:
+        served = self._served()
+        return lambda: Sums({"tensor": f"sum of {served}"}, f"sum of {served}")
+
+    def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
+        def job() -> TensorHead:
+            if name != "tensor":
+                raise StartupError(f"the model has no tensor {name!r}")
+            return TensorHead("float32", (8,), [0.5] * num_rows)
+
+        return job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +219,13 @@ class _Base(Generic[T]):
             model_fingerprint=place.fingerprint,
         )
         self.status = NodeStatus(entry, model, node_config(role, {}), LAYOUT, BACKEND)
-        self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(load_checkpoint, self.engine.submit_job)
+        self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(
+            FakeStore(lambda: self.engine.weights),
+            self.engine.jobs.submit,
+            lambda: self.status.weight_version,
+            lambda: 1 << 40,
+            UpdateGroups(_no_group, lambda: 1 << 40),
+        )
         self.metrics = metrics or MetricsReporter("model", role)
         self.digests = FakeDigests(self.pool, on_digest)
         self.load_inquirer = LoadInquirer(page_size=PAGE_SIZE, max_running_requests=settings.max_running)
@@ -220,6 +258,7 @@ class _Base(Generic[T]):
             "allocator": self.allocator,
             "digests": cast(DigestWorker, self.digests),
             "engine": cast(EngineThread, self.engine),
+            "side_jobs": cast(JobThread, self.engine.jobs),
             "build": cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
             "control": cast("NodeControl[LoadedModel]", self._control(drop_cache)),
             "weights": cast("WeightUpdater[LoadedModel]", self.weights),

@@ -14,17 +14,28 @@ from ...messages.node import (
     AttemptFailed,
     CallReply,
     ClientToNode,
-    CommitWeights,
-    DiscardWeights,
     FlushCache,
     GetRequestState,
     GetServerInfo,
     Ping,
     Pong,
-    PrepareWeights,
     RequestStateReply,
     ServerInfoReply,
     TokenOutputs,
+)
+from ...messages.weights import (
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    PrepareWeights,
+    StageWeights,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightSource,
+    WeightsReply,
 )
 from .network import Network
 
@@ -85,13 +96,17 @@ class SimulatedLink:
         message = GetRequestState(call_id=next(self._call_ids), request_id=request_id)
         return await self._call(message, RequestStateReply, timeout_s)
 
+    async def stage_weights(self, update_id: str, offset: int, data: bytes, timeout_s: float) -> CallReply:
+        message = StageWeights(call_id=next(self._call_ids), update_id=update_id, offset=offset, data=data)
+        return await self._call(message, CallReply, timeout_s)
+
     async def prepare_weights(
-        self, update_id: str, model_path: str, weight_version: str, timeout_s: float
+        self, update_id: str, source: WeightSource, weight_version: str, timeout_s: float
     ) -> CallReply:
         message = PrepareWeights(
             call_id=next(self._call_ids),
             update_id=update_id,
-            model_path=model_path,
+            source=source,
             weight_version=weight_version,
         )
         return await self._call(message, CallReply, timeout_s)
@@ -103,6 +118,30 @@ class SimulatedLink:
     async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply:
         message = DiscardWeights(call_id=next(self._call_ids), update_id=update_id)
         return await self._call(message, CallReply, timeout_s)
+
+    async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply:
+        """Waits until every rank has joined, or has not in the time given."""
+        message = JoinUpdateGroup(
+            call_id=next(self._call_ids),
+            group_name=group.name,
+            master_address=group.master_address,
+            master_port=group.master_port,
+            rank=rank,
+            world_size=group.world_size,
+            timeout_s=group.timeout_s,
+        )
+        return await self._call(message, CallReply, 2 * group.timeout_s + REPLY_MARGIN_S)
+
+    async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply:
+        message = LeaveUpdateGroup(call_id=next(self._call_ids), group_name=group_name)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
+        message = GetWeights(call_id=next(self._call_ids), name=name, truncate_size=truncate_size)
+        return await self._call(message, WeightsReply, timeout_s)
+
+    async def check_weights(self, timeout_s: float) -> WeightChecksReply:
+        return await self._call(CheckWeights(call_id=next(self._call_ids)), WeightChecksReply, timeout_s)
 
     async def close(self) -> None:
         self._end("closed")

@@ -11,11 +11,13 @@ from pdserve.api.generation import (
     ChoiceDelta,
     GenerateSpec,
     GenerationInfo,
+    GroupReply,
     WorkerStatus,
 )
 from pdserve.messages.node import NodeEntry, NodeLoad
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import Span
+from pdserve.messages.weights import FromGroup, UpdateGroupSpec, WeightChecksReply, WeightsReply
 from pdserve.runtime.errors import RequestError
 
 # A delta to give, an error to raise, or an event to wait for.
@@ -137,6 +139,8 @@ class FakeAdmin:
         self.reply = AdminReply(True, "done")
         self.states: dict[str, dict[str, Any]] = {}
         self.metrics: Callable[[], str] = str
+        self.named_weights: dict[str, WeightsReply] = {}
+        self.weight_checks: dict[str, WeightChecksReply] = {}
 
     def readiness(self) -> tuple[bool, str]:
         return self.ready
@@ -168,6 +172,34 @@ class FakeAdmin:
     async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
         self.calls.append(("update", model_path, weight_version))
         return self.reply
+
+    async def update_weights_from_tensor(
+        self, body: AsyncIterator[bytes], weight_version: str | None
+    ) -> AdminReply:
+        self.calls.append(("update", b"".join([piece async for piece in body]), weight_version))
+        return self.reply
+
+    async def update_weights_from_distributed(
+        self, source: FromGroup, weight_version: str | None
+    ) -> AdminReply:
+        self.calls.append(("update", source, weight_version))
+        return self.reply
+
+    async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
+        self.calls.append(("init group", group, rank_offset))
+        return GroupReply(self.reply.success, self.reply.message, {"http://d": rank_offset})
+
+    async def destroy_weights_update_group(self, name: str) -> AdminReply:
+        self.calls.append(("destroy group", name))
+        return self.reply
+
+    async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
+        self.calls.append(("get weights", name, truncate_size))
+        return self.named_weights
+
+    async def check_weights(self) -> dict[str, WeightChecksReply]:
+        self.calls.append(("check weights",))
+        return self.weight_checks
 
     async def request_state(self, request_id: str) -> dict[str, Any] | None:
         return self.states.get(request_id)

@@ -16,8 +16,6 @@ from pdserve.messages.node import (
     CallReply,
     CancelRequest,
     ClientToNode,
-    CommitWeights,
-    DiscardWeights,
     FlushCache,
     GenerateRequest,
     GetMetrics,
@@ -29,12 +27,23 @@ from pdserve.messages.node import (
     NodeLoad,
     Ping,
     Pong,
-    PrepareWeights,
     RankInfo,
     RequestStateReply,
     ResendFrom,
     Roster,
     ServerInfoReply,
+)
+from pdserve.messages.weights import (
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    PrepareWeights,
+    StageWeights,
+    WeightChecksReply,
+    WeightsReply,
 )
 
 MODEL = ModelInfo(
@@ -126,11 +135,18 @@ class FakeScheduler:
                 FlushCache()
                 | AbortRequests()
                 | AssertPeerDeath()
+                | StageWeights()
                 | PrepareWeights()
                 | CommitWeights()
                 | DiscardWeights()
+                | JoinUpdateGroup()
+                | LeaveUpdateGroup()
             ):
                 success, text = self.outcome(message)
                 return CallReply(call_id=message.call_id, success=success, message=text)
+            case GetWeights(call_id=call_id, truncate_size=size):
+                return WeightsReply(call_id=call_id, success=True, values=[0.5] * size)
+            case CheckWeights(call_id=call_id):
+                return WeightChecksReply(call_id=call_id, success=True, tensors={"t": "ab"}, whole="cd")
             case GenerateRequest() | CancelRequest() | ResendFrom() | Roster():
                 return None

@@ -8,7 +8,8 @@ import pytest_asyncio
 import zmq.asyncio
 
 from pdserve.api.node_client import NodeClient, NodeUnavailableError, StreamMessage
-from pdserve.messages.node import AttemptFailed, CancelRequest, PrepareWeights, TokenOutput, TokenOutputs
+from pdserve.messages.node import AttemptFailed, CancelRequest, TokenOutput, TokenOutputs
+from pdserve.messages.weights import FromDisk, PrepareWeights
 from pdserve.tests.unit.api.conftest import eventually
 from pdserve.tests.unit.api.scheduler import MODEL, FakeScheduler
 
@@ -45,7 +46,7 @@ async def test_calls_get_their_own_replies(client: NodeClient) -> None:
 
 async def test_weights(client: NodeClient, scheduler: FakeScheduler) -> None:
     scheduler.outcome = lambda message: (not isinstance(message, PrepareWeights), "")
-    assert not (await client.prepare_weights("u", "/new", "8", 5.0)).success
+    assert not (await client.prepare_weights("u", FromDisk(model_path="/new"), "8", 5.0)).success
     assert (await client.commit_weights("u", 5.0)).success
     assert (await client.discard_weights("u")).success
 

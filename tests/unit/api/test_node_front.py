@@ -15,11 +15,9 @@ from pdserve.api import node_front
 from pdserve.api.node_front import serve_node_front
 from pdserve.messages.node import (
     AssertPeerDeath,
-    CommitWeights,
-    DiscardWeights,
     FlushCache,
-    PrepareWeights,
 )
+from pdserve.messages.weights import CommitWeights, DiscardWeights, FromTensors, PrepareWeights, StageWeights
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.scheduler import FakeScheduler
 
@@ -172,7 +170,7 @@ async def test_flush(front: Front) -> None:
 
 
 def weight_messages(front: Front) -> list[type]:
-    kinds = (PrepareWeights, CommitWeights, DiscardWeights)
+    kinds = (StageWeights, PrepareWeights, CommitWeights, DiscardWeights)
     return [type(message) for message in front.scheduler.received if isinstance(message, kinds)]
 
 
@@ -191,6 +189,26 @@ async def test_a_failed_update_is_discarded(front: Front) -> None:
     status, answer = await front.post("/update_weights_from_disk", body)
     assert (status, answer["message"]) == (400, "not idle")
     assert weight_messages(front) == [PrepareWeights, CommitWeights, DiscardWeights]
+
+
+async def test_tensors_for_one_node_alone(front: Front) -> None:
+    body = (2).to_bytes(8, "little") + b"{}" + bytes(3)
+    for query, status in (("", 400), ("?force=1&weight_version=8", 200)):
+        async with front.http.post(f"{front.url}/update_weights_from_tensor{query}", data=body) as answer:
+            assert answer.status == status, await answer.text()
+    assert weight_messages(front) == [StageWeights, PrepareWeights, CommitWeights]
+    staged, prepared = front.scheduler.received[-3:-1]
+    assert isinstance(staged, StageWeights)
+    assert (staged.offset, staged.data) == (0, body)
+    assert isinstance(prepared, PrepareWeights)
+    assert (prepared.source, prepared.weight_version) == (FromTensors(num_bytes=13), "8")
+
+
+async def test_weights_of_one_node_can_be_read_and_checked(front: Front) -> None:
+    assert await front.get("/get_weights_by_name?name=t&truncate_size=2") == (200, [0.5, 0.5])
+    status, answer = await front.post("/check_weights", {"action": "checksum"})
+    assert (status, answer["success"]) == (200, True)
+    assert answer["nodes"][front.url]["whole"] == "cd"
 
 
 async def test_a_scheduler_that_does_not_answer_is_a_503(front: Front) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,12 +14,11 @@ from pdserve.components.flush_wrapper import FlushWrapper
 from pdserve.components.metrics_reporter import MetricsReporter
 from pdserve.components.node_control import ControlMessage, ControlResult, NodeControl
 from pdserve.components.node_status import NodeStatus
-from pdserve.components.weight_updater import WeightUpdater
+from pdserve.components.update_groups import Group, UpdateGroups
+from pdserve.components.weight_updater import LoadFolder, LoadOrder, Sums, TensorHead, WeightUpdater
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.node import (
     CallReply,
-    CommitWeights,
-    DiscardWeights,
     FlushCache,
     GetMetrics,
     GetServerInfo,
@@ -26,10 +26,11 @@ from pdserve.messages.node import (
     ModelInfo,
     NodeEntry,
     NodeLoad,
-    PrepareWeights,
     ServerInfoReply,
 )
+from pdserve.messages.weights import CommitWeights, DiscardWeights, FromDisk, JoinUpdateGroup, PrepareWeights
 from pdserve.runtime.config import node_config
+from pdserve.runtime.errors import StartupError
 
 LINK = b"router"
 LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
@@ -39,6 +40,25 @@ LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype=
 class FakeCheckpoint:
     path: Path
     fingerprint: str = "new digest"
+
+
+def no_group(message: JoinUpdateGroup) -> Group:
+    raise StartupError(message.group_name)
+
+
+class FakeStore:
+    def load(self, order: LoadOrder) -> Callable[[], FakeCheckpoint]:
+        assert isinstance(order, LoadFolder)
+        return lambda: FakeCheckpoint(order.path)
+
+    def drop(self) -> None:
+        pass
+
+    def check(self) -> Callable[[], Sums]:
+        return lambda: Sums({}, "")
+
+    def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
+        return lambda: TensorHead("float32", (1,), [0.0])
 
 
 def make_status() -> NodeStatus:
@@ -68,12 +88,18 @@ def make_status() -> NodeStatus:
 
 @dataclass
 class Bench:
-    jobs: list[Callable[[], FakeCheckpoint]] = field(default_factory=list)
+    jobs: list[Callable[[], Any]] = field(default_factory=list)
     can_drop: bool = True
     num_drops: int = 0
 
     def __post_init__(self) -> None:
-        self.weights = WeightUpdater(FakeCheckpoint, lambda _, run: self.jobs.append(run))
+        self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(
+            FakeStore(),
+            lambda _, run: self.jobs.append(run),
+            lambda: "w1",
+            lambda: 1 << 30,
+            UpdateGroups(no_group, lambda: 1 << 30),
+        )
         self.control = NodeControl(
             status=make_status(),
             flush=FlushWrapper(),
@@ -145,10 +171,12 @@ def test_a_flush_that_waited_too_long_is_told_and_drops_nothing(bench: Bench) ->
 
 
 def test_weights_are_prepared_then_swapped(bench: Bench) -> None:
-    prepare = PrepareWeights(call_id=1, update_id="u", model_path="/models/next", weight_version="w2")
+    prepare = PrepareWeights(
+        call_id=1, update_id="u", source=FromDisk(model_path="/models/next"), weight_version="w2"
+    )
     assert bench.handle(prepare).replies == []
     assert outcome(bench.handle(prepare)) == (1, False)
-    bench.weights.loaded(bench.jobs.pop()())
+    bench.weights.finish(bench.jobs.pop()(), None)
 
     refused = bench.handle(CommitWeights(call_id=2, update_id="u"), idle=False)
     assert (outcome(refused), refused.swap) == ((2, False), None)
@@ -160,8 +188,10 @@ def test_weights_are_prepared_then_swapped(bench: Bench) -> None:
 
 
 def test_discarded_weights_are_not_swapped(bench: Bench) -> None:
-    bench.handle(PrepareWeights(call_id=1, update_id="u", model_path="/m", weight_version="w2"))
-    bench.weights.loaded(bench.jobs.pop()())
+    bench.handle(
+        PrepareWeights(call_id=1, update_id="u", source=FromDisk(model_path="/m"), weight_version="w2")
+    )
+    bench.weights.finish(bench.jobs.pop()(), None)
     discarded = bench.handle(DiscardWeights(call_id=2, update_id="u"))
     assert reply(discarded) == CallReply(call_id=2, success=True)
     assert bench.handle(CommitWeights(call_id=3, update_id="u")).swap is None

@@ -14,21 +14,25 @@ from pathlib import Path
 import pytest
 
 from pdserve.components.rank_group import LostRankError, RankGroup, RankProcess
+from pdserve.components.weight_updater import LoadFolder, LoadTensors
 from pdserve.engine.engine_thread import Progress
 from pdserve.messages.peer import MemoryRegion
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
     CancelRuns,
+    CheckShard,
     CopyPages,
     DropShard,
     FromRank,
     LoadShard,
     MeetRegion,
+    RankChecked,
     RankDone,
     RankFailed,
     RankReady,
     SwapShard,
     ToRank,
+    UpdateShard,
     WriteEnd,
     WriteRun,
     WritesEnded,
@@ -101,6 +105,32 @@ def test_a_rank_that_dies_while_it_starts_is_told(group: RankGroup, other: Other
         group.wait_ready()
 
 
+def test_checks_are_waited_for_in_the_order_they_were_begun(group: RankGroup, other: OtherRank) -> None:
+    for digits in ("ff", "1"):
+        group.start_check()
+        message = other.next()
+        assert isinstance(message, CheckShard)
+        other.end.send(RankChecked(call_id=message.call_id, sums={"t": digits}))
+    found: list[list[dict[str, int]]] = []
+    jobs = threading.Thread(target=lambda: found.extend([group.finish_check(), group.finish_check()]))
+    jobs.start()
+    poll_until(group, lambda: not jobs.is_alive())
+    assert found == [[{"t": 255}], [{"t": 1}]]
+
+
+def test_an_update_of_some_tensors_reaches_every_rank(group: RankGroup, other: OtherRank) -> None:
+    group.load_shards(LoadTensors(Path("/proc/1/fd/2")))
+    message = other.next()
+    assert isinstance(message, UpdateShard)
+    assert message.file == "/proc/1/fd/2"
+    other.end.send(RankDone(call_id=message.call_id, error="it has no such tensor"))
+    errors: list[str] = []
+    jobs = threading.Thread(target=lambda: errors.extend(group.finish_load()))
+    jobs.start()
+    poll_until(group, lambda: not jobs.is_alive())
+    assert errors == ["TP rank 1: it has no such tensor"]
+
+
 def test_a_dead_rank_ends_the_replica_with_the_reason(group: RankGroup, other: OtherRank) -> None:
     group.poll(1.0, None)
     other.process.kill()
@@ -151,7 +181,7 @@ def test_a_rank_that_dies_while_it_is_waited_for_ends_the_replica(group: RankGro
 
 
 def test_a_load_is_over_when_every_rank_has_answered(group: RankGroup, other: OtherRank) -> None:
-    group.load_shards(Path("/models/next"))
+    group.load_shards(LoadFolder(Path("/models/next")))
     assert other.next() == LoadShard(call_id=0, model_path="/models/next")
     errors: list[str] = []
     engine = threading.Thread(target=lambda: errors.extend(group.finish_load()))

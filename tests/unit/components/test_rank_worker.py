@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pdserve.components.rank_worker import run_rank
 from pdserve.engine.batch_codec import encode_batch
@@ -24,6 +25,7 @@ from pdserve.engine.weights import load_weights
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
     CancelRuns,
+    CheckShard,
     CopyPages,
     DropShard,
     FromRank,
@@ -31,12 +33,14 @@ from pdserve.messages.ranks import (
     LoadShard,
     MeetRegion,
     PoisonPages,
+    RankChecked,
     RankDone,
     RankFailed,
     RankReady,
     RankStart,
     RunForward,
     SwapShard,
+    UpdateShard,
     WriteEnd,
     WriteRun,
     WritesEnded,
@@ -188,6 +192,22 @@ def test_a_rank_computes_copies_moves_and_swaps(
     assert call(LoadShard(call_id=5, model_path=str(SHIPPED_MODEL))) == RankDone(call_id=5)
     rank0.pipe.send(SwapShard())
     assert rank0.forward() == expected
+
+    file = tmp_path / "update.safetensors"
+    save_file({"model.norm.weight": torch.zeros(CONFIG.hidden_size)}, file)
+    rank0.pipe.send(CheckShard(call_id=6))
+    before = rank0.next()
+    assert isinstance(before, RankChecked)
+    assert call(UpdateShard(call_id=7, file=str(file))) == RankDone(call_id=7)
+    rank0.pipe.send(CheckShard(call_id=8))
+    assert rank0.next() == RankChecked(call_id=8, sums=before.sums), "it is beside what serves"
+    rank0.pipe.send(SwapShard())
+    rank0.pipe.send(CheckShard(call_id=9))
+    after = rank0.next()
+    assert isinstance(after, RankChecked)
+    assert after.sums == before.sums, "rank 0 counts what every rank has"
+    refused = call(UpdateShard(call_id=10, file=str(tmp_path / "none")))
+    assert refused.error
     peer.close()
 
 

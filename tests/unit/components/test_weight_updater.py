@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from pdserve.components.weight_updater import Answer, Prepared, WeightUpdater
-from pdserve.messages.node import CallReply, CommitWeights, DiscardWeights, PrepareWeights
+from pdserve.components.update_groups import UpdateGroups
+from pdserve.components.weight_updater import (
+    Answer,
+    LoadFolder,
+    LoadOrder,
+    LoadTensors,
+    Prepared,
+    Sums,
+    TensorHead,
+    WeightUpdater,
+)
+from pdserve.messages.node import CallReply
+from pdserve.messages.weights import (
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    FromDisk,
+    FromGroup,
+    FromTensors,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    PrepareWeights,
+    StageWeights,
+    TensorSpec,
+    WeightChecksReply,
+    WeightsReply,
+)
 from pdserve.runtime.errors import StartupError
 
 
@@ -23,43 +52,110 @@ class FakeCheckpoint:
 
 
 @dataclass
-class FakeRanks:
-    """The further ranks: what they were told, and when the own job was queued."""
+class FakeStore:
+    """What it was told, in order. Its jobs say what they did."""
 
     told: list[str] = field(default_factory=list)
+    served: str = "old"
+    reads_tensors: bool = False
+    read: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def load_shards(self, path: Path) -> None:
-        self.told.append(f"load {path}")
+    def load(self, order: LoadOrder) -> Callable[[], FakeCheckpoint]:
+        self.told.append("load")
 
-    def drop_shards(self) -> None:
+        def job() -> FakeCheckpoint:
+            match order:
+                case LoadFolder(path):
+                    return FakeCheckpoint(path)
+                case LoadTensors(file) if self.reads_tensors:
+                    self.read = load_file(file)
+                    return FakeCheckpoint(Path("/received"))
+                case LoadTensors(file):
+                    return FakeCheckpoint(Path(file.read_text()))
+
+        return job
+
+    def drop(self) -> None:
         self.told.append("drop")
+
+    def check(self) -> Callable[[], Sums]:
+        served = self.served
+        return lambda: Sums({"t": served}, f"all of {served}")
+
+    def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
+        return lambda: TensorHead("float32", (9,), [1.0] * num_rows)
+
+
+class FakeGroup:
+    """Sends bytes 0, 1, 2 and so on, in each buffer."""
+
+    def receive(self, buffers: Sequence[torch.Tensor], timeout_s: float) -> None:
+        for buffer in buffers:
+            buffer.copy_(torch.arange(len(buffer)))
 
 
 @dataclass
 class Bench:
     """An updater whose jobs run when the test says so."""
 
-    jobs: list[tuple[str, Callable[[], FakeCheckpoint]]] = field(default_factory=list)
-
-    ranks: FakeRanks = field(default_factory=FakeRanks)
+    jobs: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
+    store: FakeStore = field(default_factory=FakeStore)
+    available_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        self.updater = WeightUpdater(FakeCheckpoint, self.start_job, self.ranks)
+        self.updater: WeightUpdater[FakeCheckpoint] = WeightUpdater(
+            self.store,
+            self.start_job,
+            lambda: f"version of {self.store.served}",
+            lambda: self.available_bytes,
+            UpdateGroups(self.join, lambda: self.available_bytes),
+        )
 
-    def start_job(self, name: str, run: Callable[[], FakeCheckpoint]) -> None:
+    def join(self, message: JoinUpdateGroup) -> FakeGroup:
+        if message.master_port == 1:
+            raise StartupError("nobody listens there")
+        return FakeGroup()
+
+    def start_job(self, name: str, run: Callable[[], Any]) -> None:
         self.jobs.append((name, run))
-        self.ranks.told.append("own job")
+        self.store.told.append("own job")
 
     def prepare(self, update_id: str, call_id: int = 1, link: bytes = b"router") -> Answer | None:
-        path, version = f"/models/{update_id}", f"version of {update_id}"
+        source, version = FromDisk(model_path=f"/models/{update_id}"), f"version of {update_id}"
         return self.updater.prepare(
-            link,
-            PrepareWeights(call_id=call_id, update_id=update_id, model_path=path, weight_version=version),
+            link, PrepareWeights(call_id=call_id, update_id=update_id, source=source, weight_version=version)
+        )
+
+    def stage(self, update_id: str, data: bytes, offset: int = 0) -> CallReply:
+        message = StageWeights(call_id=4, update_id=update_id, offset=offset, data=data)
+        reply = self.updater.stage(b"router", message).reply
+        assert isinstance(reply, CallReply)
+        return reply
+
+    def prepare_tensors(self, update_id: str, num_bytes: int) -> Answer | None:
+        source = FromTensors(num_bytes=num_bytes)
+        return self.updater.prepare(
+            b"router", PrepareWeights(call_id=5, update_id=update_id, source=source, weight_version="v")
         )
 
     def finish_loading(self) -> Answer:
+        answer = self.run_job()
+        assert answer is not None
+        return answer
+
+    def run_job(self) -> Answer | None:
         _, run = self.jobs.pop(0)
-        return self.updater.loaded(run())
+        try:
+            value = run()
+        except StartupError as error:
+            return self.updater.finish(None, error)
+        return self.updater.finish(value, None)
+
+    def fail_loading(self, error: StartupError) -> Answer:
+        self.jobs.pop(0)
+        answer = self.updater.finish(None, error)
+        assert answer is not None
+        return answer
 
     def commit(
         self, update_id: str, *, idle: bool = True
@@ -67,10 +163,13 @@ class Bench:
         message = CommitWeights(call_id=2, update_id=update_id)
         answer, swap = self.updater.commit(b"router", message, idle=idle)
         assert answer.link == b"router"
+        assert isinstance(answer.reply, CallReply)
         return answer.reply, swap
 
     def discard(self, update_id: str) -> CallReply:
-        return self.updater.discard(b"router", DiscardWeights(call_id=3, update_id=update_id)).reply
+        reply = self.updater.discard(b"router", DiscardWeights(call_id=3, update_id=update_id)).reply
+        assert isinstance(reply, CallReply)
+        return reply
 
 
 @pytest.fixture
@@ -92,7 +191,7 @@ def test_commit_gives_what_was_prepared_once(bench: Bench) -> None:
     bench.finish_loading()
     reply, swap = bench.commit("u1")
     assert reply == CallReply(call_id=2, success=True, message="version of u1")
-    assert swap == Prepared("u1", "/models/u1", "version of u1", FakeCheckpoint(Path("/models/u1")))
+    assert swap == Prepared("u1", "version of u1", FakeCheckpoint(Path("/models/u1")))
     reply, swap = bench.commit("u1")
     assert (reply.success, reply.message, swap) == (False, "update u1 is not prepared here", None)
 
@@ -109,7 +208,7 @@ def test_a_busy_node_says_no_and_keeps_the_update(bench: Bench) -> None:
 
 def test_a_checkpoint_that_cannot_serve_is_refused_with_the_reason(bench: Bench) -> None:
     bench.prepare("u1", call_id=7)
-    answer = bench.updater.failed(StartupError("its vocab_size is 5, not 4"))
+    answer = bench.fail_loading(StartupError("its vocab_size is 5, not 4"))
     expected = CallReply(call_id=7, success=False, message="its vocab_size is 5, not 4")
     assert answer == Answer(b"router", expected)
     assert bench.updater.is_idle
@@ -158,42 +257,223 @@ def test_what_is_discarded_while_it_loads_is_dropped(bench: Bench) -> None:
     assert bench.updater.is_idle
     assert bench.commit("u1")[1] is None
     bench.prepare("u1")
-    assert bench.finish_loading().reply.success, "the same update may be asked for again"
+    assert succeeds(bench.finish_loading()), "the same update may be asked for again"
 
 
 def test_discarding_another_update_leaves_the_one_that_loads(bench: Bench) -> None:
     bench.prepare("u2")
     bench.discard("u1")
-    assert bench.finish_loading().reply.success
+    assert succeeds(bench.finish_loading())
 
 
 def test_a_load_that_nobody_asked_for_is_a_defect(bench: Bench) -> None:
     with pytest.raises(RuntimeError):
-        bench.updater.loaded(FakeCheckpoint(Path("x")))
-    with pytest.raises(RuntimeError):
-        bench.updater.failed(StartupError("x"))
-
-
-def test_other_ranks_load_before_the_own_job_is_queued(bench: Bench) -> None:
-    """Or forwards queued in between would be computed in another order, and wait for one another for ever."""
-    bench.prepare("u1")
-    assert bench.ranks.told == ["load /models/u1", "own job"]
+        bench.updater.finish(FakeCheckpoint(Path("x")), None)
 
 
 def test_other_ranks_let_go_of_what_is_not_committed(bench: Bench) -> None:
     bench.prepare("u1")
     bench.finish_loading()
     bench.discard("u1")
-    assert bench.ranks.told.count("drop") == 1
+    assert bench.store.told.count("drop") == 1
     bench.prepare("u2")
     bench.discard("u2")
-    assert bench.ranks.told.count("drop") == 1  # it is still loading
+    assert bench.store.told.count("drop") == 1  # it is still loading
     bench.finish_loading()
-    assert bench.ranks.told.count("drop") == 2
+    assert bench.store.told.count("drop") == 2
     bench.prepare("u3")
-    bench.updater.failed(StartupError("no such file"))
-    assert bench.ranks.told.count("drop") == 3
+    bench.fail_loading(StartupError("no such file"))
+    assert bench.store.told.count("drop") == 3
     bench.prepare("u4")
     bench.finish_loading()
     bench.commit("u4")
-    assert bench.ranks.told.count("drop") == 3
+    assert bench.store.told.count("drop") == 3
+
+
+# ---- tensors ----------------------------------------------------------------------------------------
+
+
+def test_staged_parts_are_one_file_for_the_load_and_gone_after_it(bench: Bench) -> None:
+    assert bench.stage("u1", b"/ten").success
+    assert bench.stage("u1", b"sors", offset=4).success
+    assert bench.prepare_tensors("u1", 8) is None
+    assert succeeds(bench.finish_loading())
+    _, swap = bench.commit("u1")
+    assert swap is not None
+    assert swap.checkpoint == FakeCheckpoint(Path("/tensors"))
+    answer = bench.prepare_tensors("u1", 8)
+    assert answer is not None
+    assert reason(answer) == "nothing is staged for update u1"
+
+
+def test_a_part_that_is_not_the_next_one_is_refused(bench: Bench) -> None:
+    assert bench.stage("u1", b"/ten").success
+    assert bench.stage("u1", b"x", offset=5).message == "byte 5 came where 4 was next"
+    assert bench.stage("u1", b"sors", offset=4).success
+    answer = bench.prepare_tensors("u1", 9)
+    assert answer is not None
+    assert reason(answer) == "8 of 9 bytes of the update were staged"
+    assert not bench.jobs
+
+
+def test_another_update_takes_the_place_of_what_was_staged(bench: Bench) -> None:
+    bench.stage("u1", b"old")
+    assert bench.stage("u2", b"/new").success
+    answer = bench.prepare_tensors("u1", 3)
+    assert answer is not None
+    assert not succeeds(answer)
+    assert bench.prepare_tensors("u2", 4) is None
+    busy = bench.stage("u3", b"x")
+    assert (busy.success, busy.message) == (False, "update u2 is being prepared")
+    assert succeeds(bench.finish_loading()), "its file was left alone"
+
+
+def test_what_does_not_fit_is_refused_and_dropped(bench: Bench) -> None:
+    bench.stage("u1", b"1234")
+    bench.available_bytes = 5
+    assert "does not fit: this host has 0 MiB left" in bench.stage("u1", b"5678", offset=4).message
+    bench.available_bytes = 1 << 30
+    assert not bench.stage("u1", b"x", offset=4).success, "it begins again"
+
+
+def test_discarding_drops_what_is_staged(bench: Bench) -> None:
+    bench.stage("u1", b"1234")
+    bench.discard("u1")
+    answer = bench.prepare_tensors("u1", 4)
+    assert answer is not None
+    assert not succeeds(answer)
+
+
+# ---- what a trainer broadcasts ----------------------------------------------------------------------
+
+
+def join_message(port: int = 5) -> JoinUpdateGroup:
+    return JoinUpdateGroup(
+        call_id=6,
+        group_name="g",
+        master_address="trainer",
+        master_port=port,
+        rank=1,
+        world_size=2,
+        timeout_s=1.0,
+    )
+
+
+def from_group(*, is_one_bucket: bool = False) -> PrepareWeights:
+    tensors = (
+        TensorSpec("a", "float32", (2, 3)),
+        TensorSpec("b", "bfloat16", ()),
+        TensorSpec("c", "int8", (0,)),
+    )
+    source = FromGroup(group_name="g", tensors=tensors, is_one_bucket=is_one_bucket, timeout_s=1.0)
+    return PrepareWeights(call_id=7, update_id="u1", source=source, weight_version="v")
+
+
+@pytest.mark.parametrize("is_one_bucket", [False, True])
+def test_what_is_received_is_then_loaded_as_a_file(bench: Bench, is_one_bucket: bool) -> None:
+    bench.store.reads_tensors = True
+    bench.updater.join(b"trainer", join_message())
+    assert bench.finish_loading() == Answer(b"trainer", CallReply(call_id=6, success=True))
+    assert bench.updater.prepare(b"router", from_group(is_one_bucket=is_one_bucket)) is None
+    assert bench.store.told == ["own job", "own job"], "further ranks begin when the tensors are here"
+    assert bench.run_job() is None
+    assert succeeds(bench.finish_loading())
+    row = torch.arange(26, dtype=torch.uint8)
+    assert torch.equal(bench.store.read["a"], row[:24].view(torch.float32).view(2, 3))
+    expected = row[24:26] if is_one_bucket else row[:2]
+    assert torch.equal(bench.store.read["b"].flatten().view(torch.uint8), expected)
+    assert bench.store.read["c"].shape == (0,)
+    _, swap = bench.commit("u1")
+    assert swap is not None
+    bench.updater.leave(b"trainer", LeaveUpdateGroup(call_id=8, group_name="g"))
+    assert succeeds(bench.finish_loading())
+
+
+def test_an_update_is_one_from_its_first_byte_on(bench: Bench) -> None:
+    bench.store.reads_tensors = True
+    bench.updater.join(b"trainer", join_message())
+    bench.finish_loading()
+    bench.updater.prepare(b"router", from_group())
+    busy = bench.prepare("u2")
+    assert busy is not None
+    assert reason(busy) == "update u1 is being prepared"
+    bench.updater.check(b"asker", CheckWeights(call_id=9))
+    assert bench.run_job() is None
+    busy = bench.prepare("u2")
+    assert busy is not None
+    assert reason(busy) == "update u1 is being prepared"
+    assert bench.finish_loading().link == b"asker"
+    assert bench.finish_loading().link == b"router"
+
+
+def test_what_is_discarded_while_it_is_received_is_not_loaded(bench: Bench) -> None:
+    bench.updater.join(b"trainer", join_message())
+    bench.finish_loading()
+    bench.updater.prepare(b"router", from_group())
+    assert bench.discard("u1").success
+    assert reason(bench.finish_loading()) == "update u1 was discarded"
+    assert bench.updater.is_idle
+    assert not bench.jobs
+
+
+def test_a_group_that_does_not_come_together_or_is_not_there_is_an_answer(bench: Bench) -> None:
+    bench.updater.join(b"trainer", join_message(port=1))
+    assert reason(bench.finish_loading()) == "nobody listens there"
+    bench.updater.prepare(b"router", from_group())
+    assert "init_weights_update_group comes first" in reason(bench.finish_loading())
+    bench.updater.leave(b"trainer", LeaveUpdateGroup(call_id=8, group_name="g"))
+    assert reason(bench.finish_loading()) == "there is no group 'g'"
+    for _ in range(2):
+        bench.updater.join(b"trainer", join_message())
+    assert succeeds(bench.finish_loading())
+    assert reason(bench.finish_loading()) == "group 'g' is there already: destroy it first"
+    bench.available_bytes = 30
+    bench.updater.prepare(b"router", from_group())
+    assert "the update does not fit" in reason(bench.finish_loading())
+
+
+# ---- questions --------------------------------------------------------------------------------------
+
+
+def test_a_check_is_of_the_weights_that_served_when_it_was_asked_for(bench: Bench) -> None:
+    bench.prepare("u1")
+    bench.updater.check(b"asker", CheckWeights(call_id=9))
+    bench.store.served = "new"
+    bench.finish_loading()
+    answer = bench.finish_loading()
+    assert answer == Answer(
+        b"asker",
+        WeightChecksReply(
+            call_id=9, success=True, weight_version="version of old", tensors={"t": "old"}, whole="all of old"
+        ),
+    )
+
+
+def test_questions_are_answered_in_turn_and_failures_are_answers(bench: Bench) -> None:
+    bench.updater.get(b"asker", GetWeights(call_id=9, name="t", truncate_size=2))
+    bench.updater.check(b"asker", CheckWeights(call_id=10))
+    answer = bench.finish_loading()
+    expected = WeightsReply(call_id=9, success=True, dtype="float32", shape=(9,), values=[1.0, 1.0])
+    assert answer == Answer(b"asker", expected)
+    failed = bench.fail_loading(StartupError("why"))
+    assert failed == Answer(b"asker", WeightChecksReply(call_id=10, success=False, message="why"))
+    bench.updater.get(b"asker", GetWeights(call_id=11, name="t", truncate_size=2))
+    assert bench.updater.prepare(b"router", prepare_message()) is None, (
+        "a question does not keep an update out"
+    )
+    failed = bench.fail_loading(StartupError("no tensor"))
+    assert failed == Answer(b"asker", WeightsReply(call_id=11, success=False, message="no tensor"))
+    assert succeeds(bench.finish_loading())
+
+
+def prepare_message() -> PrepareWeights:
+    return PrepareWeights(call_id=1, update_id="u", source=FromDisk(model_path="/m"), weight_version="v")
+
+
+def succeeds(answer: Answer) -> bool:
+    return answer.reply.success
+
+
+def reason(answer: Answer) -> str:
+    assert not answer.reply.success
+    return answer.reply.message

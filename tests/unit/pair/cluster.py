@@ -427,8 +427,7 @@ class Pair:
             self.prefill.server.inbox
             or any(node.digests.jobs and not node.digests.is_held for node in (self.prefill, self.decode))
             or self.decode.server.inbox
-            or self.prefill.engine.results
-            or self.decode.engine.results
+            or any(node.engine.results or node.engine.jobs.results for node in (self.prefill, self.decode))
             or self.backend.results
         )
         return nodes_are_quiet and self.network.is_quiet

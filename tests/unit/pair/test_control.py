@@ -6,8 +6,6 @@ import msgspec
 
 from pdserve.messages.node import (
     CallReply,
-    CommitWeights,
-    DiscardWeights,
     FlushCache,
     GenerateRequest,
     GetMetrics,
@@ -15,11 +13,11 @@ from pdserve.messages.node import (
     MetricsReply,
     Ping,
     Pong,
-    PrepareWeights,
     Roster,
     ServerInfoReply,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.weights import CommitWeights, DiscardWeights, FromDisk, PrepareWeights
 
 from .cluster import ADDRESS, DecodeNode, Pair, PrefillNode, expected_tokens, kv_of, prompt_of
 
@@ -90,7 +88,7 @@ def test_a_flush_times_out_on_a_busy_node() -> None:
 
 
 def prepare(pair: Pair, node: PrefillNode | DecodeNode, path: str = "weights-2") -> CallReply:
-    message = PrepareWeights(call_id=1, update_id="u1", model_path=path, weight_version="v2")
+    message = PrepareWeights(call_id=1, update_id="u1", source=FromDisk(model_path=path), weight_version="v2")
     send = pair.to_decode if node is pair.decode else pair.to_prefill
     send(message, ADMIN)
     pair.compute(node)  # loading is a job of the engine thread
@@ -135,7 +133,9 @@ def test_a_busy_node_does_not_commit_and_keeps_the_update() -> None:
     for node in (pair.prefill, pair.decode):
         pair.start("a", prompt_of(9), attempt=1 if node is pair.prefill else 2)
         # Loading waits its turn behind the forwards that are queued.
-        message = PrepareWeights(call_id=1, update_id="u1", model_path="weights-2", weight_version="v2")
+        message = PrepareWeights(
+            call_id=1, update_id="u1", source=FromDisk(model_path="weights-2"), weight_version="v2"
+        )
         (pair.to_prefill if node is pair.prefill else pair.to_decode)(message, ADMIN)
         while num_replies(node) == 0:
             pair.compute(node)
@@ -175,12 +175,17 @@ def test_a_discarded_update_cannot_be_committed() -> None:
 def test_serving_goes_on_while_weights_load() -> None:
     pair = Pair()
     pair.to_prefill(
-        PrepareWeights(call_id=1, update_id="u1", model_path="weights-2", weight_version="v2"), ADMIN
+        PrepareWeights(
+            call_id=1, update_id="u1", source=FromDisk(model_path="weights-2"), weight_version="v2"
+        ),
+        ADMIN,
     )
     pair.start("a", prompt_of(9))
     pair.finish()
     pair.check_answer("a", prompt_of(9), 4)
-    second = PrepareWeights(call_id=9, update_id="u2", model_path="weights-3", weight_version="v3")
+    second = PrepareWeights(
+        call_id=9, update_id="u2", source=FromDisk(model_path="weights-3"), weight_version="v3"
+    )
     pair.to_prefill(second, ADMIN)
     busy = reply_of(pair, pair.prefill, msgspec.structs.replace(second, call_id=10))
     assert (busy.call_id, busy.success) == (10, False)

@@ -8,13 +8,12 @@ import pytest
 
 from pdserve.messages.node import (
     CallReply,
-    CommitWeights,
     FlushCache,
     GetMetrics,
     MetricsReply,
-    PrepareWeights,
 )
 from pdserve.messages.sampling import TokenLogprob
+from pdserve.messages.weights import CommitWeights, FromDisk, PrepareWeights
 
 from .cluster import LAYOUT, PAGE_SIZE, Pair, expected_tokens, prompt_of
 
@@ -242,7 +241,12 @@ def test_other_weights_drop_it() -> None:
     conversation = first_turn(pair)
     for node in (pair.prefill, pair.decode):
         deliver = pair.to_prefill if node is pair.prefill else pair.to_decode
-        deliver(PrepareWeights(call_id=1, update_id="u", model_path="weights-2", weight_version="2"), ADMIN)
+        deliver(
+            PrepareWeights(
+                call_id=1, update_id="u", source=FromDisk(model_path="weights-2"), weight_version="2"
+            ),
+            ADMIN,
+        )
         pair.run()
         deliver(CommitWeights(call_id=2, update_id="u"), ADMIN)
         assert pair.last_reply(node, ADMIN) == CallReply(call_id=2, success=True, message="2")

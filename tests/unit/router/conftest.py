@@ -37,6 +37,15 @@ from pdserve.messages.node import (
     TokenOutputs,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.weights import (
+    FromDisk,
+    FromGroup,
+    FromTensors,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightSource,
+    WeightsReply,
+)
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
 
@@ -108,7 +117,9 @@ class FakeNode:
     tokens_per_attempt: int | None = None  # then it hangs
     pace_s: float = 0.0  # between tokens
     fail_with: list[AttemptFailed | FailureCode] = field(default_factory=list)  # one for each next attempt
+    stage_reply: str = ""  # why it refuses a part of new weights
     prepare_reply: str = ""  # why it refuses new weights
+    join_reply: str = ""  # why it joins no group
     commit_reply: str = ""  # why it fails to swap
     death_reply: str = ""  # why it believes in no peer's death
     hangs_in: str = "no call"  # until its link is lost
@@ -148,6 +159,7 @@ class FakeLink:
         self.on_lost = on_lost
         self.lost = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
+        self.staged = b""
         node.links.append(self)
         if not node.alive:
             asyncio.get_running_loop().call_soon(self.reset, "cannot connect")
@@ -273,12 +285,40 @@ class FakeLink:
         known = any(request.request_id == request_id for request in self.node.requests())
         return RequestStateReply(call_id=1, state="running" if known else "")
 
+    async def stage_weights(self, update_id: str, offset: int, data: bytes, timeout_s: float) -> CallReply:
+        await self._answer(f"stage {len(data)} at {offset}")
+        self.staged = self.staged[:offset] + data
+        return CallReply(call_id=1, success=not self.node.stage_reply, message=self.node.stage_reply)
+
     async def prepare_weights(
-        self, update_id: str, model_path: str, weight_version: str, timeout_s: float
+        self, update_id: str, source: WeightSource, weight_version: str, timeout_s: float
     ) -> CallReply:
-        await self._answer(f"prepare {model_path} {weight_version}")
+        match source:
+            case FromDisk(model_path=path):
+                pass
+            case FromTensors():
+                path = self.staged.decode()
+            case FromGroup(group_name=path):
+                pass
+        await self._answer(f"prepare {path} {weight_version}")
         self.prepared = weight_version
         return CallReply(call_id=1, success=not self.node.prepare_reply, message=self.node.prepare_reply)
+
+    async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply:
+        await self._answer(f"join {group.name} as {rank} of {group.world_size}")
+        return CallReply(call_id=1, success=not self.node.join_reply, message=self.node.join_reply)
+
+    async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply:
+        await self._answer(f"leave {group_name}")
+        return CallReply(call_id=1, success=True)
+
+    async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
+        await self._answer(f"get {name} {truncate_size}")
+        return WeightsReply(call_id=1, success=True, values=[0.5])
+
+    async def check_weights(self, timeout_s: float) -> WeightChecksReply:
+        await self._answer("check")
+        return WeightChecksReply(call_id=1, success=True, whole="ab", tensors={"t": "ab"})
 
     async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply:
         await self._answer("commit")

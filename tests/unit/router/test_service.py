@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from pdserve.messages.node import (
     TokenOutputs,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, UpdateGroupSpec
 from pdserve.runtime.errors import RequestError
 
 Spec = Callable[..., GenerateSpec]
@@ -663,7 +664,7 @@ async def test_weights_are_updated_everywhere_between_requests(
     await bench.until(lambda: bench.service._queue.held)
     late = asyncio.create_task(bench.service.generate(spec("late")))
     await bench.until(lambda: bench.service._queue.num_new == 1)
-    assert not any(call.startswith("prepare") for call in decode.calls)
+    assert not any(call.startswith("commit") for call in decode.calls)
     assert (await bench.service.update_weights_from_disk("/other", None)).success is False
 
     decode.tokens_per_attempt = None  # the running one may end, on the old weights, by a new attempt
@@ -757,6 +758,107 @@ async def test_weights_are_not_updated_while_a_request_does_not_end(bench: Bench
     assert (reply.success, reply.message) == (False, "1 requests were still running; nothing was changed")
     assert not bench.service._queue.held
     generation.cancel()
+
+
+async def body_of(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+async def test_tensors_reach_every_node_in_parts_before_anything_is_prepared(bench: Bench) -> None:
+    nodes = await small_cluster(bench)
+    size = STAGE_PART_BYTES
+    body = body_of(b"a" * (size - 1), b"b" * (size + 3), b"", b"end")
+    assert (await bench.service.update_weights_from_tensor(body, "v2")).success
+    whole = b"a" * (size - 1) + b"b" * (size + 3) + b"end"
+    for node in nodes:
+        assert [call for call in node.calls if call != "ping"] == [
+            f"stage {size} at 0",
+            f"stage {size} at {size}",
+            f"stage 5 at {2 * size}",
+            f"prepare {whole.decode()} v2",
+            "commit",
+        ]
+    assert bench.service.weight_version() == "v2"
+
+
+async def test_tensors_that_one_node_cannot_hold_are_dropped_by_all(bench: Bench) -> None:
+    nodes = await small_cluster(bench)
+    nodes[0].stage_reply = "this host has 3 MiB left"
+    body = body_of(b"a" * STAGE_PART_BYTES, b"b")
+    reply = await bench.service.update_weights_from_tensor(body, None)
+    assert (reply.success, reply.message) == (
+        False,
+        "the old weights serve on; http://p: this host has 3 MiB left",
+    )
+    for node in nodes:
+        calls = [call.split()[0] for call in node.calls if call != "ping"]
+        assert calls == ["stage", "discard"], "the rest is read and not sent"
+
+
+async def test_a_node_that_is_lost_while_tensors_are_sent_ends_the_update(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.hangs_in = "stage"
+    update = asyncio.create_task(bench.service.update_weights_from_tensor(body_of(b"a"), None))
+    await bench.until(lambda: "stage 1 at 0" in decode.calls)
+    decode.die()
+    reply = await update
+    assert (reply.success, "http://d: lost" in reply.message) == (False, True)
+    assert "discard" in prefill.calls
+
+
+def group(world_size: int) -> UpdateGroupSpec:
+    return UpdateGroupSpec(
+        name="g", master_address="trainer", master_port=5, world_size=world_size, timeout_s=1.0
+    )
+
+
+async def test_every_node_gets_a_rank_of_its_own_in_an_update_group(bench: Bench) -> None:
+    nodes = [bench.decode("d2"), bench.prefill("p"), bench.decode("d1")]
+    await bench.start()
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    reply = await bench.service.init_weights_update_group(group(5), 2)
+    assert (reply.success, reply.ranks) == (True, {"http://p": 2, "http://d1": 3, "http://d2": 4})
+    assert "join g as 4 of 5" in nodes[0].calls
+    wrong = await bench.service.init_weights_update_group(group(4), 2)
+    assert (wrong.success, wrong.ranks) == (False, reply.ranks)
+    assert wrong.message.startswith("world_size is 4, but there are 2 ranks before the nodes' and 3 nodes")
+    assert (await bench.service.destroy_weights_update_group("g")).success
+    assert all("leave g" in node.calls for node in nodes)
+
+
+async def test_a_group_that_one_node_does_not_join_is_left_by_all(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.join_reply = "nobody listens at trainer:5"
+    reply = await bench.service.init_weights_update_group(group(3), 1)
+    assert (reply.success, reply.message) == (False, "http://d: nobody listens at trainer:5")
+    assert "leave g" in prefill.calls
+    assert "leave g" not in decode.calls, "it is in none"
+
+
+async def test_tensors_that_a_trainer_broadcasts_are_taken_by_all(bench: Bench) -> None:
+    nodes = await small_cluster(bench)
+    source = FromGroup(group_name="g", tensors=(), is_one_bucket=True, timeout_s=1.0)
+    assert (await bench.service.update_weights_from_distributed(source, "v2")).success
+    for node in nodes:
+        assert [call for call in node.calls if call != "ping"] == ["prepare g v2", "commit"]
+
+
+async def test_questions_about_weights_go_to_every_node(bench: Bench) -> None:
+    _, decode = await small_cluster(bench)
+    named = await bench.service.weights_by_name("norm", 3)
+    assert {url: reply.values for url, reply in named.items()} == {"http://p": [0.5], "http://d": [0.5]}
+    assert "get norm 3" in decode.calls
+    checks = await bench.service.check_weights()
+    assert {url: reply.whole for url, reply in checks.items()} == {"http://p": "ab", "http://d": "ab"}
+    decode.hangs_in = "check"
+    pending = asyncio.create_task(bench.service.check_weights())
+    await bench.until(lambda: decode.calls.count("check") == 2)
+    decode.die()
+    assert {url: reply.success for url, reply in (await pending).items()} == {
+        "http://p": True,
+        "http://d": False,
+    }
 
 
 async def test_weights_are_not_updated_around_a_silent_node(bench: Bench) -> None:

@@ -1,0 +1,362 @@
+"""The routes about weights, on routers and nodes: update from disk or from tensors, read one, compare all.
+
+Tensors travel as a safetensors file, which holds numbers and nothing that runs. Pickled payloads are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Literal, NoReturn, Protocol
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..messages.weights import (
+    TENSOR_DTYPES,
+    FromGroup,
+    TensorSpec,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightsReply,
+)
+from ..runtime.errors import RequestError
+from .answers import json_response, outcome
+from .generation import AdminReply, GroupReply
+from .mounting import POST, Operation
+from .openapi import Bodies
+from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
+
+_MAX_HEADER_BYTES = 100_000_000  # as safetensors itself says
+_FORMAT = (
+    "The body is the bytes of a safetensors file, as `safetensors.torch.save(named_tensors)` makes them, of "
+    "content type application/octet-stream; `weight_version` goes in the query. Pickled tensors are not read."
+)
+_MAX_TRUNCATE = 1000
+_MAX_TIMEOUT_S = 3600
+_MAX_NAMED = 8  # tensors that one message names
+
+
+class UpdateWeightsRequest(msgspec.Struct, kw_only=True):
+    model_path: str
+    weight_version: str | None = None
+    abort_all_requests: bool = False
+    force: bool = False  # one node alone, against the rest of its cluster
+
+
+class DistributedRequest(msgspec.Struct, kw_only=True):
+    """What a trainer's rank 0 broadcasts next. ``flattened_bucket``: all tensors as one row of bytes."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str = "weight_update_group"
+    load_format: Literal["flattened_bucket"] | None = None
+    weight_version: str | None = None
+    abort_all_requests: bool = False
+    timeout: float = 300.0
+    force: bool = False
+
+
+class InitGroupRequest(msgspec.Struct, kw_only=True):
+    """Nodes become ranks from ``rank_offset`` on of a process group whose rank 0 listens at the master's."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: str = "gloo"
+    timeout: float = 120.0
+
+
+class InitGroupAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    success: bool
+    message: str
+    ranks: dict[str, int]  # of each node, by URL
+
+
+class DestroyGroupRequest(msgspec.Struct, kw_only=True):
+    group_name: str = "weight_update_group"
+
+
+class GetWeightsRequest(msgspec.Struct, kw_only=True):
+    name: str
+    truncate_size: int = 100
+
+
+class CheckWeightsRequest(msgspec.Struct, kw_only=True):
+    action: Literal["checksum"] = "checksum"
+
+
+class CheckWeightsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """``success``: every node answered, and all hold the same bits."""
+
+    success: bool
+    message: str
+    nodes: dict[str, WeightChecksReply]  # by URL
+
+
+# Fields that SGLang's clients send along and that have no bearing here.
+WEIGHT_RULES = FieldRules(
+    harmless=frozenset({"load_format", "flush_cache", "is_async", "torch_empty_cache", "token_step"}),
+    inert={"keep_pause": (False,), "recapture_cuda_graph": (False,), "manifest": ({},)},
+)
+DISTRIBUTED_RULES = FieldRules(harmless=frozenset({"flush_cache", "torch_empty_cache"}))
+_NO_RULES = FieldRules(harmless=frozenset())
+_FLAGS = {"": True, "1": True, "true": True, "0": False, "false": False}
+
+
+class WeightAdmin(Protocol):
+    """The weights of a whole cluster, or of one node behind its front."""
+
+    async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply: ...
+
+    async def update_weights_from_tensor(
+        self, body: AsyncIterator[bytes], weight_version: str | None
+    ) -> AdminReply:
+        """`body`: a safetensors file with some of the model's tensors, or all; it is read to its end."""
+        ...
+
+    async def update_weights_from_distributed(
+        self, source: FromGroup, weight_version: str | None
+    ) -> AdminReply: ...
+
+    async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
+        """A node alone takes rank `rank_offset`; of a cluster each node takes one from there on."""
+        ...
+
+    async def destroy_weights_update_group(self, name: str) -> AdminReply: ...
+
+    async def weights_by_name(self, name: str, truncate_size: int) -> Mapping[str, WeightsReply]:
+        """The first rows of one tensor, by node's URL."""
+        ...
+
+    async def check_weights(self) -> Mapping[str, WeightChecksReply]: ...
+
+    async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply: ...
+
+
+class WeightRoutes:
+    """`is_node`: one node alone, whose update leaves the pairs of its cluster unlike: only with ``force``."""
+
+    def __init__(self, admin: WeightAdmin, limits: Limits, *, is_node: bool) -> None:
+        self._admin = admin
+        self._limits = limits
+        self._is_node = is_node
+
+    async def update_from_disk(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self._limits))
+        body = parse_request(raw, UpdateWeightsRequest, WEIGHT_RULES)
+        if not self._may_update(force=body.force):
+            return _one_node()
+        if body.abort_all_requests:
+            await self._admin.abort_requests("", True)
+        reply = await self._admin.update_weights_from_disk(body.model_path, body.weight_version)
+        return outcome(reply.success, reply.message)
+
+    async def update_from_tensor(self, http: Request) -> Response:
+        """A safetensors file as the body, options in the query."""
+        if http.headers.get("content-type", "").startswith("application/json"):
+            _refuse_format()
+        may_update = self._may_update(force=_flag(http, "force"))
+        aborts = _flag(http, "abort_all_requests")
+        weight_version = http.query_params.get("weight_version") or None
+        body = await _checked(http.stream())
+        if not may_update:
+            return _one_node()
+        if aborts:
+            await self._admin.abort_requests("", True)
+        reply = await self._admin.update_weights_from_tensor(body, weight_version)
+        return outcome(reply.success, reply.message)
+
+    async def init_group(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self._limits))
+        body = parse_request(raw, InitGroupRequest, _NO_RULES)
+        if body.backend != "gloo":
+            raise bad_value("backend", f"nodes hold weights in host memory: {body.backend!r} is not gloo.")
+        if not 0 < body.master_port < 2**16:
+            raise bad_value("master_port", "`master_port` must be 1 to 65535.")
+        if not 1 <= body.rank_offset < body.world_size:
+            raise bad_value("rank_offset", "`rank_offset` must be at least 1 and less than `world_size`.")
+        group = UpdateGroupSpec(
+            name=body.group_name,
+            master_address=body.master_address,
+            master_port=body.master_port,
+            world_size=body.world_size,
+            timeout_s=_timeout_s(body.timeout),
+        )
+        reply = await self._admin.init_weights_update_group(group, body.rank_offset)
+        answer = InitGroupAnswer(success=reply.success, message=reply.message, ranks=dict(reply.ranks))
+        return json_response(answer, 200 if reply.success else 400)
+
+    async def destroy_group(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self._limits) or b"{}")
+        body = parse_request(raw, DestroyGroupRequest, _NO_RULES)
+        reply = await self._admin.destroy_weights_update_group(body.group_name)
+        return outcome(reply.success, reply.message)
+
+    async def update_from_distributed(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self._limits))
+        body = parse_request(raw, DistributedRequest, DISTRIBUTED_RULES)
+        source = FromGroup(
+            group_name=body.group_name,
+            tensors=_specs(body),
+            is_one_bucket=body.load_format is not None,
+            timeout_s=_timeout_s(body.timeout),
+        )
+        if not self._may_update(force=body.force):
+            return _one_node()
+        if body.abort_all_requests:
+            await self._admin.abort_requests("", True)
+        reply = await self._admin.update_weights_from_distributed(source, body.weight_version)
+        return outcome(reply.success, reply.message)
+
+    async def get_by_name(self, http: Request) -> Response:
+        """A list of numbers, or of rows, that all nodes agree on."""
+        if http.method == "POST":
+            raw = parse_object(await read_body(http, self._limits))
+        else:
+            raw = dict(http.query_params)
+            if raw.get("truncate_size", "").isdigit():
+                raw["truncate_size"] = int(raw["truncate_size"])
+        body = parse_request(raw, GetWeightsRequest, _NO_RULES)
+        if not 0 < body.truncate_size <= _MAX_TRUNCATE:
+            raise bad_value("truncate_size", f"`truncate_size` must be 1 to {_MAX_TRUNCATE}.")
+        replies = await self._admin.weights_by_name(body.name, body.truncate_size)
+        failed = [f"{url}: {reply.message}" for url, reply in replies.items() if not reply.success]
+        if failed or not replies:
+            return outcome(False, "; ".join(failed) or "no node is connected")
+        first, *others = replies.values()
+        if any((other.values, other.dtype) != (first.values, first.dtype) for other in others):
+            return outcome(False, f"the nodes differ: {', '.join(replies)} hold other values of {body.name}")
+        return json_response(first.values)
+
+    async def check(self, http: Request) -> Response:
+        """Every node's checksums; whether they are all the same, and which tensors are not."""
+        parse_request(
+            parse_object(await read_body(http, self._limits) or b"{}"), CheckWeightsRequest, _NO_RULES
+        )
+        replies = dict(await self._admin.check_weights())
+        success, message = compare(replies)
+        answer = CheckWeightsAnswer(success=success, message=message, nodes=replies)
+        return json_response(answer, 200 if success else 400)
+
+    def _may_update(self, *, force: bool) -> bool:
+        return force or not self._is_node
+
+
+def weight_operations(routes: WeightRoutes) -> list[Operation]:
+    """Under the names that SGLang gave them."""
+    return [
+        Operation(
+            POST, ("/update_weights_from_disk",), routes.update_from_disk, Bodies(UpdateWeightsRequest)
+        ),
+        Operation(POST, ("/update_weights_from_tensor",), routes.update_from_tensor),
+        Operation(
+            POST,
+            ("/update_weights_from_distributed",),
+            routes.update_from_distributed,
+            Bodies(DistributedRequest),
+        ),
+        Operation(
+            POST,
+            ("/init_weights_update_group",),
+            routes.init_group,
+            Bodies(InitGroupRequest, InitGroupAnswer),
+        ),
+        Operation(
+            POST, ("/destroy_weights_update_group",), routes.destroy_group, Bodies(DestroyGroupRequest)
+        ),
+        Operation(("GET", "POST"), ("/get_weights_by_name",), routes.get_by_name, Bodies(GetWeightsRequest)),
+        Operation(
+            POST,
+            ("/check_weights", "/weights_checker"),
+            routes.check,
+            Bodies(CheckWeightsRequest, CheckWeightsAnswer),
+        ),
+    ]
+
+
+def compare(replies: Mapping[str, WeightChecksReply]) -> tuple[bool, str]:
+    """Whether all nodes (by URL) hold the same bits, and what to say about it."""
+    failed = [f"{url}: {reply.message}" for url, reply in replies.items() if not reply.success]
+    if failed or not replies:
+        return False, "; ".join(failed) or "no node is connected"
+    first, *others = replies.values()
+    names = sorted({name for reply in replies.values() for name in reply.tensors})
+    unlike = [
+        name for name in names if any(other.tensors.get(name) != first.tensors.get(name) for other in others)
+    ]
+    if not unlike:
+        return True, f"{len(names)} tensors are the same on {len(replies)} nodes: {first.whole}"
+    more = f" and {len(unlike) - _MAX_NAMED} more" if len(unlike) > _MAX_NAMED else ""
+    return False, f"these tensors differ between nodes: {', '.join(unlike[:_MAX_NAMED])}{more}"
+
+
+def _specs(body: DistributedRequest) -> tuple[TensorSpec, ...]:
+    if not body.names or not len(body.names) == len(body.dtypes) == len(body.shapes):
+        raise bad_value("names", "`names`, `dtypes` and `shapes` must be of one length, and not empty.")
+    if len(set(body.names)) < len(body.names):
+        raise bad_value("names", "`names` holds a name twice.")
+    specs = []
+    for name, dtype, shape in zip(body.names, body.dtypes, body.shapes, strict=True):
+        plain = dtype.removeprefix("torch.")
+        if plain not in TENSOR_DTYPES:
+            raise bad_value("dtypes", f"{dtype!r} of {name} is none of {', '.join(TENSOR_DTYPES)}.")
+        if any(size < 0 for size in shape):
+            raise bad_value("shapes", f"the shape of {name} is {shape}.")
+        specs.append(TensorSpec(name, plain, tuple(shape)))
+    return tuple(specs)
+
+
+def _timeout_s(seconds: float) -> float:
+    if not 0 < seconds <= _MAX_TIMEOUT_S:
+        raise bad_value("timeout", f"`timeout` must be more than 0 and at most {_MAX_TIMEOUT_S} seconds.")
+    return seconds
+
+
+def _one_node() -> Response:
+    return outcome(False, "This is one node of a cluster: update through the router, or say `force`.")
+
+
+def _flag(http: Request, name: str) -> bool:
+    text = http.query_params.get(name, "false").lower()
+    if text not in _FLAGS:
+        raise bad_value(name, f"`{name}` must be true or false, got {text!r}.")
+    return _FLAGS[text]
+
+
+async def _checked(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes, once they begin as a safetensors file does: 8 bytes that count a JSON object's."""
+    start = b""
+    async for piece in body:
+        start += piece
+        if len(start) > 8:
+            break
+    num_bytes = int.from_bytes(start[:8], "little")
+    if len(start) <= 8 or not 2 <= num_bytes <= _MAX_HEADER_BYTES or start[8:9] != b"{":
+        _refuse_format()
+    return _chained(start, body)
+
+
+async def _chained(start: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield start
+    async for piece in rest:
+        yield piece
+
+
+def _refuse_format() -> NoReturn:
+    raise RequestError(_FORMAT, code="not_safetensors")
+
+
+async def in_parts(body: AsyncIterator[bytes], num_bytes: int) -> AsyncIterator[bytes]:
+    """The same bytes in parts of this length; the last one may be shorter."""
+    kept = bytearray()
+    async for piece in body:
+        kept += piece
+        while len(kept) >= num_bytes:
+            yield bytes(kept[:num_bytes])
+            del kept[:num_bytes]
+    if kept:
+        yield bytes(kept)

@@ -1,0 +1,58 @@
+"""A safetensors file in memory that other processes of this host can open."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..messages.weights import TENSOR_DTYPES, TensorSpec
+
+
+class StagedFile:
+    """Gone with its last user, even when this process is killed: it is in no folder."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("pdserve-weights")
+        self.num_bytes = 0
+
+    @property
+    def path(self) -> Path:
+        """For this process, and for others of its user while it is open here."""
+        return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    def append(self, data: bytes) -> None:
+        """Raises OSError when the memory of the host is out."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        self.num_bytes += len(data)
+
+    def lay_out(self, specs: Sequence[TensorSpec], available_bytes: int) -> Tensor:
+        """Make it the file of these tensors. Their values are to be written into what is returned: bytes, one
+        tensor behind the other, ``[num_bytes]`` uint8. Raises OSError when they do not fit."""
+        header, end = {}, 0
+        for spec in specs:
+            code, item_bytes = TENSOR_DTYPES[spec.dtype]
+            start, end = end, end + item_bytes * math.prod(spec.shape)
+            header[spec.name] = {"dtype": code, "shape": spec.shape, "data_offsets": (start, end)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        # Prepared weights are held beside the file.
+        if available_bytes < 2 * end:
+            raise OSError(f"this host has {available_bytes >> 20} MiB left for an update of {end >> 20} MiB")
+        self.append(len(text).to_bytes(8, "little") + text)
+        offset, self.num_bytes = self.num_bytes, self.num_bytes + end
+        os.ftruncate(self._descriptor, self.num_bytes)
+        if end == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(self._descriptor, self.num_bytes), dtype=torch.uint8)[offset:]
+
+    def close(self) -> None:
+        os.close(self._descriptor)

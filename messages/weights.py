@@ -1,0 +1,157 @@
+"""The messages of updates and questions about weights: from a router or a front to a node, and back.
+
+An update has two phases and an id. *Prepare* loads and checks beside the weights that serve; *commit* swaps.
+Tensors that a client sends are *staged* first, in parts, so that no message is large.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+STAGE_PART_BYTES = 2 << 20  # what a node's loop copies in well under 5 ms
+
+
+class FromDisk(msgspec.Struct, frozen=True, kw_only=True, tag="disk"):
+    """A checkpoint's folder, which every node reads."""
+
+    model_path: str
+
+
+class FromTensors(msgspec.Struct, frozen=True, kw_only=True, tag="tensors"):
+    """What was staged under the update's id: a safetensors file with some of the model's tensors, or all."""
+
+    num_bytes: int
+
+
+# As torch spells them: as safetensors does, and bytes of one.
+TENSOR_DTYPES = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor that a trainer broadcasts. ``dtype`` as torch spells it: ``bfloat16``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class FromGroup(msgspec.Struct, frozen=True, kw_only=True, tag="group"):
+    """What rank 0 of an update group broadcasts next: tensor by tensor, or all as one row of bytes."""
+
+    group_name: str
+    tensors: tuple[TensorSpec, ...]
+    is_one_bucket: bool
+    timeout_s: float
+
+
+WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup
+
+
+class UpdateGroupSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A process group for weights: a trainer's rank 0, which listens, maybe more of its ranks, and nodes."""
+
+    name: str
+    master_address: str
+    master_port: int
+    world_size: int
+    timeout_s: float
+
+
+class JoinUpdateGroup(msgspec.Struct, frozen=True, kw_only=True, tag="join_update_group"):
+    """Become `rank` of a process group whose rank 0, a trainer's, listens at the master's address."""
+
+    call_id: int
+    group_name: str
+    master_address: str
+    master_port: int
+    rank: int
+    world_size: int
+    timeout_s: float
+
+
+class LeaveUpdateGroup(msgspec.Struct, frozen=True, kw_only=True, tag="leave_update_group"):
+    call_id: int
+    group_name: str
+
+
+class StageWeights(msgspec.Struct, frozen=True, kw_only=True, tag="stage_weights"):
+    """One part of an update's safetensors file, at most STAGE_PART_BYTES, in order."""
+
+    call_id: int
+    update_id: str
+    offset: int
+    data: bytes
+
+
+class PrepareWeights(msgspec.Struct, frozen=True, kw_only=True, tag="prepare_weights"):
+    """Load and check weights beside those that serve."""
+
+    call_id: int
+    update_id: str
+    source: WeightSource
+    weight_version: str
+
+
+class CommitWeights(msgspec.Struct, frozen=True, kw_only=True, tag="commit_weights"):
+    """Swap to the prepared weights (the node must be idle), drop the prefix cache, renew handshakes."""
+
+    call_id: int
+    update_id: str
+
+
+class DiscardWeights(msgspec.Struct, frozen=True, kw_only=True, tag="discard_weights"):
+    """Forget what was staged and prepared under this id."""
+
+    call_id: int
+    update_id: str
+
+
+class GetWeights(msgspec.Struct, frozen=True, kw_only=True, tag="get_weights"):
+    """The first rows of one tensor, by its name in the checkpoint."""
+
+    call_id: int
+    name: str
+    truncate_size: int
+
+
+class CheckWeights(msgspec.Struct, frozen=True, kw_only=True, tag="check_weights"):
+    """Checksums of all weights that serve."""
+
+    call_id: int
+
+
+class WeightsReply(msgspec.Struct, frozen=True, kw_only=True, tag="weights"):
+    """The first rows of a tensor, as numbers. ``success`` false: why not, in ``message``."""
+
+    call_id: int
+    success: bool
+    message: str = ""
+    dtype: str = ""  # as the node holds it
+    shape: tuple[int, ...] = ()  # of the whole tensor
+    values: list[float | list[float]] = []
+
+
+class WeightChecksReply(msgspec.Struct, frozen=True, kw_only=True, tag="weight_checks"):
+    """Checksums, 16 hex digits each, the same on nodes of any TP size that hold the same bits."""
+
+    call_id: int
+    success: bool
+    message: str = ""
+    weight_version: str = ""
+    tensors: dict[str, str] = {}  # by name in the checkpoint
+    whole: str = ""  # of all of them

@@ -1,0 +1,241 @@
+"""Updates of weights on all nodes at once, and questions about them: the coordinator of both phases.
+
+1. *Prepare*: every node loads and checks beside the weights that serve. Traffic goes on.
+2. New requests wait, running ones end.
+3. *Commit*: every node swaps and shakes hands again under the new version; then the requests go on.
+
+Whatever fails before 3 leaves the old weights serving everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..api.generation import AdminReply, GroupReply
+from ..api.node_client import NodeUnavailableError
+from ..api.weights import in_parts
+from ..messages.node import CallReply
+from ..messages.weights import (
+    STAGE_PART_BYTES,
+    FromTensors,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightSource,
+    WeightsReply,
+)
+from .links import NodeLink
+from .options import RouterOptions
+from .registry import NodeRegistry
+from .weight_rollout import NodeAnswer, ask_all, ask_one, commit_all, discard_all, failures, prepare_all
+
+STAGE_TIMEOUT_S = 30.0
+WAIT_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What an update needs of those who run requests."""
+
+    hold: Callable[[], None]  # new requests wait
+    release: Callable[[], None]
+    num_running: Callable[[], int]
+    forget_prefixes: Callable[[], None]  # what nodes cached is worth nothing under other weights
+
+
+class WeightUpdates:
+    """One update at a time. It runs to its end even if whoever asked for it leaves: half an update is no
+    state to be in."""
+
+    def __init__(
+        self,
+        options: RouterOptions,
+        *,
+        registry: NodeRegistry,
+        links: Callable[[], Mapping[str, NodeLink]],
+        traffic: Traffic,
+        clock: Callable[[], float],
+    ) -> None:
+        self._options = options
+        self._registry = registry
+        self._links = links
+        self._traffic = traffic
+        self._clock = clock
+        self._update: asyncio.Task[AdminReply] | None = None
+        self.is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
+
+    async def update(self, source: WeightSource, weight_version: str) -> AdminReply:
+        """From what every node can reach by itself."""
+        if self._is_running():
+            return _ANOTHER
+        return await self._run(self._roll_out(uuid.uuid4().hex, source, weight_version, self._links()))
+
+    async def update_from_tensors(self, body: AsyncIterator[bytes], weight_version: str) -> AdminReply:
+        """From the bytes of a safetensors file, which are passed on as they come."""
+        if self._is_running():
+            return _ANOTHER
+        update_id, links = uuid.uuid4().hex, self._links()
+        offset, reasons = 0, self._why_not(links)
+        async for part in in_parts(body, STAGE_PART_BYTES):
+            if not reasons:  # otherwise read to its end, so that the client hears the reason
+                reasons = failures(
+                    await ask_all(
+                        links,
+                        lambda link, offset=offset, part=part: link.stage_weights(  # type: ignore[misc]
+                            update_id, offset, part, STAGE_TIMEOUT_S
+                        ),
+                    )
+                )
+            offset += len(part)
+        if reasons:
+            await discard_all(links, update_id)
+            return AdminReply(False, f"the old weights serve on; {reasons}")
+        if self._is_running():  # it has begun while this body came, and wins
+            await discard_all(links, update_id)
+            return _ANOTHER
+        source = FromTensors(num_bytes=offset)
+        return await self._run(self._roll_out(update_id, source, weight_version, links))
+
+    async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
+        """What every node (by URL) answers; one that does not answer is a reply without success."""
+        timeout_s = self._options.weight_update_s
+
+        async def ask(link: NodeLink) -> WeightsReply:
+            try:
+                return await link.get_weights(name, truncate_size, timeout_s)
+            except NodeUnavailableError as error:
+                return WeightsReply(call_id=0, success=False, message=str(error))
+
+        links = self._links()
+        replies = await asyncio.gather(*(ask(link) for link in links.values()))
+        return dict(zip(links, replies, strict=True))
+
+    async def check(self) -> dict[str, WeightChecksReply]:
+        """Likewise."""
+        timeout_s = self._options.weight_update_s
+
+        async def ask(link: NodeLink) -> WeightChecksReply:
+            try:
+                return await link.check_weights(timeout_s)
+            except NodeUnavailableError as error:
+                return WeightChecksReply(call_id=0, success=False, message=str(error))
+
+        links = self._links()
+        replies = await asyncio.gather(*(ask(link) for link in links.values()))
+        return dict(zip(links, replies, strict=True))
+
+    async def init_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
+        """Every node takes one rank from `rank_offset` on, prefill nodes first, in the order of their URLs.
+        All have joined, or none is left in it."""
+        links = self._links()
+        if reason := self._why_not(links):
+            return GroupReply(False, reason)
+        nodes = sorted(self._registry, key=lambda node: (node.entry.role != "prefill", node.entry.url))
+        ranks = {node.entry.url: rank_offset + index for index, node in enumerate(nodes)}
+        if group.world_size != rank_offset + len(ranks):
+            wanted = f"{rank_offset} ranks before the nodes' and {len(ranks)} nodes of one rank each"
+            return GroupReply(False, f"world_size is {group.world_size}, but there are {wanted}", ranks)
+        answers = await asyncio.gather(
+            *(ask_one(url, links[url], partial(_join, group, rank)) for url, rank in ranks.items())
+        )
+        if reasons := failures(list(answers)):
+            joined = {answer.url: links[answer.url] for answer in answers if answer.success}
+            await self._leave(joined, group.name)
+            return GroupReply(False, reasons, ranks)
+        return GroupReply(True, f"{len(ranks)} nodes have joined group {group.name!r}", ranks)
+
+    async def destroy_group(self, name: str) -> AdminReply:
+        answers = await self._leave(self._links(), name)
+        if not answers:
+            return AdminReply(False, "no node is connected")
+        return AdminReply(not failures(answers), failures(answers) or f"group {name!r} is gone")
+
+    async def _leave(self, links: Mapping[str, NodeLink], name: str) -> list[NodeAnswer]:
+        timeout_s = self._options.weight_update_s
+        return await ask_all(links, lambda link: link.leave_update_group(name, timeout_s))
+
+    # ---- inside -------------------------------------------------------------------------------------
+
+    def _is_running(self) -> bool:
+        return self._update is not None and not self._update.done()
+
+    async def _run(self, update: Coroutine[Any, Any, AdminReply]) -> AdminReply:
+        self._update = asyncio.create_task(update)
+        return await asyncio.shield(self._update)
+
+    async def _roll_out(
+        self, update_id: str, source: WeightSource, weight_version: str, links: Mapping[str, NodeLink]
+    ) -> AdminReply:
+        started = self._clock()
+        self.is_rolling_out = True
+        try:
+            if reason := self._why_not(links):
+                return AdminReply(False, reason)
+            prepared = await prepare_all(
+                links, update_id, source, weight_version, self._options.weight_update_s
+            )
+            if reasons := failures(prepared):
+                await discard_all(links, update_id)
+                return AdminReply(False, f"the old weights serve on; {reasons}")
+            return await self._swap(update_id, weight_version, links)
+        finally:
+            self.is_rolling_out = False
+            now = self._clock()
+            self._registry.excuse(now - started, now)
+
+    async def _swap(self, update_id: str, weight_version: str, links: Mapping[str, NodeLink]) -> AdminReply:
+        self._traffic.hold()
+        try:
+            if not await self._until(lambda: self._traffic.num_running() == 0, self._options.weight_drain_s):
+                await discard_all(links, update_id)
+                num_running = self._traffic.num_running()
+                return AdminReply(False, f"{num_running} requests were still running; nothing was changed")
+            committed = await commit_all(
+                links,
+                update_id,
+                timeout_s=self._options.weight_update_s,
+                patience_s=self._options.weight_commit_s,
+            )
+            self._traffic.forget_prefixes()
+            if reasons := failures(committed):
+                return AdminReply(
+                    False, f"some nodes kept the old weights and pair only with one another; {reasons}"
+                )
+            if not await self._until(lambda: self._serves(weight_version), self._options.weight_ready_s):
+                return AdminReply(False, f"new weights are loaded, but {self._registry.explain_no_pair()}")
+            return AdminReply(True, f"{len(links)} nodes serve weight version {weight_version}")
+        finally:
+            self._traffic.release()
+
+    def _why_not(self, links: Mapping[str, NodeLink]) -> str:
+        if not len(self._registry):
+            return "no node is registered"
+        silent = [
+            node.entry.url
+            for node in self._registry
+            if not self._registry.healthy(node) or node.entry.url not in links
+        ]
+        return f"these nodes do not answer: {', '.join(silent)}" if silent else ""
+
+    def _serves(self, weight_version: str) -> bool:
+        everywhere = all(node.entry.weight_version == weight_version for node in self._registry)
+        return everywhere and bool(self._registry.ready_pairs())
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        deadline = self._clock() + timeout_s
+        while not condition():
+            if self._clock() >= deadline:
+                return False
+            await asyncio.sleep(WAIT_POLL_S)
+        return True
+
+
+def _join(group: UpdateGroupSpec, rank: int, link: NodeLink) -> Awaitable[CallReply]:
+    return link.join_update_group(group, rank)
+
+
+_ANOTHER = AdminReply(False, "another weight update is running")

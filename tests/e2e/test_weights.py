@@ -1,0 +1,156 @@
+"""Weights of a whole cluster that come over the wire, and questions about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.tests.e2e.helpers import greedy_ids, in_background, random_ids, request
+from pdserve.tests.trainer import Trainer, free_port
+
+PROMPT = random_ids(42, 50)
+NORM = "model.norm.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def send(url: str, tensors: dict[str, Tensor] | bytes, **query: str) -> tuple[int, str]:
+    """The status and the body of the answer."""
+    body = tensors if isinstance(tensors, bytes) else save(tensors)
+    route = f"{url}/update_weights_from_tensor?{urlencode(query)}"
+    headers = {"Content-Type": "application/octet-stream"}
+    try:
+        with urlopen(Request(route, data=body, headers=headers), timeout=120) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def changed_tensors(original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some, so different that no answer stays the same."""
+    by = torch.linspace(-1, 1, len(original[NORM])).to(original[NORM].dtype)
+    return {UP: original[UP].flip(0).contiguous(), NORM: original[NORM] * by}
+
+
+def checks(cluster: LocalCluster) -> Any:  # noqa: ANN401, JSON
+    reply = request(cluster.url, "/check_weights", {})
+    assert reply.status == 200, reply.text
+    return reply.json
+
+
+@pytest.fixture(scope="module")
+def original() -> dict[str, Tensor]:
+    return load_file(SHIPPED_MODEL / "model.safetensors")
+
+
+@pytest.fixture
+def updatable(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """The cluster of all tests; it serves its first weights again afterwards."""
+    before = checks(cluster)["message"]
+    yield cluster
+    body = {"model_path": str(SHIPPED_MODEL), "weight_version": "default"}
+    assert request(cluster.url, "/update_weights_from_disk", body).status == 200
+    assert checks(cluster)["message"] == before
+
+
+def test_some_tensors_change_answers_and_the_same_ones_change_them_back(
+    updatable: LocalCluster, original: dict[str, Tensor]
+) -> None:
+    url = updatable.url
+    old_ids, old = greedy_ids(url, PROMPT, 12), checks(updatable)
+    changed = changed_tensors(original)
+    status, text = send(url, changed, weight_version="step-1")
+    assert status == 200, text
+    assert greedy_ids(url, PROMPT, 12) != old_ids
+    assert {worker["weight_version"] for worker in updatable.workers()} == {"step-1"}
+    new = checks(updatable)
+    for url_of_node, node in new["nodes"].items():
+        before = old["nodes"][url_of_node]["tensors"]
+        assert {name for name in before if before[name] != node["tensors"][name]} == {UP, NORM}
+        assert node["weight_version"] == "step-1"
+    head = request(url, "/get_weights_by_name", {"name": NORM, "truncate_size": 3}).json
+    assert head == pytest.approx(changed[NORM][:3].float().tolist())
+
+    assert send(url, {name: original[name] for name in changed})[0] == 200
+    assert greedy_ids(url, PROMPT, 12) == old_ids
+    assert checks(updatable)["message"] == old["message"]
+
+
+def test_all_tensors_have_the_fingerprint_of_their_checkpoint(
+    updatable: LocalCluster, original: dict[str, Tensor]
+) -> None:
+    before = {worker["model_fingerprint"] for worker in updatable.workers()}
+    assert send(updatable.url, {NORM: original[NORM]})[0] == 200
+    assert {worker["model_fingerprint"] for worker in updatable.workers()} != before
+    assert send(updatable.url, original)[0] == 200
+    assert {worker["model_fingerprint"] for worker in updatable.workers()} == before
+
+
+def describe(tensors: dict[str, Tensor]) -> dict[str, object]:
+    return {
+        "names": list(tensors),
+        "dtypes": [str(tensor.dtype) for tensor in tensors.values()],
+        "shapes": [list(tensor.shape) for tensor in tensors.values()],
+    }
+
+
+def test_a_trainer_broadcasts_to_all_nodes_and_one_that_does_not_is_not_waited_for(
+    updatable: LocalCluster, original: dict[str, Tensor]
+) -> None:
+    url, port = updatable.url, free_port()
+    old_ids = greedy_ids(url, PROMPT, 12)
+    num_nodes = len(updatable.workers())
+    body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "group_name": "e2e"}
+    wrong = request(url, "/init_weights_update_group", {**body, "world_size": num_nodes})
+    assert (wrong.status, "world_size" in wrong.json["message"]) == (400, True)
+    _, joined = in_background(
+        lambda: request(url, "/init_weights_update_group", {**body, "world_size": 1 + num_nodes})
+    )
+    trainer = Trainer("e2e", port, 1 + num_nodes)
+    assert sorted(joined().json["ranks"].values()) == list(range(1, 1 + num_nodes))
+
+    route = "/update_weights_from_distributed"
+    changed = changed_tensors(original)
+    for version, tensors, extra in (
+        ("d-1", changed, {}),
+        ("d-2", {name: original[name] for name in changed}, {"load_format": "flattened_bucket"}),
+    ):
+        told = {**describe(tensors), **extra, "group_name": "e2e", "weight_version": version}
+        _, updated = in_background(lambda told=told: request(url, route, told))  # type: ignore[misc]
+        trainer.send(list(tensors.values()), is_one_bucket=bool(extra))
+        assert updated().status == 200, updated().text
+        assert (greedy_ids(url, PROMPT, 12) == old_ids) == (version == "d-2")
+        assert {worker["weight_version"] for worker in updatable.workers()} == {version}
+
+    late = request(url, route, {**describe(changed), "group_name": "e2e", "timeout": 0.5})
+    assert (late.status, "the old weights serve on" in late.json["message"]) == (400, True), late.text
+    assert greedy_ids(url, PROMPT, 12) == old_ids
+    trainer.close()
+    assert request(url, "/destroy_weights_update_group", {"group_name": "e2e"}).status == 200
+    assert request(url, "/destroy_weights_update_group", {"group_name": "e2e"}).status == 400
+
+
+def test_wrong_tensors_are_refused_by_name_and_nothing_changes(
+    updatable: LocalCluster, original: dict[str, Tensor]
+) -> None:
+    before = checks(updatable)["message"]
+    wrong = {"model.layers.7.other": torch.zeros(1), NORM: torch.zeros(3), UP: original[UP] * 2}
+    status, message = send(updatable.url, wrong)
+    assert status == 400
+    assert "model.layers.7.other is no tensor of this" in message
+    assert f"{NORM} has shape [3]" in message
+    assert "the old weights serve on" in message
+    status, message = send(updatable.url, b"\x80\x04pickled tensors")
+    assert (status, "safetensors" in message) == (400, True)
+    assert checks(updatable)["message"] == before
+    unknown = request(updatable.url, "/get_weights_by_name", {"name": "model.other"})
+    assert (unknown.status, "has no tensor 'model.other'" in unknown.text) == (400, True)

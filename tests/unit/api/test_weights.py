@@ -1,0 +1,168 @@
+"""The routes about weights on a router."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from typing import Any
+
+import pytest
+from safetensors.torch import save
+from torch import zeros
+
+from pdserve.api.generation import AdminReply
+from pdserve.api.weights import in_parts
+from pdserve.messages.weights import FromGroup, TensorSpec, UpdateGroupSpec, WeightChecksReply, WeightsReply
+from pdserve.tests.unit.api.conftest import Api
+
+TENSOR_ROUTE = "/update_weights_from_tensor"
+
+
+async def post_bytes(api: Api, body: bytes, query: str = "", **headers: str) -> tuple[int, Any]:
+    async with api.http.post(f"{api.url}{TENSOR_ROUTE}{query}", data=body, headers=headers) as answer:
+        return answer.status, await answer.json()
+
+
+async def test_tensors_are_passed_on_as_they_are(api: Api) -> None:
+    body = save({"t": zeros(100_000)})
+    assert await post_bytes(api, body, "?weight_version=8") == (200, {"success": True, "message": "done"})
+    assert await post_bytes(api, body, "?abort_all_requests=true") == (
+        200,
+        {"success": True, "message": "done"},
+    )
+    api.admin.reply = AdminReply(False, "t is no tensor of this model")
+    assert (await post_bytes(api, body))[0] == 400
+    assert api.admin.calls == [
+        ("update", body, "8"),
+        ("abort", "", True),
+        ("update", body, None),
+        ("update", body, None),
+    ]
+
+
+@pytest.mark.parametrize("body", [pickle.dumps([("t", [1.0])]), b"", b"\x02", bytes(8) + b"{}"])
+async def test_what_is_no_safetensors_file_is_refused_with_our_format(api: Api, body: bytes) -> None:
+    status, answer = await post_bytes(api, body)
+    assert (status, answer["error"]["code"]) == (400, "not_safetensors")
+    assert "safetensors.torch.save" in answer["error"]["message"]
+    assert api.admin.calls == []
+
+
+async def test_a_payload_of_sglang_is_refused_with_our_format(api: Api) -> None:
+    payload = base64.b64encode(pickle.dumps({})).decode()
+    status, answer = await api.post(
+        TENSOR_ROUTE, {"serialized_named_tensors": [payload], "flush_cache": True}
+    )
+    assert (status, answer["error"]["code"]) == (400, "not_safetensors")
+    assert "Pickled tensors are not read" in answer["error"]["message"]
+
+
+async def test_a_flag_that_is_none_is_refused(api: Api) -> None:
+    assert (await post_bytes(api, save({"t": zeros(1)}), "?force=perhaps"))[0] == 400
+
+
+async def test_in_parts_keeps_every_byte() -> None:
+    async def pieces() -> Any:  # noqa: ANN401
+        for size in (0, 1, 5, 2, 0, 9):
+            yield bytes(range(size))
+
+    parts = [part async for part in in_parts(pieces(), 4)]
+    assert [len(part) for part in parts] == [4, 4, 4, 4, 1]
+    assert b"".join(parts) == b"".join([piece async for piece in pieces()])
+
+
+DISTRIBUTED: dict[str, Any] = {
+    "names": ["a", "b"],
+    "dtypes": ["torch.float32", "bfloat16"],
+    "shapes": [[2, 3], []],
+    "group_name": "g",
+}
+
+
+async def test_a_distributed_update(api: Api) -> None:
+    route = "/update_weights_from_distributed"
+    body = {**DISTRIBUTED, "flush_cache": True, "weight_version": "8", "timeout": 5}
+    assert await api.post(route, body) == (200, {"success": True, "message": "done"})
+    assert (await api.post(route, {**DISTRIBUTED, "load_format": "flattened_bucket"}))[0] == 200
+    tensors = (TensorSpec("a", "float32", (2, 3)), TensorSpec("b", "bfloat16", ()))
+    first = FromGroup(group_name="g", tensors=tensors, is_one_bucket=False, timeout_s=5.0)
+    second = FromGroup(group_name="g", tensors=tensors, is_one_bucket=True, timeout_s=300.0)
+    assert api.admin.calls == [("update", first, "8"), ("update", second, None)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"names": ["a"]}, "names"),
+        ({"names": ["a", "a"]}, "twice"),
+        ({"dtypes": ["float32", "quaternion"]}, "quaternion"),
+        ({"shapes": [[2, -3], []]}, "shape of a"),
+        ({"timeout": 0}, "timeout"),
+        ({"load_format": "pickle"}, "load_format"),
+    ],
+)
+async def test_a_wrong_distributed_update_is_refused(api: Api, wrong: dict[str, Any], word: str) -> None:
+    status, answer = await api.post("/update_weights_from_distributed", {**DISTRIBUTED, **wrong})
+    assert (status, word in answer["error"]["message"]) == (400, True), answer
+    assert api.admin.calls == []
+
+
+async def test_update_groups(api: Api) -> None:
+    body = {
+        "master_address": "trainer",
+        "master_port": 5,
+        "rank_offset": 1,
+        "world_size": 3,
+        "group_name": "g",
+    }
+    assert await api.post("/init_weights_update_group", body) == (
+        200,
+        {"success": True, "message": "done", "ranks": {"http://d": 1}},
+    )
+    for wrong in ({"backend": "nccl"}, {"rank_offset": 0}, {"rank_offset": 3}, {"master_port": 0}):
+        assert (await api.post("/init_weights_update_group", {**body, **wrong}))[0] == 400, wrong
+    assert (await api.post("/destroy_weights_update_group", {"group_name": "g"}))[0] == 200
+    spec = UpdateGroupSpec(name="g", master_address="trainer", master_port=5, world_size=3, timeout_s=120.0)
+    assert api.admin.calls == [("init group", spec, 1), ("destroy group", "g")]
+
+
+async def test_weights_by_name_is_what_all_nodes_agree_on(api: Api) -> None:
+    reply = WeightsReply(call_id=1, success=True, dtype="float32", values=[[0.5, 1.0]])
+    api.admin.named_weights = {"http://p": reply, "http://d": reply}
+    assert await api.post("/get_weights_by_name", {"name": "t", "truncate_size": 1}) == (200, [[0.5, 1.0]])
+    assert await api.get("/get_weights_by_name?name=t&truncate_size=7") == (200, [[0.5, 1.0]])
+    assert api.admin.calls == [("get weights", "t", 1), ("get weights", "t", 7)]
+
+    other = WeightsReply(call_id=1, success=True, dtype="float32", values=[[0.5, 2.0]])
+    api.admin.named_weights["http://d"] = other
+    status, answer = await api.post("/get_weights_by_name", {"name": "t"})
+    assert (status, answer["success"]) == (400, False)
+    assert "http://p, http://d hold other values of t" in answer["message"]
+    api.admin.named_weights["http://d"] = WeightsReply(call_id=1, success=False, message="no tensor 't'")
+    status, answer = await api.post("/get_weights_by_name", {"name": "t"})
+    assert (status, answer["message"]) == (400, "http://d: no tensor 't'")
+
+
+@pytest.mark.parametrize("body", [{}, {"name": 5}, {"name": "t", "truncate_size": 0}, {"name": "t", "x": 1}])
+async def test_bad_questions_are_refused(api: Api, body: dict[str, object]) -> None:
+    assert (await api.post("/get_weights_by_name", body))[0] == 400
+    assert api.admin.calls == []
+
+
+async def test_a_check_compares_all_nodes(api: Api) -> None:
+    same = WeightChecksReply(call_id=1, success=True, tensors={"a": "1", "b": "2"}, whole="w")
+    api.admin.weight_checks = {"http://p": same, "http://d": same}
+    status, answer = await api.post("/check_weights", {})
+    assert (status, answer["success"]) == (200, True)
+    assert answer["message"] == "2 tensors are the same on 2 nodes: w"
+    assert answer["nodes"]["http://d"]["tensors"] == {"a": "1", "b": "2"}
+
+    api.admin.weight_checks["http://d"] = WeightChecksReply(
+        call_id=1, success=True, tensors={"a": "1", "b": "3"}
+    )
+    status, answer = await api.post("/weights_checker", {"action": "checksum"})
+    assert (status, answer["success"]) == (400, False)
+    assert answer["message"] == "these tensors differ between nodes: b"
+    api.admin.weight_checks["http://d"] = WeightChecksReply(call_id=1, success=False, message="lost")
+    assert (await api.post("/check_weights", {}))[1]["message"] == "http://d: lost"
+    assert (await api.post("/check_weights", {"action": "reset_tensors"}))[0] == 400

@@ -1,0 +1,72 @@
+"""Jobs beside the forwards."""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pdserve.engine.engine_thread import JobResult
+from pdserve.engine.job_thread import JobThread
+from pdserve.runtime.errors import StartupError
+
+
+@pytest.fixture
+def jobs() -> Iterator[JobThread]:
+    thread = JobThread()
+    yield thread
+    assert thread.close()
+
+
+def wait_for(jobs: JobThread, count: int) -> list[JobResult]:
+    """Sleeps on the file descriptor, as the scheduler's loop does."""
+    results: list[JobResult] = []
+    while len(results) < count:
+        readable, _, _ = select.select([jobs], [], [], 20)
+        assert readable, "nothing finished"
+        results += jobs.poll()
+    return results
+
+
+def test_jobs_are_done_in_order_on_another_thread_with_one_core(jobs: JobThread) -> None:
+    for number in range(3):
+        jobs.submit(
+            f"job {number}",
+            lambda number=number: (number, threading.current_thread(), torch.get_num_threads()),
+        )
+    results = wait_for(jobs, 3)
+    assert [result.name for result in results] == ["job 0", "job 1", "job 2"]
+    for number, result in enumerate(results):
+        found, thread, num_threads = result.value
+        assert (found, num_threads, result.error) == (number, 1, None)
+        assert thread is not threading.current_thread()
+    assert select.select([jobs], [], [], 0)[0] == []
+
+
+def test_a_refusal_is_its_result_and_the_next_job_is_done(jobs: JobThread) -> None:
+    def refuse() -> None:
+        raise StartupError("no such checkpoint")
+
+    jobs.submit("load", refuse)
+    jobs.submit("next", lambda: 1)
+    first, second = wait_for(jobs, 2)
+    assert (str(first.error), first.value) == ("no such checkpoint", None)
+    assert second.value == 1
+
+
+def test_a_bug_is_raised_in_the_loop(jobs: JobThread) -> None:
+    jobs.submit("bug", lambda: {}["x"])
+    with pytest.raises(KeyError):
+        wait_for(jobs, 1)
+
+
+def test_closing_does_not_wait_for_ever() -> None:
+    jobs = JobThread()
+    release = threading.Event()
+    jobs.submit("stuck", lambda: release.wait(60))
+    assert not jobs.close(timeout_s=0.01)
+    release.set()
+    assert jobs.close()
