@@ -41,6 +41,7 @@ from ..messages.node import (
     TokenOutputs,
 )
 from ..messages.weights import (
+    LEASE_S,
     CheckWeights,
     CommitWeights,
     DiscardWeights,
@@ -188,13 +189,19 @@ class NodeClient:
         return await self._call(message, CallReply, timeout_s)
 
     async def prepare_weights(
-        self, update_id: str, source: WeightSource, weight_version: str, timeout_s: float
+        self,
+        update_id: str,
+        source: WeightSource,
+        weight_version: str,
+        timeout_s: float,
+        lease_s: float = LEASE_S,
     ) -> CallReply:
         message = PrepareWeights(
             call_id=next(self._call_ids),
             update_id=update_id,
             source=source,
             weight_version=weight_version,
+            lease_s=lease_s,
         )
         return await self._call(message, CallReply, timeout_s)
 

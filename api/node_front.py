@@ -54,7 +54,7 @@ from .admin import (
     request_not_found,
 )
 from .answers import json_response, outcome
-from .generation import AdminReply, GroupReply, ModelCard
+from .generation import AdminReply, GroupReply, ModelCard, UpdateMode
 from .mounting import GET, POST, Operation, make_app
 from .node_client import REPLY_MARGIN_S, NodeClient, NodeUnavailableError
 from .openapi import Bodies
@@ -290,11 +290,13 @@ class NodeWeights:
         self._link = link
         self._url = url
 
-    async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
-        return await self._update(uuid.uuid4().hex, FromDisk(model_path=model_path), weight_version)
+    async def update_weights_from_disk(
+        self, model_path: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        return await self._update(uuid.uuid4().hex, FromDisk(model_path=model_path), weight_version, mode)
 
     async def update_weights_from_tensor(
-        self, body: AsyncIterator[bytes], weight_version: str | None
+        self, body: AsyncIterator[bytes], weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         update_id, offset, refusal = uuid.uuid4().hex, 0, ""
         client = self._link.client
@@ -306,12 +308,12 @@ class NodeWeights:
         if refusal:
             await client.discard_weights(update_id)
             return AdminReply(False, refusal)
-        return await self._update(update_id, FromTensors(num_bytes=offset), weight_version)
+        return await self._update(update_id, FromTensors(num_bytes=offset), weight_version, mode)
 
     async def update_weights_from_distributed(
-        self, source: FromGroup, weight_version: str | None
+        self, source: FromGroup, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        return await self._update(uuid.uuid4().hex, source, weight_version)
+        return await self._update(uuid.uuid4().hex, source, weight_version, mode)
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         reply = await self._link.client.join_update_group(group, rank_offset)
@@ -327,17 +329,18 @@ class NodeWeights:
     async def check_weights(self) -> dict[str, WeightChecksReply]:
         return {self._url: await self._link.client.check_weights(WEIGHTS_TIMEOUT_S)}
 
-    async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply:
-        reply = await self._link.client.abort(request_id, all_requests=all_requests)
-        return AdminReply(reply.success, reply.message)
-
-    async def _update(self, update_id: str, source: WeightSource, weight_version: str | None) -> AdminReply:
+    async def _update(
+        self, update_id: str, source: WeightSource, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        """Busy, it says no: what runs here belongs to routers, which alone can let it end or go on later."""
         client = self._link.client
         prepared = await client.prepare_weights(
             update_id, source, weight_version or update_id, WEIGHTS_TIMEOUT_S
         )
         if not prepared.success:
             return AdminReply(False, prepared.message)
+        if mode == "abort":
+            await client.abort(all_requests=True)
         committed = await client.commit_weights(update_id, WEIGHTS_TIMEOUT_S)
         if not committed.success:
             await client.discard_weights(update_id)

@@ -22,7 +22,7 @@ from ..messages.weights import (
 )
 from ..runtime.errors import RequestError
 from .answers import json_response, outcome
-from .generation import AdminReply, GroupReply
+from .generation import AdminReply, GroupReply, UpdateMode
 from .mounting import POST, Operation
 from .openapi import Bodies
 from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
@@ -40,7 +40,8 @@ _MAX_NAMED = 8  # tensors that one message names
 class UpdateWeightsRequest(msgspec.Struct, kw_only=True):
     model_path: str
     weight_version: str | None = None
-    abort_all_requests: bool = False
+    mode: str = "wait"  # what running requests do
+    abort_all_requests: bool = False  # the same as mode "abort"
     force: bool = False  # one node alone, against the rest of its cluster
 
 
@@ -53,7 +54,8 @@ class DistributedRequest(msgspec.Struct, kw_only=True):
     group_name: str = "weight_update_group"
     load_format: Literal["flattened_bucket"] | None = None
     weight_version: str | None = None
-    abort_all_requests: bool = False
+    mode: str = "wait"  # what running requests do
+    abort_all_requests: bool = False  # the same as mode "abort"
     timeout: float = 300.0
     force: bool = False
 
@@ -104,22 +106,26 @@ WEIGHT_RULES = FieldRules(
 )
 DISTRIBUTED_RULES = FieldRules(harmless=frozenset({"flush_cache", "torch_empty_cache"}))
 _NO_RULES = FieldRules(harmless=frozenset())
+_MODES: dict[str, UpdateMode] = {"wait": "wait", "abort": "abort", "retract": "retract", "keep": "retract"}
+_NO_MIX = " (`in_place` would go on with a KV cache that other weights computed.)"
 _FLAGS = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
 class WeightAdmin(Protocol):
     """The weights of a whole cluster, or of one node behind its front."""
 
-    async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply: ...
+    async def update_weights_from_disk(
+        self, model_path: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply: ...
 
     async def update_weights_from_tensor(
-        self, body: AsyncIterator[bytes], weight_version: str | None
+        self, body: AsyncIterator[bytes], weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         """`body`: a safetensors file with some of the model's tensors, or all; it is read to its end."""
         ...
 
     async def update_weights_from_distributed(
-        self, source: FromGroup, weight_version: str | None
+        self, source: FromGroup, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply: ...
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
@@ -133,8 +139,6 @@ class WeightAdmin(Protocol):
         ...
 
     async def check_weights(self) -> Mapping[str, WeightChecksReply]: ...
-
-    async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply: ...
 
 
 class WeightRoutes:
@@ -150,9 +154,9 @@ class WeightRoutes:
         body = parse_request(raw, UpdateWeightsRequest, WEIGHT_RULES)
         if not self._may_update(force=body.force):
             return _one_node()
-        if body.abort_all_requests:
-            await self._admin.abort_requests("", True)
-        reply = await self._admin.update_weights_from_disk(body.model_path, body.weight_version)
+        reply = await self._admin.update_weights_from_disk(
+            body.model_path, body.weight_version, _mode(body.mode, aborts=body.abort_all_requests)
+        )
         return outcome(reply.success, reply.message)
 
     async def update_from_tensor(self, http: Request) -> Response:
@@ -160,14 +164,12 @@ class WeightRoutes:
         if http.headers.get("content-type", "").startswith("application/json"):
             _refuse_format()
         may_update = self._may_update(force=_flag(http, "force"))
-        aborts = _flag(http, "abort_all_requests")
+        mode = _mode(http.query_params.get("mode", "wait"), aborts=_flag(http, "abort_all_requests"))
         weight_version = http.query_params.get("weight_version") or None
         body = await _checked(http.stream())
         if not may_update:
             return _one_node()
-        if aborts:
-            await self._admin.abort_requests("", True)
-        reply = await self._admin.update_weights_from_tensor(body, weight_version)
+        reply = await self._admin.update_weights_from_tensor(body, weight_version, mode)
         return outcome(reply.success, reply.message)
 
     async def init_group(self, http: Request) -> Response:
@@ -207,9 +209,9 @@ class WeightRoutes:
         )
         if not self._may_update(force=body.force):
             return _one_node()
-        if body.abort_all_requests:
-            await self._admin.abort_requests("", True)
-        reply = await self._admin.update_weights_from_distributed(source, body.weight_version)
+        reply = await self._admin.update_weights_from_distributed(
+            source, body.weight_version, _mode(body.mode, aborts=body.abort_all_requests)
+        )
         return outcome(reply.success, reply.message)
 
     async def get_by_name(self, http: Request) -> Response:
@@ -318,6 +320,13 @@ def _timeout_s(seconds: float) -> float:
 
 def _one_node() -> Response:
     return outcome(False, "This is one node of a cluster: update through the router, or say `force`.")
+
+
+def _mode(name: str, *, aborts: bool) -> UpdateMode:
+    """By vLLM's and by SGLang's names."""
+    if name not in _MODES:
+        raise bad_value("mode", f"`mode` must be one of {', '.join(_MODES)}, got {name!r}.{_NO_MIX}")
+    return "abort" if aborts else _MODES[name]
 
 
 def _flag(http: Request, name: str) -> bool:

@@ -8,13 +8,14 @@ from typing import Generic, TypeAlias, assert_never
 
 import msgspec
 
-from ..messages.node import FlushCache, GetMetrics, GetServerInfo, MetricsReply, NodeLoad
+from ..messages.node import FlushCache, GetMetrics, GetServerInfo, MetricsReply, NodeLoad, Roster
 from ..messages.weights import (
     CheckWeights,
     CommitWeights,
     DiscardWeights,
     GetWeights,
     JoinUpdateGroup,
+    KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
     StageWeights,
@@ -28,6 +29,7 @@ ControlMessage: TypeAlias = (
     FlushCache
     | StageWeights
     | PrepareWeights
+    | KeepWeights
     | CommitWeights
     | DiscardWeights
     | GetWeights
@@ -85,6 +87,8 @@ class NodeControl(Generic[C]):
                 self._weights.check(link, message)
             case PrepareWeights():
                 self._answer(self._weights.prepare(link, message), result)
+            case KeepWeights():
+                self._weights.keep(message, now)
             case CommitWeights():
                 answer, result.swap = self._weights.commit(link, message, idle=idle)
                 self._answer(answer, result)
@@ -101,14 +105,25 @@ class NodeControl(Generic[C]):
         return result
 
     def poll(self, now: float, *, idle: bool) -> ControlResult[C]:
-        """What has become due: a flush that waited for the node to be idle, or its deadline."""
+        """What has become due: a flush or new weights that waited for the node to be idle, or a deadline."""
         result: ControlResult[C] = ControlResult()
         self._decide(self._flush.poll(now, idle), result)
+        result.swap = self._weights.poll(now, idle=idle)
         return result
+
+    def heard(self, roster: Roster) -> None:
+        """What other nodes serve: an update that one of them has committed is committed."""
+        self._weights.heard({node.update_id for node in roster.nodes})
+
+    @property
+    def awaits_swap(self) -> bool:
+        """New weights are decided on: no new work, which would keep this node from being idle."""
+        return self._weights.awaits_swap
 
     @property
     def deadline(self) -> float | None:
-        return self._flush.deadline
+        deadlines = [at for at in (self._flush.deadline, self._weights.deadline) if at is not None]
+        return min(deadlines, default=None)
 
     def _decide(self, decision: FlushDecision | None, result: ControlResult[C]) -> None:
         match decision:

@@ -50,7 +50,7 @@ from .loaded_model import LoadedModel, load_model, load_replacement, updated_mod
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
 from .rank_group import LostRankError, RankGroup
-from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Sums, TensorHead
+from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Prepared, Sums, TensorHead
 
 _log = logging.getLogger(__name__)
 
@@ -170,13 +170,14 @@ class Node:
             case _:
                 assert_never(order)
 
-    def swap(self, model: LoadedModel, weight_version: str) -> PeerIdentity:
+    def swap(self, prepared: Prepared[LoadedModel]) -> PeerIdentity:
         """Serve with these weights from the next forward on; returns the identity to shake hands with."""
+        model, weight_version = prepared.checkpoint, prepared.weight_version
         self.model = model
         self.runner.swap_weights(model.weights)
         if self.ranks is not None:
             self.ranks.swap_shards()
-        self.status.renew(str(model.path), model.fingerprint, weight_version)
+        self.status.renew(str(model.path), model.fingerprint, weight_version, prepared.update_id)
         self.identity = msgspec.structs.replace(
             self.identity, model_fingerprint=model.fingerprint, weight_version=weight_version
         )

@@ -38,7 +38,9 @@ class NodeStatus:
     def weight_version(self) -> str:
         return self.model.weight_version
 
-    def renew(self, model_path: str, model_fingerprint: str, weight_version: str) -> None:
+    def renew(
+        self, model_path: str, model_fingerprint: str, weight_version: str, update_id: str = ""
+    ) -> None:
         """Other weights serve from here on."""
         self.model = msgspec.structs.replace(
             self.model,
@@ -47,7 +49,10 @@ class NodeStatus:
             weight_version=weight_version,
         )
         self.entry = msgspec.structs.replace(
-            self.entry, model_fingerprint=model_fingerprint, weight_version=weight_version
+            self.entry,
+            model_fingerprint=model_fingerprint,
+            weight_version=weight_version,
+            update_id=update_id,
         )
 
     def pong(

@@ -8,8 +8,9 @@ What takes long is a job on a thread of its own; `finish` takes its result, on t
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, assert_never
@@ -24,6 +25,7 @@ from ..messages.weights import (
     FromTensors,
     GetWeights,
     JoinUpdateGroup,
+    KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
     StageWeights,
@@ -42,6 +44,7 @@ class Checkpoint(Protocol):
     def fingerprint(self) -> str: ...
 
 
+_log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Checkpoint)
 C_co = TypeVar("C_co", bound=Checkpoint, covariant=True)
 
@@ -116,6 +119,16 @@ class Prepared(Generic[C]):
 
 
 @dataclass(slots=True)
+class _Waiting(Generic[C]):
+    """Prepared weights that no commit has been done of."""
+
+    prepared: Prepared[C]
+    lease_s: float
+    lease_until: float | None = None  # None: from the next turn of the loop on
+    is_committed: bool = False  # decided on: no lease ends it
+
+
+@dataclass(slots=True)
 class _Job:
     """On the jobs' thread, and who waits for it."""
 
@@ -135,6 +148,9 @@ class _Staged:
 class WeightUpdater(Generic[C]):
     """At most one update at a time; one that nobody commits can be replaced by a newer one.
 
+    Prepared weights are committed when the coordinator says so or another node is heard to serve them, and
+    rolled back when neither happens and the coordinator falls silent for the lease.
+
     `start_job(name, run)` runs jobs one by one; `weight_version` is that of the weights that serve.
     """
 
@@ -153,7 +169,8 @@ class WeightUpdater(Generic[C]):
         self._groups = groups
         self._jobs: deque[_Job] = deque()  # in order
         self._staged: _Staged | None = None
-        self._prepared: Prepared[C] | None = None
+        self._waiting: _Waiting[C] | None = None
+        self._served_update = ""  # the one that was committed last
 
     @property
     def is_idle(self) -> bool:
@@ -194,37 +211,78 @@ class WeightUpdater(Generic[C]):
                 order = LoadTensors(self._staged.file.path)
             case FromGroup() as source:
                 self._drop_staged()
-                self._prepared = None
+                self._waiting = None
                 job = _Job(link, message, is_received=False)
                 self._submit("receive weights", job, lambda: self._groups.receive(source))
                 return None
             case _:
                 assert_never(message.source)
-        self._prepared = None
+        self._waiting = None
         self._submit("load weights", _Job(link, message), self._store.load(order))
         return None
 
+    def keep(self, message: KeepWeights, now: float) -> None:
+        waiting = self._waiting
+        if waiting is not None and waiting.prepared.update_id == message.update_id:
+            waiting.lease_until = now + message.lease_s
+
     def commit(self, link: bytes, message: CommitWeights, *, idle: bool) -> tuple[Answer, Prepared[C] | None]:
-        """The answer, and what to swap in when it is a yes. A busy node says no and keeps the update."""
-        prepared = self._prepared
-        if prepared is None or prepared.update_id != message.update_id:
+        """The answer, and for a yes what to swap in. A busy node says no, and swaps once it is idle."""
+        if message.update_id == self._served_update:
+            return _yes(link, message, self._weight_version()), None
+        waiting = self._waiting
+        if waiting is None or waiting.prepared.update_id != message.update_id:
             return _no(link, message, f"update {message.update_id} is not prepared here"), None
+        waiting.is_committed = True
         if not idle:
             return _no(link, message, "the node is not idle"), None
-        self._prepared = None
-        return _yes(link, message, prepared.weight_version), prepared
+        return _yes(link, message, waiting.prepared.weight_version), self._take_waiting(waiting)
+
+    def heard(self, update_ids: Collection[str]) -> None:
+        """Updates that other nodes are seen to serve."""
+        if self._waiting is not None and self._waiting.prepared.update_id in update_ids:
+            self._waiting.is_committed = True
+
+    def poll(self, now: float, *, idle: bool) -> Prepared[C] | None:
+        """What to swap in now; also rolls back what nobody keeps any more."""
+        waiting = self._waiting
+        if waiting is None:
+            return None
+        if waiting.is_committed:
+            return self._take_waiting(waiting) if idle else None
+        if waiting.lease_until is None:
+            waiting.lease_until = now + waiting.lease_s
+        elif now >= waiting.lease_until:
+            _log.warning("update %s is rolled back: nobody committed it", waiting.prepared.update_id)
+            self._waiting = None
+            self._store.drop()
+        return None
+
+    @property
+    def awaits_swap(self) -> bool:
+        return self._waiting is not None and self._waiting.is_committed
+
+    @property
+    def deadline(self) -> float | None:
+        """When `poll` has something to do by time alone."""
+        return None if self._waiting is None or self._waiting.is_committed else self._waiting.lease_until
 
     def discard(self, link: bytes, message: DiscardWeights) -> Answer:
         for job in self._jobs:
             if isinstance(job.message, PrepareWeights) and job.message.update_id == message.update_id:
                 job.is_discarded = True  # it cannot be stopped; what it loads is dropped
                 return _yes(link, message)
-        if self._prepared is not None and self._prepared.update_id == message.update_id:
-            self._prepared = None
+        if self._waiting is not None and self._waiting.prepared.update_id == message.update_id:
+            self._waiting = None
             self._store.drop()
         if self._staged is not None and self._staged.update_id == message.update_id:
             self._drop_staged()
         return _yes(link, message)
+
+    def _take_waiting(self, waiting: _Waiting[C]) -> Prepared[C]:
+        self._waiting = None
+        self._served_update = waiting.prepared.update_id
+        return waiting.prepared
 
     # ---- questions ----------------------------------------------------------------------------------
 
@@ -319,7 +377,8 @@ class WeightUpdater(Generic[C]):
         if job.is_discarded:
             self._store.drop()
             return _no(job.link, message, f"update {message.update_id} was discarded")
-        self._prepared = Prepared(message.update_id, message.weight_version, checkpoint)
+        prepared = Prepared(message.update_id, message.weight_version, checkpoint)
+        self._waiting = _Waiting(prepared, message.lease_s)
         return _yes(job.link, message, "prepared")
 
     @property

@@ -94,7 +94,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         gone_clients=gone_clients,
         control=control,
         weights=weights,
-        swap=lambda prepared: node.swap(prepared.checkpoint, prepared.weight_version),
+        swap=node.swap,
         status=node.status,
         load_inquirer=LoadInquirer(
             page_size=config.page_size, max_running_requests=config.max_running_requests

@@ -74,6 +74,7 @@ from ..messages.weights import (
     DiscardWeights,
     GetWeights,
     JoinUpdateGroup,
+    KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
     StageWeights,
@@ -261,6 +262,7 @@ class DecodeScheduler:
             case AssertPeerDeath():
                 self.assert_peer_death(link, message, now)
             case Roster():
+                self.control.heard(message)
                 self.take_roster(message, now)
             case Ping():
                 self.send(link, self.pong(message))
@@ -268,6 +270,7 @@ class DecodeScheduler:
                 FlushCache()
                 | StageWeights()
                 | PrepareWeights()
+                | KeepWeights()
                 | CommitWeights()
                 | DiscardWeights()
                 | GetWeights()
@@ -320,6 +323,9 @@ class DecodeScheduler:
             return  # sent twice
         if self.is_draining:
             self.refuse(link, message, "shutting_down", "the decode node shuts down")
+            return
+        if self.control.awaits_swap:
+            self.refuse(link, message, "not_ready", "the decode node is about to take new weights")
             return
         request = DecodeRequest(
             key=key,

@@ -19,6 +19,7 @@ from .weights import (
     DiscardWeights,
     GetWeights,
     JoinUpdateGroup,
+    KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
     StageWeights,
@@ -40,6 +41,7 @@ class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
     model_fingerprint: str
     weight_version: str
     colocated: bool = False  # a decode node that prefills locally
+    update_id: str = ""  # of the update that its weights came with; empty: those it started with
 
 
 class PeerTraffic(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +190,7 @@ ClientToNode: TypeAlias = (
     | FlushCache
     | StageWeights
     | PrepareWeights
+    | KeepWeights
     | CommitWeights
     | DiscardWeights
     | GetWeights

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
+LEASE_S = 30.0
 STAGE_PART_BYTES = 2 << 20  # what a node's loop copies in well under 5 ms
 
 
@@ -105,10 +106,21 @@ class PrepareWeights(msgspec.Struct, frozen=True, kw_only=True, tag="prepare_wei
     update_id: str
     source: WeightSource
     weight_version: str
+    lease_s: float = LEASE_S  # once it is prepared, and nobody keeps or commits it
+
+
+class KeepWeights(msgspec.Struct, frozen=True, kw_only=True, tag="keep_weights"):
+    """The coordinator of an update lives and goes on with it: do not roll it back for `lease_s` from now."""
+
+    update_id: str
+    lease_s: float
 
 
 class CommitWeights(msgspec.Struct, frozen=True, kw_only=True, tag="commit_weights"):
-    """Swap to the prepared weights (the node must be idle), drop the prefix cache, renew handshakes."""
+    """Swap to what is prepared, drop the prefix cache, shake hands again. It is decided: all have prepared.
+
+    A node that is not idle says no, takes no new work, and swaps as soon as it is; asked again it says yes.
+    """
 
     call_id: int
     update_id: str

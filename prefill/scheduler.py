@@ -76,6 +76,7 @@ from ..messages.weights import (
     DiscardWeights,
     GetWeights,
     JoinUpdateGroup,
+    KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
     StageWeights,
@@ -225,6 +226,7 @@ class PrefillScheduler:
                 FlushCache()
                 | StageWeights()
                 | PrepareWeights()
+                | KeepWeights()
                 | CommitWeights()
                 | DiscardWeights()
                 | GetWeights()
@@ -249,8 +251,8 @@ class PrefillScheduler:
             case AbortRequests():
                 # Decode leads: it aborts the rooms of what it is told to abort.
                 self.send(link, CallReply(call_id=message.call_id, success=True))
-            case Roster():
-                pass  # decode nodes connect to us, not the other way round
+            case Roster():  # decode nodes connect to us, not the other way round
+                self.control.heard(message)
             case GenerateRequest() | CancelRequest() | ResendFrom():
                 _log.warning("dropped a %s: this is a prefill node", type(message).__name__)
             case _:
@@ -289,7 +291,8 @@ class PrefillScheduler:
         """Whether a new room may open. Not while the transfer engine hangs in a call: others can take it."""
         num_waiting = sum(job.state is JobState.WAITING for job in self.jobs.values())
         is_stuck = any(mover.stuck_s(now) > _STUCK_S for mover in self.movers)
-        return num_waiting < self.limits.max_waiting and not is_stuck and not self.is_draining
+        takes_work = not self.is_draining and not self.control.awaits_swap
+        return num_waiting < self.limits.max_waiting and not is_stuck and takes_work
 
     def new_job(self, request: PrefillRequest) -> PrefillJob:
         arrived = self.clock.now()

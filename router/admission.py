@@ -38,6 +38,7 @@ class AdmissionQueue:
         self._sequence = 0
         self._last_taken_at = float("-inf")
         self._held = False
+        self._holds_all = False
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -53,15 +54,21 @@ class AdmissionQueue:
     def held(self) -> bool:
         return self._held
 
-    def hold(self) -> None:
-        """New requests wait; those that were dispatched before still go, so that running ones drain."""
+    @property
+    def holds_all(self) -> bool:
+        return self._holds_all
+
+    def hold(self, *, all_tickets: bool = False) -> None:
+        """New requests wait; those that were dispatched before still go, so that running ones drain. With
+        `all_tickets` they wait too."""
         self._held = True
+        self._holds_all = all_tickets
         for ticket in self._tickets:
-            if ticket.is_new:
+            if ticket.is_new or all_tickets:
                 ticket.unpaired_since = None
 
     def release(self) -> None:
-        self._held = False
+        self._held = self._holds_all = False
 
     def offer(self, request_id: str, choices: tuple[int, ...], priority: int, now: float) -> Ticket:
         """A new request. Raises RequestError 429 when the queue is full."""
@@ -116,7 +123,7 @@ class AdmissionQueue:
     def due(self, now: float) -> Iterator[Ticket]:
         """Tickets that may go now, first the one that goes first. The queue may change meanwhile."""
         for ticket in tuple(self._tickets):
-            if ticket.not_before <= now and not (self._held and ticket.is_new):
+            if ticket.not_before <= now and not (self._holds_all or (self._held and ticket.is_new)):
                 yield ticket
 
     def is_overdue(self, ticket: Ticket, now: float) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..api.generation import ChoiceDelta, GenerateSpec, GenerationInfo
+from ..api.generation import ChoiceDelta, GenerateSpec, GenerationInfo, WeightSpan
 from ..components.stop_conditions import check_finish
 from ..messages.node import AttemptFailed, FailureCode, GenerateRequest, ResendFrom, TokenOutput
 from ..messages.timeline import Span, SpanClock, moved, span_between
@@ -87,6 +87,7 @@ class RequestRecord:
         # A node keeps (request id, attempt) on record after its end, and a client may use its id again.
         self._attempt_numbers = attempt_numbers or itertools.count(1)
         self._num_unfinished = spec.num_choices
+        self._weight_version = ""  # of the tokens that came last
         self._page_hashes: dict[int, list[int]] = {}  # by page size
 
     @property
@@ -103,8 +104,12 @@ class RequestRecord:
 
     @property
     def pinned_weight_version(self) -> str:
-        """A stream is not continued by other weights than it began with."""
-        return self.info.weight_version if self.has_tokens else ""
+        """A stream is not continued by other weights than it has, but where it was retracted for them."""
+        return self._weight_version if self.has_tokens else ""
+
+    def continue_with_other_weights(self) -> None:
+        """A stream that is retracted for new weights goes on with them."""
+        self._weight_version = ""
 
     def live_attempts(self) -> list[Attempt]:
         attempts = {id(c.attempt): c.attempt for c in self.choices if c.attempt is not None}
@@ -196,6 +201,7 @@ class RequestRecord:
         choice.num_free_failures = 0
         if output.weight_version:
             self._on_opening(output)
+            self._note_weights(choice, output)
         if output.spans:
             self._take_spans(attempt, output.spans, now)
         if not self.info.arrived_unix_s:
@@ -232,6 +238,12 @@ class RequestRecord:
             self.info.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs and not self.info.prompt_logprobs:
             self.info.prompt_logprobs = output.prompt_logprobs
+
+    def _note_weights(self, choice: ChoiceState, output: TokenOutput) -> None:
+        self._weight_version = output.weight_version
+        spans = self.info.weight_spans.setdefault(choice.index, [])
+        if not spans or spans[-1].weight_version != output.weight_version:
+            spans.append(WeightSpan(output.weight_version, output.position))
 
     def _on_other_position(self, choice: ChoiceState, output: TokenOutput, now: float) -> ResendFrom | None:
         is_gap = output.position > len(choice.kept_ids)

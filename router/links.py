@@ -42,7 +42,12 @@ class NodeLink(Protocol):
     ) -> CallReply: ...
 
     async def prepare_weights(
-        self, update_id: str, source: WeightSource, weight_version: str, timeout_s: float
+        self,
+        update_id: str,
+        source: WeightSource,
+        weight_version: str,
+        timeout_s: float,
+        lease_s: float,
     ) -> CallReply: ...
 
     async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply: ...

@@ -31,5 +31,6 @@ class RouterOptions:
     unstreamed_interval: int = 16  # tokens per TokenOutput when the client does not stream
     weight_drain_s: float = 600.0  # for running requests to end before new weights are loaded
     weight_update_s: float = 600.0  # for each node to load, and to swap
+    weight_lease_s: float = 30.0  # nodes roll an update back whose coordinator is silent for so long
     weight_commit_s: float = 10.0  # for what clients left behind to end on every node, before it swaps
     weight_ready_s: float = 30.0  # for nodes that have swapped to be pairs again

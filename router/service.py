@@ -22,12 +22,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import PurePath
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ..api.generation import AdminReply, GenerateSpec, GroupReply, ModelCard, WorkerStatus
+from ..api.generation import AdminReply, GenerateSpec, GroupReply, ModelCard, UpdateMode, WorkerStatus
 from ..api.node_client import NodeUnavailableError, StreamMessage
 from ..messages.node import (
     AttemptFailed,
@@ -115,9 +115,9 @@ class RouterService:
             registry=self._nodes,
             links=self._cluster.links,
             traffic=Traffic(
-                hold=self._queue.hold,
+                hold=self._hold_for_weights,
                 release=self._release_held,
-                num_running=lambda: self.num_running,
+                num_running=self._num_working,
                 forget_prefixes=self._prefixes.clear,
             ),
             clock=clock,
@@ -648,21 +648,23 @@ class RouterService:
                 generation.push(delta)
             generation.end()
 
-    async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
+    async def update_weights_from_disk(
+        self, model_path: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
         version = weight_version or f"{PurePath(model_path).name}@{uuid.uuid4().hex[:8]}"
-        return await self._weights.update(FromDisk(model_path=model_path), version)
+        return await self._weights.update(FromDisk(model_path=model_path), version, mode)
 
     async def update_weights_from_tensor(
-        self, body: AsyncIterator[bytes], weight_version: str | None
+        self, body: AsyncIterator[bytes], weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         version = weight_version or f"tensors@{uuid.uuid4().hex[:8]}"
-        return await self._weights.update_from_tensors(body, version)
+        return await self._weights.update_from_tensors(body, version, mode)
 
     async def update_weights_from_distributed(
-        self, source: FromGroup, weight_version: str | None
+        self, source: FromGroup, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         version = weight_version or f"{source.group_name}@{uuid.uuid4().hex[:8]}"
-        return await self._weights.update(source, version)
+        return await self._weights.update(source, version, mode)
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         return await self._weights.init_group(group, rank_offset)
@@ -675,6 +677,36 @@ class RouterService:
 
     async def check_weights(self) -> dict[str, WeightChecksReply]:
         return await self._weights.check()
+
+    def _hold_for_weights(self, mode: UpdateMode) -> None:
+        self._queue.hold(all_tickets=mode == "retract")
+        match mode:
+            case "wait":
+                pass
+            case "abort":
+                for generation in list(self._generations.values()):
+                    if generation.dispatched.done():  # one that waits has not begun: new weights may serve it
+                        self._abort(generation)
+            case "retract":
+                self._retract_all()
+            case _:
+                assert_never(mode)
+
+    def _retract_all(self) -> None:
+        """What runs stops where it is, and goes on from its kept tokens when requests go on."""
+        now = self._clock()
+        for attempt in list(self._ledger):
+            self._generations[attempt.request_id].record.continue_with_other_weights()
+            self._send_cancel(attempt)
+            self._fail_attempt(_retracted(attempt), now)
+        for generation in self._generations.values():
+            generation.record.continue_with_other_weights()
+
+    def _num_working(self) -> int:
+        """Requests that nodes work on, those included that will be sent again while new ones are held."""
+        if self._queue.holds_all:
+            return len({attempt.request_id for attempt in self._ledger})
+        return self.num_running
 
     def _release_held(self) -> None:
         self._queue.release()
@@ -810,6 +842,16 @@ def _lost(attempt: Attempt, reason: str) -> AttemptFailed:
         attempt=attempt.number,
         code="peer_lost",
         reason=reason,
+        retriable=True,
+    )
+
+
+def _retracted(attempt: Attempt) -> AttemptFailed:
+    return AttemptFailed(
+        request_id=attempt.request_id,
+        attempt=attempt.number,
+        code="version_skew",
+        reason="weights change",
         retriable=True,
     )
 

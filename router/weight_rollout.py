@@ -46,15 +46,21 @@ def failures(answers: list[NodeAnswer]) -> str:
 
 
 async def prepare_all(
-    links: Mapping[str, NodeLink], update_id: str, source: WeightSource, weight_version: str, timeout_s: float
+    links: Mapping[str, NodeLink],
+    update_id: str,
+    source: WeightSource,
+    weight_version: str,
+    *,
+    timeout_s: float,
+    lease_s: float,
 ) -> list[NodeAnswer]:
     return await ask_all(
-        links, lambda link: link.prepare_weights(update_id, source, weight_version, timeout_s)
+        links, lambda link: link.prepare_weights(update_id, source, weight_version, timeout_s, lease_s)
     )
 
 
 async def discard_all(links: Mapping[str, NodeLink], update_id: str) -> None:
-    """A node that does not hear it forgets it with the next update."""
+    """A node that does not hear it rolls back when its lease ends."""
     await ask_all(links, lambda link: link.discard_weights(update_id, DISCARD_TIMEOUT_S))
 
 

@@ -10,19 +10,20 @@ Whatever fails before 3 leaves the old weights serving everywhere.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from ..api.generation import AdminReply, GroupReply
+from ..api.generation import AdminReply, GroupReply, UpdateMode
 from ..api.node_client import NodeUnavailableError
 from ..api.weights import in_parts
 from ..messages.node import CallReply
 from ..messages.weights import (
     STAGE_PART_BYTES,
     FromTensors,
+    KeepWeights,
     UpdateGroupSpec,
     WeightChecksReply,
     WeightSource,
@@ -41,10 +42,19 @@ WAIT_POLL_S = 0.02
 class Traffic:
     """What an update needs of those who run requests."""
 
-    hold: Callable[[], None]  # new requests wait
+    hold: Callable[[UpdateMode], None]  # new requests wait, running ones do as the mode says
     release: Callable[[], None]
-    num_running: Callable[[], int]
+    num_running: Callable[[], int]  # that a held cluster still works on
     forget_prefixes: Callable[[], None]  # what nodes cached is worth nothing under other weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    update_id: str
+    source: WeightSource
+    weight_version: str
+    mode: UpdateMode
+    links: Mapping[str, NodeLink]  # of all nodes, by URL
 
 
 class WeightUpdates:
@@ -68,13 +78,15 @@ class WeightUpdates:
         self._update: asyncio.Task[AdminReply] | None = None
         self.is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
 
-    async def update(self, source: WeightSource, weight_version: str) -> AdminReply:
+    async def update(self, source: WeightSource, weight_version: str, mode: UpdateMode) -> AdminReply:
         """From what every node can reach by itself."""
         if self._is_running():
             return _ANOTHER
-        return await self._run(self._roll_out(uuid.uuid4().hex, source, weight_version, self._links()))
+        return await self._run(_Update(uuid.uuid4().hex, source, weight_version, mode, self._links()))
 
-    async def update_from_tensors(self, body: AsyncIterator[bytes], weight_version: str) -> AdminReply:
+    async def update_from_tensors(
+        self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
+    ) -> AdminReply:
         """From the bytes of a safetensors file, which are passed on as they come."""
         if self._is_running():
             return _ANOTHER
@@ -98,7 +110,7 @@ class WeightUpdates:
             await discard_all(links, update_id)
             return _ANOTHER
         source = FromTensors(num_bytes=offset)
-        return await self._run(self._roll_out(update_id, source, weight_version, links))
+        return await self._run(_Update(update_id, source, weight_version, mode, links))
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         """What every node (by URL) answers; one that does not answer is a reply without success."""
@@ -163,51 +175,68 @@ class WeightUpdates:
     def _is_running(self) -> bool:
         return self._update is not None and not self._update.done()
 
-    async def _run(self, update: Coroutine[Any, Any, AdminReply]) -> AdminReply:
-        self._update = asyncio.create_task(update)
+    async def _run(self, update: _Update) -> AdminReply:
+        self._update = asyncio.create_task(self._roll_out(update))
         return await asyncio.shield(self._update)
 
-    async def _roll_out(
-        self, update_id: str, source: WeightSource, weight_version: str, links: Mapping[str, NodeLink]
-    ) -> AdminReply:
+    async def _roll_out(self, update: _Update) -> AdminReply:
         started = self._clock()
         self.is_rolling_out = True
+        keeper = asyncio.create_task(self._keep(update))
         try:
-            if reason := self._why_not(links):
+            if reason := self._why_not(update.links):
                 return AdminReply(False, reason)
             prepared = await prepare_all(
-                links, update_id, source, weight_version, self._options.weight_update_s
+                update.links,
+                update.update_id,
+                update.source,
+                update.weight_version,
+                timeout_s=self._options.weight_update_s,
+                lease_s=self._options.weight_lease_s,
             )
             if reasons := failures(prepared):
-                await discard_all(links, update_id)
+                await discard_all(update.links, update.update_id)
                 return AdminReply(False, f"the old weights serve on; {reasons}")
-            return await self._swap(update_id, weight_version, links)
+            return await self._swap(update)
         finally:
+            keeper.cancel()
             self.is_rolling_out = False
             now = self._clock()
             self._registry.excuse(now - started, now)
 
-    async def _swap(self, update_id: str, weight_version: str, links: Mapping[str, NodeLink]) -> AdminReply:
-        self._traffic.hold()
+    async def _keep(self, update: _Update) -> None:
+        """Nodes roll back what they prepared when nobody says for a while that the update goes on."""
+        lease_s = self._options.weight_lease_s
+        message = KeepWeights(update_id=update.update_id, lease_s=lease_s)
+        while True:
+            for link in update.links.values():
+                with contextlib.suppress(NodeUnavailableError):
+                    link.send(message)
+            await asyncio.sleep(lease_s / 6)
+
+    async def _swap(self, update: _Update) -> AdminReply:
+        self._traffic.hold(update.mode)
         try:
             if not await self._until(lambda: self._traffic.num_running() == 0, self._options.weight_drain_s):
-                await discard_all(links, update_id)
+                await discard_all(update.links, update.update_id)
                 num_running = self._traffic.num_running()
                 return AdminReply(False, f"{num_running} requests were still running; nothing was changed")
             committed = await commit_all(
-                links,
-                update_id,
+                update.links,
+                update.update_id,
                 timeout_s=self._options.weight_update_s,
                 patience_s=self._options.weight_commit_s,
             )
             self._traffic.forget_prefixes()
+            # A node that was not idle in time swaps by itself when it is.
+            version = update.weight_version
+            if await self._until(lambda: self._serves(version), self._options.weight_ready_s):
+                return AdminReply(True, f"{len(update.links)} nodes serve weight version {version}")
             if reasons := failures(committed):
                 return AdminReply(
-                    False, f"some nodes kept the old weights and pair only with one another; {reasons}"
+                    False, f"some nodes have the old weights still and pair only with one another; {reasons}"
                 )
-            if not await self._until(lambda: self._serves(weight_version), self._options.weight_ready_s):
-                return AdminReply(False, f"new weights are loaded, but {self._registry.explain_no_pair()}")
-            return AdminReply(True, f"{len(links)} nodes serve weight version {weight_version}")
+            return AdminReply(False, f"new weights are loaded, but {self._registry.explain_no_pair()}")
         finally:
             self._traffic.release()
 

@@ -243,7 +243,9 @@ class _Base(Generic[T]):
     def swap(self, prepared: Prepared[FakeCheckpoint]) -> PeerIdentity:
         checkpoint = prepared.checkpoint
         self.engine.weights = checkpoint.path.name
-        self.status.renew(str(checkpoint.path), checkpoint.fingerprint, prepared.weight_version)
+        self.status.renew(
+            str(checkpoint.path), checkpoint.fingerprint, prepared.weight_version, prepared.update_id
+        )
         self.identity = msgspec.structs.replace(
             self.identity,
             model_fingerprint=checkpoint.fingerprint,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import greedy_ids, in_background, random_ids, request
+from pdserve.tests.e2e.helpers import greedy_ids, in_background, random_ids, request, wait_until
 from pdserve.tests.trainer import Trainer, free_port
 
 PROMPT = random_ids(42, 50)
@@ -137,6 +137,38 @@ def test_a_trainer_broadcasts_to_all_nodes_and_one_that_does_not_is_not_waited_f
     trainer.close()
     assert request(url, "/destroy_weights_update_group", {"group_name": "e2e"}).status == 200
     assert request(url, "/destroy_weights_update_group", {"group_name": "e2e"}).status == 400
+
+
+def test_retracted_requests_go_on_and_say_which_weights_made_which_tokens(
+    updatable: LocalCluster, original: dict[str, Tensor]
+) -> None:
+    url = updatable.url
+    sampling = {"max_new_tokens": 300, "temperature": 0.0, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True}
+    undisturbed = request(url, "/generate", body).json
+    assert "weight_versions" not in undisturbed["meta_info"]
+    is_over, answered = in_background(lambda: request(url, "/generate", {**body, "rid": "retracted"}))
+    wait_until(lambda: num_tokens(url, "retracted") >= 20, 30.0, "some tokens")
+    status, text = send(url, changed_tensors(original), weight_version="step-2", mode="retract")
+    assert status == 200, text
+    assert not is_over(), "the request was over before the update"
+    answer = answered().json
+    first, second = answer["meta_info"]["weight_versions"]
+    assert (first["weight_version"], first["start"]) == ("default", 0)
+    assert second["weight_version"] == "step-2"
+    start = second["start"]
+    assert answer["output_ids"][:start] == undisturbed["output_ids"][:start]
+    assert len(answer["output_ids"]) == 300
+    # From there on the new weights continue what the old ones began.
+    go_on = {**body, "input_ids": PROMPT + answer["output_ids"][:start]}
+    go_on["sampling_params"] = {**sampling, "max_new_tokens": 300 - start}
+    continued = request(url, "/generate", go_on).json
+    assert continued["output_ids"] == answer["output_ids"][start:]
+
+
+def num_tokens(url: str, request_id: str) -> int:
+    reply = request(url, f"/requests/{request_id}")
+    return int(reply.json["choices"][0]["num_tokens"]) if reply.status == 200 else 0
 
 
 def test_wrong_tensors_are_refused_by_name_and_nothing_changes(

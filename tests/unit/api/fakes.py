@@ -12,6 +12,7 @@ from pdserve.api.generation import (
     GenerateSpec,
     GenerationInfo,
     GroupReply,
+    UpdateMode,
     WorkerStatus,
 )
 from pdserve.messages.node import NodeEntry, NodeLoad
@@ -169,20 +170,22 @@ class FakeAdmin:
         self.calls.append(("dead", incarnation))
         return self.reply
 
-    async def update_weights_from_disk(self, model_path: str, weight_version: str | None) -> AdminReply:
-        self.calls.append(("update", model_path, weight_version))
+    async def update_weights_from_disk(
+        self, model_path: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        self.calls.append(("update", model_path, weight_version, mode))
         return self.reply
 
     async def update_weights_from_tensor(
-        self, body: AsyncIterator[bytes], weight_version: str | None
+        self, body: AsyncIterator[bytes], weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        self.calls.append(("update", b"".join([piece async for piece in body]), weight_version))
+        self.calls.append(("update", b"".join([piece async for piece in body]), weight_version, mode))
         return self.reply
 
     async def update_weights_from_distributed(
-        self, source: FromGroup, weight_version: str | None
+        self, source: FromGroup, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        self.calls.append(("update", source, weight_version))
+        self.calls.append(("update", source, weight_version, mode))
         return self.reply
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:

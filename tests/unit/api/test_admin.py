@@ -137,7 +137,7 @@ async def test_update_weights(api: Api) -> None:
     api.admin.reply = AdminReply(False, "another model")
     body = {"model_path": "/new", "weight_version": "8"}
     assert (await api.post("/update_weights_from_disk", body))[0] == 400
-    assert api.admin.calls == [("abort", "", True), ("update", "/new", None), ("update", "/new", "8")]
+    assert api.admin.calls == [("update", "/new", None, "abort"), ("update", "/new", "8", "wait")]
 
 
 @pytest.mark.parametrize("prefix", ["", "/v1"])

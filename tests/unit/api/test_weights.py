@@ -33,10 +33,9 @@ async def test_tensors_are_passed_on_as_they_are(api: Api) -> None:
     api.admin.reply = AdminReply(False, "t is no tensor of this model")
     assert (await post_bytes(api, body))[0] == 400
     assert api.admin.calls == [
-        ("update", body, "8"),
-        ("abort", "", True),
-        ("update", body, None),
-        ("update", body, None),
+        ("update", body, "8", "wait"),
+        ("update", body, None, "abort"),
+        ("update", body, None, "wait"),
     ]
 
 
@@ -83,11 +82,13 @@ async def test_a_distributed_update(api: Api) -> None:
     route = "/update_weights_from_distributed"
     body = {**DISTRIBUTED, "flush_cache": True, "weight_version": "8", "timeout": 5}
     assert await api.post(route, body) == (200, {"success": True, "message": "done"})
-    assert (await api.post(route, {**DISTRIBUTED, "load_format": "flattened_bucket"}))[0] == 200
+    assert (await api.post(route, {**DISTRIBUTED, "load_format": "flattened_bucket", "mode": "keep"}))[
+        0
+    ] == 200
     tensors = (TensorSpec("a", "float32", (2, 3)), TensorSpec("b", "bfloat16", ()))
     first = FromGroup(group_name="g", tensors=tensors, is_one_bucket=False, timeout_s=5.0)
     second = FromGroup(group_name="g", tensors=tensors, is_one_bucket=True, timeout_s=300.0)
-    assert api.admin.calls == [("update", first, "8"), ("update", second, None)]
+    assert api.admin.calls == [("update", first, "8", "wait"), ("update", second, None, "retract")]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,7 @@ async def test_a_distributed_update(api: Api) -> None:
         ({"dtypes": ["float32", "quaternion"]}, "quaternion"),
         ({"shapes": [[2, -3], []]}, "shape of a"),
         ({"timeout": 0}, "timeout"),
+        ({"mode": "in_place"}, "other weights computed"),
         ({"load_format": "pickle"}, "load_format"),
     ],
 )

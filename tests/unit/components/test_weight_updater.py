@@ -24,6 +24,7 @@ from pdserve.components.weight_updater import (
 )
 from pdserve.messages.node import CallReply
 from pdserve.messages.weights import (
+    LEASE_S,
     CheckWeights,
     CommitWeights,
     DiscardWeights,
@@ -32,6 +33,7 @@ from pdserve.messages.weights import (
     FromTensors,
     GetWeights,
     JoinUpdateGroup,
+    KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
     StageWeights,
@@ -193,7 +195,9 @@ def test_commit_gives_what_was_prepared_once(bench: Bench) -> None:
     assert reply == CallReply(call_id=2, success=True, message="version of u1")
     assert swap == Prepared("u1", "version of u1", FakeCheckpoint(Path("/models/u1")))
     reply, swap = bench.commit("u1")
-    assert (reply.success, reply.message, swap) == (False, "update u1 is not prepared here", None)
+    assert (reply.success, swap) == (True, None), "the first answer may have been lost"
+    reply, swap = bench.commit("u0")
+    assert (reply.success, reply.message, swap) == (False, "update u0 is not prepared here", None)
 
 
 def test_a_busy_node_says_no_and_keeps_the_update(bench: Bench) -> None:
@@ -201,6 +205,7 @@ def test_a_busy_node_says_no_and_keeps_the_update(bench: Bench) -> None:
     bench.finish_loading()
     reply, swap = bench.commit("u1", idle=False)
     assert (reply.success, reply.message, swap) == (False, "the node is not idle", None)
+    assert bench.updater.awaits_swap
     reply, swap = bench.commit("u1")
     assert reply.success
     assert swap is not None
@@ -288,6 +293,55 @@ def test_other_ranks_let_go_of_what_is_not_committed(bench: Bench) -> None:
     bench.finish_loading()
     bench.commit("u4")
     assert bench.store.told.count("drop") == 3
+
+
+# ---- when the coordinator falls silent --------------------------------------------------------------
+
+
+def prepared(bench: Bench, now: float = 100.0) -> None:
+    bench.prepare("u1")
+    bench.finish_loading()
+    assert bench.updater.poll(now, idle=True) is None
+
+
+def test_what_nobody_commits_is_rolled_back_at_the_end_of_its_lease(bench: Bench) -> None:
+    prepared(bench)
+    assert bench.updater.deadline == 100.0 + LEASE_S
+    assert bench.updater.poll(100.0 + LEASE_S - 0.1, idle=True) is None
+    assert bench.store.told.count("drop") == 0
+    assert bench.updater.poll(100.0 + LEASE_S, idle=True) is None
+    assert bench.store.told.count("drop") == 1
+    assert bench.updater.deadline is None
+    assert not bench.commit("u1")[0].success
+
+
+def test_a_coordinator_that_lives_keeps_it(bench: Bench) -> None:
+    prepared(bench)
+    bench.updater.keep(KeepWeights(update_id="u1", lease_s=50.0), 120.0)
+    bench.updater.keep(KeepWeights(update_id="u0", lease_s=500.0), 120.0)
+    assert bench.updater.poll(169.0, idle=True) is None
+    assert bench.commit("u1")[1] is not None
+
+
+def test_what_another_node_serves_is_committed_as_soon_as_this_one_is_idle(bench: Bench) -> None:
+    prepared(bench)
+    bench.updater.heard({"", "u0"})
+    assert not bench.updater.awaits_swap
+    bench.updater.heard({"", "u1"})
+    assert bench.updater.awaits_swap
+    assert bench.updater.poll(1e6, idle=False) is None, "no lease ends what is decided"
+    swap = bench.updater.poll(1e6, idle=True)
+    assert swap is not None
+    assert swap.update_id == "u1"
+    assert not bench.updater.awaits_swap
+    assert bench.commit("u1")[0].success, "the coordinator may still ask"
+
+
+def test_a_commit_that_came_too_early_is_done_without_being_asked_again(bench: Bench) -> None:
+    prepared(bench)
+    bench.commit("u1", idle=False)
+    assert bench.updater.poll(1e6, idle=False) is None
+    assert bench.updater.poll(1e6, idle=True) is not None
 
 
 # ---- tensors ----------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def instances(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.booleans()
         case inspect.StrType():
             return st.text(max_size=4)
+        case inspect.BytesType():
+            return st.binary(max_size=8)
         case inspect.NoneType():
             return st.none()
         case inspect.LiteralType():

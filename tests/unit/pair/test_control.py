@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from pdserve.messages.node import (
     CallReply,
@@ -17,9 +18,9 @@ from pdserve.messages.node import (
     ServerInfoReply,
 )
 from pdserve.messages.sampling import SamplingParams
-from pdserve.messages.weights import CommitWeights, DiscardWeights, FromDisk, PrepareWeights
+from pdserve.messages.weights import LEASE_S, CommitWeights, DiscardWeights, FromDisk, PrepareWeights
 
-from .cluster import ADDRESS, DecodeNode, Pair, PrefillNode, expected_tokens, kv_of, prompt_of
+from .cluster import ADDRESS, DecodeNode, Pair, PrefillNode, kv_of, prompt_of
 
 ADMIN = b"admin"
 
@@ -128,24 +129,59 @@ def test_new_weights_renew_the_handshake_and_forget_what_the_old_ones_computed()
     assert pair.prefill.pool.pages[page][0] in kv_of(prompt, "weights-2")
 
 
-def test_a_busy_node_does_not_commit_and_keeps_the_update() -> None:
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_busy_node_does_not_commit_takes_no_new_work_and_swaps_when_it_is_idle(role: str) -> None:
+    pair = Pair()
+    node = pair.prefill if role == "prefill" else pair.decode
+    pair.start("a", prompt_of(9))
+    # Loading waits its turn behind the forwards that are queued.
+    message = PrepareWeights(
+        call_id=1, update_id="u1", source=FromDisk(model_path="weights-2"), weight_version="v2"
+    )
+    (pair.to_prefill if node is pair.prefill else pair.to_decode)(message, ADMIN)
+    while num_replies(node) == 0:
+        pair.compute(node)
+    assert pair.last_reply(node, ADMIN) == CallReply(call_id=1, success=True, message="prepared")
+    assert commit(pair, node) == CallReply(call_id=2, success=False, message="the node is not idle")
+    pair.start("late", prompt_of(9, seed=1))
+    failure = pair.stream("late").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == (("busy" if role == "prefill" else "not_ready"), True)
+    pair.run()
+    pair.check_answer("a", prompt_of(9), 4)
+    assert pair.stream("a").weight_version == "default"
+    assert (node.status.entry.weight_version, node.status.entry.update_id) == ("v2", "u1")
+    assert commit(pair, node).success, "asked again it says yes"
+    pair.finish()
+
+
+def test_a_node_that_hears_of_a_commit_elsewhere_commits_and_one_that_hears_nothing_rolls_back() -> None:
     pair = Pair()
     for node in (pair.prefill, pair.decode):
-        pair.start("a", prompt_of(9), attempt=1 if node is pair.prefill else 2)
-        # Loading waits its turn behind the forwards that are queued.
+        assert prepare(pair, node).success
+    assert commit(pair, pair.prefill).success
+    entry = pair.prefill.status.entry
+    assert entry.update_id == "u1"
+    pair.to_decode(Roster(router_id="another router", nodes=(entry,)))
+    assert pair.decode.status.weight_version == "v2"
+    pair.advance(1.0)
+    pair.start("b", prompt_of(9))
+    pair.finish()
+    pair.check_answer("b", prompt_of(9), 4)
+    assert pair.stream("b").weight_version == "v2"
+
+    for node in (pair.prefill, pair.decode):
         message = PrepareWeights(
-            call_id=1, update_id="u1", source=FromDisk(model_path="weights-2"), weight_version="v2"
+            call_id=1, update_id="u2", source=FromDisk(model_path="weights-3"), weight_version="v3"
         )
         (pair.to_prefill if node is pair.prefill else pair.to_decode)(message, ADMIN)
-        while num_replies(node) == 0:
-            pair.compute(node)
-        assert pair.last_reply(node, ADMIN) == CallReply(call_id=1, success=True, message="prepared")
-        assert commit(pair, node) == CallReply(call_id=2, success=False, message="the node is not idle")
-        pair.run()
-    pair.check_answer("a", prompt_of(9), 4)
-    assert pair.stream("a", 2).tokens == {0: expected_tokens(prompt_of(9), 4)}
+        pair.compute(node)
+        assert node.scheduler.next_deadline() <= pair.now + LEASE_S
+    pair.advance(LEASE_S + 1.0)
     for node in (pair.prefill, pair.decode):
-        assert commit(pair, node).success
+        refused = reply_of(pair, node, CommitWeights(call_id=2, update_id="u2"))
+        assert (refused.success, refused.message) == (False, "update u2 is not prepared here")
+        assert node.status.weight_version == "v2"
     pair.finish()
 
 

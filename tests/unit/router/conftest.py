@@ -291,7 +291,12 @@ class FakeLink:
         return CallReply(call_id=1, success=not self.node.stage_reply, message=self.node.stage_reply)
 
     async def prepare_weights(
-        self, update_id: str, source: WeightSource, weight_version: str, timeout_s: float
+        self,
+        update_id: str,
+        source: WeightSource,
+        weight_version: str,
+        timeout_s: float,
+        lease_s: float,
     ) -> CallReply:
         match source:
             case FromDisk(model_path=path):

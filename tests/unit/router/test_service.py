@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pdserve.api.generation import GenerateSpec, Generation
+from pdserve.api.generation import GenerateSpec, Generation, WeightSpan
 from pdserve.messages.node import (
     AttemptFailed,
     FailureCode,
@@ -20,7 +20,7 @@ from pdserve.messages.node import (
     TokenOutputs,
 )
 from pdserve.messages.sampling import SamplingParams
-from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, UpdateGroupSpec
+from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, KeepWeights, UpdateGroupSpec
 from pdserve.runtime.errors import RequestError
 
 Spec = Callable[..., GenerateSpec]
@@ -660,12 +660,12 @@ async def test_weights_are_updated_everywhere_between_requests(
     prefill, decode = await small_cluster(bench)
     decode.tokens_per_attempt = 3
     running = await bench.service.generate(spec())
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2"))
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: bench.service._queue.held)
     late = asyncio.create_task(bench.service.generate(spec("late")))
     await bench.until(lambda: bench.service._queue.num_new == 1)
     assert not any(call.startswith("commit") for call in decode.calls)
-    assert (await bench.service.update_weights_from_disk("/other", None)).success is False
+    assert (await bench.service.update_weights_from_disk("/other", None, "wait")).success is False
 
     decode.tokens_per_attempt = None  # the running one may end, on the old weights, by a new attempt
     decode.emit(
@@ -690,7 +690,7 @@ async def test_weights_that_one_node_refuses_are_taken_by_none(
 ) -> None:
     prefill, decode = await small_cluster(bench)
     prefill.prepare_reply = "hidden_size 512, here 256"
-    reply = await bench.service.update_weights_from_disk("/new", None)
+    reply = await bench.service.update_weights_from_disk("/new", None, "wait")
     assert not reply.success
     assert reply.message == "the old weights serve on; http://p: hidden_size 512, here 256"
     assert all("discard" in node.calls and "commit" not in node.calls for node in (prefill, decode))
@@ -700,9 +700,9 @@ async def test_weights_that_one_node_refuses_are_taken_by_none(
 
 
 async def test_a_node_that_fails_to_swap_is_named_and_pairs_with_nobody(bench: Bench) -> None:
-    prefill, _ = await small_cluster(bench, weight_commit_s=0.05)
+    prefill, _ = await small_cluster(bench, weight_commit_s=0.05, weight_ready_s=0.1)
     prefill.commit_reply = "not idle"
-    reply = await bench.service.update_weights_from_disk("/new", "v2")
+    reply = await bench.service.update_weights_from_disk("/new", "v2", "wait")
     assert not reply.success
     assert "http://p: not idle" in reply.message
     await bench.until(lambda: not bench.service.readiness()[0])
@@ -713,7 +713,7 @@ async def test_a_node_that_is_not_idle_yet_is_asked_again(bench: Bench) -> None:
     """A cancelled request is over here while its last write is still on the wire there."""
     prefill, decode = await small_cluster(bench)
     prefill.commit_reply = "the node is not idle"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2"))
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: prefill.calls.count("commit") == 2)
     prefill.commit_reply = ""
     reply = await update
@@ -724,7 +724,7 @@ async def test_a_node_that_is_not_idle_yet_is_asked_again(bench: Bench) -> None:
 async def test_a_node_that_dies_during_the_update_is_named(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.hangs_in = "prepare"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2"))
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: "prepare /new v2" in decode.calls)
     decode.die()
     reply = await update
@@ -735,7 +735,7 @@ async def test_a_node_that_dies_during_the_update_is_named(bench: Bench) -> None
 async def test_a_node_that_dies_after_the_update_does_not_hold_requests_for_long(bench: Bench) -> None:
     _, decode = await small_cluster(bench, weight_ready_s=0.1)
     decode.hangs_in = "ping"
-    reply = await bench.service.update_weights_from_disk("/new", "v2")
+    reply = await bench.service.update_weights_from_disk("/new", "v2", "wait")
     assert (reply.success, "new weights are loaded, but" in reply.message) == (False, True)
     assert not bench.service._queue.held
 
@@ -744,7 +744,7 @@ async def test_weights_have_a_version_of_their_own_each_time(bench: Bench) -> No
     await small_cluster(bench)
     versions = []
     for _ in range(2):
-        assert (await bench.service.update_weights_from_disk("/models/step", None)).success
+        assert (await bench.service.update_weights_from_disk("/models/step", None, "wait")).success
         versions.append(bench.service.weight_version())
     assert versions[0].startswith("step@")
     assert versions[0] != versions[1]
@@ -754,10 +754,62 @@ async def test_weights_are_not_updated_while_a_request_does_not_end(bench: Bench
     _, decode = await small_cluster(bench, weight_drain_s=0.05)
     decode.tokens_per_attempt = 1
     generation = await bench.service.generate(spec())
-    reply = await bench.service.update_weights_from_disk("/new", None)
+    reply = await bench.service.update_weights_from_disk("/new", None, "wait")
     assert (reply.success, reply.message) == (False, "1 requests were still running; nothing was changed")
     assert not bench.service._queue.held
     generation.cancel()
+
+
+async def test_running_requests_are_aborted_where_the_update_says_so(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 2
+    running = await bench.service.generate(spec())
+    await bench.until(lambda: len(bench.service._generations["r"].record.choices[0].kept_ids) == 2)
+    assert (await bench.service.update_weights_from_disk("/new", "v2", "abort")).success
+    assert [delta.finish_reason async for delta in running][-1] == "abort"
+    assert decode.calls.index("prepare /new v2") < decode.calls.index("commit")
+
+
+async def test_retracted_requests_go_on_with_the_new_weights_and_say_from_where(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 3
+    running = [await bench.service.generate(spec(name)) for name in ("r", "s")]
+    await bench.until(
+        lambda: all(len(g.record.choices[0].kept_ids) == 3 for g in bench.service._generations.values())
+    )
+    prefill.commit_reply = "the node is not idle"
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "retract"))
+    await bench.until(lambda: "commit" in decode.calls)
+    late = asyncio.create_task(bench.service.generate(spec("late")))
+    await bench.until(lambda: len(bench.service._queue) == 3)
+    assert {cancel.request_id for cancel in decode.cancels()} == {"r", "s"}
+    decode.tokens_per_attempt = None
+    prefill.commit_reply = ""
+    assert (await update).success
+    for generation in (*running, await late):
+        assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    spans = [WeightSpan("v1", 0), WeightSpan("v2", 3)]
+    assert [generation.info.weight_spans for generation in running] == [{0: spans}] * 2
+    assert (await late).info.weight_spans == {0: [WeightSpan("v2", 0)]}
+    assert all(generation.info.num_attempts == 2 for generation in running)
+
+
+async def test_nodes_hear_that_the_coordinator_lives(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench, weight_lease_s=0.01)
+    decode.hangs_in = "prepare"
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+
+    def num_kept(node: Any) -> int:
+        return sum(isinstance(message, KeepWeights) for message in node.received)
+
+    await bench.until(lambda: num_kept(prefill) > 2 and num_kept(decode) > 2)
+    decode.die()
+    assert not (await update).success
+    before = num_kept(prefill)
+    await asyncio.sleep(0.03)
+    assert num_kept(prefill) == before, "it ends with the update"
 
 
 async def body_of(*pieces: bytes) -> AsyncIterator[bytes]:
@@ -769,7 +821,7 @@ async def test_tensors_reach_every_node_in_parts_before_anything_is_prepared(ben
     nodes = await small_cluster(bench)
     size = STAGE_PART_BYTES
     body = body_of(b"a" * (size - 1), b"b" * (size + 3), b"", b"end")
-    assert (await bench.service.update_weights_from_tensor(body, "v2")).success
+    assert (await bench.service.update_weights_from_tensor(body, "v2", "wait")).success
     whole = b"a" * (size - 1) + b"b" * (size + 3) + b"end"
     for node in nodes:
         assert [call for call in node.calls if call != "ping"] == [
@@ -786,7 +838,7 @@ async def test_tensors_that_one_node_cannot_hold_are_dropped_by_all(bench: Bench
     nodes = await small_cluster(bench)
     nodes[0].stage_reply = "this host has 3 MiB left"
     body = body_of(b"a" * STAGE_PART_BYTES, b"b")
-    reply = await bench.service.update_weights_from_tensor(body, None)
+    reply = await bench.service.update_weights_from_tensor(body, None, "wait")
     assert (reply.success, reply.message) == (
         False,
         "the old weights serve on; http://p: this host has 3 MiB left",
@@ -799,7 +851,7 @@ async def test_tensors_that_one_node_cannot_hold_are_dropped_by_all(bench: Bench
 async def test_a_node_that_is_lost_while_tensors_are_sent_ends_the_update(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.hangs_in = "stage"
-    update = asyncio.create_task(bench.service.update_weights_from_tensor(body_of(b"a"), None))
+    update = asyncio.create_task(bench.service.update_weights_from_tensor(body_of(b"a"), None, "wait"))
     await bench.until(lambda: "stage 1 at 0" in decode.calls)
     decode.die()
     reply = await update
@@ -839,7 +891,7 @@ async def test_a_group_that_one_node_does_not_join_is_left_by_all(bench: Bench) 
 async def test_tensors_that_a_trainer_broadcasts_are_taken_by_all(bench: Bench) -> None:
     nodes = await small_cluster(bench)
     source = FromGroup(group_name="g", tensors=(), is_one_bucket=True, timeout_s=1.0)
-    assert (await bench.service.update_weights_from_distributed(source, "v2")).success
+    assert (await bench.service.update_weights_from_distributed(source, "v2", "wait")).success
     for node in nodes:
         assert [call for call in node.calls if call != "ping"] == ["prepare g v2", "commit"]
 
@@ -864,7 +916,7 @@ async def test_questions_about_weights_go_to_every_node(bench: Bench) -> None:
 async def test_weights_are_not_updated_around_a_silent_node(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
     decode.die()
-    reply = await bench.service.update_weights_from_disk("/new", None)
+    reply = await bench.service.update_weights_from_disk("/new", None, "wait")
     assert (reply.success, reply.message) == (False, "these nodes do not answer: http://d")
 
 
