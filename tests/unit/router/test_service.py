@@ -801,8 +801,8 @@ async def test_nodes_hear_that_the_coordinator_lives(bench: Bench) -> None:
     decode.hangs_in = "prepare"
     update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
 
-    def num_kept(node: Any) -> int:
-        return sum(isinstance(message, KeepWeights) for message in node.received)
+    def num_kept(node: object) -> int:
+        return sum(isinstance(message, KeepWeights) for message in node.received)  # type: ignore[attr-defined]
 
     await bench.until(lambda: num_kept(prefill) > 2 and num_kept(decode) > 2)
     decode.die()
