@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from ..messages.node import FinishReason, NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams, TokenLogprob
 from ..messages.timeline import Span
-from ..messages.weights import FromGroup, UpdateGroupSpec, WeightChecksReply, WeightsReply
+from ..messages.weights import FromGroup, MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightsReply
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +177,10 @@ class ClusterAdmin(Protocol):
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply: ...
 
     async def destroy_weights_update_group(self, name: str) -> AdminReply: ...
+
+    async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply: ...
+
+    async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply: ...
 
     async def weights_by_name(self, name: str, truncate_size: int) -> Mapping[str, WeightsReply]: ...
 

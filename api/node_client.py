@@ -48,7 +48,10 @@ from ..messages.weights import (
     GetWeights,
     JoinUpdateGroup,
     LeaveUpdateGroup,
+    MemoryTag,
     PrepareWeights,
+    ReleaseMemory,
+    ResumeMemory,
     StageWeights,
     UpdateGroupSpec,
     WeightChecksReply,
@@ -73,6 +76,8 @@ Call: TypeAlias = (
     | CheckWeights
     | JoinUpdateGroup
     | LeaveUpdateGroup
+    | ReleaseMemory
+    | ResumeMemory
     | GetServerInfo
     | GetMetrics
     | GetRequestState
@@ -228,6 +233,15 @@ class NodeClient:
 
     async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply:
         message = LeaveUpdateGroup(call_id=next(self._call_ids), group_name=group_name)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def release_memory(self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float) -> CallReply:
+        """The node may wait for `wait_s` to be idle."""
+        message = ReleaseMemory(call_id=next(self._call_ids), tags=tags, timeout_s=wait_s)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def resume_memory(self, tags: tuple[MemoryTag, ...], timeout_s: float) -> CallReply:
+        message = ResumeMemory(call_id=next(self._call_ids), tags=tags)
         return await self._call(message, CallReply, timeout_s)
 
     async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:

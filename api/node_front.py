@@ -32,6 +32,7 @@ from ..messages.weights import (
     FromDisk,
     FromGroup,
     FromTensors,
+    MemoryTag,
     UpdateGroupSpec,
     WeightChecksReply,
     WeightSource,
@@ -71,6 +72,7 @@ REGISTER_TIMEOUT_S = 1.0
 RECONNECT_INTERVAL_S = 0.2
 SCHEDULER_GONE_S = 10.0  # without a connection for so long, after there was one
 WEIGHTS_TIMEOUT_S = 600.0
+RELEASE_WAIT_S = 10.0  # for what runs here to end
 _STARTED_UNIX_S = int(time.time())
 
 
@@ -321,6 +323,14 @@ class NodeWeights:
 
     async def destroy_weights_update_group(self, name: str) -> AdminReply:
         reply = await self._link.client.leave_update_group(name, WEIGHTS_TIMEOUT_S)
+        return AdminReply(reply.success, reply.message)
+
+    async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        reply = await self._link.client.release_memory(tags, RELEASE_WAIT_S, WEIGHTS_TIMEOUT_S)
+        return AdminReply(reply.success, reply.message)
+
+    async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        reply = await self._link.client.resume_memory(tags, WEIGHTS_TIMEOUT_S)
         return AdminReply(reply.success, reply.message)
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:

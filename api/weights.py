@@ -13,8 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..messages.weights import (
+    MEMORY_TAGS,
     TENSOR_DTYPES,
     FromGroup,
+    MemoryTag,
     TensorSpec,
     UpdateGroupSpec,
     WeightChecksReply,
@@ -82,6 +84,10 @@ class DestroyGroupRequest(msgspec.Struct, kw_only=True):
     group_name: str = "weight_update_group"
 
 
+class MemoryRequest(msgspec.Struct, kw_only=True):
+    tags: list[MemoryTag] | None = None  # all
+
+
 class GetWeightsRequest(msgspec.Struct, kw_only=True):
     name: str
     truncate_size: int = 100
@@ -133,6 +139,10 @@ class WeightAdmin(Protocol):
         ...
 
     async def destroy_weights_update_group(self, name: str) -> AdminReply: ...
+
+    async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply: ...
+
+    async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply: ...
 
     async def weights_by_name(self, name: str, truncate_size: int) -> Mapping[str, WeightsReply]:
         """The first rows of one tensor, by node's URL."""
@@ -214,6 +224,19 @@ class WeightRoutes:
         )
         return outcome(reply.success, reply.message)
 
+    async def release_memory(self, http: Request) -> Response:
+        reply = await self._admin.release_memory_occupation(await self._tags(http))
+        return outcome(reply.success, reply.message)
+
+    async def resume_memory(self, http: Request) -> Response:
+        reply = await self._admin.resume_memory_occupation(await self._tags(http))
+        return outcome(reply.success, reply.message)
+
+    async def _tags(self, http: Request) -> tuple[MemoryTag, ...]:
+        raw = parse_object(await read_body(http, self._limits) or b"{}")
+        tags = parse_request(raw, MemoryRequest, _NO_RULES).tags
+        return MEMORY_TAGS if not tags else tuple(dict.fromkeys(tags))
+
     async def get_by_name(self, http: Request) -> Response:
         """A list of numbers, or of rows, that all nodes agree on."""
         if http.method == "POST":
@@ -270,6 +293,8 @@ def weight_operations(routes: WeightRoutes) -> list[Operation]:
         Operation(
             POST, ("/destroy_weights_update_group",), routes.destroy_group, Bodies(DestroyGroupRequest)
         ),
+        Operation(POST, ("/release_memory_occupation",), routes.release_memory, Bodies(MemoryRequest)),
+        Operation(POST, ("/resume_memory_occupation",), routes.resume_memory, Bodies(MemoryRequest)),
         Operation(("GET", "POST"), ("/get_weights_by_name",), routes.get_by_name, Bodies(GetWeightsRequest)),
         Operation(
             POST,

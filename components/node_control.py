@@ -9,6 +9,7 @@ from typing import Generic, TypeAlias, assert_never
 import msgspec
 
 from ..messages.node import FlushCache, GetMetrics, GetServerInfo, MetricsReply, NodeLoad, Roster
+from ..messages.peer import PeerIdentity
 from ..messages.weights import (
     CheckWeights,
     CommitWeights,
@@ -18,9 +19,13 @@ from ..messages.weights import (
     KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
+    ReleaseMemory,
+    ResumeMemory,
     StageWeights,
 )
+from ..runtime.errors import PdserveError
 from .flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
+from .memory_occupation import Done, MemoryOccupation
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
 from .weight_updater import Answer, C, Prepared, WeightUpdater
@@ -36,6 +41,8 @@ ControlMessage: TypeAlias = (
     | CheckWeights
     | JoinUpdateGroup
     | LeaveUpdateGroup
+    | ReleaseMemory
+    | ResumeMemory
     | GetServerInfo
     | GetMetrics
 )
@@ -43,10 +50,11 @@ ControlMessage: TypeAlias = (
 
 @dataclass(slots=True)
 class ControlResult(Generic[C]):
-    """Replies to send, and the weights to swap in when a commit was answered with yes."""
+    """Replies to send, the weights to swap in now, and who the node is now where that has changed."""
 
     replies: list[tuple[bytes, msgspec.Struct]] = field(default_factory=list)
     swap: Prepared[C] | None = None
+    identity: PeerIdentity | None = None
 
 
 class NodeControl(Generic[C]):
@@ -58,12 +66,14 @@ class NodeControl(Generic[C]):
         status: NodeStatus,
         flush: FlushWrapper,
         weights: WeightUpdater[C],
+        memory: MemoryOccupation,
         metrics: MetricsReporter,
         drop_cache: Callable[[], bool],
     ) -> None:
         self._status = status
         self._flush = flush
         self._weights = weights
+        self._memory = memory
         self._metrics = metrics
         self._drop_cache = drop_cache
 
@@ -83,6 +93,10 @@ class NodeControl(Generic[C]):
                 self._weights.join(link, message)
             case LeaveUpdateGroup():
                 self._weights.leave(link, message)
+            case ReleaseMemory():
+                self._take(self._memory.release(link, message, now), result)
+            case ResumeMemory():
+                self._take(self._memory.resume(link, message), result)
             case CheckWeights():
                 self._weights.check(link, message)
             case PrepareWeights():
@@ -104,11 +118,21 @@ class NodeControl(Generic[C]):
                 assert_never(message)
         return result
 
-    def poll(self, now: float, *, idle: bool) -> ControlResult[C]:
-        """What has become due: a flush or new weights that waited for the node to be idle, or a deadline."""
+    def memory_done(self, error: PdserveError | None) -> ControlResult[C]:
+        """The job of a release or a resume is done."""
+        result: ControlResult[C] = ControlResult()
+        self._take(self._memory.finish(error), result)
+        return result
+
+    def poll(self, now: float, *, idle: bool, is_drained: bool) -> ControlResult[C]:
+        """What has become due: a flush or new weights that waited for the node to be idle, or a deadline.
+
+        `is_drained`: beyond `idle`, no page is in quarantine, so no peer can write.
+        """
         result: ControlResult[C] = ControlResult()
         self._decide(self._flush.poll(now, idle), result)
         result.swap = self._weights.poll(now, idle=idle)
+        self._take(self._memory.poll(now, idle=idle and is_drained), result)
         return result
 
     def heard(self, roster: Roster) -> None:
@@ -116,14 +140,19 @@ class NodeControl(Generic[C]):
         self._weights.heard({node.update_id for node in roster.nodes})
 
     @property
-    def awaits_swap(self) -> bool:
-        """New weights are decided on: no new work, which would keep this node from being idle."""
-        return self._weights.awaits_swap
+    def takes_work(self) -> bool:
+        """Not while new weights are decided on or memory is wanted back: new work would keep this node from
+        being idle."""
+        return not self._weights.awaits_swap and self._memory.takes_work
+
+    @property
+    def has_its_memory(self) -> bool:
+        return not self._memory.is_released
 
     @property
     def deadline(self) -> float | None:
-        deadlines = [at for at in (self._flush.deadline, self._weights.deadline) if at is not None]
-        return min(deadlines, default=None)
+        parts = (self._flush, self._weights, self._memory)
+        return min((part.deadline for part in parts if part.deadline is not None), default=None)
 
     def _decide(self, decision: FlushDecision | None, result: ControlResult[C]) -> None:
         match decision:
@@ -135,6 +164,12 @@ class NodeControl(Generic[C]):
                 pass
             case _:
                 assert_never(decision)
+
+    @staticmethod
+    def _take(done: Done, result: ControlResult[C]) -> None:
+        if done.link is not None and done.reply is not None:
+            result.replies.append((done.link, done.reply))
+        result.identity = done.identity or result.identity
 
     @staticmethod
     def _answer(answer: Answer | None, result: ControlResult[C]) -> None:

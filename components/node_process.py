@@ -12,11 +12,12 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, assert_never
 
@@ -34,21 +35,31 @@ from ..engine.named_weights import merge_checksums, named_parts, part_checksums,
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
 from ..engine.tensor_parallel import Shard, check_divides
+from ..engine.weight_file import read_weights, save_weights, without_memory
+from ..engine.weights import Weights
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
 from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
 from ..messages.ranks import RankStart
+from ..messages.weights import MemoryTag
 from ..runtime.config import NodeConfig
 from ..runtime.cpu_features import native_dtypes
 from ..runtime.errors import StartupError
 from ..runtime.listen import http_url
-from ..runtime.process import available_memory_bytes, end, end_now, routable_host, spawn
+from ..runtime.process import (
+    available_memory_bytes,
+    end,
+    end_now,
+    return_free_memory,
+    routable_host,
+    spawn,
+)
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
 from .loaded_model import LoadedModel, load_model, load_replacement, updated_model
 from .metrics_reporter import MetricsReporter
-from .node_status import NodeStatus
+from .node_status import NodeStatus, announce
 from .rank_group import LostRankError, RankGroup
 from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Prepared, Sums, TensorHead
 
@@ -85,6 +96,7 @@ class Node:
     front: subprocess.Popen[bytes]
     unix_minus_monotonic_s: float
     num_steps: int = 0
+    released_weights: tempfile.TemporaryDirectory[str] | None = None  # where they are meanwhile
 
     def build(self, batch: ScheduleBatch) -> ForwardBatch:
         self.num_steps += 1
@@ -119,6 +131,7 @@ class Node:
 
         def job() -> LoadedModel:
             try:
+                self._require_weights()
                 loaded = self._load_share(order, model)
             finally:
                 errors = [] if ranks is None else ranks.finish_load()
@@ -138,6 +151,7 @@ class Node:
             ranks.start_check()
 
         def job() -> Sums:
+            self._require_weights()
             own = part_checksums(model.weights, model.config, self.shard)
             of_ranks = [own] if ranks is None else [own, *ranks.finish_check()]
             tensors = merge_checksums(of_ranks)
@@ -149,6 +163,7 @@ class Node:
         model = self.model
 
         def job() -> TensorHead:
+            self._require_weights()
             named = named_parts(model.weights, model.config, self.shard).get(name)
             if named is None:
                 raise StartupError(f"the model has no tensor {name!r}")
@@ -181,12 +196,66 @@ class Node:
         self.identity = msgspec.structs.replace(
             self.identity, model_fingerprint=model.fingerprint, weight_version=weight_version
         )
-        return self.identity
+        return self.status.shown(self.identity)
+
+    # ---- memory, see components/memory_occupation.py ----
+
+    def refusal(self) -> str:
+        if self.ranks is not None:
+            return f"a node of {self.shard.size} TP ranks cannot release memory"
+        return ""
+
+    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+        def job() -> None:
+            if "weights" in tags:
+                self._put_weights_away()
+            if "kv_cache" in tags:
+                self.backend.release()
+            return_free_memory()
+
+        return job
+
+    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+        def job() -> None:
+            if "weights" in tags:
+                self._take_weights_back()
+            if "kv_cache" in tags:
+                self.backend.register()
+
+        return job
+
+    def announce(self, *, is_released: bool) -> PeerIdentity:
+        self.identity = announce(self.status, self.identity, is_released=is_released)
+        return self.status.shown(self.identity)
+
+    def _put_weights_away(self) -> None:
+        """Nothing runs, so nobody reads them."""
+        folder = tempfile.TemporaryDirectory(prefix="pdserve-released-")
+        save_weights(self.model.weights, Path(folder.name) / "weights.safetensors")
+        self._set_weights(without_memory(self.model.weights))
+        self.released_weights = folder
+
+    def _take_weights_back(self) -> None:
+        assert self.released_weights is not None, "they were put away"
+        path = Path(self.released_weights.name) / "weights.safetensors"
+        self._set_weights(read_weights(path, self.model.weights))
+        self.released_weights.cleanup()
+        self.released_weights = None
+
+    def _set_weights(self, weights: Weights) -> None:
+        self.model = replace(self.model, weights=weights)
+        self.runner.swap_weights(weights)
+
+    def _require_weights(self) -> None:
+        if self.released_weights is not None:
+            raise StartupError("the memory of the weights is released: resume it first")
 
     def close(self) -> None:
         end(self.front, grace_s=5.0)
         self.engine.close()
         self.jobs.close()
+        if self.released_weights is not None:
+            self.released_weights.cleanup()
         if self.ranks is not None:
             self.ranks.close()
         self.backend.close()

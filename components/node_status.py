@@ -9,7 +9,20 @@ import msgspec
 
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, RankInfo, ServerInfoReply
+from ..messages.peer import PeerIdentity
 from ..runtime.config import NodeConfig
+
+RELEASED = "none, its memory is released"
+
+
+def announce(status: NodeStatus, identity: PeerIdentity, *, is_released: bool) -> PeerIdentity:
+    """The node's true identity once memory was released or is back, which makes it a new incarnation."""
+    incarnation = identity.incarnation
+    if not is_released:
+        name, _, number = incarnation.partition("~")
+        incarnation = f"{name}~{int(number or 0) + 1}"
+    status.set_released(is_released=is_released, incarnation=incarnation)
+    return msgspec.structs.replace(identity, incarnation=incarnation)
 
 
 class NodeStatus:
@@ -29,10 +42,25 @@ class NodeStatus:
         self._layout = layout
         self._transport = transport
         self._ranks = ranks
+        self._is_released = False
         self._config = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
         }
         self._config.pop("api_key")  # a secret
+
+    def shown(self, identity: PeerIdentity) -> PeerIdentity:
+        """What peers are told: a node whose memory is released has no model that another one could have."""
+        return msgspec.structs.replace(identity, model_fingerprint=self._fingerprint)
+
+    def set_released(self, *, is_released: bool, incarnation: str) -> None:
+        self._is_released = is_released
+        self.entry = msgspec.structs.replace(
+            self.entry, incarnation=incarnation, model_fingerprint=self._fingerprint
+        )
+
+    @property
+    def _fingerprint(self) -> str:
+        return RELEASED if self._is_released else self.model.model_fingerprint
 
     @property
     def weight_version(self) -> str:
@@ -50,7 +78,7 @@ class NodeStatus:
         )
         self.entry = msgspec.structs.replace(
             self.entry,
-            model_fingerprint=model_fingerprint,
+            model_fingerprint=self._fingerprint,
             weight_version=weight_version,
             update_id=update_id,
         )

@@ -11,6 +11,7 @@ import zmq
 from ..components.flush_wrapper import FlushWrapper
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
+from ..components.memory_occupation import MemoryOccupation
 from ..components.node_control import NodeControl
 from ..components.node_process import run, start_node
 from ..components.output_streamer import OutputStreamer
@@ -55,6 +56,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         status=node.status,
         flush=FlushWrapper(),
         weights=weights,
+        memory=MemoryOccupation(node, node.jobs.submit),
         metrics=node.metrics,
         drop_cache=cache.reset,
     )

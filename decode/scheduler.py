@@ -31,6 +31,7 @@ import msgspec
 from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
+from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.node_control import ControlResult, NodeControl
 from ..components.node_status import NodeStatus
@@ -77,6 +78,8 @@ from ..messages.weights import (
     KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
+    ReleaseMemory,
+    ResumeMemory,
     StageWeights,
 )
 from ..runtime.config import VerifyPages
@@ -210,11 +213,11 @@ class DecodeScheduler:
             self.compare_digests(digests, now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
-                self.finish_job(finished)
+                self.finish_job(finished, now)
             else:
                 self.apply(finished, now)
         for job in self.side_jobs.poll():
-            self.finish_job(job)
+            self.finish_job(job, now)
         self.act(self.rooms.tick(now), now)
         self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
@@ -223,7 +226,7 @@ class DecodeScheduler:
         self.note_relayed()
         self.streamer.flush_step(now)
         self.drop_gone_clients(now)
-        self.reply(self.control.poll(now, idle=self.is_idle), now)
+        self.reply(self.control.poll(now, idle=self.is_idle, is_drained=self.rooms.is_idle), now)
         if self.idle_check.is_due(now, idle=self.is_idle):
             self.check_invariants()
 
@@ -277,6 +280,8 @@ class DecodeScheduler:
                 | CheckWeights()
                 | JoinUpdateGroup()
                 | LeaveUpdateGroup()
+                | ReleaseMemory()
+                | ResumeMemory()
                 | GetServerInfo()
                 | GetMetrics()
             ):
@@ -324,8 +329,8 @@ class DecodeScheduler:
         if self.is_draining:
             self.refuse(link, message, "shutting_down", "the decode node shuts down")
             return
-        if self.control.awaits_swap:
-            self.refuse(link, message, "not_ready", "the decode node is about to take new weights")
+        if not self.control.takes_work:
+            self.refuse(link, message, "not_ready", "new weights are on their way, or memory is released")
             return
         request = DecodeRequest(
             key=key,
@@ -836,7 +841,7 @@ class DecodeScheduler:
             ready_peers=tuple(self.rooms.ready_peers()),
             refused_peers=refused,
             quarantined_pages=self.rooms.quarantined_pages(),
-            is_draining=self.is_draining,
+            is_draining=self.is_draining or not self.control.has_its_memory,
             unix_s=self.unix_now(),
         )
 
@@ -848,6 +853,10 @@ class DecodeScheduler:
             self.cache.reset()
             reason = f"weights are {identity.weight_version} now"
             self.act(self.rooms.set_identity(identity, reason, now), now)
+        if result.identity is not None:  # memory comes or goes: idle too
+            self.cache.reset()
+            reason = "memory is released or resumed"
+            self.act(self.rooms.set_identity(result.identity, reason, now), now)
         for link, message in result.replies:
             self.send(link, message)
 
@@ -860,7 +869,10 @@ class DecodeScheduler:
         check_idle(self.allocator, [self.cache], states={"open": self.requests.keys()}, open_rooms=rooms)
         self.pages.check_promises([])
 
-    def finish_job(self, job: JobResult) -> None:
+    def finish_job(self, job: JobResult, now: float) -> None:
+        if job.name == MEMORY_JOB:
+            self.reply(self.control.memory_done(job.error), now)
+            return
         answer = self.weights.finish(job.value, job.error)
         if answer is not None:
             self.send(answer.link, answer.reply)

@@ -22,6 +22,8 @@ from .weights import (
     KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
+    ReleaseMemory,
+    ResumeMemory,
     StageWeights,
     WeightChecksReply,
     WeightsReply,
@@ -197,6 +199,8 @@ ClientToNode: TypeAlias = (
     | CheckWeights
     | JoinUpdateGroup
     | LeaveUpdateGroup
+    | ReleaseMemory
+    | ResumeMemory
     | GetServerInfo
     | GetMetrics
     | GetRequestState

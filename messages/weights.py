@@ -6,7 +6,7 @@ Tensors that a client sends are *staged* first, in parts, so that no message is 
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -131,6 +131,25 @@ class DiscardWeights(msgspec.Struct, frozen=True, kw_only=True, tag="discard_wei
 
     call_id: int
     update_id: str
+
+
+MemoryTag: TypeAlias = Literal["weights", "kv_cache"]
+MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache")
+
+
+class ReleaseMemory(msgspec.Struct, frozen=True, kw_only=True, tag="release_memory"):
+    """Give memory back to the host, as soon as the node is idle and no peer can write any more."""
+
+    call_id: int
+    tags: tuple[MemoryTag, ...]
+    timeout_s: float
+
+
+class ResumeMemory(msgspec.Struct, frozen=True, kw_only=True, tag="resume_memory"):
+    """Take it again, with the weights that were there and an empty KV cache."""
+
+    call_id: int
+    tags: tuple[MemoryTag, ...]
 
 
 class GetWeights(msgspec.Struct, frozen=True, kw_only=True, tag="get_weights"):

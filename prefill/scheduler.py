@@ -26,6 +26,7 @@ import msgspec
 from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
+from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter
 from ..components.node_control import ControlResult, NodeControl
 from ..components.node_status import NodeStatus
@@ -79,6 +80,8 @@ from ..messages.weights import (
     KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
+    ReleaseMemory,
+    ResumeMemory,
     StageWeights,
 )
 from ..transfer.actions import (
@@ -182,16 +185,16 @@ class PrefillScheduler:
             self.take_digests(done, now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
-                self.finish_job(finished)
+                self.finish_job(finished, now)
             else:
                 self.apply(finished, now)
         for job in self.side_jobs.poll():
-            self.finish_job(job)
+            self.finish_job(job, now)
             self.act(self.rooms.announce_busy(now, now), now)
         self.act(self.rooms.tick(now), now)
         self.admit_waiting(now)
         self.launch_forwards(now)
-        self.reply(self.control.poll(now, idle=self.is_idle), now)
+        self.reply(self.control.poll(now, idle=self.is_idle, is_drained=True), now)
         if self.idle_check.is_due(now, idle=self.is_idle):
             self.check_invariants()
 
@@ -218,7 +221,7 @@ class PrefillScheduler:
                     self.load(now),
                     ready_peers=(),
                     refused_peers={},
-                    is_draining=self.is_draining,
+                    is_draining=self.is_draining or not self.control.has_its_memory,
                     unix_s=self.clock.unix_s(self.clock.now()),
                 )
                 self.send(link, pong)
@@ -233,6 +236,8 @@ class PrefillScheduler:
                 | CheckWeights()
                 | JoinUpdateGroup()
                 | LeaveUpdateGroup()
+                | ReleaseMemory()
+                | ResumeMemory()
                 | GetServerInfo()
                 | GetMetrics()
             ):
@@ -291,7 +296,7 @@ class PrefillScheduler:
         """Whether a new room may open. Not while the transfer engine hangs in a call: others can take it."""
         num_waiting = sum(job.state is JobState.WAITING for job in self.jobs.values())
         is_stuck = any(mover.stuck_s(now) > _STUCK_S for mover in self.movers)
-        takes_work = not self.is_draining and not self.control.awaits_swap
+        takes_work = not self.is_draining and self.control.takes_work
         return num_waiting < self.limits.max_waiting and not is_stuck and takes_work
 
     def new_job(self, request: PrefillRequest) -> PrefillJob:
@@ -465,6 +470,9 @@ class PrefillScheduler:
             identity = self.swap(result.swap)
             self.drop_cache()
             self.act(self.rooms.set_identity(identity, f"weights are {identity.weight_version} now"), now)
+        if result.identity is not None:  # memory comes or goes: idle too
+            self.drop_cache()
+            self.act(self.rooms.set_identity(result.identity, "memory is released or resumed"), now)
         for link, message in result.replies:
             self.send(link, message)
 
@@ -473,7 +481,10 @@ class PrefillScheduler:
         caches = [] if self.cache is None else [self.cache]
         check_idle(self.allocator, caches, states={"open": self.jobs.keys()})
 
-    def finish_job(self, job: JobResult) -> None:
+    def finish_job(self, job: JobResult, now: float) -> None:
+        if job.name == MEMORY_JOB:
+            self.reply(self.control.memory_done(job.error), now)
+            return
         answer = self.weights.finish(job.value, job.error)
         if answer is not None:
             self.send(answer.link, answer.reply)

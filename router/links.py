@@ -14,7 +14,7 @@ import zmq.asyncio
 
 from ..api.node_client import NodeClient, NodeUnavailableError, StreamMessage
 from ..messages.node import CallReply, ClientToNode, NodeEntry, Pong, RequestStateReply, ServerInfoReply
-from ..messages.weights import UpdateGroupSpec, WeightChecksReply, WeightSource, WeightsReply
+from ..messages.weights import MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightSource, WeightsReply
 
 
 class NodeLink(Protocol):
@@ -57,6 +57,12 @@ class NodeLink(Protocol):
     async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply: ...
 
     async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply: ...
+
+    async def release_memory(
+        self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float
+    ) -> CallReply: ...
+
+    async def resume_memory(self, tags: tuple[MemoryTag, ...], timeout_s: float) -> CallReply: ...
 
     async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply: ...
 

@@ -39,7 +39,14 @@ from ..messages.node import (
     TokenOutputs,
 )
 from ..messages.timeline import SpanClock
-from ..messages.weights import FromDisk, FromGroup, UpdateGroupSpec, WeightChecksReply, WeightsReply
+from ..messages.weights import (
+    FromDisk,
+    FromGroup,
+    MemoryTag,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightsReply,
+)
 from ..runtime.errors import RequestError
 from ..runtime.peer_clock import PeerClocks
 from .admission import AdmissionQueue, Ticket
@@ -671,6 +678,12 @@ class RouterService:
 
     async def destroy_weights_update_group(self, name: str) -> AdminReply:
         return await self._weights.destroy_group(name)
+
+    async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        return await self._weights.release_memory(tags)
+
+    async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        return await self._weights.resume_memory(tags)
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         return await self._weights.weights_by_name(name, truncate_size)

@@ -24,6 +24,7 @@ from ..messages.weights import (
     STAGE_PART_BYTES,
     FromTensors,
     KeepWeights,
+    MemoryTag,
     UpdateGroupSpec,
     WeightChecksReply,
     WeightSource,
@@ -75,6 +76,7 @@ class WeightUpdates:
         self._links = links
         self._traffic = traffic
         self._clock = clock
+        self._released: set[MemoryTag] = set()  # requests are held meanwhile
         self._update: asyncio.Task[AdminReply] | None = None
         self.is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
 
@@ -170,6 +172,45 @@ class WeightUpdates:
         timeout_s = self._options.weight_update_s
         return await ask_all(links, lambda link: link.leave_update_group(name, timeout_s))
 
+    async def release_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        """On all nodes or on none. Running requests end first, and new ones wait until all is resumed."""
+        links = self._links()
+        if self._is_running():
+            return _ANOTHER
+        if reason := self._why_not(links):
+            return AdminReply(False, reason)
+        self._traffic.hold("wait")
+        drain_s, timeout_s = self._options.weight_drain_s, self._options.weight_update_s
+        replies: list[NodeAnswer] = []
+        if await self._until(lambda: self._traffic.num_running() == 0, drain_s):
+            replies = await ask_all(
+                links, lambda link: link.release_memory(tags, self._options.weight_commit_s, timeout_s)
+            )
+        reasons = failures(replies) if replies else "requests were still running"
+        if not reasons:
+            self._released |= set(tags)
+            self._traffic.forget_prefixes()
+            return AdminReply(True, f"{len(links)} nodes have released {', '.join(tags)}")
+        released = {answer.url: links[answer.url] for answer in replies if answer.success}
+        await ask_all(released, lambda link: link.resume_memory(tags, timeout_s))
+        if not self._released:
+            self._traffic.release()
+        return AdminReply(False, reasons)
+
+    async def resume_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        timeout_s = self._options.weight_update_s
+        answers = await ask_all(self._links(), lambda link: link.resume_memory(tags, timeout_s))
+        if not answers or failures(answers):
+            return AdminReply(False, failures(answers) or "no node is connected")
+        self._released -= set(tags)
+        if self._released:
+            return AdminReply(True, f"{len(answers)} nodes have {', '.join(tags)} again")
+        is_ready = await self._until(lambda: bool(self._registry.ready_pairs()), self._options.weight_ready_s)
+        self._traffic.release()
+        if not is_ready:
+            return AdminReply(False, f"memory is resumed, but {self._registry.explain_no_pair()}")
+        return AdminReply(True, f"{len(answers)} nodes have {', '.join(tags)} again")
+
     # ---- inside -------------------------------------------------------------------------------------
 
     def _is_running(self) -> bool:
@@ -238,7 +279,8 @@ class WeightUpdates:
                 )
             return AdminReply(False, f"new weights are loaded, but {self._registry.explain_no_pair()}")
         finally:
-            self._traffic.release()
+            if not self._released:
+                self._traffic.release()
 
     def _why_not(self, links: Mapping[str, NodeLink]) -> str:
         if not len(self._registry):
@@ -252,7 +294,7 @@ class WeightUpdates:
 
     def _serves(self, weight_version: str) -> bool:
         everywhere = all(node.entry.weight_version == weight_version for node in self._registry)
-        return everywhere and bool(self._registry.ready_pairs())
+        return everywhere and bool(self._registry.ready_pairs() or self._released)
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         deadline = self._clock() + timeout_s

@@ -14,9 +14,10 @@ from ...components.flush_wrapper import FlushWrapper
 from ...components.invariant_checker import check_idle, check_pages, check_requests
 from ...components.load_inquirer import LoadInquirer
 from ...components.loaded_model import LoadedModel
+from ...components.memory_occupation import MemoryOccupation
 from ...components.metrics_reporter import MetricsReporter
 from ...components.node_control import NodeControl
-from ...components.node_status import NodeStatus
+from ...components.node_status import NodeStatus, announce
 from ...components.output_streamer import OutputStreamer
 from ...components.page_allocator import PageAllocator
 from ...components.prefix_cache import PrefixCache
@@ -38,7 +39,7 @@ from ...engine.schedule_batch import ScheduleBatch
 from ...messages.channel import ServerChannel
 from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
 from ...messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity, PeerToDecode, PeerToPrefill
-from ...messages.weights import JoinUpdateGroup
+from ...messages.weights import JoinUpdateGroup, MemoryTag
 from ...prefill.job import JobState
 from ...prefill.scheduler import PrefillLimits, PrefillScheduler, ToPrefill
 from ...runtime.config import VerifyPages, node_config
@@ -229,6 +230,7 @@ class _Base(Generic[T]):
         self.metrics = metrics or MetricsReporter("model", role)
         self.digests = FakeDigests(self.pool, on_digest)
         self.load_inquirer = LoadInquirer(page_size=PAGE_SIZE, max_running_requests=settings.max_running)
+        self.memory_journal: list[str] = []
         self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", server))
 
     def _control(self, drop_cache: Callable[[], bool]) -> NodeControl[FakeCheckpoint]:
@@ -236,6 +238,7 @@ class _Base(Generic[T]):
             status=self.status,
             flush=FlushWrapper(),
             weights=self.weights,
+            memory=MemoryOccupation(self, self.engine.jobs.submit),
             metrics=self.metrics,
             drop_cache=drop_cache,
         )
@@ -252,6 +255,21 @@ class _Base(Generic[T]):
             weight_version=prepared.weight_version,
         )
         return self.identity
+
+    # ---- MemoryPort: it keeps a list of what was done ----
+
+    def refusal(self) -> str:
+        return ""
+
+    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+        return lambda: self.memory_journal.append(f"release {sorted(tags)}")
+
+    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+        return lambda: self.memory_journal.append(f"resume {sorted(tags)}")
+
+    def announce(self, *, is_released: bool) -> PeerIdentity:
+        self.identity = announce(self.status, self.identity, is_released=is_released)
+        return self.status.shown(self.identity)
 
     def _common(self, drop_cache: Callable[[], bool]) -> dict[str, Any]:
         return {

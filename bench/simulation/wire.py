@@ -113,6 +113,9 @@ class SimulatedBackend:
     def register(self) -> MemoryRegion:
         raise NotImplementedError
 
+    def release(self) -> None:
+        raise NotImplementedError
+
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         self._met.add(region.session)
         self._contacts[handle] = self._events.now

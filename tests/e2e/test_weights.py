@@ -8,6 +8,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save
@@ -169,6 +170,45 @@ def test_retracted_requests_go_on_and_say_which_weights_made_which_tokens(
 def num_tokens(url: str, request_id: str) -> int:
     reply = request(url, f"/requests/{request_id}")
     return int(reply.json["choices"][0]["num_tokens"]) if reply.status == 200 else 0
+
+
+def rss_bytes(cluster: LocalCluster) -> dict[str, int]:
+    """Of each scheduler, by its node's URL."""
+    infos = {worker["url"]: request(worker["url"], "/server_info").json for worker in cluster.workers()}
+    return {
+        url: psutil.Process(rank["pid"]).memory_info().rss
+        for url, info in infos.items()
+        for rank in info["ranks"]
+    }
+
+
+def test_released_memory_goes_back_to_the_host_and_answers_are_the_same_afterwards(
+    updatable: LocalCluster,
+) -> None:
+    url = updatable.url
+    old_ids, old = greedy_ids(url, PROMPT, 12), checks(updatable)["message"]
+    refused = request(url, "/resume_memory_occupation", {"tags": ["weights"]})
+    assert (refused.status, "not released: weights" in refused.text) == (400, True)
+    before = rss_bytes(updatable)
+    released = request(url, "/release_memory_occupation", {})
+    assert released.status == 200, released.text
+    meanwhile = rss_bytes(updatable)
+    num_weight_bytes = (SHIPPED_MODEL / "model.safetensors").stat().st_size
+    for node, rss in meanwhile.items():
+        assert rss < before[node] - num_weight_bytes, f"{node}: {before[node]} bytes before, {rss} bytes now"
+    again = request(url, "/release_memory_occupation", {"tags": ["kv_cache"]})
+    assert (again.status, "released already: kv_cache" in again.text) == (400, True)
+    is_over, waiting = in_background(lambda: greedy_ids(url, PROMPT, 12))
+    incarnations = {worker["incarnation"] for worker in updatable.workers()}
+    assert request(url, "/resume_memory_occupation", {"tags": ["kv_cache"]}).status == 200
+    assert not is_over()
+    resumed = request(url, "/resume_memory_occupation", {"tags": ["weights"]})
+    assert resumed.status == 200, resumed.text
+    assert waiting() == old_ids
+    assert greedy_ids(url, PROMPT, 12) == old_ids
+    assert checks(updatable)["message"] == old
+    assert not incarnations & {worker["incarnation"] for worker in updatable.workers()}
+    assert request(url, "/resume_memory_occupation", {}).status == 400
 
 
 def test_wrong_tensors_are_refused_by_name_and_nothing_changes(

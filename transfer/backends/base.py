@@ -94,6 +94,10 @@ class TransferBackend(Mover, Protocol):
     def register(self) -> MemoryRegion:
         """Makes the allocated memory writable for peers. Both sides do: RDMA needs the source registered."""
 
+    def release(self) -> None:
+        """Withdraws the memory and gives its pages back to the host; its addresses stay. No write is under
+        way, from here or to here. `register` makes it usable again, zeroed."""
+
     def fileno(self) -> int:
         """Readable while `poll` has results."""
 

@@ -127,6 +127,9 @@ class FaultyBackend:
     def register(self) -> MemoryRegion:
         return self.inner.register()
 
+    def release(self) -> None:
+        self.inner.release()
+
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         self._leaving.pop(region.session, None)
         send = next(self._send_handles)

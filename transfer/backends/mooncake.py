@@ -107,6 +107,13 @@ class MooncakeBackend:
             scratch_address=self._address + total_bytes - PAGE_ALIGNMENT,
         )
 
+    def release(self) -> None:
+        assert self._pool is not None, "allocate comes first"
+        if self._is_registered:
+            self._engine.unregister_memory(self._address)
+            self._is_registered = False
+        self._pool.madvise(mmap.MADV_DONTNEED)
+
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         # TCP would take an unregistered source and RDMA would not: do not let TCP hide it.
         assert self._is_registered, "register comes first"

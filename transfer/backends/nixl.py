@@ -101,6 +101,13 @@ class NixlBackend:
             scratch_address=self._address + total_bytes - PAGE_ALIGNMENT,
         )
 
+    def release(self) -> None:
+        assert self._pool is not None, "allocate comes first"
+        if self._registered is not None:
+            self._agent.deregisterMem(self._registered, [self._ucx])
+            self._registered = None
+        self._pool.madvise(mmap.MADV_DONTNEED)
+
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         assert self._registered is not None, "register comes first"
         self._pump.first_contact(handle, region)

@@ -122,6 +122,11 @@ class ShmBackend:
             scratch_address=scratch,
         )
 
+    def release(self) -> None:
+        # Of the file itself, so also where a peer has it mapped.
+        assert self._pool is not None, "allocate comes first"
+        self._pool.madvise(mmap.MADV_REMOVE)
+
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         with self._wake:
             self._outstanding.add(handle)

@@ -18,7 +18,7 @@ from pdserve.api.generation import (
 from pdserve.messages.node import NodeEntry, NodeLoad
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import Span
-from pdserve.messages.weights import FromGroup, UpdateGroupSpec, WeightChecksReply, WeightsReply
+from pdserve.messages.weights import FromGroup, MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightsReply
 from pdserve.runtime.errors import RequestError
 
 # A delta to give, an error to raise, or an event to wait for.
@@ -194,6 +194,14 @@ class FakeAdmin:
 
     async def destroy_weights_update_group(self, name: str) -> AdminReply:
         self.calls.append(("destroy group", name))
+        return self.reply
+
+    async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        self.calls.append(("release", tags))
+        return self.reply
+
+    async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        self.calls.append(("resume", tags))
         return self.reply
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:

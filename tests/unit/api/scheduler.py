@@ -41,6 +41,8 @@ from pdserve.messages.weights import (
     JoinUpdateGroup,
     LeaveUpdateGroup,
     PrepareWeights,
+    ReleaseMemory,
+    ResumeMemory,
     StageWeights,
     WeightChecksReply,
     WeightsReply,
@@ -141,6 +143,8 @@ class FakeScheduler:
                 | DiscardWeights()
                 | JoinUpdateGroup()
                 | LeaveUpdateGroup()
+                | ReleaseMemory()
+                | ResumeMemory()
             ):
                 success, text = self.outcome(message)
                 return CallReply(call_id=message.call_id, success=success, message=text)

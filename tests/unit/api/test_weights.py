@@ -128,6 +128,19 @@ async def test_update_groups(api: Api) -> None:
     assert api.admin.calls == [("init group", spec, 1), ("destroy group", "g")]
 
 
+async def test_memory_occupation(api: Api) -> None:
+    assert (await api.post("/release_memory_occupation", {}))[0] == 200
+    assert (await api.post("/resume_memory_occupation", {"tags": ["weights"]}))[0] == 200
+    assert (await api.post("/release_memory_occupation", {"tags": ["cuda_graph"]}))[0] == 400
+    api.admin.reply = AdminReply(False, "not released: weights")
+    assert await api.post("/resume_memory_occupation", {"tags": ["weights"]}) == (
+        400,
+        {"success": False, "message": "not released: weights"},
+    )
+    both, one = ("weights", "kv_cache"), ("weights",)
+    assert api.admin.calls == [("release", both), ("resume", one), ("resume", one)]
+
+
 async def test_weights_by_name_is_what_all_nodes_agree_on(api: Api) -> None:
     reply = WeightsReply(call_id=1, success=True, dtype="float32", values=[[0.5, 1.0]])
     api.admin.named_weights = {"http://p": reply, "http://d": reply}

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from pdserve.components.flush_wrapper import FlushWrapper
+from pdserve.components.memory_occupation import MemoryOccupation
 from pdserve.components.metrics_reporter import MetricsReporter
 from pdserve.components.node_control import ControlMessage, ControlResult, NodeControl
 from pdserve.components.node_status import NodeStatus
@@ -28,7 +29,15 @@ from pdserve.messages.node import (
     NodeLoad,
     ServerInfoReply,
 )
-from pdserve.messages.weights import CommitWeights, DiscardWeights, FromDisk, JoinUpdateGroup, PrepareWeights
+from pdserve.messages.peer import PeerIdentity
+from pdserve.messages.weights import (
+    CommitWeights,
+    DiscardWeights,
+    FromDisk,
+    JoinUpdateGroup,
+    MemoryTag,
+    PrepareWeights,
+)
 from pdserve.runtime.config import node_config
 from pdserve.runtime.errors import StartupError
 
@@ -44,6 +53,20 @@ class FakeCheckpoint:
 
 def no_group(message: JoinUpdateGroup) -> Group:
     raise StartupError(message.group_name)
+
+
+class FakeMemory:
+    def refusal(self) -> str:
+        return "it cannot"
+
+    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def announce(self, *, is_released: bool) -> PeerIdentity:
+        raise NotImplementedError
 
 
 class FakeStore:
@@ -104,6 +127,7 @@ class Bench:
             status=make_status(),
             flush=FlushWrapper(),
             weights=self.weights,
+            memory=MemoryOccupation(FakeMemory(), lambda _, run: self.jobs.append(run)),
             metrics=MetricsReporter("tiny", "decode"),
             drop_cache=self.drop_cache,
         )
@@ -156,17 +180,17 @@ def test_a_busy_node_without_a_timeout_refuses_and_drops_nothing(bench: Bench) -
 def test_a_flush_waits_for_the_node_to_be_idle(bench: Bench) -> None:
     assert bench.handle(FlushCache(call_id=1, timeout_s=5.0), 100.0, idle=False).replies == []
     assert bench.control.deadline == 105.0
-    assert bench.control.poll(104.0, idle=False).replies == []
+    assert bench.control.poll(104.0, idle=False, is_drained=True).replies == []
     assert outcome(bench.handle(FlushCache(call_id=2, timeout_s=5.0), 104.0, idle=False)) == (2, False)
-    assert outcome(bench.control.poll(104.0, idle=True)) == (1, True)
+    assert outcome(bench.control.poll(104.0, idle=True, is_drained=True)) == (1, True)
     assert bench.num_drops == 1
-    assert bench.control.poll(200.0, idle=True).replies == []
+    assert bench.control.poll(200.0, idle=True, is_drained=True).replies == []
     assert bench.control.deadline is None
 
 
 def test_a_flush_that_waited_too_long_is_told_and_drops_nothing(bench: Bench) -> None:
     bench.handle(FlushCache(call_id=1, timeout_s=5.0), 100.0, idle=False)
-    assert outcome(bench.control.poll(105.0, idle=False)) == (1, False)
+    assert outcome(bench.control.poll(105.0, idle=False, is_drained=True)) == (1, False)
     assert bench.num_drops == 0
 
 

@@ -122,6 +122,9 @@ class FakeBackend:
     def register(self) -> MemoryRegion:
         raise NotImplementedError
 
+    def release(self) -> None:
+        raise NotImplementedError
+
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         self.connected.add(region.session)
         self.results.append(WriteResult(handle, WriteState.DONE))

@@ -18,7 +18,16 @@ from pdserve.messages.node import (
     ServerInfoReply,
 )
 from pdserve.messages.sampling import SamplingParams
-from pdserve.messages.weights import LEASE_S, CommitWeights, DiscardWeights, FromDisk, PrepareWeights
+from pdserve.messages.weights import (
+    LEASE_S,
+    CommitWeights,
+    DiscardWeights,
+    FromDisk,
+    MemoryTag,
+    PrepareWeights,
+    ReleaseMemory,
+    ResumeMemory,
+)
 
 from .cluster import ADDRESS, DecodeNode, Pair, PrefillNode, kv_of, prompt_of
 
@@ -225,6 +234,103 @@ def test_serving_goes_on_while_weights_load() -> None:
     pair.to_prefill(second, ADMIN)
     busy = reply_of(pair, pair.prefill, msgspec.structs.replace(second, call_id=10))
     assert (busy.call_id, busy.success) == (10, False)
+    pair.finish()
+
+
+# ---- memory -----------------------------------------------------------------------------------------
+
+ALL: tuple[MemoryTag, ...] = ("weights", "kv_cache")
+
+
+def memory_call(
+    pair: Pair, node: PrefillNode | DecodeNode, message: ReleaseMemory | ResumeMemory
+) -> CallReply:
+    (pair.to_prefill if node is pair.prefill else pair.to_decode)(message, ADMIN)
+    pair.compute(node)  # a job
+    reply = pair.last_reply(node, ADMIN)
+    assert isinstance(reply, CallReply)
+    return reply
+
+
+def release(tags: tuple[MemoryTag, ...] = ALL, timeout_s: float = 1.0) -> ReleaseMemory:
+    return ReleaseMemory(call_id=5, tags=tags, timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_node_without_its_memory_pairs_with_nobody_and_comes_back_as_another_incarnation(role: str) -> None:
+    pair = Pair()
+    node = pair.prefill if role == "prefill" else pair.decode
+    pair.start("a", prompt_of(9))
+    pair.finish()
+    assert memory_call(pair, node, release()) == CallReply(
+        call_id=5, success=True, message="weights, kv_cache"
+    )
+    assert node.memory_journal == ["release ['kv_cache', 'weights']"]
+    assert node.allocator.counts().shared == 0, "what it had cached is gone"
+    assert pair.decode.rooms.ready_peers() == {}
+    pair.advance(10.0)
+    assert pair.decode.rooms.ready_peers() == {}, "it is tried again and refused"
+    pair.start("b", prompt_of(9, seed=1))
+    failure = pair.stream("b").failure
+    assert failure is not None
+    assert failure.code == "not_ready"
+    (pair.to_prefill if node is pair.prefill else pair.to_decode)(Ping(call_id=1), ADMIN)
+    pong = pair.last_reply(node, ADMIN)
+    assert isinstance(pong, Pong)
+    assert (pong.draining, pong.entry.model_fingerprint) == (True, "none, its memory is released")
+
+    again = memory_call(pair, node, release(("weights",)))
+    assert (again.success, again.message) == (False, "released already: weights")
+    assert memory_call(pair, node, ResumeMemory(call_id=6, tags=("kv_cache",))).success
+    pair.advance(10.0)
+    assert pair.decode.rooms.ready_peers() == {}, "the weights are still away"
+    assert memory_call(pair, node, ResumeMemory(call_id=6, tags=("weights",))).success
+    second = memory_call(pair, node, ResumeMemory(call_id=7, tags=("weights",)))
+    assert (second.success, second.message) == (False, "not released: weights")
+    assert node.status.entry.incarnation == f"{role}-1~1"
+    pair.advance(10.0)
+    prefill = pair.prefill.status.entry.incarnation
+    assert pair.decode.rooms.ready_peers() == {prefill: ADDRESS}
+    pair.start("c", prompt_of(9), prefill=prefill)
+    pair.finish()
+    pair.check_answer("c", prompt_of(9), 4)
+
+
+def test_memory_is_released_when_what_runs_has_ended_or_not_at_all() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(9))
+    pair.to_decode(release(timeout_s=1.0), ADMIN)
+    pair.advance(2.0)
+    assert pair.decode.memory_journal == []
+    refused = pair.last_reply(pair.decode, ADMIN)
+    assert refused == CallReply(call_id=5, success=False, message="the node was not idle in time")
+    pair.to_decode(release(timeout_s=100.0), ADMIN)
+    pair.to_decode(ResumeMemory(call_id=9, tags=ALL), ADMIN)
+    busy = pair.last_reply(pair.decode, ADMIN)
+    assert busy == CallReply(call_id=9, success=False, message="another release or resume is in progress")
+    pair.run()
+    pair.check_answer("a", prompt_of(9), 4)
+    assert pair.decode.memory_journal == ["release ['kv_cache', 'weights']"]
+    pair.finish()
+
+
+def test_memory_is_not_released_while_a_peer_may_still_write_a_page() -> None:
+    pair = Pair(decode_pages=32)
+    pair.backend.has_started = True
+    pair.start("a", prompt_of(9))
+    pair.compute(pair.prefill)
+    pair.cancel("a")
+    assert pair.decode.scheduler.is_idle, "quarantine is no work"
+    assert pair.decode.allocator.counts().quarantined > 0
+    pair.to_decode(release(timeout_s=100.0), ADMIN)
+    pair.decode.engine.finish()
+    pair.settle()
+    assert pair.decode.memory_journal == []
+    pair.write()
+    pair.advance(5.0)
+    pair.decode.engine.finish()
+    pair.settle()
+    assert pair.decode.memory_journal == ["release ['kv_cache', 'weights']"]
     pair.finish()
 
 

@@ -41,6 +41,7 @@ from pdserve.messages.weights import (
     FromDisk,
     FromGroup,
     FromTensors,
+    MemoryTag,
     UpdateGroupSpec,
     WeightChecksReply,
     WeightSource,
@@ -119,6 +120,7 @@ class FakeNode:
     fail_with: list[AttemptFailed | FailureCode] = field(default_factory=list)  # one for each next attempt
     stage_reply: str = ""  # why it refuses a part of new weights
     prepare_reply: str = ""  # why it refuses new weights
+    release_reply: str = ""  # why it does not release memory, or resume it
     join_reply: str = ""  # why it joins no group
     commit_reply: str = ""  # why it fails to swap
     death_reply: str = ""  # why it believes in no peer's death
@@ -316,6 +318,14 @@ class FakeLink:
     async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply:
         await self._answer(f"leave {group_name}")
         return CallReply(call_id=1, success=True)
+
+    async def release_memory(self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float) -> CallReply:
+        await self._answer(f"release {' '.join(tags)}")
+        return CallReply(call_id=1, success=not self.node.release_reply, message=self.node.release_reply)
+
+    async def resume_memory(self, tags: tuple[MemoryTag, ...], timeout_s: float) -> CallReply:
+        await self._answer(f"resume {' '.join(tags)}")
+        return CallReply(call_id=1, success=not self.node.release_reply, message=self.node.release_reply)
 
     async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
         await self._answer(f"get {name} {truncate_size}")

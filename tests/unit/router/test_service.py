@@ -896,6 +896,40 @@ async def test_tensors_that_a_trainer_broadcasts_are_taken_by_all(bench: Bench) 
         assert [call for call in node.calls if call != "ping"] == ["prepare g v2", "commit"]
 
 
+async def test_memory_is_released_and_resumed_everywhere_and_requests_wait_meanwhile(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    nodes = await small_cluster(bench)
+    assert (await bench.service.release_memory_occupation(("weights", "kv_cache"))).success
+    late = asyncio.create_task(bench.service.generate(spec("late")))
+    await bench.until(lambda: bench.service._queue.num_new == 1)
+    assert (await bench.service.resume_memory_occupation(("weights",))).success
+    assert (await bench.service.update_weights_from_disk("/new", "v2", "wait")).success
+    assert bench.service._queue.held
+    assert (await bench.service.resume_memory_occupation(("kv_cache",))).success
+    generation = await late
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert generation.info.weight_version == "v2"
+    for node in nodes:
+        assert [call for call in node.calls if call.startswith(("release", "resume"))] == [
+            "release weights kv_cache",
+            "resume weights",
+            "resume kv_cache",
+        ]
+
+
+async def test_memory_that_one_node_cannot_release_is_resumed_by_the_others(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.release_reply = "the node was not idle in time"
+    reply = await bench.service.release_memory_occupation(("kv_cache",))
+    assert (reply.success, reply.message) == (False, "http://d: the node was not idle in time")
+    assert "resume kv_cache" in prefill.calls
+    assert "resume kv_cache" not in decode.calls
+    assert not bench.service._queue.held
+    decode.release_reply = "not released: kv_cache"
+    assert not (await bench.service.resume_memory_occupation(("kv_cache",))).success
+
+
 async def test_questions_about_weights_go_to_every_node(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
     named = await bench.service.weights_by_name("norm", 3)

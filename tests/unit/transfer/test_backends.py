@@ -247,6 +247,43 @@ def test_cancelling_ends_every_write_once(source: Source, decode: DecodeProcess)
             assert received[at : at + size] == source.pool[at : at + size]
 
 
+def test_released_memory_is_empty_and_can_be_registered_and_written_from_again(
+    kind: tuple[str, str], decode: DecodeProcess
+) -> None:
+    source = start_source(*kind)
+    try:
+        region = source.backend.register() if kind[0] == "shm" else None
+        assert source.meet(decode.region).state is DONE
+        source.backend.disconnect(decode.region)
+        resident = resident_bytes(source.pool)
+        assert resident >= POOL_BYTES
+        source.backend.release()
+        assert resident_bytes(source.pool) == 0
+        assert bytes(source.pool[:4096]) == bytes(4096)
+        again = source.backend.register()
+        assert region is None or again == region, "at the same place"
+        source.pool[:] = random.Random(1).randbytes(POOL_BYTES)
+        assert source.meet(decode.region).state is DONE
+        assert source.write(decode.region, Run(64, 128, 1000))[0].state is DONE
+        assert decode.read(128, 1000) == source.pool[64:1064]
+    finally:
+        source.backend.close()
+
+
+def resident_bytes(pool: memoryview) -> int:
+    """Of the mapping that the pool begins, as the kernel counts them."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pool))
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition("-")
+        if rest and " " in rest and all(digit in "0123456789abcdef" for digit in first):
+            end = rest.partition(" ")[0]
+            inside = int(first, 16) <= address < int(end, 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("the pool is mapped nowhere")
+
+
 def test_two_peers_at_once(source: Source, decode: DecodeProcess, spawn: Callable[[], DecodeProcess]) -> None:
     other = spawn()
     assert source.meet(other.region).state is DONE

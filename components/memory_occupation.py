@@ -1,0 +1,140 @@
+"""Gives the memory of weights and KV cache back to the host while nobody needs the node, and takes it again.
+
+A node whose memory is released has no model to pair with: peers refuse it, routers send it nothing. It waits
+to be idle first, and for every peer to have drained what could still be written. What takes long are jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from ..messages.node import CallReply
+from ..messages.peer import PeerIdentity
+from ..messages.weights import MEMORY_TAGS, MemoryTag, ReleaseMemory, ResumeMemory
+from ..runtime.errors import PdserveError
+
+MEMORY_JOB = "memory"
+
+
+class MemoryPort(Protocol):
+    """The memory of a node. The jobs raise StartupError when they cannot, and then have changed nothing."""
+
+    def refusal(self) -> str:
+        """Why this node cannot release memory at all; empty: it can."""
+
+    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+        """A job. Nothing runs, and no peer can write any more."""
+
+    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+        """A job."""
+
+    def announce(self, *, is_released: bool) -> PeerIdentity:
+        """Who the node is from now on. One whose memory is back is a new incarnation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A reply to send, and who the node is now, where that has changed."""
+
+    link: bytes | None = None
+    reply: CallReply | None = None
+    identity: PeerIdentity | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    link: bytes
+    message: ReleaseMemory
+    deadline: float
+
+
+_Running: TypeAlias = tuple[bytes, ReleaseMemory | ResumeMemory]
+
+
+class MemoryOccupation:
+    """One call at a time; another one meanwhile is refused."""
+
+    def __init__(self, port: MemoryPort, start_job: Callable[[str, Callable[[], Any]], None]) -> None:
+        self._port = port
+        self._start_job = start_job
+        self._pending: _Pending | None = None  # waits for the node to be idle
+        self._running: _Running | None = None
+        self._released: frozenset[MemoryTag] = frozenset()
+
+    @property
+    def takes_work(self) -> bool:
+        return self._pending is None and self._running is None and not self._released
+
+    @property
+    def is_released(self) -> bool:
+        """Or on the way there or back."""
+        return self._running is not None or bool(self._released)
+
+    @property
+    def deadline(self) -> float | None:
+        return None if self._pending is None else self._pending.deadline
+
+    def release(self, link: bytes, message: ReleaseMemory, now: float) -> Done:
+        """The answer comes from `poll` or `finish`, or now when it is a no."""
+        tags = frozenset(message.tags)
+        if refusal := self._port.refusal() or self._busy():
+            return _no(link, message, refusal)
+        if again := tags & self._released:
+            return _no(link, message, f"released already: {_listed(again)}")
+        self._pending = _Pending(link, message, now + message.timeout_s)
+        return Done()
+
+    def resume(self, link: bytes, message: ResumeMemory) -> Done:
+        """Likewise from `finish`."""
+        tags = frozenset(message.tags)
+        if refusal := self._port.refusal() or self._busy():
+            return _no(link, message, refusal)
+        if missing := tags - self._released:
+            return _no(link, message, f"not released: {_listed(missing)}")
+        self._running = (link, message)
+        self._start_job(MEMORY_JOB, self._port.resume(tags))
+        return Done()
+
+    def poll(self, now: float, *, idle: bool) -> Done:
+        """`idle`: nothing runs here, no room is open or in quarantine, so no peer writes."""
+        pending = self._pending
+        if pending is None or (not idle and now < pending.deadline):
+            return Done()
+        self._pending = None
+        if not idle:
+            return _no(pending.link, pending.message, "the node was not idle in time")
+        tags = frozenset(pending.message.tags)
+        self._running = (pending.link, pending.message)
+        identity = self._port.announce(is_released=True)
+        self._start_job(MEMORY_JOB, self._port.release(tags))
+        return Done(identity=identity)
+
+    def finish(self, error: PdserveError | None) -> Done:
+        """The job is done."""
+        assert self._running is not None, "a job was begun"
+        link, message = self._running
+        self._running = None
+        tags = frozenset(message.tags)
+        if error is None:
+            self._released = (
+                self._released | tags if isinstance(message, ReleaseMemory) else self._released - tags
+            )
+        identity = None if self._released else self._port.announce(is_released=False)
+        reply = CallReply(
+            call_id=message.call_id, success=error is None, message=str(error) if error else _listed(tags)
+        )
+        return Done(link, reply, identity)
+
+    def _busy(self) -> str:
+        in_progress = self._pending is not None or self._running is not None
+        return "another release or resume is in progress" if in_progress else ""
+
+
+def _no(link: bytes, message: ReleaseMemory | ResumeMemory, why: str) -> Done:
+    return Done(link, CallReply(call_id=message.call_id, success=False, message=why))
+
+
+def _listed(tags: frozenset[MemoryTag]) -> str:
+    return ", ".join(tag for tag in MEMORY_TAGS if tag in tags)
