@@ -31,6 +31,7 @@ from ..messages.weights import (
     STAGE_PART_BYTES,
     FromDisk,
     FromGroup,
+    FromSharedMemory,
     FromTensors,
     MemoryTag,
     UpdateGroupSpec,
@@ -316,6 +317,11 @@ class NodeWeights:
         self, source: FromGroup, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         return await self._update(uuid.uuid4().hex, source, weight_version, mode)
+
+    async def update_weights_from_ipc(
+        self, name: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        return await self._update(uuid.uuid4().hex, FromSharedMemory(name=name), weight_version, mode)
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         reply = await self._link.client.join_update_group(group, rank_offset)

@@ -34,6 +34,10 @@ _FORMAT = (
     "The body is the bytes of a safetensors file, as `safetensors.torch.save(named_tensors)` makes them, of "
     "content type application/octet-stream; `weight_version` goes in the query. Pickled tensors are not read."
 )
+_NO_HANDLES = (
+    "CUDA handles are not read, as nodes hold weights in host memory: put a safetensors file into /dev/shm "
+    "and give its `name`."
+)
 _MAX_TRUNCATE = 1000
 _MAX_TIMEOUT_S = 3600
 _MAX_NAMED = 8  # tensors that one message names
@@ -59,6 +63,16 @@ class DistributedRequest(msgspec.Struct, kw_only=True):
     mode: str = "wait"  # what running requests do
     abort_all_requests: bool = False  # the same as mode "abort"
     timeout: float = 300.0
+    force: bool = False
+
+
+class IpcRequest(msgspec.Struct, kw_only=True):
+    """``name``: of a safetensors file in /dev/shm of a host that all nodes share."""
+
+    name: str
+    weight_version: str | None = None
+    mode: str = "wait"
+    abort_all_requests: bool = False  # the same as mode "abort"
     force: bool = False
 
 
@@ -132,6 +146,10 @@ class WeightAdmin(Protocol):
 
     async def update_weights_from_distributed(
         self, source: FromGroup, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply: ...
+
+    async def update_weights_from_ipc(
+        self, name: str, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply: ...
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
@@ -224,6 +242,20 @@ class WeightRoutes:
         )
         return outcome(reply.success, reply.message)
 
+    async def update_from_ipc(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self._limits))
+        if "zmq_handles" in raw:
+            raise bad_value("zmq_handles", _NO_HANDLES)
+        body = parse_request(raw, IpcRequest, DISTRIBUTED_RULES)
+        if not body.name or "/" in body.name or body.name.startswith("."):
+            raise bad_value("name", "`name` must be the plain name of a file in /dev/shm.")
+        if not self._may_update(force=body.force):
+            return _one_node()
+        reply = await self._admin.update_weights_from_ipc(
+            body.name, body.weight_version, _mode(body.mode, aborts=body.abort_all_requests)
+        )
+        return outcome(reply.success, reply.message)
+
     async def release_memory(self, http: Request) -> Response:
         reply = await self._admin.release_memory_occupation(await self._tags(http))
         return outcome(reply.success, reply.message)
@@ -284,6 +316,7 @@ def weight_operations(routes: WeightRoutes) -> list[Operation]:
             routes.update_from_distributed,
             Bodies(DistributedRequest),
         ),
+        Operation(POST, ("/update_weights_from_ipc",), routes.update_from_ipc, Bodies(IpcRequest)),
         Operation(
             POST,
             ("/init_weights_update_group",),

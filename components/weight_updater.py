@@ -22,6 +22,7 @@ from ..messages.weights import (
     DiscardWeights,
     FromDisk,
     FromGroup,
+    FromSharedMemory,
     FromTensors,
     GetWeights,
     JoinUpdateGroup,
@@ -45,6 +46,7 @@ class Checkpoint(Protocol):
 
 
 _log = logging.getLogger(__name__)
+SHARED_MEMORY = Path("/dev/shm")
 C = TypeVar("C", bound=Checkpoint)
 C_co = TypeVar("C_co", bound=Checkpoint, covariant=True)
 
@@ -209,6 +211,11 @@ class WeightUpdater(Generic[C]):
                     there = self._staged.file.num_bytes
                     return _no(link, message, f"{there} of {num_bytes} bytes of the update were staged")
                 order = LoadTensors(self._staged.file.path)
+            case FromSharedMemory(name=name):
+                file = SHARED_MEMORY / name
+                if not file.is_file():
+                    return _no(link, message, f"there is no file {file} on this node's host")
+                order = LoadTensors(file)
             case FromGroup() as source:
                 self._drop_staged()
                 self._waiting = None

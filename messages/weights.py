@@ -60,7 +60,13 @@ class FromGroup(msgspec.Struct, frozen=True, kw_only=True, tag="group"):
     timeout_s: float
 
 
-WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup
+class FromSharedMemory(msgspec.Struct, frozen=True, kw_only=True, tag="shared_memory"):
+    """A safetensors file in /dev/shm of the node's host, left as it is until the answer."""
+
+    name: str
+
+
+WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup | FromSharedMemory
 
 
 class UpdateGroupSpec(msgspec.Struct, frozen=True, kw_only=True):

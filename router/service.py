@@ -42,6 +42,7 @@ from ..messages.timeline import SpanClock
 from ..messages.weights import (
     FromDisk,
     FromGroup,
+    FromSharedMemory,
     MemoryTag,
     UpdateGroupSpec,
     WeightChecksReply,
@@ -672,6 +673,12 @@ class RouterService:
     ) -> AdminReply:
         version = weight_version or f"{source.group_name}@{uuid.uuid4().hex[:8]}"
         return await self._weights.update(source, version, mode)
+
+    async def update_weights_from_ipc(
+        self, name: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        version = weight_version or f"{name}@{uuid.uuid4().hex[:8]}"
+        return await self._weights.update(FromSharedMemory(name=name), version, mode)
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         return await self._weights.init_group(group, rank_offset)

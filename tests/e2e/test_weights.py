@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlencode
@@ -86,6 +88,22 @@ def test_some_tensors_change_answers_and_the_same_ones_change_them_back(
     assert checks(updatable)["message"] == old["message"]
 
 
+def test_tensors_may_lie_in_shared_memory(updatable: LocalCluster, original: dict[str, Tensor]) -> None:
+    name = f"pdserve-test-{os.getpid()}"
+    file = Path("/dev/shm") / name
+    missing = request(updatable.url, "/update_weights_from_ipc", {"name": name})
+    assert (missing.status, f"no file {file}" in missing.text) == (400, True)
+    old_ids = greedy_ids(updatable.url, PROMPT, 12)
+    file.write_bytes(save(changed_tensors(original)))
+    try:
+        reply = request(updatable.url, "/update_weights_from_ipc", {"name": name, "weight_version": "shm"})
+    finally:
+        file.unlink()
+    assert reply.status == 200, reply.text
+    assert greedy_ids(updatable.url, PROMPT, 12) != old_ids
+    assert request(updatable.url, "/get_weight_version").json["weight_version"] == "shm"
+
+
 def test_all_tensors_have_the_fingerprint_of_their_checkpoint(
     updatable: LocalCluster, original: dict[str, Tensor]
 ) -> None:
@@ -144,12 +162,12 @@ def test_retracted_requests_go_on_and_say_which_weights_made_which_tokens(
     updatable: LocalCluster, original: dict[str, Tensor]
 ) -> None:
     url = updatable.url
-    sampling = {"max_new_tokens": 300, "temperature": 0.0, "ignore_eos": True}
+    sampling = {"max_new_tokens": 120, "temperature": 0.0, "ignore_eos": True}
     body = {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True}
     undisturbed = request(url, "/generate", body).json
     assert "weight_versions" not in undisturbed["meta_info"]
     is_over, answered = in_background(lambda: request(url, "/generate", {**body, "rid": "retracted"}))
-    wait_until(lambda: num_tokens(url, "retracted") >= 20, 30.0, "some tokens")
+    wait_until(lambda: num_tokens(url, "retracted") >= 10, 30.0, "some tokens")
     status, text = send(url, changed_tensors(original), weight_version="step-2", mode="retract")
     assert status == 200, text
     assert not is_over(), "the request was over before the update"
@@ -159,10 +177,10 @@ def test_retracted_requests_go_on_and_say_which_weights_made_which_tokens(
     assert second["weight_version"] == "step-2"
     start = second["start"]
     assert answer["output_ids"][:start] == undisturbed["output_ids"][:start]
-    assert len(answer["output_ids"]) == 300
+    assert len(answer["output_ids"]) == 120
     # From there on the new weights continue what the old ones began.
     go_on = {**body, "input_ids": PROMPT + answer["output_ids"][:start]}
-    go_on["sampling_params"] = {**sampling, "max_new_tokens": 300 - start}
+    go_on["sampling_params"] = {**sampling, "max_new_tokens": 120 - start}
     continued = request(url, "/generate", go_on).json
     assert continued["output_ids"] == answer["output_ids"][start:]
 

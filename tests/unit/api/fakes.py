@@ -188,6 +188,12 @@ class FakeAdmin:
         self.calls.append(("update", source, weight_version, mode))
         return self.reply
 
+    async def update_weights_from_ipc(
+        self, name: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        self.calls.append(("update ipc", name, weight_version, mode))
+        return self.reply
+
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         self.calls.append(("init group", group, rank_offset))
         return GroupReply(self.reply.success, self.reply.message, {"http://d": rank_offset})

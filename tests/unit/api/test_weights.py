@@ -109,6 +109,16 @@ async def test_a_wrong_distributed_update_is_refused(api: Api, wrong: dict[str, 
     assert api.admin.calls == []
 
 
+async def test_an_update_from_shared_memory(api: Api) -> None:
+    route = "/update_weights_from_ipc"
+    assert (await api.post(route, {"name": "step-7", "weight_version": "7"}))[0] == 200
+    for wrong in ({"name": "../etc/passwd"}, {"name": ".."}, {"name": ""}, {}):
+        assert (await api.post(route, wrong))[0] == 400, wrong
+    status, answer = await api.post(route, {"zmq_handles": {}})
+    assert (status, "/dev/shm" in answer["error"]["message"]) == (400, True)
+    assert api.admin.calls == [("update ipc", "step-7", "7", "wait")]
+
+
 async def test_update_groups(api: Api) -> None:
     body = {
         "master_address": "trainer",

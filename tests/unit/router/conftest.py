@@ -40,6 +40,7 @@ from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import (
     FromDisk,
     FromGroup,
+    FromSharedMemory,
     FromTensors,
     MemoryTag,
     UpdateGroupSpec,
@@ -305,7 +306,7 @@ class FakeLink:
                 pass
             case FromTensors():
                 path = self.staged.decode()
-            case FromGroup(group_name=path):
+            case FromGroup(group_name=path) | FromSharedMemory(name=path):
                 pass
         await self._answer(f"prepare {path} {weight_version}")
         self.prepared = weight_version
