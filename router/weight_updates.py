@@ -205,7 +205,11 @@ class WeightUpdates:
         self._released -= set(tags)
         if self._released:
             return AdminReply(True, f"{len(answers)} nodes have {', '.join(tags)} again")
-        is_ready = await self._until(lambda: bool(self._registry.ready_pairs()), self._options.weight_ready_s)
+        resumed_at = self._clock()
+        is_ready = await self._until(
+            lambda: self._heard_since(resumed_at) and bool(self._registry.ready_pairs()),
+            self._options.weight_ready_s,
+        )
         self._traffic.release()
         if not is_ready:
             return AdminReply(False, f"memory is resumed, but {self._registry.explain_no_pair()}")
@@ -291,6 +295,10 @@ class WeightUpdates:
             if not self._registry.healthy(node) or node.entry.url not in links
         ]
         return f"these nodes do not answer: {', '.join(silent)}" if silent else ""
+
+    def _heard_since(self, moment: float) -> bool:
+        """What is known of every node is what it said after `moment`."""
+        return all(node.last_pong_at is not None and node.last_pong_at >= moment for node in self._registry)
 
     def _serves(self, weight_version: str) -> bool:
         everywhere = all(node.entry.weight_version == weight_version for node in self._registry)

@@ -222,10 +222,10 @@ def test_released_memory_goes_back_to_the_host_and_answers_are_the_same_afterwar
     assert not is_over()
     resumed = request(url, "/resume_memory_occupation", {"tags": ["weights"]})
     assert resumed.status == 200, resumed.text
+    assert not incarnations & {worker["incarnation"] for worker in updatable.workers()}
     assert waiting() == old_ids
     assert greedy_ids(url, PROMPT, 12) == old_ids
     assert checks(updatable)["message"] == old
-    assert not incarnations & {worker["incarnation"] for worker in updatable.workers()}
     assert request(url, "/resume_memory_occupation", {}).status == 400
 
 
