@@ -22,7 +22,13 @@ from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
 from .runtime.listen import bind_http, http_url, inherit_http
 from .runtime.logs import configure_logging
-from .runtime.process import die_with_parent, end_now, handed_api_keys, usable_cores
+from .runtime.process import (
+    die_with_parent,
+    end_now,
+    handed_api_keys,
+    leave_last_words,
+    usable_cores,
+)
 from .runtime.supervisor import Child, Supervisor
 
 _READY_TIMEOUT_S = 600.0
@@ -41,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     up = commands.add_parser("up", help="a router, prefill and decode nodes on this machine")
     add_flags(up, frozenset({"up", *_ROLES}))
+    _add_child_argument(up)
     for role in _ROLES:
         _add_role_arguments(commands.add_parser(role, help=f"one {role}"), role)
     if argv is None:
@@ -97,15 +104,21 @@ def _run(command: str, given: dict[str, Any]) -> int:
         "node-front": _node_front,
         "tp-worker": _tp_worker,
     }
+    last_words_fd = given.pop("last_words_fd", None)
     if (parent_pid := given.pop("parent_pid", None)) is not None:
         # A rank has nothing to finish without rank 0, and must not outlive it as a frozen process.
-        die_with_parent(parent_pid, signal.SIGKILL if command == "tp-worker" else signal.SIGTERM)
+        if command == "up":
+            given["owner_pid"] = parent_pid  # its supervisor looks after that itself
+        else:
+            die_with_parent(parent_pid, signal.SIGKILL if command == "tp-worker" else signal.SIGTERM)
         if api_keys := handed_api_keys():
             given["api_key"] = api_keys
     try:
         return runs[command](given)
     except StartupError as error:
         print(f"pdserve {command}: {error}", file=sys.stderr)
+        if last_words_fd is not None:
+            leave_last_words(last_words_fd, str(error))
         return 1
     except KeyboardInterrupt:
         return 130
@@ -122,6 +135,7 @@ def _add_role_arguments(parser: argparse.ArgumentParser, role: str) -> None:
 
 def _add_child_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent-pid", type=int, default=None, help=argparse.SUPPRESS)  # see `spawn`
+    parser.add_argument("--last-words-fd", type=int, default=None, help=argparse.SUPPRESS)
 
 
 def _listener(given: Mapping[str, Any], host: str, port: int) -> socket.socket:
@@ -229,7 +243,11 @@ def _up(given: dict[str, Any]) -> int:
     children += [_node_child("decode", i, given, url, num_threads) for i in range(num_decode)]
 
     api_keys = tuple(given.get("api_key", ()))
-    with Supervisor(children, lambda incarnation: _announce_death(url, incarnation, api_keys)) as supervisor:
+    with Supervisor(
+        children,
+        lambda incarnation: _announce_death(url, incarnation, api_keys),
+        given.get("owner_pid"),
+    ) as supervisor:
         if not supervisor.wait_until(lambda: _answers(f"{url}/ready"), _READY_TIMEOUT_S):
             return 0
         print(f"pdserve is ready at {url}", flush=True)

@@ -365,6 +365,47 @@ def _filled(values: Mapping[str, Any], role: str, config_type: type) -> dict[str
     return {name: value for name, value in filled.items() if name in names}
 
 
+def arguments_of(options: Mapping[str, Any], roles: frozenset[str]) -> list[str]:
+    """Command-line arguments from names and values: `{"num_decode": 2}` is `["--num-decode=2"]`.
+
+    Aliases count. Raises StartupError for a name that is no flag of `roles`, and for a value of another type
+    than the flag's.
+    """
+    by_name = {_key(name): flag for flag in FLAGS for name in flag.names if flag.roles & roles}
+    arguments: list[str] = []
+    for name, value in options.items():
+        flag = by_name.get(_key(name))
+        if flag is None:
+            raise StartupError(f"there is no option {name!r}; options are the flags of `pdserve up`")
+        if value is None:
+            continue
+        for item in value if flag.repeatable and isinstance(value, list | tuple) else (value,):
+            if not _is_of_kind(item, flag):
+                wanted = " | ".join(flag.choices) or flag.kind.__name__
+                raise StartupError(f"{name}={item!r}: {wanted} is expected")
+            arguments += _one_argument(flag, item)
+    return arguments
+
+
+def _key(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _is_of_kind(value: object, flag: Flag) -> bool:
+    if isinstance(value, bool) or flag.kind is bool:
+        return isinstance(value, bool) and flag.kind is bool
+    is_number = flag.kind is float and isinstance(value, int)
+    return (is_number or isinstance(value, flag.kind)) and (not flag.choices or value in flag.choices)
+
+
+def _one_argument(flag: Flag, value: object) -> list[str]:
+    if flag.kind is not bool:
+        return [f"{flag.names[0]}={value}"]
+    if value:
+        return [flag.names[0]]
+    return [flag.names[0].replace("--", "--no-", 1)] if len(flag.names) == 1 else []
+
+
 def forwarded_flags(given: Mapping[str, Any], role: ProcessRole, dropped: Sequence[str] = ()) -> list[str]:
     """The given flags that `role` takes, as arguments for a child process."""
     arguments: list[str] = []

@@ -19,6 +19,7 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_MAX_LAST_WORDS_BYTES = 4096
 _API_KEYS_VARIABLE = "PDSERVE_API_KEYS"
 
 
@@ -48,9 +49,16 @@ def reap_orphans(own: Collection[int]) -> int:
 
 
 def spawn(
-    arguments: Sequence[str], pass_fds: Sequence[int] = (), api_keys: Sequence[str] = ()
+    arguments: Sequence[str],
+    pass_fds: Sequence[int] = (),
+    api_keys: Sequence[str] = (),
+    *,
+    stdout: int | None = None,
+    stderr: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start `pdserve ARGUMENTS…` with this interpreter, in a process group of its own. It dies with us.
+
+    `stdout`, `stderr`: as `subprocess.Popen` takes them; ours where None.
 
     Own group: Ctrl-C reaches the parent alone, which then ends its children in order. `-P` keeps the
     working directory off the child's module path: a checkout of pdserve has folders named like packages.
@@ -60,6 +68,8 @@ def spawn(
         [sys.executable, "-P", "-m", "pdserve", *arguments, "--parent-pid", str(os.getpid())],
         process_group=0,
         pass_fds=pass_fds,
+        stdout=stdout,
+        stderr=stderr,
         env={**os.environ, _API_KEYS_VARIABLE: json.dumps(list(api_keys))},
     )
 
@@ -67,6 +77,28 @@ def spawn(
 def handed_api_keys() -> tuple[str, ...]:
     """The API keys that our parent gave to `spawn`; they are taken out of the environment."""
     return tuple(json.loads(os.environ.pop(_API_KEYS_VARIABLE, "[]")))
+
+
+class LastWords:
+    """A few bytes of memory in which a child leaves why it could not start. Close it when the child ended."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("last-words")
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the child, which must inherit `fd`."""
+        return ["--last-words-fd", str(self.fd)]
+
+    def read(self) -> str:
+        return os.pread(self.fd, _MAX_LAST_WORDS_BYTES, 0).decode(errors="replace")
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def leave_last_words(fd: int, reason: str) -> None:
+    os.pwrite(fd, reason.encode()[:_MAX_LAST_WORDS_BYTES], 0)
 
 
 def end(process: subprocess.Popen[Any], grace_s: float) -> None:

@@ -213,8 +213,9 @@ def children(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Child]:
     """The processes that `up` would start."""
     started: list[Child] = []
 
-    def take(wanted: Sequence[Child], on_reaped: object) -> None:
+    def take(wanted: Sequence[Child], on_reaped: object, owner_pid: int | None) -> None:
         del on_reaped
+        assert owner_pid is None
         started.extend(wanted)
         raise NoChildrenError("taken")
 
