@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from ..runtime.process import NO_KEYS, AccessKeys
 from .admin import (
     AbortRequest,
     AssertPeerDeathRequest,
@@ -51,7 +50,8 @@ def build_router_app(
     registry: CollectorRegistry,
     in_flight: InFlightRequests,
     timelines: Timelines,
-    api_keys: Collection[str] = (),
+    keys: AccessKeys = NO_KEYS,
+    is_loopback: bool = True,
     limits: Limits | None = None,
 ) -> FastAPI:
     """The whole surface of a router.
@@ -123,9 +123,21 @@ def build_router_app(
         Operation(GET, ("/workers",), cluster.workers),
         Operation(POST, ("/workers",), cluster.register_worker, Bodies(RegisterRequest)),
         Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker),
-        Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache),
-        Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest)),
-        Operation(POST, ("/assert_peer_death",), cluster.assert_peer_death, Bodies(AssertPeerDeathRequest)),
-        Operation(POST, ("/update_weights_from_disk",), cluster.update_weights, Bodies(UpdateWeightsRequest)),
+        Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache, is_admin=True),
+        Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest), is_admin=True),
+        Operation(
+            POST,
+            ("/assert_peer_death",),
+            cluster.assert_peer_death,
+            Bodies(AssertPeerDeathRequest),
+            is_admin=True,
+        ),
+        Operation(
+            POST,
+            ("/update_weights_from_disk",),
+            cluster.update_weights,
+            Bodies(UpdateWeightsRequest),
+            is_admin=True,
+        ),
     ]
-    return make_app(operations, api_keys=api_keys)
+    return make_app(operations, keys=keys, is_loopback=is_loopback)

@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -28,6 +28,8 @@ from starlette.responses import Response
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, Pong
 from ..runtime.errors import RequestError
+from ..runtime.listen import is_loopback
+from ..runtime.process import NO_KEYS, AccessKeys
 from .admin import (
     METRICS_MEDIA_TYPE,
     WEIGHT_RULES,
@@ -113,10 +115,10 @@ class SchedulerLink:
 class Registrar:
     """Keeps the node's lease with every router."""
 
-    def __init__(self, url: str, router_urls: Sequence[str], api_keys: Collection[str]) -> None:
+    def __init__(self, url: str, router_urls: Sequence[str], key: str) -> None:
         self._url = url
         self._is_registered = dict.fromkeys((router.rstrip("/") for router in router_urls), False)
-        headers = {"authorization": f"Bearer {next(iter(api_keys))}"} if api_keys else {}
+        headers = {"authorization": f"Bearer {key}"} if key else {}
         timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S)
         self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
 
@@ -294,7 +296,7 @@ def _card(model: ModelInfo) -> ModelCard:
     )
 
 
-def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
+def build_node_app(routes: NodeRoutes, keys: AccessKeys, is_loopback: bool) -> FastAPI:
     operations = [
         Operation(GET, ("/health", "/ping"), routes.health),
         Operation(GET, ("/live", "/liveness"), routes.live),
@@ -308,12 +310,24 @@ def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
         Operation(GET, ("/v1/loads",), routes.loads),
         Operation(GET, ("/metrics",), routes.metrics),
         Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
-        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache),
-        Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest)),
-        Operation(POST, ("/assert_peer_death",), routes.assert_peer_death, Bodies(AssertPeerDeathRequest)),
-        Operation(POST, ("/update_weights_from_disk",), routes.update_weights, Bodies(UpdateWeightsRequest)),
+        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache, is_admin=True),
+        Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest), is_admin=True),
+        Operation(
+            POST,
+            ("/assert_peer_death",),
+            routes.assert_peer_death,
+            Bodies(AssertPeerDeathRequest),
+            is_admin=True,
+        ),
+        Operation(
+            POST,
+            ("/update_weights_from_disk",),
+            routes.update_weights,
+            Bodies(UpdateWeightsRequest),
+            is_admin=True,
+        ),
     ]
-    return make_app(operations, api_keys=api_keys)
+    return make_app(operations, keys=keys, is_loopback=is_loopback)
 
 
 def _kv_layout(layout: KVLayout | None) -> dict[str, Any] | None:
@@ -326,15 +340,15 @@ async def serve_node_front(
     listener: socket.socket,
     url: str,
     router_urls: Sequence[str] = (),
-    api_keys: Collection[str] = (),
+    keys: AccessKeys = NO_KEYS,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers."""
     stop = stop or asyncio.Event()
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address)
-    registrar = Registrar(url, router_urls, api_keys)
-    app = build_node_app(NodeRoutes(link, url), api_keys)
+    registrar = Registrar(url, router_urls, keys.first)
+    app = build_node_app(NodeRoutes(link, url), keys, is_loopback(listener))
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:
@@ -366,12 +380,12 @@ def run_node_front(
     listener: socket.socket,
     url: str,
     router_urls: Sequence[str] = (),
-    api_keys: Collection[str] = (),
+    keys: AccessKeys = NO_KEYS,
 ) -> int:
     """The process's main; returns its exit code."""
     uvloop.run(
         serve_node_front(
-            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, api_keys=api_keys
+            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, keys=keys
         )
     )
     return 0

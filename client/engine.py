@@ -20,6 +20,7 @@ from typing import Any, Literal, Unpack, overload
 from ..runtime.cluster_process import ClusterProcess
 from ..runtime.config import arguments_of
 from ..runtime.errors import PdserveError, StartupError
+from ..runtime.process import AccessKeys
 from .async_engine import (
     Answer,
     Answers,
@@ -36,7 +37,8 @@ _ROLES = frozenset({"up", "router", "prefill", "decode"})
 
 class Engine:
     """Starts `pdserve up` with `model_path` and `options` (its flags: `num_decode=2` is `--num-decode 2`;
-    aliases of vLLM and SGLang count), or speaks to the router at `url`.
+    aliases of vLLM and SGLang count), or speaks to the router at `url`. Control calls need
+    `admin_api_key` where the router has one.
 
     The cluster's processes end with `shutdown`, with the block, or with this process, whatever ends it. Their
     log goes to `log_path`, or to stderr; only warnings are shown unless `log_level` says otherwise.
@@ -50,17 +52,19 @@ class Engine:
         *,
         url: str | None = None,
         api_key: str = "",
+        admin_api_key: str = "",
         log_path: str | Path | None = None,
         **options: Any,  # noqa: ANN401  each flag has a type of its own, which is checked
     ) -> None:
         process = None
         if url is None:
-            process = _cluster(model_path, api_key, log_path, options)
+            keys = AccessKeys((api_key,) if api_key else (), admin_api_key)
+            process = _cluster(model_path, keys, log_path, options)
             url = process.start()
         elif options or model_path is not None or log_path is not None:
             raise StartupError("an engine with `url` starts no cluster: give neither a model nor its flags")
         why_it_ended = (lambda: "") if process is None else process.why_it_ended
-        connection = Connection(url.rstrip("/"), api_key, why_it_ended)
+        connection = Connection(url.rstrip("/"), admin_api_key or api_key, why_it_ended)
         # At the latest when the interpreter exits.
         self._shut_down = weakref.finalize(self, _shut_down, connection, process, os.getpid())
         self._connection = connection
@@ -215,7 +219,10 @@ class Engine:
 
 
 def _cluster(
-    model_path: str | Path | None, api_key: str, log_path: str | Path | None, options: Mapping[str, Any]
+    model_path: str | Path | None,
+    keys: AccessKeys,
+    log_path: str | Path | None,
+    options: Mapping[str, Any],
 ) -> ClusterProcess:
     given = dict(options)
     if model_path is not None:
@@ -224,7 +231,7 @@ def _cluster(
     return ClusterProcess(
         arguments_of(given, _ROLES),
         None if log_path is None else Path(log_path),
-        (api_key,) if api_key else (),
+        keys,
     )
 
 

@@ -418,7 +418,7 @@ def _start_front(
     arguments += ["--listen-fd", str(listener.fileno()), "--url", url]
     arguments += ["--log-level", config.log_level, "--log-format", config.log_format]
     arguments += [f"--router={url}" for url in config.router]
-    return spawn(arguments, pass_fds=(listener.fileno(),), api_keys=config.api_key)
+    return spawn(arguments, pass_fds=(listener.fileno(),), keys=config.keys)
 
 
 def _max_model_len(config: NodeConfig, model_config: ModelConfig) -> int:

@@ -540,7 +540,12 @@ class DecodeScheduler:
         request = self.by_room.pop(action.room)
         request.room = None
         self.give_up_room_pages(action.room, quarantined=action.quarantined)
-        self.fail(request, action.code, action.reason, retriable=action.retriable)
+        if action.code == "aborted":
+            for sequence in request.live_sequences:
+                self.finish(request, sequence, Finish(reason="abort"))
+            self.forget_if_over(request)
+        else:
+            self.fail(request, action.code, action.reason, retriable=action.retriable)
 
     def drop_room(self, request: DecodeRequest, now: float) -> None:
         """Nobody needs what prefill still writes: the pages come back when prefill has drained."""

@@ -246,6 +246,7 @@ FailureCode: TypeAlias = Literal[
     "transfer_failed",
     "not_ready",  # the pair is not connected: costs no attempt
     "retracted",  # decode had too few pages for all that ran: costs no attempt
+    "aborted",  # an operator's wish, told to the prefill node; not retriable
     "deadline",
     "shutting_down",
     "invalid",  # the request itself can never be served; not retriable

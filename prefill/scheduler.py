@@ -230,8 +230,7 @@ class PrefillScheduler:
                 text = "a prefill node holds nothing for fear of its peers"
                 self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case AbortRequests():
-                # Decode leads: it aborts the rooms of what it is told to abort.
-                self.send(link, CallReply(call_id=message.call_id, success=True))
+                self.abort(link, message, now)
             case Roster():
                 pass  # decode nodes connect to us, not the other way round
             case GenerateRequest() | CancelRequest() | ResendFrom():
@@ -447,6 +446,18 @@ class PrefillScheduler:
             self.act(self.rooms.set_identity(identity, f"weights are {identity.weight_version} now"), now)
         for link, message in result.replies:
             self.send(link, message)
+
+    def abort(self, link: bytes, message: AbortRequests, now: float) -> None:
+        """Their rooms end; decode, which leads, ends the requests."""
+        aborted = [
+            job
+            for job in self.jobs.values()
+            if not job.is_over and (message.all_requests or job.message.request_id == message.request_id)
+        ]
+        for job in aborted:
+            self.act(self.rooms.fail_room(job.room, "aborted", "aborted on prefill", retriable=False), now)
+        text = f"{len(aborted)} requests aborted"
+        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
 
     def check_invariants(self) -> None:
         """Idle: nothing may be held but the cache. A violation ends the process, loudly: it is a bug."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import StartupError
-from .process import LastWords, end, obituary, spawn
+from .process import NO_KEYS, AccessKeys, LastWords, end, obituary, spawn
 
 _READY = b"pdserve is ready at "
 _GRACE_S = 90.0  # a router lets running requests end first, for a minute by default
@@ -20,11 +20,11 @@ class ClusterProcess:
     """
 
     def __init__(
-        self, arguments: Sequence[str], log_path: Path | None = None, api_keys: Sequence[str] = ()
+        self, arguments: Sequence[str], log_path: Path | None = None, keys: AccessKeys = NO_KEYS
     ) -> None:
         self._arguments = ["up", "--port", "0", *arguments]
         self._log_path = log_path
-        self._api_keys = tuple(api_keys)
+        self._keys = keys
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> str:
@@ -36,7 +36,7 @@ class ClusterProcess:
             self._process = spawn(
                 [*self._arguments, *last_words.arguments],
                 (last_words.fd,),
-                self._api_keys,
+                self._keys,
                 stdout=subprocess.PIPE,
                 stderr=None if log is None else log.fileno(),
             )

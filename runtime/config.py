@@ -18,7 +18,7 @@ import yaml
 
 from .errors import StartupError
 from .logs import LEVELS
-from .process import usable_cores
+from .process import AccessKeys, usable_cores
 
 VerifyPages: TypeAlias = Literal["off", "sample", "all"]
 ProcessRole: TypeAlias = Literal["up", "router", "prefill", "decode"]
@@ -64,6 +64,8 @@ FLAGS: tuple[Flag, ...] = (
          help="address that peers reach this node by (default: --host, or this host's own)"),
     Flag(names=("--api-key",), roles=_ALL, repeatable=True, default=(),
          help="accepted bearer token; repeatable (default: none, everyone may ask)"),
+    Flag(names=("--admin-api-key",), roles=_ALL, default="",
+         help="the only bearer token for the admin routes; without one they are served on loopback alone"),
     Flag(names=("--dtype",), roles=_NODES, default="auto",
          choices=("auto", "float32", "bfloat16", "float16"),
          help="of weights and KV cache; auto: the checkpoint's, or float32 where the processor lacks it"),
@@ -144,6 +146,7 @@ class RouterConfig:
     host: str
     port: int
     api_key: tuple[str, ...]
+    admin_api_key: str
     max_model_len: int | None
     prefill: tuple[str, ...]
     decode: tuple[str, ...]
@@ -154,6 +157,10 @@ class RouterConfig:
     otlp_traces_endpoint: str
     log_level: str
     log_format: str
+
+    @property
+    def keys(self) -> AccessKeys:
+        return AccessKeys(self.api_key, self.admin_api_key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +174,7 @@ class NodeConfig:
     port: int
     advertise_host: str
     api_key: tuple[str, ...]
+    admin_api_key: str
     dtype: str
     deterministic: bool
     max_model_len: int | None
@@ -192,6 +200,10 @@ class NodeConfig:
     schedule_conservativeness: float = 1.0  # decode only
     verify_pages: VerifyPages = "off"  # decode only
     poison_reserved_pages: bool = False  # decode only
+
+    @property
+    def keys(self) -> AccessKeys:
+        return AccessKeys(self.api_key, self.admin_api_key)
 
 
 def add_flags(parser: argparse.ArgumentParser, roles: frozenset[str]) -> None:
@@ -321,14 +333,20 @@ def _check(values: Mapping[str, Any]) -> None:
     for key in values.get("api_key") or ():
         if not key:
             raise StartupError("--api-key is empty; give a token, or leave the flag out to let everyone ask")
-        if not _HEADER_SAFE.fullmatch(key):  # it is a secret: not shown
-            raise StartupError("--api-key: visible ASCII characters without spaces are expected")
+        _check_key("--api-key", key)
+    if key := values.get("admin_api_key"):
+        _check_key("--admin-api-key", key)
     if (port := values.get("port")) is not None and not 0 <= port <= 65535:
         raise StartupError(f"--port {port}: 0 to 65535 is expected")
     for name in ("router", "prefill", "decode"):
         for url in values.get(name) or ():
             if not str(url).startswith(("http://", "https://")):
                 raise StartupError(f"--{name} {url}: a URL is expected, such as http://127.0.0.1:8000")
+
+
+def _check_key(flag: str, key: str) -> None:
+    if not _HEADER_SAFE.fullmatch(key):  # it is a secret: not shown
+        raise StartupError(f"{flag}: visible ASCII characters without spaces are expected")
 
 
 def router_config(given: Mapping[str, Any]) -> RouterConfig:

@@ -22,7 +22,16 @@ from dataclasses import dataclass, field
 import psutil
 
 from .errors import StartupError
-from .process import LastWords, adopt_orphans, obituary, reap_orphans, spawn, wait_or_kill
+from .process import (
+    NO_KEYS,
+    AccessKeys,
+    LastWords,
+    adopt_orphans,
+    obituary,
+    reap_orphans,
+    spawn,
+    wait_or_kill,
+)
 
 _log = logging.getLogger(__name__)
 _RESTART_AFTER_S = 1.0
@@ -41,7 +50,7 @@ class Child:
     arguments: Sequence[str]
     grace_s: float  # between SIGTERM and SIGKILL
     listener: socket.socket | None = None  # inherited; it outlives a child that is started again
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    keys: AccessKeys = NO_KEYS
     process: subprocess.Popen[bytes] | None = None
     last_words: LastWords | None = None
     num_restarts: int = 0  # since it last ran steadily
@@ -60,7 +69,7 @@ class Child:
             self.incarnation = uuid.uuid4().hex
             arguments += ["--incarnation", self.incarnation]
         arguments += self.last_words.arguments
-        self.process = spawn(arguments, pass_fds, self.api_keys)
+        self.process = spawn(arguments, pass_fds, self.keys)
         self.started_at = time.monotonic()
 
     def close(self) -> None:

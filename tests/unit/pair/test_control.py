@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pdserve.messages.node import (
+    AbortRequests,
     CallReply,
     CommitWeights,
     DiscardWeights,
@@ -185,6 +186,38 @@ def test_serving_goes_on_while_weights_load() -> None:
     busy = reply_of(pair, pair.prefill, msgspec.structs.replace(second, call_id=10))
     assert (busy.call_id, busy.success) == (10, False)
     pair.finish()
+
+
+# ---- abort ------------------------------------------------------------------------------------------
+
+
+def test_an_abort_on_prefill_ends_exactly_the_request_it_names() -> None:
+    pair = Pair()
+    for name in ("a", "ab"):
+        pair.start(name, prompt_of(9, seed=len(name)))
+    pair.compute(pair.prefill)
+    reply = reply_of(pair, pair.prefill, AbortRequests(call_id=1, request_id="a"))
+    assert (reply.success, reply.message) == (True, "1 requests aborted")
+    assert pair.stream("a").reasons == {0: "abort"}
+    again = reply_of(pair, pair.prefill, AbortRequests(call_id=2, request_id="a"))
+    assert again.message == "0 requests aborted"
+    pair.finish()
+    pair.check_answer("ab", prompt_of(9, seed=2), 4)
+
+
+def test_an_abort_of_all_on_prefill_leaves_what_decodes() -> None:
+    pair = Pair()
+    pair.start("decodes", prompt_of(9))
+    while not pair.stream("decodes").tokens:
+        pair.compute(pair.prefill)
+    for _ in range(3):
+        pair.compute(pair.prefill)
+        pair.backend.finish()
+    pair.start("prefills", prompt_of(14, seed=1))
+    reply_of(pair, pair.prefill, AbortRequests(call_id=1, all_requests=True))
+    pair.finish()
+    assert pair.stream("prefills").reasons == {0: "abort"}
+    pair.check_answer("decodes", prompt_of(9), 4)
 
 
 # ---- drain, rosters, what is shown ------------------------------------------------------------------

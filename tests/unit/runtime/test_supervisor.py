@@ -14,7 +14,7 @@ import pytest
 
 from pdserve.runtime import supervisor as supervisor_module
 from pdserve.runtime.errors import StartupError
-from pdserve.runtime.process import wait_or_kill
+from pdserve.runtime.process import NO_KEYS, AccessKeys, wait_or_kill
 from pdserve.runtime.supervisor import Child, Supervisor
 
 DEADLINE_S = 30.0
@@ -25,10 +25,8 @@ SLEEP = "import time; time.sleep(600)"
 def tiny_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child's one argument is the Python it runs; nothing waits for long."""
 
-    def spawn(
-        arguments: Sequence[str], pass_fds: Sequence[int], api_keys: Sequence[str]
-    ) -> subprocess.Popen[bytes]:
-        assert api_keys == ()
+    def spawn(arguments: Sequence[str], pass_fds: Sequence[int], keys: AccessKeys) -> subprocess.Popen[bytes]:
+        assert keys == NO_KEYS
         return subprocess.Popen([sys.executable, "-S", "-P", "-c", *arguments], pass_fds=pass_fds)
 
     monkeypatch.setattr(supervisor_module, "spawn", spawn)
@@ -165,7 +163,7 @@ def test_an_obituary_waits_for_the_last_process_of_an_incarnation(monkeypatch: p
     monkeypatch.setattr(
         supervisor_module,
         "spawn",
-        lambda arguments, pass_fds, api_keys: subprocess.Popen(
+        lambda arguments, pass_fds, keys: subprocess.Popen(
             [sys.executable, "-S", "-P", "-c", *arguments], pass_fds=(write_end,)
         ),
     )
