@@ -32,6 +32,8 @@ from .openai_chat import ChatCompletions
 from .openai_completions import Completions
 from .openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from .openapi import Bodies
+from .operations import OperationRoutes, Operator
+from .request_log import RequestLog
 from .text_run import Serving
 from .timelines import Timelines
 from .tokenization import Tokenizer
@@ -47,6 +49,8 @@ def build_router_app(
     generation_defaults: GenerationDefaults,
     generator: Generator,
     admin: ClusterAdmin,
+    operator: Operator,
+    request_log: RequestLog,
     registry: CollectorRegistry,
     in_flight: InFlightRequests,
     timelines: Timelines,
@@ -70,6 +74,7 @@ def build_router_app(
         in_flight=in_flight,
         timelines=timelines,
         weight_version=admin.weight_version,
+        request_log=request_log,
     )
     completions = Completions(serving)
     chat = ChatCompletions(serving)
@@ -140,4 +145,5 @@ def build_router_app(
             is_admin=True,
         ),
     ]
+    operations += OperationRoutes(operator, limits, request_log).operations()
     return make_app(operations, keys=keys, is_loopback=is_loopback)

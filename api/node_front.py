@@ -27,6 +27,7 @@ from starlette.responses import Response
 
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, Pong
+from ..messages.operation import ClusterOperation
 from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
 from ..runtime.process import NO_KEYS, AccessKeys
@@ -49,10 +50,11 @@ from .admin import (
     read_death,
     request_not_found,
 )
-from .generation import ModelCard
+from .generation import AdminReply, ModelCard
 from .mounting import GET, POST, Operation, make_app
 from .node_client import NodeClient, NodeUnavailableError
 from .openapi import Bodies
+from .operations import OperationRoutes, ProfileOutcome
 from .server import serve
 from .validation import Limits, parse_object, parse_request, read_body
 from .version import VERSION
@@ -65,6 +67,7 @@ REGISTER_TIMEOUT_S = 1.0
 RECONNECT_INTERVAL_S = 0.2
 SCHEDULER_GONE_S = 10.0  # without a connection for so long, after there was one
 WEIGHTS_TIMEOUT_S = 600.0
+OPERATION_TIMEOUT_S = 60.0
 _STARTED_UNIX_S = int(time.time())
 
 
@@ -296,7 +299,33 @@ def _card(model: ModelInfo) -> ModelCard:
     )
 
 
-def build_node_app(routes: NodeRoutes, keys: AccessKeys, is_loopback: bool) -> FastAPI:
+class NodeOperator:
+    """The `Operator` of one node."""
+
+    def __init__(self, link: SchedulerLink, url: str) -> None:
+        self._link = link
+        self._url = url
+
+    async def operate(self, operation: ClusterOperation) -> AdminReply:
+        reply = await self._link.client.operate(operation, OPERATION_TIMEOUT_S)
+        return AdminReply(reply.success, reply.message)
+
+    async def internal_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = msgspec.to_builtins(await self._link.client.internal_state())
+        return state
+
+    async def stop_profile(self) -> ProfileOutcome:
+        reply = await self._link.client.stop_profile(WEIGHTS_TIMEOUT_S)
+        return ProfileOutcome(
+            success=reply.success,
+            message=reply.message,
+            traces={self._url: list(reply.traces)},
+        )
+
+
+def build_node_app(
+    routes: NodeRoutes, operator: NodeOperator, keys: AccessKeys, is_loopback: bool
+) -> FastAPI:
     operations = [
         Operation(GET, ("/health", "/ping"), routes.health),
         Operation(GET, ("/live", "/liveness"), routes.live),
@@ -327,6 +356,7 @@ def build_node_app(routes: NodeRoutes, keys: AccessKeys, is_loopback: bool) -> F
             is_admin=True,
         ),
     ]
+    operations += OperationRoutes(operator, Limits()).operations()
     return make_app(operations, keys=keys, is_loopback=is_loopback)
 
 
@@ -348,7 +378,7 @@ async def serve_node_front(
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address)
     registrar = Registrar(url, router_urls, keys.first)
-    app = build_node_app(NodeRoutes(link, url), keys, is_loopback(listener))
+    app = build_node_app(NodeRoutes(link, url), NodeOperator(link, url), keys, is_loopback(listener))
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:

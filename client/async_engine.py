@@ -48,6 +48,15 @@ class Outcome(NamedTuple):
     message: str
 
 
+class ProfileFiles(msgspec.Struct, frozen=True):
+    """What became of a profile."""
+
+    success: bool
+    message: str
+    traces: dict[str, list[str]]  # node URL -> Chrome traces, on the node
+    merged: str  # one of all, on the router; empty if they could not be merged
+
+
 class _OutcomeBody(msgspec.Struct):
     success: bool
     message: str = ""
@@ -188,6 +197,68 @@ class AsyncEngine:
             "abort_all_requests": abort_all_requests,
         }
         return await self._outcome("/update_weights_from_disk", body, None)
+
+    async def get_internal_state(self) -> list[dict[str, Any]]:
+        """One row for each node: its settings, requests by state, memory, log level, …"""
+        answer: dict[str, Any] = await self._json("GET", "/get_internal_state")
+        rows: list[dict[str, Any]] = answer["internal_states"]
+        return rows
+
+    async def set_internal_state(self, server_args: Mapping[str, int | float | None]) -> Outcome:
+        """Changes flags that may be changed while nodes run."""
+        return await self._outcome("/set_internal_state", {"server_args": dict(server_args)})
+
+    async def configure_logging(
+        self,
+        *,
+        log_requests: bool | None = None,
+        log_requests_level: int | None = None,
+        log_level: str | None = None,
+    ) -> Outcome:
+        """What is None stays as it is. `log_level` is of every process, the others are of the router."""
+        body = {
+            "log_requests": log_requests,
+            "log_requests_level": log_requests_level,
+            "log_level": log_level,
+        }
+        return await self._outcome("/configure_logging", body)
+
+    async def slow_down(self, forward_sleep_time: float | None) -> Outcome:
+        """Every node sleeps so many seconds before each forward; None: no more."""
+        return await self._outcome("/slow_down", {"forward_sleep_time": forward_sleep_time})
+
+    async def freeze_gc(self) -> Outcome:
+        """The garbage collectors of all processes leave alone what lives now."""
+        return await self._outcome("/freeze_gc", {})
+
+    async def start_profile(
+        self,
+        output_dir: str | Path | None = None,
+        num_steps: int | None = None,
+        *,
+        profile_by_stage: bool = False,
+        activities: Sequence[str] | None = None,
+        record_shapes: bool = False,
+        with_stack: bool = False,
+        profile_id: str | None = None,
+    ) -> Outcome:
+        """Records forwards on all nodes at once, `num_steps` of them or until `stop_profile`."""
+        body = {
+            "output_dir": None if output_dir is None else str(output_dir),
+            "num_steps": num_steps,
+            "profile_by_stage": profile_by_stage,
+            "activities": activities,
+            "record_shapes": record_shapes,
+            "with_stack": with_stack,
+            "profile_id": profile_id,
+        }
+        return await self._outcome("/start_profile", body)
+
+    async def stop_profile(self) -> ProfileFiles:
+        """The traces of each node, and all of them in one file on one clock."""
+        path = "/stop_profile"
+        status, content = await self._connection.bring(self._connection.ask("POST", path, {}, None))
+        return self._decoded(path, status, content, ProfileFiles)
 
     # ---- HTTP ---------------------------------------------------------------------------------------
 

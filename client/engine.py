@@ -27,6 +27,7 @@ from .async_engine import (
     AsyncEngine,
     GenerateFields,
     Outcome,
+    ProfileFiles,
     Prompts,
     TokenIds,
 )
@@ -216,6 +217,62 @@ class Engine:
         return self._connection.run(
             self.aio.update_weights_from_disk(model_path, weight_version, abort_all_requests)
         )
+
+    def get_internal_state(self) -> list[dict[str, Any]]:
+        """See `AsyncEngine.get_internal_state`."""
+        return self._connection.run(self.aio.get_internal_state())
+
+    def set_internal_state(self, server_args: Mapping[str, int | float | None]) -> Outcome:
+        """See `AsyncEngine.set_internal_state`."""
+        return self._connection.run(self.aio.set_internal_state(server_args))
+
+    def configure_logging(
+        self,
+        *,
+        log_requests: bool | None = None,
+        log_requests_level: int | None = None,
+        log_level: str | None = None,
+    ) -> Outcome:
+        """See `AsyncEngine.configure_logging`."""
+        call = self.aio.configure_logging(
+            log_requests=log_requests, log_requests_level=log_requests_level, log_level=log_level
+        )
+        return self._connection.run(call)
+
+    def slow_down(self, forward_sleep_time: float | None) -> Outcome:
+        """See `AsyncEngine.slow_down`."""
+        return self._connection.run(self.aio.slow_down(forward_sleep_time))
+
+    def freeze_gc(self) -> Outcome:
+        """See `AsyncEngine.freeze_gc`."""
+        return self._connection.run(self.aio.freeze_gc())
+
+    def start_profile(
+        self,
+        output_dir: str | Path | None = None,
+        num_steps: int | None = None,
+        *,
+        profile_by_stage: bool = False,
+        activities: Sequence[str] | None = None,
+        record_shapes: bool = False,
+        with_stack: bool = False,
+        profile_id: str | None = None,
+    ) -> Outcome:
+        """See `AsyncEngine.start_profile`."""
+        call = self.aio.start_profile(
+            output_dir,
+            num_steps,
+            profile_by_stage=profile_by_stage,
+            activities=activities,
+            record_shapes=record_shapes,
+            with_stack=with_stack,
+            profile_id=profile_id,
+        )
+        return self._connection.run(call)
+
+    def stop_profile(self) -> ProfileFiles:
+        """See `AsyncEngine.stop_profile`."""
+        return self._connection.run(self.aio.stop_profile())
 
 
 def _cluster(

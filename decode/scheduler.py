@@ -32,6 +32,7 @@ from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.node_control import ControlResult, NodeControl
+from ..components.node_operations import NodeOperations, OperationReply
 from ..components.node_process import LoadedModel
 from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
@@ -66,6 +67,15 @@ from ..messages.node import (
     RequestStateReply,
     ResendFrom,
     Roster,
+)
+from ..messages.operation import (
+    ConfigureLogging,
+    FreezeGc,
+    GetInternalState,
+    SetInternalState,
+    SlowDown,
+    StartProfile,
+    StopProfile,
 )
 from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, RoomId
 from ..messages.sampling import TokenLogprob
@@ -131,6 +141,7 @@ class DecodeScheduler:
         streamer: OutputStreamer,
         gone_clients: set[bytes],
         control: NodeControl[LoadedModel],
+        operations: NodeOperations,
         weights: WeightUpdater[LoadedModel],
         swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
         status: NodeStatus,
@@ -158,6 +169,7 @@ class DecodeScheduler:
         self.streamer = streamer
         self.gone_clients = gone_clients  # found out by sending to them
         self.control = control
+        self.operations = operations
         self.weights = weights
         self.swap = swap
         self.status = status
@@ -263,6 +275,16 @@ class DecodeScheduler:
                 self.observe()
                 result = self.control.handle(link, message, now, load=self.load(), idle=self.is_idle)
                 self.reply(result, now)
+            case (
+                GetInternalState()
+                | SetInternalState()
+                | ConfigureLogging()
+                | SlowDown()
+                | FreezeGc()
+                | StartProfile()
+                | StopProfile()
+            ):
+                self.answer(self.operations.handle(link, message, requests=self.num_in_states()))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case _:
@@ -842,7 +864,14 @@ class DecodeScheduler:
         check_idle(self.allocator, [self.cache], states={"open": self.requests.keys()}, open_rooms=rooms)
         self.pages.check_promises([])
 
+    def answer(self, operated: OperationReply | None) -> None:
+        if operated is not None:
+            self.send(operated.link, operated.reply)
+
     def finish_job(self, job: JobResult) -> None:
+        if (operated := self.operations.finish_job(job)) is not None:
+            self.answer(operated)
+            return
         answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)
         self.send(answer.link, answer.reply)
 
@@ -862,6 +891,9 @@ class DecodeScheduler:
                 request.num_prefill_tokens - request.num_prefilled for request in (*waiting, *prefilling)
             ),
         )
+
+    def num_in_states(self) -> dict[str, int]:
+        return {state.value: len(self.in_state(state)) for state in RequestState}
 
     def observe(self) -> None:
         self.metrics.observe_pages(self.allocator.counts())

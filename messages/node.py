@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from .kv_layout import KVLayout
+from .operation import InternalStateReply, NodeOperation, ProfileReply
 from .sampling import SamplingParams, TokenLogprob
 from .timeline import Span
 
@@ -201,6 +202,7 @@ ClientToNode: TypeAlias = (
     | GetServerInfo
     | GetMetrics
     | GetRequestState
+    | NodeOperation
 )
 
 
@@ -319,5 +321,13 @@ class RequestStateReply(msgspec.Struct, frozen=True, kw_only=True, tag="request_
 
 
 NodeToClient: TypeAlias = (
-    TokenOutputs | AttemptFailed | Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply
+    TokenOutputs
+    | AttemptFailed
+    | Pong
+    | CallReply
+    | ServerInfoReply
+    | MetricsReply
+    | RequestStateReply
+    | InternalStateReply
+    | ProfileReply
 )

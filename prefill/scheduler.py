@@ -18,7 +18,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
 import msgspec
@@ -27,6 +26,7 @@ from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.metrics_reporter import MetricsReporter
 from ..components.node_control import ControlResult, NodeControl
+from ..components.node_operations import NodeOperations, OperationReply
 from ..components.node_process import LoadedModel
 from ..components.node_status import NodeStatus
 from ..components.page_allocator import PageAllocator
@@ -56,6 +56,15 @@ from ..messages.node import (
     RequestStateReply,
     ResendFrom,
     Roster,
+)
+from ..messages.operation import (
+    ConfigureLogging,
+    FreezeGc,
+    GetInternalState,
+    SetInternalState,
+    SlowDown,
+    StartProfile,
+    StopProfile,
 )
 from ..messages.peer import (
     AbortRoom,
@@ -88,6 +97,7 @@ from ..transfer.prefill_rooms import PrefillRooms
 from .batching import next_chunks
 from .job import JobState, PrefillJob
 from .last_chunk import LastChunk
+from .limits import PrefillLimits
 
 ToPrefill: TypeAlias = ClientToNode | PeerToPrefill
 _log = logging.getLogger(__name__)
@@ -97,14 +107,6 @@ _log = logging.getLogger(__name__)
 _MAX_FORWARDS = 2
 _STUCK_S = 1.0
 _LOADING_S = 120.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrefillLimits:
-    max_batch_tokens: int
-    max_batch_rows: int
-    max_waiting: int
-    overlaps_transfer: bool = True  # a chunk's pages travel while the next one computes
 
 
 class PrefillScheduler:
@@ -123,6 +125,7 @@ class PrefillScheduler:
         engine: EngineThread,
         build: Callable[[ScheduleBatch], ForwardBatch],
         control: NodeControl[LoadedModel],
+        operations: NodeOperations,
         weights: WeightUpdater[LoadedModel],
         swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
         status: NodeStatus,
@@ -143,6 +146,7 @@ class PrefillScheduler:
         self.engine = engine
         self.build = build
         self.control = control
+        self.operations = operations
         self.weights = weights
         self.swap = swap
         self.status = status
@@ -224,6 +228,16 @@ class PrefillScheduler:
                 self.reply(
                     self.control.handle(link, message, now, load=self.load(now), idle=self.is_idle), now
                 )
+            case (
+                GetInternalState()
+                | SetInternalState()
+                | ConfigureLogging()
+                | SlowDown()
+                | FreezeGc()
+                | StartProfile()
+                | StopProfile()
+            ):
+                self.answer(self.operations.handle(link, message, requests=self.num_in_states()))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case AssertPeerDeath():
@@ -464,7 +478,14 @@ class PrefillScheduler:
         caches = [] if self.cache is None else [self.cache]
         check_idle(self.allocator, caches, states={"open": self.jobs.keys()})
 
+    def answer(self, operated: OperationReply | None) -> None:
+        if operated is not None:
+            self.send(operated.link, operated.reply)
+
     def finish_job(self, job: JobResult) -> None:
+        if (operated := self.operations.finish_job(job)) is not None:
+            self.answer(operated)
+            return
         answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)
         self.send(answer.link, answer.reply)
 
@@ -482,6 +503,10 @@ class PrefillScheduler:
             num_queued_tokens=sum(job.num_tokens - job.num_computed for job in jobs),
             peers=self.rooms.traffic(now),
         )
+
+    def num_in_states(self) -> dict[str, int]:
+        states = [job.state for job in self.jobs.values()]
+        return {state.value: states.count(state) for state in JobState}
 
     def observe(self) -> None:
         self.metrics.observe_pages(self.allocator.counts())

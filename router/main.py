@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from ..api.app import build_router_app
 from ..api.generation import ModelCard
 from ..api.in_flight import InFlightRequests
+from ..api.request_log import RequestLog
 from ..api.server import serve
 from ..api.timelines import Timelines
 from ..api.tokenization import Tokenizer
@@ -81,6 +82,8 @@ async def _serve(
         generation_defaults=defaults,
         generator=service,
         admin=service,
+        operator=service.operator,
+        request_log=RequestLog(is_on=config.log_requests, level=config.log_requests_level),
         registry=registry,
         in_flight=in_flight,
         timelines=Timelines(clock, registry, card.name, exporter.export if exporter else None),

@@ -48,6 +48,7 @@ from .generation import RoutedGeneration
 from .ledger import Attempt, Ledger
 from .links import Connector, EntryLookup, NodeLink
 from .metrics import RouterCollector, RouterCounters, RouterGauges
+from .operator import ClusterOperator
 from .options import RouterOptions
 from .pairing import (
     Chosen,
@@ -102,6 +103,7 @@ class RouterService:
             handler=self,
         )
         self._nodes = self._cluster.registry
+        self.operator = ClusterOperator(self._cluster, self._node_clocks.lead_s)
         self._queue = AdmissionQueue(max_new=options.max_queued_requests, patience_s=options.gate_patience_s)
         self._ledger = Ledger()
         self._prefixes = PrefixIndex()

@@ -130,6 +130,10 @@ FLAGS: tuple[Flag, ...] = (
          help="seconds that running requests get after SIGTERM"),
     Flag(names=("--otlp-traces-endpoint",), roles=_ROUTER, default="",
          help="URL that traces are sent to by OTLP/HTTP, such as http://host:4318/v1/traces"),
+    Flag(names=("--log-requests", "--enable-log-requests"), roles=_ROUTER, kind=bool, default=False,
+         help="a line in the log when a request comes and when it ends"),
+    Flag(names=("--log-requests-level",), roles=_ROUTER, kind=int, default=2,
+         help="0: sizes, 1: sampling too, 2: the first token ids too, 3: all of them"),
     Flag(names=("--num-prefill",), roles=_UP, kind=int, default=1, help="prefill nodes to start"),
     Flag(names=("--num-decode",), roles=_UP, kind=int, default=1, help="decode nodes to start"),
     Flag(names=("--log-level",), roles=_ALL, default="info", choices=LEVELS, help="of messages shown"),
@@ -155,6 +159,8 @@ class RouterConfig:
     max_queued_requests: int
     drain_timeout: float
     otlp_traces_endpoint: str
+    log_requests: bool
+    log_requests_level: int
     log_level: str
     log_format: str
 
@@ -328,6 +334,8 @@ def _check(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not 0 < value < math.inf:
             raise StartupError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+    if not 0 <= (values.get("log_requests_level") or 0) <= 3:
+        raise StartupError(f"--log-requests-level {values['log_requests_level']}: 0 to 3 is expected")
     if values.get("host") == "":
         raise StartupError("--host is empty; give an address, such as 127.0.0.1 or 0.0.0.0")
     for key in values.get("api_key") or ():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import math
 import signal
 import subprocess
@@ -79,6 +81,51 @@ def test_control_calls_are_answered(engine: Engine) -> None:
     assert "/no/such/model" in refused.message
     assert {row["role"] for row in engine.get_load()} == {"prefill", "decode"}
     assert engine.get_server_info()["weight_version"] == engine.get_model_info()["weight_version"]
+
+
+def test_nodes_are_looked_into_and_set(engine: Engine) -> None:
+    rows = {row["role"]: row for row in engine.get_internal_state()}
+    settings = rows["decode"]["settings"]
+    assert rows["prefill"]["settings"]["chunked_prefill_size"] == 64
+    assert engine.set_internal_state({"local_prefill_threshold": 3, "max_queued_prefills": 5}).success
+    rows = {row["role"]: row for row in engine.get_internal_state()}
+    assert rows["prefill"]["settings"]["max_queued_prefills"] == 5
+    assert rows["decode"]["settings"]["local_prefill_threshold"] == 3
+    back = {"local_prefill_threshold": settings["local_prefill_threshold"], "max_queued_prefills": 32}
+    assert engine.set_internal_state(back).success
+    assert engine.configure_logging(log_level="debug").success
+    assert {row["log_level"] for row in engine.get_internal_state()} == {"debug"}
+    assert engine.configure_logging(log_level="info").success
+    assert engine.freeze_gc().success
+    assert all(row["num_frozen_objects"] for row in engine.get_internal_state())
+
+
+def test_slow_motion_slows_each_forward(engine: Engine) -> None:
+    sampling = {"max_new_tokens": 6, **GREEDY}
+    expected = engine.generate("def", sampling)["output_ids"]
+    assert engine.slow_down(0.1).success
+    slow = engine.generate("def", sampling)
+    assert engine.slow_down(None).success
+    assert slow["output_ids"] == expected
+    assert slow["meta_info"]["e2e_latency"] > 5 * 0.1, "each token but the first takes a forward on decode"
+
+
+def test_a_profile_shows_both_nodes_on_one_clock(engine: Engine, tmp_path: Path) -> None:
+    assert engine.start_profile(tmp_path, num_steps=3, profile_id="e2e").success
+    assert not engine.start_profile(tmp_path).success
+    engine.flush_cache(timeout_s=10.0)
+    engine.generate(input_ids=random_ids(72, 40), sampling_params=SAMPLING)
+    done = engine.stop_profile()
+    assert done.success, done.message
+    assert sum(map(len, done.traces.values())) == 2
+    document = json.loads(gzip.decompress(Path(done.merged).read_bytes()))
+    steps = [entry for entry in document["traceEvents"] if entry.get("cat") == "user_annotation"]
+    begins = {
+        kind: min(entry["ts"] for entry in steps if entry["name"].startswith(kind))
+        for kind in ("prefill step", "decode step")
+    }
+    assert begins["prefill step"] < begins["decode step"] < begins["prefill step"] + 60e6
+    assert not engine.stop_profile().success
 
 
 def test_a_refused_request_names_the_parameter(engine: Engine) -> None:

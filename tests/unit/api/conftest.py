@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from pdserve.api.app import build_router_app
 from pdserve.api.generation import ModelCard
 from pdserve.api.in_flight import InFlightRequests
+from pdserve.api.request_log import RequestLog
 from pdserve.api.server import serve
 from pdserve.api.timelines import Timeline, Timelines
 from pdserve.api.tokenization import Tokenizer
@@ -148,6 +149,8 @@ async def api(
         generation_defaults=GenerationDefaults(temperature=0.6, top_p=0.9),
         generator=generator,
         admin=admin,
+        operator=admin,
+        request_log=RequestLog(),
         registry=registry,
         in_flight=in_flight,
         timelines=Timelines(SpanClock.start(), registry, card.name, exported.append),

@@ -36,7 +36,28 @@ from pdserve.messages.node import (
     Roster,
     ServerInfoReply,
 )
+from pdserve.messages.operation import (
+    ConfigureLogging,
+    FreezeGc,
+    GetInternalState,
+    InternalState,
+    InternalStateReply,
+    ProfileReply,
+    SetInternalState,
+    SlowDown,
+    StartProfile,
+    StopProfile,
+)
 
+STATE = InternalState(
+    settings={"max_queued_prefills": 32},
+    requests={"waiting": 1},
+    forward_sleep_s=0.0,
+    is_profiling=False,
+    log_level="info",
+    num_frozen_objects=0,
+    memory_rss_bytes=1000,
+)
 MODEL = ModelInfo(
     model_name="org/tiny",
     model_path="/models/tiny",
@@ -117,6 +138,10 @@ class FakeScheduler:
                     load=LOAD,
                     ranks=RANKS,
                 )
+            case GetInternalState(call_id=call_id):
+                return InternalStateReply(call_id=call_id, state=STATE)
+            case StopProfile(call_id=call_id):
+                return ProfileReply(call_id=call_id, success=True, traces=("/tmp/a.trace.json.gz",))
             case GetMetrics(call_id=call_id):
                 return MetricsReply(call_id=call_id, text="pd_x 1\n")
             case GetRequestState(call_id=call_id, request_id=request_id):
@@ -126,6 +151,11 @@ class FakeScheduler:
                 FlushCache()
                 | AbortRequests()
                 | AssertPeerDeath()
+                | SetInternalState()
+                | ConfigureLogging()
+                | SlowDown()
+                | FreezeGc()
+                | StartProfile()
                 | PrepareWeights()
                 | CommitWeights()
                 | DiscardWeights()

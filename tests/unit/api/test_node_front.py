@@ -20,6 +20,7 @@ from pdserve.messages.node import (
     FlushCache,
     PrepareWeights,
 )
+from pdserve.messages.operation import SlowDown
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.scheduler import FakeScheduler
 
@@ -169,6 +170,17 @@ async def test_flush(front: Front) -> None:
     assert await front.post("/flush_cache", {}) == (400, {"success": False, "message": "busy"})
     sent = [message for message in front.scheduler.received if isinstance(message, FlushCache)]
     assert [message.timeout_s for message in sent] == [1.0, 0.0]
+
+
+async def test_an_operator_asks_one_node(front: Front) -> None:
+    assert (await front.get("/get_internal_state"))[1]["settings"] == {"max_queued_prefills": 32}
+    assert (await front.post("/slow_down", {"forward_sleep_time": 1}))[0] == 200
+    sent = [message for message in front.scheduler.received if isinstance(message, SlowDown)]
+    assert [message.forward_sleep_s for message in sent] == [1.0]
+    front.scheduler.outcome = lambda _: (False, "a profile is running")
+    assert (await front.post("/start_profile", {}))[0] == 400
+    stopped = (await front.post("/stop_profile", {}))[1]
+    assert stopped["traces"] == {front.url: ["/tmp/a.trace.json.gz"]}
 
 
 def weight_messages(front: Front) -> list[type]:
