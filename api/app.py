@@ -12,6 +12,7 @@ from .admin import (
     ClusterRoutes,
     ModelEntry,
     ModelList,
+    PauseRequest,
     RegisterRequest,
     UpdateWeightsRequest,
 )
@@ -129,6 +130,10 @@ def build_router_app(
         Operation(POST, ("/workers",), cluster.register_worker, Bodies(RegisterRequest)),
         Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker),
         Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache, is_admin=True),
+        Operation(
+            POST, ("/pause_generation",), cluster.pause_generation, Bodies(PauseRequest), is_admin=True
+        ),
+        Operation(POST, ("/continue_generation",), cluster.continue_generation, is_admin=True),
         Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest), is_admin=True),
         Operation(
             POST,

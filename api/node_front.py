@@ -27,7 +27,7 @@ from starlette.responses import Response
 
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, Pong
-from ..messages.operation import ClusterOperation
+from ..messages.operation import ClusterOperation, ContinueGeneration, PauseGeneration
 from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
 from ..runtime.process import NO_KEYS, AccessKeys
@@ -38,6 +38,7 @@ from .admin import (
     AssertPeerDeathRequest,
     ModelEntry,
     ModelList,
+    PauseRequest,
     UpdateWeightsRequest,
     flush_timeout_s,
     json_response,
@@ -48,6 +49,7 @@ from .admin import (
     outcome,
     read_abort,
     read_death,
+    read_pause,
     request_not_found,
 )
 from .generation import AdminReply, ModelCard
@@ -254,6 +256,18 @@ class NodeRoutes:
         reply = await self._link.client.abort(body.rid or "", all_requests=body.abort_all)
         return json_response({"success": reply.success, "message": reply.message})
 
+    async def pause_generation(self, http: Request) -> Response:
+        """This node alone: what a router sends meanwhile waits here."""
+        mode, drains = await read_pause(http, self._limits)
+        if drains:
+            return outcome(False, "A node cannot keep requests away: pause with `wait` through the router.")
+        reply = await self._link.client.operate(PauseGeneration(mode=mode))
+        return outcome(reply.success, reply.message)
+
+    async def continue_generation(self, _: Request) -> Response:
+        reply = await self._link.client.operate(ContinueGeneration())
+        return outcome(reply.success, reply.message)
+
     async def assert_peer_death(self, http: Request) -> Response:
         reply = await self._link.client.assert_peer_death(await read_death(http, self._limits))
         return outcome(reply.success, reply.message)
@@ -340,6 +354,8 @@ def build_node_app(
         Operation(GET, ("/metrics",), routes.metrics),
         Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
         Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache, is_admin=True),
+        Operation(POST, ("/pause_generation",), routes.pause_generation, Bodies(PauseRequest), is_admin=True),
+        Operation(POST, ("/continue_generation",), routes.continue_generation, is_admin=True),
         Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest), is_admin=True),
         Operation(
             POST,

@@ -187,6 +187,18 @@ class AsyncEngine:
         """Ends the request with exactly this `rid`, or every one, with finish reason "abort". Idempotent."""
         return await self._outcome("/abort_request", {"rid": rid or None, "abort_all": abort_all})
 
+    async def pause_generation(
+        self, mode: Literal["abort", "retract", "in_place", "keep", "wait"] = "abort"
+    ) -> Outcome:
+        """Nothing is computed until `continue_generation`, and no deadline runs out. Running requests end as
+        aborted, begin again later from their tokens ("retract"), stay where they are ("in_place", vLLM's
+        "keep"), or end first ("wait"); new ones wait."""
+        return await self._outcome("/pause_generation", {"mode": mode}, None)
+
+    async def continue_generation(self) -> Outcome:
+        """Idempotent."""
+        return await self._outcome("/continue_generation", {})
+
     async def update_weights_from_disk(
         self, model_path: str | Path, weight_version: str | None = None, abort_all_requests: bool = False
     ) -> Outcome:

@@ -210,6 +210,16 @@ class Engine:
         """See `AsyncEngine.abort_request`."""
         return self._connection.run(self.aio.abort_request(rid, abort_all))
 
+    def pause_generation(
+        self, mode: Literal["abort", "retract", "in_place", "keep", "wait"] = "abort"
+    ) -> Outcome:
+        """See `AsyncEngine.pause_generation`."""
+        return self._connection.run(self.aio.pause_generation(mode))
+
+    def continue_generation(self) -> Outcome:
+        """See `AsyncEngine.continue_generation`."""
+        return self._connection.run(self.aio.continue_generation())
+
     def update_weights_from_disk(
         self, model_path: str | Path, weight_version: str | None = None, abort_all_requests: bool = False
     ) -> Outcome:

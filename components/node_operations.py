@@ -20,7 +20,6 @@ from ..messages.operation import (
     GetInternalState,
     InternalState,
     InternalStateReply,
-    NodeOperation,
     ProfileReply,
     SetInternalState,
     SlowDown,
@@ -50,6 +49,9 @@ class Profiler(Protocol):
     def stop(self) -> tuple[Path, ...]: ...
 
 
+ToNodeOperations: TypeAlias = (
+    GetInternalState | SetInternalState | ConfigureLogging | SlowDown | FreezeGc | StartProfile | StopProfile
+)
 Reply: TypeAlias = CallReply | InternalStateReply | ProfileReply
 
 
@@ -80,12 +82,12 @@ class NodeOperations:
         self._process = psutil.Process()
 
     def handle(
-        self, link: bytes, message: NodeOperation, *, requests: Mapping[str, int]
+        self, link: bytes, message: ToNodeOperations, *, requests: Mapping[str, int], pause: str
     ) -> OperationReply | None:
         """None: the reply comes with a job's end. `requests`: how many are in each state."""
         match message:
             case GetInternalState():
-                state = self._state(requests)
+                state = self._state(requests, pause)
                 return OperationReply(link, InternalStateReply(call_id=message.call_id, state=state))
             case SetInternalState():
                 reason = self._settings.change(message.settings)
@@ -142,10 +144,11 @@ class NodeOperations:
         text = f"each forward sleeps {seconds:g} s before" if seconds > 0 else "forwards do not sleep"
         return _answer(link, message.call_id, True, text)
 
-    def _state(self, requests: Mapping[str, int]) -> InternalState:
+    def _state(self, requests: Mapping[str, int], pause: str) -> InternalState:
         return InternalState(
             settings=self._settings.values(),
             requests=dict(requests),
+            pause=pause,
             forward_sleep_s=self._engine.forward_sleep_s,
             is_profiling=self._profile.is_running,
             log_level=log_level(),

@@ -22,7 +22,7 @@ import itertools
 import logging
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -70,8 +70,10 @@ from ..messages.node import (
 )
 from ..messages.operation import (
     ConfigureLogging,
+    ContinueGeneration,
     FreezeGc,
     GetInternalState,
+    PauseGeneration,
     SetInternalState,
     SlowDown,
     StartProfile,
@@ -81,6 +83,7 @@ from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, RoomI
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
 from ..runtime.config import VerifyPages
+from ..runtime.pause_gate import PauseGate
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.actions import (
     CloseLink,
@@ -190,11 +193,13 @@ class DecodeScheduler:
         self.rosters: dict[str, tuple[Roster, float]] = {}  # of each router, and when it came
         self.next_deadline_check = 0.0
         self.idle_check = IdleCheck()
+        self.gate = PauseGate()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
 
     def step(self, now: float) -> None:
+        self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
             self.handle(link, message, now)
         for address, peer_message in self.links.receive():
@@ -217,8 +222,9 @@ class DecodeScheduler:
         self.act(self.rooms.tick(now), now)
         self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
-        self.admit_waiting(now)
-        self.launch_forward(now)
+        if not self.gate.is_paused:
+            self.admit_waiting(now)
+            self.launch_forward(now)
         self.note_relayed()
         self.streamer.flush_step(now)
         self.drop_gone_clients(now)
@@ -284,7 +290,15 @@ class DecodeScheduler:
                 | StartProfile()
                 | StopProfile()
             ):
-                self.answer(self.operations.handle(link, message, requests=self.num_in_states()))
+                operated = self.operations.handle(
+                    link, message, requests=self.num_in_states(), pause=self.gate.mode
+                )
+                self.answer(operated)
+            case PauseGeneration():
+                self.pause(link, message, now)
+            case ContinueGeneration():
+                text = "continued" if self.gate.resume() else "it was not paused"
+                self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case _:
@@ -778,12 +792,36 @@ class DecodeScheduler:
             for request in self.requests.values()
             if message.all_requests or request.message.request_id == message.request_id
         ]
+        self.abort_all(aborted, now)
+        text = f"{len(aborted)} requests aborted"
+        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def abort_all(self, aborted: Iterable[DecodeRequest], now: float) -> None:
         for request in aborted:
             for sequence in request.live_sequences:
                 self.finish(request, sequence, Finish(reason="abort"))
             self.drop_room(request, now)
-        text = f"{len(aborted)} requests aborted"
-        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def pause(self, link: bytes, message: PauseGeneration, now: float) -> None:
+        self.gate.pause(message.mode, now)
+        match message.mode:
+            case "abort":
+                self.abort_all(list(self.requests.values()), now)
+            case "retract":
+                for request in list(self.requests.values()):
+                    self.fail(request, "paused", "the decode node is paused", retriable=True)
+                    self.drop_room(request, now)
+            case "in_place":
+                pass
+            case _:
+                assert_never(message.mode)
+        self.send(link, CallReply(call_id=message.call_id, success=True, message="paused"))
+
+    def move_deadlines(self, by_s: float) -> None:
+        if by_s:
+            self.rooms.extend_deadlines(by_s)
+            for request in self.requests.values():
+                request.deadline_s += by_s
 
     def drop_gone_clients(self, now: float) -> None:
         for client in sorted(self.gone_clients):

@@ -247,6 +247,7 @@ FailureCode: TypeAlias = Literal[
     "peer_lost",
     "transfer_failed",
     "not_ready",  # the pair is not connected: costs no attempt
+    "paused",  # an operator stopped all work: costs no attempt
     "retracted",  # decode had too few pages for all that ran: costs no attempt
     "aborted",  # an operator's wish, told to the prefill node; not retriable
     "deadline",

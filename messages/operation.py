@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from ..runtime.pause_gate import PauseMode
+
 SettingValue: TypeAlias = int | float | None
 
 # The flags that may be changed while a node runs, by the role that has them.
@@ -71,12 +73,45 @@ class StopProfile(msgspec.Struct, frozen=True, kw_only=True, tag="stop_profile")
     call_id: int = 0
 
 
+class PauseGeneration(msgspec.Struct, frozen=True, kw_only=True, tag="pause_generation"):
+    """Compute nothing until ContinueGeneration. Rooms are served, and no deadline runs out.
+
+    What is there ends as aborted ("abort"), fails retriably at no cost of an attempt ("retract"), or stays
+    where it is ("in_place").
+    """
+
+    call_id: int = 0
+    mode: PauseMode
+
+
+class ContinueGeneration(msgspec.Struct, frozen=True, kw_only=True, tag="continue_generation"):
+    """Idempotent."""
+
+    call_id: int = 0
+
+
 NodeOperation: TypeAlias = (
-    GetInternalState | SetInternalState | ConfigureLogging | SlowDown | FreezeGc | StartProfile | StopProfile
+    GetInternalState
+    | SetInternalState
+    | ConfigureLogging
+    | SlowDown
+    | FreezeGc
+    | StartProfile
+    | StopProfile
+    | PauseGeneration
+    | ContinueGeneration
 )
 
 # Those that are answered with a CallReply.
-ClusterOperation: TypeAlias = SetInternalState | ConfigureLogging | SlowDown | FreezeGc | StartProfile
+ClusterOperation: TypeAlias = (
+    SetInternalState
+    | ConfigureLogging
+    | SlowDown
+    | FreezeGc
+    | StartProfile
+    | PauseGeneration
+    | ContinueGeneration
+)
 
 
 # ---- replies ----------------------------------------------------------------------------------------
@@ -87,6 +122,7 @@ class InternalState(msgspec.Struct, frozen=True, kw_only=True):
 
     settings: dict[str, SettingValue]  # that may be changed
     requests: dict[str, int]  # in each state
+    pause: str  # the mode; empty: it computes
     forward_sleep_s: float
     is_profiling: bool
     log_level: str

@@ -59,8 +59,10 @@ from ..messages.node import (
 )
 from ..messages.operation import (
     ConfigureLogging,
+    ContinueGeneration,
     FreezeGc,
     GetInternalState,
+    PauseGeneration,
     SetInternalState,
     SlowDown,
     StartProfile,
@@ -81,6 +83,7 @@ from ..messages.peer import (
     SampledFirstToken,
 )
 from ..messages.timeline import SpanClock, covered_s
+from ..runtime.pause_gate import PauseGate
 from ..transfer.actions import (
     AdmitRoom,
     CancelWrites,
@@ -159,11 +162,13 @@ class PrefillScheduler:
         self.jobs: dict[RoomId, PrefillJob] = {}  # every job, in order of arrival
         self.forwards: deque[list[tuple[PrefillJob, ScheduledRow]]] = deque()  # on the engine thread
         self.idle_check = IdleCheck()
+        self.gate = PauseGate()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
 
     def step(self, now: float) -> None:
+        self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
             self.handle(link, message, now)
         for mover in self.movers:
@@ -180,8 +185,9 @@ class PrefillScheduler:
             else:
                 self.apply(finished, now)
         self.act(self.rooms.tick(now), now)
-        self.admit_waiting(now)
-        self.launch_forwards(now)
+        if not self.gate.is_paused:
+            self.admit_waiting(now)
+            self.launch_forwards(now)
         self.reply(self.control.poll(now, idle=self.is_idle), now)
         if self.idle_check.is_due(now, idle=self.is_idle):
             self.check_invariants()
@@ -237,7 +243,15 @@ class PrefillScheduler:
                 | StartProfile()
                 | StopProfile()
             ):
-                self.answer(self.operations.handle(link, message, requests=self.num_in_states()))
+                operated = self.operations.handle(
+                    link, message, requests=self.num_in_states(), pause=self.gate.mode
+                )
+                self.answer(operated)
+            case PauseGeneration():
+                self.pause(link, message, now)
+            case ContinueGeneration():
+                text = "continued" if self.gate.resume() else "it was not paused"
+                self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case AssertPeerDeath():
@@ -463,15 +477,37 @@ class PrefillScheduler:
 
     def abort(self, link: bytes, message: AbortRequests, now: float) -> None:
         """Their rooms end; decode, which leads, ends the requests."""
+        num_aborted = self.abort_jobs("" if message.all_requests else message.request_id, now)
+        text = f"{num_aborted} requests aborted"
+        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def abort_jobs(self, request_id: str, now: float) -> int:
+        """Of one request, or all without an id."""
         aborted = [
             job
             for job in self.jobs.values()
-            if not job.is_over and (message.all_requests or job.message.request_id == message.request_id)
+            if not job.is_over and (not request_id or job.message.request_id == request_id)
         ]
         for job in aborted:
             self.act(self.rooms.fail_room(job.room, "aborted", "aborted on prefill", retriable=False), now)
-        text = f"{len(aborted)} requests aborted"
-        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+        return len(aborted)
+
+    def pause(self, link: bytes, message: PauseGeneration, now: float) -> None:
+        self.gate.pause(message.mode, now)
+        match message.mode:
+            case "abort":
+                self.abort_jobs("", now)
+            case "retract":
+                self.act(self.rooms.fail_all("paused", "the prefill node is paused"), now)
+            case "in_place":
+                pass
+            case _:
+                assert_never(message.mode)
+        self.send(link, CallReply(call_id=message.call_id, success=True, message="paused"))
+
+    def move_deadlines(self, by_s: float) -> None:
+        if by_s:
+            self.rooms.extend_deadlines(by_s)
 
     def check_invariants(self) -> None:
         """Idle: nothing may be held but the cache. A violation ends the process, loudly: it is a bug."""

@@ -37,7 +37,8 @@ class AdmissionQueue:
         self._num_new = 0
         self._sequence = 0
         self._last_taken_at = float("-inf")
-        self._held = False
+        self._num_holds = 0
+        self._paused = False
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -51,17 +52,27 @@ class AdmissionQueue:
 
     @property
     def held(self) -> bool:
-        return self._held
+        return self._num_holds > 0
 
     def hold(self) -> None:
         """New requests wait; those that were dispatched before still go, so that running ones drain."""
-        self._held = True
+        self._num_holds += 1
         for ticket in self._tickets:
             if ticket.is_new:
                 ticket.unpaired_since = None
 
     def release(self) -> None:
-        self._held = False
+        """One of the holds ends."""
+        self._num_holds -= 1
+
+    def pause(self) -> None:
+        """Nothing goes, retries included."""
+        self._paused = True
+        for ticket in self._tickets:
+            ticket.unpaired_since = None
+
+    def resume(self) -> None:
+        self._paused = False
 
     def offer(self, request_id: str, choices: tuple[int, ...], priority: int, now: float) -> Ticket:
         """A new request. Raises RequestError 429 when the queue is full."""
@@ -115,8 +126,10 @@ class AdmissionQueue:
 
     def due(self, now: float) -> Iterator[Ticket]:
         """Tickets that may go now, first the one that goes first. The queue may change meanwhile."""
+        if self._paused:
+            return
         for ticket in tuple(self._tickets):
-            if ticket.not_before <= now and not (self._held and ticket.is_new):
+            if ticket.not_before <= now and not (self.held and ticket.is_new):
                 yield ticket
 
     def is_overdue(self, ticket: Ticket, now: float) -> bool:

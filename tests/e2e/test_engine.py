@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -126,6 +127,38 @@ def test_a_profile_shows_both_nodes_on_one_clock(engine: Engine, tmp_path: Path)
     }
     assert begins["prefill step"] < begins["decode step"] < begins["prefill step"] + 60e6
     assert not engine.stop_profile().success
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_streams_go_on_after_a_pause_as_if_there_had_been_none(
+    engine: Engine, mode: Literal["in_place", "retract"]
+) -> None:
+    sampling = {"max_new_tokens": 200, **GREEDY}
+    prompts = [random_ids(73 + number, 30) for number in range(3)]
+    expected = [
+        answer["output_ids"] for answer in engine.generate(input_ids=prompts, sampling_params=sampling)
+    ]
+    engine.slow_down(0.01)
+
+    async def paused() -> list[list[int]]:
+        calls = [
+            asyncio.create_task(engine.aio.generate(input_ids=prompt, sampling_params=sampling))
+            for prompt in prompts
+        ]
+        await asyncio.sleep(0.5)
+        assert (await engine.aio.pause_generation(mode)).success
+        rows = await engine.aio.get_internal_state()
+        assert {row["pause"] for row in rows} == {mode}
+        late = asyncio.create_task(engine.aio.generate("def", {"max_new_tokens": 2}))
+        await asyncio.sleep(1.0)
+        assert not any(call.done() for call in (*calls, late))
+        assert (await engine.aio.continue_generation()).success
+        await late
+        return [answer["output_ids"] for answer in await asyncio.gather(*calls)]
+
+    found = asyncio.run(paused())
+    engine.slow_down(None)
+    assert found == expected
 
 
 def test_a_refused_request_names_the_parameter(engine: Engine) -> None:

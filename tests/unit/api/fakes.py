@@ -171,6 +171,14 @@ class FakeAdmin:
         self.calls.append(("update", model_path, weight_version))
         return self.reply
 
+    async def pause_generation(self, mode: str, *, drains: bool) -> AdminReply:
+        self.calls.append(("pause", mode, drains))
+        return self.reply
+
+    async def continue_generation(self) -> AdminReply:
+        self.calls.append(("continue",))
+        return self.reply
+
     async def operate(self, operation: ClusterOperation) -> AdminReply:
         self.calls.append(("operate", operation))
         return self.reply

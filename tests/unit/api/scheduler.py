@@ -38,10 +38,12 @@ from pdserve.messages.node import (
 )
 from pdserve.messages.operation import (
     ConfigureLogging,
+    ContinueGeneration,
     FreezeGc,
     GetInternalState,
     InternalState,
     InternalStateReply,
+    PauseGeneration,
     ProfileReply,
     SetInternalState,
     SlowDown,
@@ -52,6 +54,7 @@ from pdserve.messages.operation import (
 STATE = InternalState(
     settings={"max_queued_prefills": 32},
     requests={"waiting": 1},
+    pause="",
     forward_sleep_s=0.0,
     is_profiling=False,
     log_level="info",
@@ -156,6 +159,8 @@ class FakeScheduler:
                 | SlowDown()
                 | FreezeGc()
                 | StartProfile()
+                | PauseGeneration()
+                | ContinueGeneration()
                 | PrepareWeights()
                 | CommitWeights()
                 | DiscardWeights()

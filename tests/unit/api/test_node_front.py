@@ -20,7 +20,7 @@ from pdserve.messages.node import (
     FlushCache,
     PrepareWeights,
 )
-from pdserve.messages.operation import SlowDown
+from pdserve.messages.operation import PauseGeneration, SlowDown
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.scheduler import FakeScheduler
 
@@ -181,6 +181,15 @@ async def test_an_operator_asks_one_node(front: Front) -> None:
     assert (await front.post("/start_profile", {}))[0] == 400
     stopped = (await front.post("/stop_profile", {}))[1]
     assert stopped["traces"] == {front.url: ["/tmp/a.trace.json.gz"]}
+
+
+async def test_one_node_is_paused(front: Front) -> None:
+    assert (await front.post("/pause_generation", {"mode": "keep"}))[0] == 200
+    assert (await front.post("/continue_generation", {}))[0] == 200
+    status, answer = await front.post("/pause_generation", {"mode": "wait"})
+    assert (status, "through the router" in answer["message"]) == (400, True)
+    sent = [message for message in front.scheduler.received if isinstance(message, PauseGeneration)]
+    assert [message.mode for message in sent] == ["in_place"]
 
 
 def weight_messages(front: Front) -> list[type]:

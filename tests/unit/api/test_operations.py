@@ -68,6 +68,7 @@ async def test_what_is_asked_is_handed_on_and_a_failure_is_an_answer(
         ("/configure_logging", {"crash_dump_folder": "/x"}, "crash_dump_folder"),
         ("/set_internal_state", {"server_args": {}}, "server_args"),
         ("/set_internal_state", {"server_args": {"page_size": "x"}}, "server_args"),
+        ("/pause_generation", {"mode": "freeze"}, "mode"),
         ("/start_profile", {"num_steps": 0}, "num_steps"),
         ("/start_profile", {"activities": ["MEM"]}, "activities"),
         ("/start_profile", {"profile_id": "../x"}, "profile_id"),
@@ -78,6 +79,24 @@ async def test_wrong_input_reaches_no_node(api: Api, path: str, body: dict[str, 
     assert status == 400
     assert answer["error"]["param"].startswith(param)
     assert api.admin.calls == []
+
+
+@pytest.mark.parametrize(
+    ("body", "call"),
+    [
+        ({}, ("pause", "abort", False)),
+        ({"mode": "retract"}, ("pause", "retract", False)),
+        ({"mode": "in_place"}, ("pause", "in_place", False)),
+        ({"mode": "keep"}, ("pause", "in_place", False)),
+        ({"mode": "wait"}, ("pause", "in_place", True)),
+    ],
+)
+async def test_pause_knows_both_sets_of_names(api: Api, body: dict[str, Any], call: tuple[Any, ...]) -> None:
+    assert (await api.post("/pause_generation", body))[0] == 200
+    assert (await api.post("/continue_generation", {}))[0] == 200
+    assert api.admin.calls == [call, ("continue",)]
+    api.admin.reply = AdminReply(False, "a node did not answer")
+    assert (await api.post("/pause_generation", body))[0] == 400
 
 
 async def test_state_and_the_end_of_a_profile(api: Api) -> None:

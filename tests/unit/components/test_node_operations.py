@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pdserve.components.live_settings import LiveSettings
-from pdserve.components.node_operations import NodeOperations
+from pdserve.components.node_operations import NodeOperations, ToNodeOperations
 from pdserve.engine.engine_thread import JobResult
 from pdserve.messages.node import CallReply
 from pdserve.messages.operation import (
@@ -20,7 +20,6 @@ from pdserve.messages.operation import (
     GetInternalState,
     InternalState,
     InternalStateReply,
-    NodeOperation,
     ProfileReply,
     SlowDown,
     StartProfile,
@@ -75,9 +74,9 @@ class Bench:
         self.profiler = Profiler()
         self.part = NodeOperations(settings=LiveSettings([]), engine=self.engine, step_profiler=self.profiler)
 
-    def ask(self, message: NodeOperation) -> object:
+    def ask(self, message: ToNodeOperations) -> object:
         """The reply, or None while it waits for a job."""
-        operated = self.part.handle(LINK, message, requests={"waiting": 2})
+        operated = self.part.handle(LINK, message, requests={"waiting": 2}, pause="in_place")
         if operated is None:
             return None
         assert operated.link == LINK
@@ -113,6 +112,7 @@ def test_the_state_is_what_was_set(bench: Bench) -> None:
     bench.ask(ConfigureLogging(call_id=2, log_level="debug"))
     state = bench.state()
     assert (state.forward_sleep_s, state.log_level, state.requests) == (0.5, "debug", {"waiting": 2})
+    assert state.pause == "in_place"
     assert state.memory_rss_bytes > 1_000_000
     assert log_level() == "debug"
     bench.ask(SlowDown(call_id=1, forward_sleep_s=0.0))

@@ -271,6 +271,7 @@ class FakeLink:
         return InternalState(
             settings={},
             requests={},
+            pause="",
             forward_sleep_s=0.0,
             is_profiling=False,
             log_level="info",

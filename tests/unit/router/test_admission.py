@@ -93,6 +93,26 @@ def test_while_held_only_retries_go(queue: AdmissionQueue) -> None:
     assert due(queue, 10.0) == ["retry", "new"]
 
 
+def test_holds_count(queue: AdmissionQueue) -> None:
+    offer(queue, "new")
+    queue.hold()
+    queue.hold()
+    queue.release()
+    assert due(queue, 1.0) == [], "a weight update and a pause may both hold it"
+    queue.release()
+    assert due(queue, 1.0) == ["new"]
+
+
+def test_while_paused_nothing_goes_and_nothing_starves(queue: AdmissionQueue) -> None:
+    offer(queue, "new").unpaired_since = 0.0
+    again(queue, "retry", arrived_at=0.0).unpaired_since = 0.0
+    queue.pause()
+    assert due(queue, 10.0) == []
+    assert queue.starved(100.0, 10.0) == []
+    queue.resume()
+    assert due(queue, 10.0) == ["retry", "new"]
+
+
 def test_the_head_is_overdue_when_nothing_has_gone_for_a_while(queue: AdmissionQueue) -> None:
     first, second = offer(queue, "a", now=0.0), offer(queue, "b", now=0.0)
     assert not queue.is_overdue(first, 1.0)
