@@ -126,7 +126,7 @@ class InternalState(msgspec.Struct, frozen=True, kw_only=True):
     forward_sleep_s: float
     is_profiling: bool
     log_level: str
-    num_frozen_objects: int
+    is_gc_frozen: bool  # since an operator asked for it
     memory_rss_bytes: int
 
 

@@ -633,12 +633,10 @@ class RouterService:
         if self._weight_update is not None and not self._weight_update.done():
             return AdminReply(False, "a weight update is running, which needs the nodes at work")
         if drains:
-            self._queue.hold()
-            try:
-                if not await self._until(lambda: self.num_running == 0, self._options.weight_drain_s):
-                    return AdminReply(False, f"{self.num_running} requests were still running; not paused")
-            finally:
-                self._queue.release()
+            self._queue.pause(new_only=True)
+            if not await self._until(lambda: self.num_running == 0, self._options.weight_drain_s):
+                self._queue.resume()
+                return AdminReply(False, f"{self.num_running} requests were still running; not paused")
         self._queue.pause()
         self._pause.pause(mode, self._clock())
         if mode == "abort":

@@ -98,7 +98,7 @@ def test_nodes_are_looked_into_and_set(engine: Engine) -> None:
     assert {row["log_level"] for row in engine.get_internal_state()} == {"debug"}
     assert engine.configure_logging(log_level="info").success
     assert engine.freeze_gc().success
-    assert all(row["num_frozen_objects"] for row in engine.get_internal_state())
+    assert all(row["is_gc_frozen"] for row in engine.get_internal_state())
 
 
 def test_slow_motion_slows_each_forward(engine: Engine) -> None:

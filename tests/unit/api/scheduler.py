@@ -58,7 +58,7 @@ STATE = InternalState(
     forward_sleep_s=0.0,
     is_profiling=False,
     log_level="info",
-    num_frozen_objects=0,
+    is_gc_frozen=False,
     memory_rss_bytes=1000,
 )
 MODEL = ModelInfo(

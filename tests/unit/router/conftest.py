@@ -275,7 +275,7 @@ class FakeLink:
             forward_sleep_s=0.0,
             is_profiling=False,
             log_level="info",
-            num_frozen_objects=0,
+            is_gc_frozen=False,
             memory_rss_bytes=5,
         )
 
