@@ -43,6 +43,15 @@ from ..messages.node import (
     ServerInfoReply,
     TokenOutputs,
 )
+from ..messages.operation import (
+    ClusterOperation,
+    GetInternalState,
+    InternalState,
+    InternalStateReply,
+    NodeOperation,
+    ProfileReply,
+    StopProfile,
+)
 from ..runtime.errors import PdserveError
 
 log = logging.getLogger(__name__)
@@ -59,9 +68,21 @@ Call: TypeAlias = (
     | GetServerInfo
     | GetMetrics
     | GetRequestState
+    | NodeOperation
 )
-Reply: TypeAlias = Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply
-R = TypeVar("R", Pong, CallReply, ServerInfoReply, MetricsReply, RequestStateReply)
+Reply: TypeAlias = (
+    Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply | InternalStateReply | ProfileReply
+)
+R = TypeVar(
+    "R",
+    Pong,
+    CallReply,
+    ServerInfoReply,
+    MetricsReply,
+    RequestStateReply,
+    InternalStateReply,
+    ProfileReply,
+)
 
 # Flushing waits on the node for its own timeout; the reply needs a little more to travel.
 REPLY_MARGIN_S = 5.0
@@ -155,6 +176,18 @@ class NodeClient:
         message = GetRequestState(call_id=next(self._call_ids), request_id=request_id)
         return await self._call(message, RequestStateReply, timeout_s)
 
+    async def operate(self, operation: ClusterOperation, timeout_s: float = 5.0) -> CallReply:
+        message = msgspec.structs.replace(operation, call_id=next(self._call_ids))
+        return await self._call(message, CallReply, timeout_s)
+
+    async def internal_state(self, timeout_s: float = 5.0) -> InternalState:
+        message = GetInternalState(call_id=next(self._call_ids))
+        return (await self._call(message, InternalStateReply, timeout_s)).state
+
+    async def stop_profile(self, timeout_s: float) -> ProfileReply:
+        """The node writes its traces before it answers."""
+        return await self._call(StopProfile(call_id=next(self._call_ids)), ProfileReply, timeout_s)
+
     async def prepare_weights(
         self, update_id: str, model_path: str, weight_version: str, timeout_s: float
     ) -> CallReply:
@@ -217,7 +250,15 @@ class NodeClient:
         match message:
             case TokenOutputs() | AttemptFailed():
                 self._on_stream(message)
-            case Pong() | CallReply() | ServerInfoReply() | MetricsReply() | RequestStateReply():
+            case (
+                Pong()
+                | CallReply()
+                | ServerInfoReply()
+                | MetricsReply()
+                | RequestStateReply()
+                | InternalStateReply()
+                | ProfileReply()
+            ):
                 future = self._waiting.get(message.call_id)
                 if future is not None and not future.done():
                     future.set_result(message)

@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -27,7 +27,10 @@ from starlette.responses import Response
 
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, Pong
+from ..messages.operation import ClusterOperation, ContinueGeneration, PauseGeneration
 from ..runtime.errors import RequestError
+from ..runtime.listen import is_loopback
+from ..runtime.process import NO_KEYS, AccessKeys
 from .admin import (
     METRICS_MEDIA_TYPE,
     WEIGHT_RULES,
@@ -35,6 +38,7 @@ from .admin import (
     AssertPeerDeathRequest,
     ModelEntry,
     ModelList,
+    PauseRequest,
     UpdateWeightsRequest,
     flush_timeout_s,
     json_response,
@@ -45,12 +49,14 @@ from .admin import (
     outcome,
     read_abort,
     read_death,
+    read_pause,
     request_not_found,
 )
-from .generation import ModelCard
+from .generation import AdminReply, ModelCard
 from .mounting import GET, POST, Operation, make_app
 from .node_client import NodeClient, NodeUnavailableError
 from .openapi import Bodies
+from .operations import OperationRoutes, ProfileOutcome
 from .server import serve
 from .validation import Limits, parse_object, parse_request, read_body
 from .version import VERSION
@@ -63,6 +69,7 @@ REGISTER_TIMEOUT_S = 1.0
 RECONNECT_INTERVAL_S = 0.2
 SCHEDULER_GONE_S = 10.0  # without a connection for so long, after there was one
 WEIGHTS_TIMEOUT_S = 600.0
+OPERATION_TIMEOUT_S = 60.0
 _STARTED_UNIX_S = int(time.time())
 
 
@@ -113,10 +120,10 @@ class SchedulerLink:
 class Registrar:
     """Keeps the node's lease with every router."""
 
-    def __init__(self, url: str, router_urls: Sequence[str], api_keys: Collection[str]) -> None:
+    def __init__(self, url: str, router_urls: Sequence[str], key: str) -> None:
         self._url = url
         self._is_registered = dict.fromkeys((router.rstrip("/") for router in router_urls), False)
-        headers = {"authorization": f"Bearer {next(iter(api_keys))}"} if api_keys else {}
+        headers = {"authorization": f"Bearer {key}"} if key else {}
         timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S)
         self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
 
@@ -249,6 +256,18 @@ class NodeRoutes:
         reply = await self._link.client.abort(body.rid or "", all_requests=body.abort_all)
         return json_response({"success": reply.success, "message": reply.message})
 
+    async def pause_generation(self, http: Request) -> Response:
+        """This node alone: what a router sends meanwhile waits here."""
+        mode, drains = await read_pause(http, self._limits)
+        if drains:
+            return outcome(False, "A node cannot keep requests away: pause with `wait` through the router.")
+        reply = await self._link.client.operate(PauseGeneration(mode=mode))
+        return outcome(reply.success, reply.message)
+
+    async def continue_generation(self, _: Request) -> Response:
+        reply = await self._link.client.operate(ContinueGeneration())
+        return outcome(reply.success, reply.message)
+
     async def assert_peer_death(self, http: Request) -> Response:
         reply = await self._link.client.assert_peer_death(await read_death(http, self._limits))
         return outcome(reply.success, reply.message)
@@ -294,7 +313,33 @@ def _card(model: ModelInfo) -> ModelCard:
     )
 
 
-def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
+class NodeOperator:
+    """The `Operator` of one node."""
+
+    def __init__(self, link: SchedulerLink, url: str) -> None:
+        self._link = link
+        self._url = url
+
+    async def operate(self, operation: ClusterOperation) -> AdminReply:
+        reply = await self._link.client.operate(operation, OPERATION_TIMEOUT_S)
+        return AdminReply(reply.success, reply.message)
+
+    async def internal_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = msgspec.to_builtins(await self._link.client.internal_state())
+        return state
+
+    async def stop_profile(self) -> ProfileOutcome:
+        reply = await self._link.client.stop_profile(WEIGHTS_TIMEOUT_S)
+        return ProfileOutcome(
+            success=reply.success,
+            message=reply.message,
+            traces={self._url: list(reply.traces)},
+        )
+
+
+def build_node_app(
+    routes: NodeRoutes, operator: NodeOperator, keys: AccessKeys, is_loopback: bool
+) -> FastAPI:
     operations = [
         Operation(GET, ("/health", "/ping"), routes.health),
         Operation(GET, ("/live", "/liveness"), routes.live),
@@ -308,12 +353,27 @@ def build_node_app(routes: NodeRoutes, api_keys: Collection[str]) -> FastAPI:
         Operation(GET, ("/v1/loads",), routes.loads),
         Operation(GET, ("/metrics",), routes.metrics),
         Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
-        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache),
-        Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest)),
-        Operation(POST, ("/assert_peer_death",), routes.assert_peer_death, Bodies(AssertPeerDeathRequest)),
-        Operation(POST, ("/update_weights_from_disk",), routes.update_weights, Bodies(UpdateWeightsRequest)),
+        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache, is_admin=True),
+        Operation(POST, ("/pause_generation",), routes.pause_generation, Bodies(PauseRequest), is_admin=True),
+        Operation(POST, ("/continue_generation",), routes.continue_generation, is_admin=True),
+        Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest), is_admin=True),
+        Operation(
+            POST,
+            ("/assert_peer_death",),
+            routes.assert_peer_death,
+            Bodies(AssertPeerDeathRequest),
+            is_admin=True,
+        ),
+        Operation(
+            POST,
+            ("/update_weights_from_disk",),
+            routes.update_weights,
+            Bodies(UpdateWeightsRequest),
+            is_admin=True,
+        ),
     ]
-    return make_app(operations, api_keys=api_keys)
+    operations += OperationRoutes(operator, Limits()).operations()
+    return make_app(operations, keys=keys, is_loopback=is_loopback)
 
 
 def _kv_layout(layout: KVLayout | None) -> dict[str, Any] | None:
@@ -326,15 +386,15 @@ async def serve_node_front(
     listener: socket.socket,
     url: str,
     router_urls: Sequence[str] = (),
-    api_keys: Collection[str] = (),
+    keys: AccessKeys = NO_KEYS,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers."""
     stop = stop or asyncio.Event()
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address)
-    registrar = Registrar(url, router_urls, api_keys)
-    app = build_node_app(NodeRoutes(link, url), api_keys)
+    registrar = Registrar(url, router_urls, keys.first)
+    app = build_node_app(NodeRoutes(link, url), NodeOperator(link, url), keys, is_loopback(listener))
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:
@@ -366,12 +426,12 @@ def run_node_front(
     listener: socket.socket,
     url: str,
     router_urls: Sequence[str] = (),
-    api_keys: Collection[str] = (),
+    keys: AccessKeys = NO_KEYS,
 ) -> int:
     """The process's main; returns its exit code."""
     uvloop.run(
         serve_node_front(
-            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, api_keys=api_keys
+            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, keys=keys
         )
     )
     return 0

@@ -32,7 +32,8 @@ class NodeStatus:
         self._config = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
         }
-        self._config.pop("api_key")  # a secret
+        for secret in ("api_key", "admin_api_key"):
+            self._config.pop(secret)
 
     @property
     def weight_version(self) -> str:

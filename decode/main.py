@@ -11,6 +11,7 @@ import zmq
 from ..components.flush_wrapper import FlushWrapper
 from ..components.load_inquirer import LoadInquirer
 from ..components.node_control import NodeControl
+from ..components.node_operations import NodeOperations
 from ..components.node_process import LoadedModel, run, start_node
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
@@ -28,6 +29,7 @@ from .local_prefill import LocalPrefillPolicy
 from .peer_links import PeerLinks
 from .request_pages import RequestPages
 from .scheduler import DecodeLimits, DecodeScheduler
+from .settings import decode_settings
 
 
 def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "") -> int:
@@ -60,6 +62,13 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         if not server.send(client, message):
             gone_clients.add(client)
 
+    growth = GrowthEstimate(config.schedule_conservativeness)
+    local_prefill = LocalPrefillPolicy(
+        threshold=config.local_prefill_threshold,
+        chunk_tokens=config.local_prefill_chunk_size or default_chunk,
+        page_size=config.page_size,
+        page_bytes=node.layout.page_bytes,
+    )
     scheduler = DecodeScheduler(
         receiver=RequestReceiver(server),
         send=server.send,
@@ -71,19 +80,17 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         pages=RequestPages(
             allocator, cache, node.copy_page, poison, keeps_prefixes=not config.disable_prefix_cache
         ),
-        growth=GrowthEstimate(config.schedule_conservativeness),
-        local_prefill=LocalPrefillPolicy(
-            threshold=config.local_prefill_threshold,
-            chunk_tokens=config.local_prefill_chunk_size or default_chunk,
-            page_size=config.page_size,
-            page_bytes=node.layout.page_bytes,
-        ),
+        growth=growth,
+        local_prefill=local_prefill,
         digests=digests,
         engine=node.engine,
         build=node.build,
         streamer=OutputStreamer(send_output),
         gone_clients=gone_clients,
         control=control,
+        operations=NodeOperations(
+            settings=decode_settings(growth, local_prefill), engine=node.engine, step_profiler=node.profiler
+        ),
         weights=weights,
         swap=lambda prepared: node.swap(prepared.checkpoint, prepared.weight_version),
         status=node.status,

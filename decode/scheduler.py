@@ -22,7 +22,7 @@ import itertools
 import logging
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -32,6 +32,7 @@ from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.node_control import ControlResult, NodeControl
+from ..components.node_operations import NodeOperations, OperationReply
 from ..components.node_process import LoadedModel
 from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
@@ -67,10 +68,22 @@ from ..messages.node import (
     ResendFrom,
     Roster,
 )
+from ..messages.operation import (
+    ConfigureLogging,
+    ContinueGeneration,
+    FreezeGc,
+    GetInternalState,
+    PauseGeneration,
+    SetInternalState,
+    SlowDown,
+    StartProfile,
+    StopProfile,
+)
 from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, RoomId
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
 from ..runtime.config import VerifyPages
+from ..runtime.pause_gate import PauseGate
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.actions import (
     CloseLink,
@@ -131,6 +144,7 @@ class DecodeScheduler:
         streamer: OutputStreamer,
         gone_clients: set[bytes],
         control: NodeControl[LoadedModel],
+        operations: NodeOperations,
         weights: WeightUpdater[LoadedModel],
         swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
         status: NodeStatus,
@@ -158,6 +172,7 @@ class DecodeScheduler:
         self.streamer = streamer
         self.gone_clients = gone_clients  # found out by sending to them
         self.control = control
+        self.operations = operations
         self.weights = weights
         self.swap = swap
         self.status = status
@@ -178,11 +193,13 @@ class DecodeScheduler:
         self.rosters: dict[str, tuple[Roster, float]] = {}  # of each router, and when it came
         self.next_deadline_check = 0.0
         self.idle_check = IdleCheck()
+        self.gate = PauseGate()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
 
     def step(self, now: float) -> None:
+        self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
             self.handle(link, message, now)
         for address, peer_message in self.links.receive():
@@ -205,8 +222,9 @@ class DecodeScheduler:
         self.act(self.rooms.tick(now), now)
         self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
-        self.admit_waiting(now)
-        self.launch_forward(now)
+        if not self.gate.is_paused:
+            self.admit_waiting(now)
+            self.launch_forward(now)
         self.note_relayed()
         self.streamer.flush_step(now)
         self.drop_gone_clients(now)
@@ -263,6 +281,24 @@ class DecodeScheduler:
                 self.observe()
                 result = self.control.handle(link, message, now, load=self.load(), idle=self.is_idle)
                 self.reply(result, now)
+            case (
+                GetInternalState()
+                | SetInternalState()
+                | ConfigureLogging()
+                | SlowDown()
+                | FreezeGc()
+                | StartProfile()
+                | StopProfile()
+            ):
+                operated = self.operations.handle(
+                    link, message, requests=self.num_in_states(), pause=self.gate.mode
+                )
+                self.answer(operated)
+            case PauseGeneration():
+                self.pause(link, message, now)
+            case ContinueGeneration():
+                text = "continued" if self.gate.resume() else "it was not paused"
+                self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case _:
@@ -540,7 +576,12 @@ class DecodeScheduler:
         request = self.by_room.pop(action.room)
         request.room = None
         self.give_up_room_pages(action.room, quarantined=action.quarantined)
-        self.fail(request, action.code, action.reason, retriable=action.retriable)
+        if action.code == "aborted":
+            for sequence in request.live_sequences:
+                self.finish(request, sequence, Finish(reason="abort"))
+            self.forget_if_over(request)
+        else:
+            self.fail(request, action.code, action.reason, retriable=action.retriable)
 
     def drop_room(self, request: DecodeRequest, now: float) -> None:
         """Nobody needs what prefill still writes: the pages come back when prefill has drained."""
@@ -751,12 +792,36 @@ class DecodeScheduler:
             for request in self.requests.values()
             if message.all_requests or request.message.request_id == message.request_id
         ]
+        self.abort_all(aborted, now)
+        text = f"{len(aborted)} requests aborted"
+        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def abort_all(self, aborted: Iterable[DecodeRequest], now: float) -> None:
         for request in aborted:
             for sequence in request.live_sequences:
                 self.finish(request, sequence, Finish(reason="abort"))
             self.drop_room(request, now)
-        text = f"{len(aborted)} requests aborted"
-        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def pause(self, link: bytes, message: PauseGeneration, now: float) -> None:
+        self.gate.pause(message.mode, now)
+        match message.mode:
+            case "abort":
+                self.abort_all(list(self.requests.values()), now)
+            case "retract":
+                for request in list(self.requests.values()):
+                    self.fail(request, "paused", "the decode node is paused", retriable=True)
+                    self.drop_room(request, now)
+            case "in_place":
+                pass
+            case _:
+                assert_never(message.mode)
+        self.send(link, CallReply(call_id=message.call_id, success=True, message="paused"))
+
+    def move_deadlines(self, by_s: float) -> None:
+        if by_s:
+            self.rooms.extend_deadlines(by_s)
+            for request in self.requests.values():
+                request.deadline_s += by_s
 
     def drop_gone_clients(self, now: float) -> None:
         for client in sorted(self.gone_clients):
@@ -837,7 +902,14 @@ class DecodeScheduler:
         check_idle(self.allocator, [self.cache], states={"open": self.requests.keys()}, open_rooms=rooms)
         self.pages.check_promises([])
 
+    def answer(self, operated: OperationReply | None) -> None:
+        if operated is not None:
+            self.send(operated.link, operated.reply)
+
     def finish_job(self, job: JobResult) -> None:
+        if (operated := self.operations.finish_job(job)) is not None:
+            self.answer(operated)
+            return
         answer = self.weights.failed(job.error) if job.error is not None else self.weights.loaded(job.value)
         self.send(answer.link, answer.reply)
 
@@ -857,6 +929,9 @@ class DecodeScheduler:
                 request.num_prefill_tokens - request.num_prefilled for request in (*waiting, *prefilling)
             ),
         )
+
+    def num_in_states(self) -> dict[str, int]:
+        return {state.value: len(self.in_state(state)) for state in RequestState}
 
     def observe(self) -> None:
         self.metrics.observe_pages(self.allocator.counts())

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from .kv_layout import KVLayout
+from .operation import InternalStateReply, NodeOperation, ProfileReply
 from .sampling import SamplingParams, TokenLogprob
 from .timeline import Span
 
@@ -201,6 +202,7 @@ ClientToNode: TypeAlias = (
     | GetServerInfo
     | GetMetrics
     | GetRequestState
+    | NodeOperation
 )
 
 
@@ -245,7 +247,9 @@ FailureCode: TypeAlias = Literal[
     "peer_lost",
     "transfer_failed",
     "not_ready",  # the pair is not connected: costs no attempt
+    "paused",  # an operator stopped all work: costs no attempt
     "retracted",  # decode had too few pages for all that ran: costs no attempt
+    "aborted",  # an operator's wish, told to the prefill node; not retriable
     "deadline",
     "shutting_down",
     "invalid",  # the request itself can never be served; not retriable
@@ -318,5 +322,13 @@ class RequestStateReply(msgspec.Struct, frozen=True, kw_only=True, tag="request_
 
 
 NodeToClient: TypeAlias = (
-    TokenOutputs | AttemptFailed | Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply
+    TokenOutputs
+    | AttemptFailed
+    | Pong
+    | CallReply
+    | ServerInfoReply
+    | MetricsReply
+    | RequestStateReply
+    | InternalStateReply
+    | ProfileReply
 )

@@ -14,6 +14,7 @@ import zmq.asyncio
 
 from ..api.node_client import NodeClient, NodeUnavailableError, StreamMessage
 from ..messages.node import CallReply, ClientToNode, NodeEntry, Pong, RequestStateReply, ServerInfoReply
+from ..messages.operation import ClusterOperation, InternalState, ProfileReply
 
 
 class NodeLink(Protocol):
@@ -35,6 +36,12 @@ class NodeLink(Protocol):
     async def assert_peer_death(self, incarnation: str, timeout_s: float) -> CallReply: ...
 
     async def request_state(self, request_id: str, timeout_s: float) -> RequestStateReply: ...
+
+    async def operate(self, operation: ClusterOperation, timeout_s: float) -> CallReply: ...
+
+    async def internal_state(self, timeout_s: float) -> InternalState: ...
+
+    async def stop_profile(self, timeout_s: float) -> ProfileReply: ...
 
     async def prepare_weights(
         self, update_id: str, model_path: str, weight_version: str, timeout_s: float

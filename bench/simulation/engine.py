@@ -44,6 +44,7 @@ class FakeEngine:
         self.allocator = allocator
         self.clock = clock
         self.weights = "weights-1"
+        self.forward_sleep_s = 0.0  # nothing sleeps on a logical clock
         self.queued: deque[ScheduleBatch | _Job] = deque()
         self.results: deque[ForwardOutput | JobResult] = deque()
         self.batches: list[ScheduleBatch] = []

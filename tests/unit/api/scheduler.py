@@ -36,7 +36,31 @@ from pdserve.messages.node import (
     Roster,
     ServerInfoReply,
 )
+from pdserve.messages.operation import (
+    ConfigureLogging,
+    ContinueGeneration,
+    FreezeGc,
+    GetInternalState,
+    InternalState,
+    InternalStateReply,
+    PauseGeneration,
+    ProfileReply,
+    SetInternalState,
+    SlowDown,
+    StartProfile,
+    StopProfile,
+)
 
+STATE = InternalState(
+    settings={"max_queued_prefills": 32},
+    requests={"waiting": 1},
+    pause="",
+    forward_sleep_s=0.0,
+    is_profiling=False,
+    log_level="info",
+    is_gc_frozen=False,
+    memory_rss_bytes=1000,
+)
 MODEL = ModelInfo(
     model_name="org/tiny",
     model_path="/models/tiny",
@@ -117,6 +141,10 @@ class FakeScheduler:
                     load=LOAD,
                     ranks=RANKS,
                 )
+            case GetInternalState(call_id=call_id):
+                return InternalStateReply(call_id=call_id, state=STATE)
+            case StopProfile(call_id=call_id):
+                return ProfileReply(call_id=call_id, success=True, traces=("/tmp/a.trace.json.gz",))
             case GetMetrics(call_id=call_id):
                 return MetricsReply(call_id=call_id, text="pd_x 1\n")
             case GetRequestState(call_id=call_id, request_id=request_id):
@@ -126,6 +154,13 @@ class FakeScheduler:
                 FlushCache()
                 | AbortRequests()
                 | AssertPeerDeath()
+                | SetInternalState()
+                | ConfigureLogging()
+                | SlowDown()
+                | FreezeGc()
+                | StartProfile()
+                | PauseGeneration()
+                | ContinueGeneration()
                 | PrepareWeights()
                 | CommitWeights()
                 | DiscardWeights()
