@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
@@ -59,6 +60,8 @@ class Engine:
     ) -> None:
         process = None
         if url is None:
+            # Others may reach it: control calls then need a key, which nobody else has to know.
+            admin_api_key = admin_api_key or (secrets.token_urlsafe() if "host" in options else "")
             keys = AccessKeys((api_key,) if api_key else (), admin_api_key)
             process = _cluster(model_path, keys, log_path, options)
             url = process.start()

@@ -184,7 +184,13 @@ def test_two_engines_in_one_process_leave_nothing_behind(log_path: Path) -> None
     before = own_processes()
     flags = {"num_threads": 1, "kv_cache_gb": 0.05, "api_key": "secret", "log_path": log_path}
     with Engine(colocated=True, **flags) as first:
-        with Engine(colocated=True, **flags) as second:
+        with Engine(colocated=True, host="0.0.0.0", **flags) as second:
+            assert second.flush_cache(5.0).success, "its admin key is its own secret"
+            with (
+                Engine(url=second.url, api_key="secret") as other,
+                pytest.raises(RequestError, match="admin API key"),
+            ):
+                other.flush_cache()
             assert first.url != second.url
             ids = [engine.generate("def", SAMPLING)["output_ids"] for engine in (first, second)]
             assert ids[0] == ids[1]
