@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import signal
 import socket
 import sys
@@ -20,13 +21,21 @@ from typing import Any, Literal
 from .runtime.config import add_flags, forwarded_flags, node_config, resolve, router_config
 from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
-from .runtime.listen import bind_http, http_url, inherit_http
+from .runtime.listen import bind_http, http_url, inherit_http, is_loopback
 from .runtime.logs import configure_logging
-from .runtime.process import die_with_parent, end_now, handed_api_keys, usable_cores
+from .runtime.process import (
+    AccessKeys,
+    die_with_parent,
+    end_now,
+    handed_keys,
+    leave_last_words,
+    usable_cores,
+)
 from .runtime.supervisor import Child, Supervisor
 
 _READY_TIMEOUT_S = 600.0
 _NODE_GRACE_S = 15.0
+_SECRETS = ("api_key", "admin_api_key")  # not for command lines, which `ps` shows
 _ANNOUNCEMENTS = 120
 _ANNOUNCEMENT_INTERVAL_S = 0.5
 _ROLES: tuple[Literal["router", "prefill", "decode"], ...] = ("router", "prefill", "decode")
@@ -41,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     up = commands.add_parser("up", help="a router, prefill and decode nodes on this machine")
     add_flags(up, frozenset({"up", *_ROLES}))
+    _add_child_argument(up)
     for role in _ROLES:
         _add_role_arguments(commands.add_parser(role, help=f"one {role}"), role)
     if argv is None:
@@ -97,15 +107,24 @@ def _run(command: str, given: dict[str, Any]) -> int:
         "node-front": _node_front,
         "tp-worker": _tp_worker,
     }
+    last_words_fd = given.pop("last_words_fd", None)
     if (parent_pid := given.pop("parent_pid", None)) is not None:
         # A rank has nothing to finish without rank 0, and must not outlive it as a frozen process.
-        die_with_parent(parent_pid, signal.SIGKILL if command == "tp-worker" else signal.SIGTERM)
-        if api_keys := handed_api_keys():
-            given["api_key"] = api_keys
+        if command == "up":
+            given["owner_pid"] = parent_pid  # its supervisor looks after that itself
+        else:
+            die_with_parent(parent_pid, signal.SIGKILL if command == "tp-worker" else signal.SIGTERM)
+        keys = handed_keys()
+        if keys.api:
+            given["api_key"] = keys.api
+        if keys.admin:
+            given["admin_api_key"] = keys.admin
     try:
         return runs[command](given)
     except StartupError as error:
         print(f"pdserve {command}: {error}", file=sys.stderr)
+        if last_words_fd is not None:
+            leave_last_words(last_words_fd, str(error))
         return 1
     except KeyboardInterrupt:
         return 130
@@ -122,6 +141,7 @@ def _add_role_arguments(parser: argparse.ArgumentParser, role: str) -> None:
 
 def _add_child_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent-pid", type=int, default=None, help=argparse.SUPPRESS)  # see `spawn`
+    parser.add_argument("--last-words-fd", type=int, default=None, help=argparse.SUPPRESS)
 
 
 def _listener(given: Mapping[str, Any], host: str, port: int) -> socket.socket:
@@ -175,7 +195,7 @@ def _node_front(given: dict[str, Any]) -> int:
         listener=inherit_http(given["listen_fd"]),
         url=given["url"],
         router_urls=tuple(given["router"]),
-        api_keys=given.get("api_key", ()),
+        keys=_keys(given),
     )
 
 
@@ -221,6 +241,9 @@ def _up(given: dict[str, Any]) -> int:
         raise StartupError("--num-prefill and --num-decode must be 1 or more (or use --colocated)")
 
     listener = bind_http(config.host, config.port)
+    admin_key = config.admin_api_key
+    if not admin_key and not is_loopback(listener):
+        given["admin_api_key"] = admin_key = secrets.token_urlsafe()  # our own, to announce deaths with
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = http_url(loopback, listener)
     children = [_router_child(given, listener)]
@@ -228,8 +251,12 @@ def _up(given: dict[str, Any]) -> int:
     children += [_node_child("prefill", i, given, url, num_threads) for i in range(num_prefill)]
     children += [_node_child("decode", i, given, url, num_threads) for i in range(num_decode)]
 
-    api_keys = tuple(given.get("api_key", ()))
-    with Supervisor(children, lambda incarnation: _announce_death(url, incarnation, api_keys)) as supervisor:
+    keys = AccessKeys(config.api_key, admin_key)
+    with Supervisor(
+        children,
+        lambda incarnation: _announce_death(url, incarnation, keys),
+        given.get("owner_pid"),
+    ) as supervisor:
         if not supervisor.wait_until(lambda: _answers(f"{url}/ready"), _READY_TIMEOUT_S):
             return 0
         print(f"pdserve is ready at {url}", flush=True)
@@ -237,10 +264,10 @@ def _up(given: dict[str, Any]) -> int:
 
 
 def _router_child(given: Mapping[str, Any], listener: socket.socket) -> Child:
-    flags = forwarded_flags(given, "router", dropped=("host", "port", "api_key"))
+    flags = forwarded_flags(given, "router", dropped=("host", "port", *_SECRETS))
     arguments = ["router", *flags, "--listen-fd", str(listener.fileno())]
     grace_s = float(resolve("router", given)["drain_timeout"]) + 5.0
-    return Child("router", arguments, grace_s, listener=listener, api_keys=tuple(given.get("api_key", ())))
+    return Child("router", arguments, grace_s, listener=listener, keys=_keys(given))
 
 
 def _node_child(
@@ -250,7 +277,7 @@ def _node_child(
     router_url: str,
     num_threads: int,
 ) -> Child:
-    flags = forwarded_flags(given, role, dropped=("port", "api_key"))
+    flags = forwarded_flags(given, role, dropped=("port", *_SECRETS))
     if resolve(role, given)["num_threads"] is None:
         flags += ["--num-threads", str(num_threads)]
     arguments = [role, *flags, "--port", "0", "--router", router_url]
@@ -258,19 +285,23 @@ def _node_child(
         f"{role} {index}",
         arguments,
         _NODE_GRACE_S,
-        api_keys=tuple(given.get("api_key", ())),
+        keys=_keys(given),
         has_incarnation=True,
     )
 
 
-def _announce_death(router_url: str, incarnation: str, api_keys: Sequence[str]) -> None:
+def _keys(given: Mapping[str, Any]) -> AccessKeys:
+    return AccessKeys(tuple(given.get("api_key", ())), given.get("admin_api_key", ""))
+
+
+def _announce_death(router_url: str, incarnation: str, keys: AccessKeys) -> None:
     """Tells the decode nodes, through the router, that no process of a node lives any more.
 
     Tried for a while: a decode node may not have noticed yet, and the router may itself be starting again.
     """
     headers = {"Content-Type": "application/json"}
-    if api_keys:
-        headers["Authorization"] = f"Bearer {api_keys[0]}"
+    if key := keys.admin or keys.first:
+        headers["Authorization"] = f"Bearer {key}"
     body = json.dumps({"incarnation": incarnation}).encode()
     request = urllib.request.Request(f"{router_url}/assert_peer_death", body, headers)
 

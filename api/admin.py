@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from ..messages.node import NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
+from ..runtime.pause_gate import PauseMode
 from .answers import json_response, outcome
 from .generation import ClusterAdmin, GenerateSpec, Generator, ModelCard, WorkerStatus
 from .in_flight import InFlightRequests, new_request_id
@@ -47,6 +48,12 @@ class AssertPeerDeathRequest(msgspec.Struct, kw_only=True):
     incarnation: str
 
 
+class PauseRequest(msgspec.Struct, kw_only=True):
+    """What becomes of running requests: SGLang's names, and vLLM's ("keep" is "in_place")."""
+
+    mode: Literal["abort", "retract", "in_place", "keep", "wait"] = "abort"
+
+
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: str = "model"
@@ -68,6 +75,7 @@ REGISTER_RULES = FieldRules(
 )
 ABORT_RULES = FieldRules(harmless=frozenset({"abort_message", "finished_reason"}))
 DEATH_RULES = FieldRules(harmless=frozenset())
+PAUSE_RULES = FieldRules(harmless=frozenset(), inert={"clear_cache": (False,)})
 
 
 def request_not_found(request_id: str) -> RequestError:
@@ -84,6 +92,17 @@ async def read_abort(http: Request, limits: Limits) -> AbortRequest:
     if not body.abort_all and not body.rid:
         raise RequestError("Give `rid` or `abort_all`.", param="rid", code="missing_parameter")
     return body
+
+
+async def read_pause(http: Request, limits: Limits) -> tuple[PauseMode, bool]:
+    """The mode, and whether running requests end before."""
+    content = await read_body(http, limits)
+    body = parse_request(parse_object(content) if content else {}, PauseRequest, PAUSE_RULES)
+    match body.mode:
+        case "keep" | "wait":
+            return "in_place", body.mode == "wait"
+        case mode:
+            return mode, False
 
 
 async def read_death(http: Request, limits: Limits) -> str:
@@ -290,6 +309,15 @@ class ClusterRoutes:
             ]
         message = "; ".join(reply.message for reply in replies if reply.message)
         return json_response({"success": all(reply.success for reply in replies), "message": message})
+
+    async def pause_generation(self, http: Request) -> Response:
+        mode, drains = await read_pause(http, self.limits)
+        reply = await self.admin.pause_generation(mode, drains=drains)
+        return outcome(reply.success, reply.message)
+
+    async def continue_generation(self, _: Request) -> Response:
+        reply = await self.admin.continue_generation()
+        return outcome(reply.success, reply.message)
 
     async def assert_peer_death(self, http: Request) -> Response:
         reply = await self.admin.assert_peer_death(await read_death(http, self.limits))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from ..runtime.process import NO_KEYS, AccessKeys
 from .admin import (
     AbortRequest,
     AssertPeerDeathRequest,
     ClusterRoutes,
     ModelEntry,
     ModelList,
+    PauseRequest,
     RegisterRequest,
 )
 from .generation import ClusterAdmin, Generator, ModelCard
@@ -32,6 +32,8 @@ from .openai_chat import ChatCompletions
 from .openai_completions import Completions
 from .openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from .openapi import Bodies
+from .operations import OperationRoutes, Operator
+from .request_log import RequestLog
 from .text_run import Serving
 from .timelines import Timelines
 from .tokenization import Tokenizer
@@ -48,10 +50,13 @@ def build_router_app(
     generation_defaults: GenerationDefaults,
     generator: Generator,
     admin: ClusterAdmin,
+    operator: Operator,
+    request_log: RequestLog,
     registry: CollectorRegistry,
     in_flight: InFlightRequests,
     timelines: Timelines,
-    api_keys: Collection[str] = (),
+    keys: AccessKeys = NO_KEYS,
+    is_loopback: bool = True,
     limits: Limits | None = None,
 ) -> FastAPI:
     """The whole surface of a router.
@@ -70,6 +75,7 @@ def build_router_app(
         in_flight=in_flight,
         timelines=timelines,
         weight_version=admin.weight_version,
+        request_log=request_log,
     )
     completions = Completions(serving)
     chat = ChatCompletions(serving)
@@ -123,9 +129,20 @@ def build_router_app(
         Operation(GET, ("/workers",), cluster.workers),
         Operation(POST, ("/workers",), cluster.register_worker, Bodies(RegisterRequest)),
         Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker),
-        Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache),
-        Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest)),
-        Operation(POST, ("/assert_peer_death",), cluster.assert_peer_death, Bodies(AssertPeerDeathRequest)),
+        Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache, is_admin=True),
+        Operation(
+            POST, ("/pause_generation",), cluster.pause_generation, Bodies(PauseRequest), is_admin=True
+        ),
+        Operation(POST, ("/continue_generation",), cluster.continue_generation, is_admin=True),
+        Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest), is_admin=True),
+        Operation(
+            POST,
+            ("/assert_peer_death",),
+            cluster.assert_peer_death,
+            Bodies(AssertPeerDeathRequest),
+            is_admin=True,
+        ),
         *weight_operations(WeightRoutes(admin, limits, is_node=False)),
     ]
-    return make_app(operations, api_keys=api_keys)
+    operations += OperationRoutes(operator, limits, request_log).operations()
+    return make_app(operations, keys=keys, is_loopback=is_loopback)

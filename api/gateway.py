@@ -10,6 +10,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..runtime.errors import RequestError
+from ..runtime.process import AccessKeys
 from .errors import error_response
 from .in_flight import is_safe_id, new_request_id
 
@@ -58,27 +59,64 @@ class RequestIds:
 
 
 class ApiKeys:
-    """``Authorization: Bearer KEY`` on everything but the open paths; without keys, no check."""
+    """``Authorization: Bearer KEY`` on everything but the open paths; without keys, no check.
 
-    def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
+    Admin paths take the admin key alone, which opens the others too. Without an admin key they are ordinary
+    paths for whom only this host can reach, and closed for everyone else.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: AccessKeys, admin_paths: Collection[str], is_loopback: bool
+    ) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = keys
+        self._admin_paths = frozenset(admin_paths)
+        self._is_loopback = is_loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
-            scheme, _, key = _header(scope, b"authorization").partition(" ")
-            given = key.strip().encode()
-            is_known = any(hmac.compare_digest(given, known) for known in self._keys)
-            if scheme.lower() != "bearer" or not is_known:
-                refusal = RequestError(
-                    "A valid API key is needed: `Authorization: Bearer KEY`.",
-                    status=401,
-                    code="invalid_api_key",
-                    error_type="authentication_error",
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        await (self._app if refusal is None else error_response(refusal))(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> RequestError | None:
+        path = scope["path"]
+        if path in OPEN_PATHS:
+            return None
+        given = _bearer(scope)
+        if self._keys.admin and _is_same(given, self._keys.admin):
+            return None
+        if path in self._admin_paths:
+            if self._keys.admin:
+                return _unauthorized("The admin API key is needed", "invalid_admin_api_key")
+            if not self._is_loopback:
+                return RequestError(
+                    f"{path} is an admin route and others than this host can reach it: start the server with "
+                    "--admin-api-key, or bind it to loopback.",
+                    status=403,
+                    code="admin_api_key_not_set",
+                    error_type="permission_error",
                 )
-                await error_response(refusal)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        if self._keys.api and not any(_is_same(given, known) for known in self._keys.api):
+            return _unauthorized("A valid API key is needed", "invalid_api_key")
+        return None
+
+
+def _unauthorized(what: str, code: str) -> RequestError:
+    return RequestError(
+        f"{what}: `Authorization: Bearer KEY`.",
+        status=401,
+        code=code,
+        error_type="authentication_error",
+    )
+
+
+def _bearer(scope: Scope) -> str:
+    """The key that the request shows; empty if none."""
+    scheme, _, key = _header(scope, b"authorization").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _is_same(given: str, known: str) -> bool:
+    return hmac.compare_digest(given.encode(), known.encode())
 
 
 def _header(scope: Scope, wanted: bytes) -> str:

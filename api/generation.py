@@ -13,6 +13,7 @@ from ..messages.node import FinishReason, NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams, TokenLogprob
 from ..messages.timeline import Span
 from ..messages.weights import FromGroup, MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightsReply
+from ..runtime.pause_gate import PauseMode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +158,13 @@ class ClusterAdmin(Protocol):
     async def flush_cache(self, timeout_s: float) -> AdminReply: ...
 
     async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply: ...
+
+    async def pause_generation(self, mode: PauseMode, *, drains: bool) -> AdminReply:
+        """Nothing is computed until `continue_generation`, and no deadline runs out. `drains`: running
+        requests end before."""
+        ...
+
+    async def continue_generation(self) -> AdminReply: ...
 
     async def assert_peer_death(self, incarnation: str) -> AdminReply:
         """No process of this incarnation lives any more, says an operator or its supervisor."""

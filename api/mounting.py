@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from ..runtime.process import AccessKeys
 from .errors import install_error_handlers
 from .gateway import ApiKeys, RequestIds
 from .openapi import NO_BODIES, Bodies, install_schemas
@@ -28,9 +29,11 @@ class Operation:
     paths: tuple[str, ...]
     handler: Handler
     bodies: Bodies = NO_BODIES
+    is_admin: bool = False  # changes or ends what others do
 
 
-def make_app(operations: Sequence[Operation], *, api_keys: Collection[str]) -> FastAPI:
+def make_app(operations: Sequence[Operation], *, keys: AccessKeys, is_loopback: bool) -> FastAPI:
+    """`is_loopback`: only this host can reach it, so the admin routes need no key of their own."""
     app = FastAPI(title="pdserve", version=VERSION, redoc_url=None)
     for operation in operations:
         for path in operation.paths:
@@ -46,6 +49,7 @@ def make_app(operations: Sequence[Operation], *, api_keys: Collection[str]) -> F
                 )
     install_schemas(app, [operation.bodies for operation in operations])
     install_error_handlers(app)
-    app.add_middleware(ApiKeys, keys=api_keys)
+    admin_paths = [path for operation in operations if operation.is_admin for path in operation.paths]
+    app.add_middleware(ApiKeys, keys=keys, admin_paths=admin_paths, is_loopback=is_loopback)
     app.add_middleware(RequestIds)
     return app

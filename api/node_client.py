@@ -40,6 +40,15 @@ from ..messages.node import (
     ServerInfoReply,
     TokenOutputs,
 )
+from ..messages.operation import (
+    ClusterOperation,
+    GetInternalState,
+    InternalState,
+    InternalStateReply,
+    NodeOperation,
+    ProfileReply,
+    StopProfile,
+)
 from ..messages.weights import (
     LEASE_S,
     CheckWeights,
@@ -81,9 +90,18 @@ Call: TypeAlias = (
     | GetServerInfo
     | GetMetrics
     | GetRequestState
+    | NodeOperation
 )
 Reply: TypeAlias = (
-    Pong | CallReply | ServerInfoReply | MetricsReply | RequestStateReply | WeightsReply | WeightChecksReply
+    Pong
+    | CallReply
+    | ServerInfoReply
+    | MetricsReply
+    | RequestStateReply
+    | InternalStateReply
+    | ProfileReply
+    | WeightsReply
+    | WeightChecksReply
 )
 R = TypeVar(
     "R",
@@ -92,6 +110,8 @@ R = TypeVar(
     ServerInfoReply,
     MetricsReply,
     RequestStateReply,
+    InternalStateReply,
+    ProfileReply,
     WeightsReply,
     WeightChecksReply,
 )
@@ -192,6 +212,18 @@ class NodeClient:
         """`data`: the next part of the update, at most STAGE_PART_BYTES."""
         message = StageWeights(call_id=next(self._call_ids), update_id=update_id, offset=offset, data=data)
         return await self._call(message, CallReply, timeout_s)
+
+    async def operate(self, operation: ClusterOperation, timeout_s: float = 5.0) -> CallReply:
+        message = msgspec.structs.replace(operation, call_id=next(self._call_ids))
+        return await self._call(message, CallReply, timeout_s)
+
+    async def internal_state(self, timeout_s: float = 5.0) -> InternalState:
+        message = GetInternalState(call_id=next(self._call_ids))
+        return (await self._call(message, InternalStateReply, timeout_s)).state
+
+    async def stop_profile(self, timeout_s: float) -> ProfileReply:
+        """The node writes its traces before it answers."""
+        return await self._call(StopProfile(call_id=next(self._call_ids)), ProfileReply, timeout_s)
 
     async def prepare_weights(
         self,
@@ -302,6 +334,8 @@ class NodeClient:
                 | RequestStateReply()
                 | WeightsReply()
                 | WeightChecksReply()
+                | InternalStateReply()
+                | ProfileReply()
             ):
                 future = self._waiting.get(message.call_id)
                 if future is not None and not future.done():

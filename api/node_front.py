@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -27,6 +27,7 @@ from starlette.responses import Response
 
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, Pong
+from ..messages.operation import ClusterOperation, ContinueGeneration, PauseGeneration
 from ..messages.weights import (
     STAGE_PART_BYTES,
     FromDisk,
@@ -40,12 +41,15 @@ from ..messages.weights import (
     WeightsReply,
 )
 from ..runtime.errors import RequestError
+from ..runtime.listen import is_loopback
+from ..runtime.process import NO_KEYS, AccessKeys
 from .admin import (
     METRICS_MEDIA_TYPE,
     AbortRequest,
     AssertPeerDeathRequest,
     ModelEntry,
     ModelList,
+    PauseRequest,
     flush_timeout_s,
     load_body,
     model_answer,
@@ -53,6 +57,7 @@ from .admin import (
     model_info,
     read_abort,
     read_death,
+    read_pause,
     request_not_found,
 )
 from .answers import json_response, outcome
@@ -60,6 +65,7 @@ from .generation import AdminReply, GroupReply, ModelCard, UpdateMode
 from .mounting import GET, POST, Operation, make_app
 from .node_client import REPLY_MARGIN_S, NodeClient, NodeUnavailableError
 from .openapi import Bodies
+from .operations import OperationRoutes, ProfileOutcome
 from .server import serve
 from .validation import Limits
 from .version import VERSION
@@ -74,6 +80,7 @@ RECONNECT_INTERVAL_S = 0.2
 SCHEDULER_GONE_S = 10.0  # without a connection for so long, after there was one
 WEIGHTS_TIMEOUT_S = 600.0
 RELEASE_WAIT_S = 10.0  # for what runs here to end
+OPERATION_TIMEOUT_S = 60.0
 _STARTED_UNIX_S = int(time.time())
 
 
@@ -124,10 +131,10 @@ class SchedulerLink:
 class Registrar:
     """Keeps the node's lease with every router."""
 
-    def __init__(self, url: str, router_urls: Sequence[str], api_keys: Collection[str]) -> None:
+    def __init__(self, url: str, router_urls: Sequence[str], key: str) -> None:
         self._url = url
         self._is_registered = dict.fromkeys((router.rstrip("/") for router in router_urls), False)
-        headers = {"authorization": f"Bearer {next(iter(api_keys))}"} if api_keys else {}
+        headers = {"authorization": f"Bearer {key}"} if key else {}
         timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S)
         self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
 
@@ -260,6 +267,18 @@ class NodeRoutes:
         reply = await self._link.client.abort(body.rid or "", all_requests=body.abort_all)
         return json_response({"success": reply.success, "message": reply.message})
 
+    async def pause_generation(self, http: Request) -> Response:
+        """This node alone: what a router sends meanwhile waits here."""
+        mode, drains = await read_pause(http, self._limits)
+        if drains:
+            return outcome(False, "A node cannot keep requests away: pause with `wait` through the router.")
+        reply = await self._link.client.operate(PauseGeneration(mode=mode))
+        return outcome(reply.success, reply.message)
+
+    async def continue_generation(self, _: Request) -> Response:
+        reply = await self._link.client.operate(ContinueGeneration())
+        return outcome(reply.success, reply.message)
+
     async def assert_peer_death(self, http: Request) -> Response:
         reply = await self._link.client.assert_peer_death(await read_death(http, self._limits))
         return outcome(reply.success, reply.message)
@@ -363,7 +382,33 @@ class NodeWeights:
         return AdminReply(committed.success, committed.message)
 
 
-def build_node_app(routes: NodeRoutes, weights: WeightRoutes, api_keys: Collection[str]) -> FastAPI:
+class NodeOperator:
+    """The `Operator` of one node."""
+
+    def __init__(self, link: SchedulerLink, url: str) -> None:
+        self._link = link
+        self._url = url
+
+    async def operate(self, operation: ClusterOperation) -> AdminReply:
+        reply = await self._link.client.operate(operation, OPERATION_TIMEOUT_S)
+        return AdminReply(reply.success, reply.message)
+
+    async def internal_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = msgspec.to_builtins(await self._link.client.internal_state())
+        return state
+
+    async def stop_profile(self) -> ProfileOutcome:
+        reply = await self._link.client.stop_profile(WEIGHTS_TIMEOUT_S)
+        return ProfileOutcome(
+            success=reply.success,
+            message=reply.message,
+            traces={self._url: list(reply.traces)},
+        )
+
+
+def build_node_app(
+    routes: NodeRoutes, operator: NodeOperator, weights: WeightRoutes, keys: AccessKeys, is_loopback: bool
+) -> FastAPI:
     operations = [
         Operation(GET, ("/health", "/ping"), routes.health),
         Operation(GET, ("/live", "/liveness"), routes.live),
@@ -377,12 +422,21 @@ def build_node_app(routes: NodeRoutes, weights: WeightRoutes, api_keys: Collecti
         Operation(GET, ("/v1/loads",), routes.loads),
         Operation(GET, ("/metrics",), routes.metrics),
         Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
-        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache),
-        Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest)),
-        Operation(POST, ("/assert_peer_death",), routes.assert_peer_death, Bodies(AssertPeerDeathRequest)),
+        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache, is_admin=True),
+        Operation(POST, ("/pause_generation",), routes.pause_generation, Bodies(PauseRequest), is_admin=True),
+        Operation(POST, ("/continue_generation",), routes.continue_generation, is_admin=True),
+        Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest), is_admin=True),
+        Operation(
+            POST,
+            ("/assert_peer_death",),
+            routes.assert_peer_death,
+            Bodies(AssertPeerDeathRequest),
+            is_admin=True,
+        ),
         *weight_operations(weights),
     ]
-    return make_app(operations, api_keys=api_keys)
+    operations += OperationRoutes(operator, Limits()).operations()
+    return make_app(operations, keys=keys, is_loopback=is_loopback)
 
 
 def _kv_layout(layout: KVLayout | None) -> dict[str, Any] | None:
@@ -395,16 +449,17 @@ async def serve_node_front(
     listener: socket.socket,
     url: str,
     router_urls: Sequence[str] = (),
-    api_keys: Collection[str] = (),
+    keys: AccessKeys = NO_KEYS,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers."""
     stop = stop or asyncio.Event()
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address)
-    registrar = Registrar(url, router_urls, api_keys)
+    registrar = Registrar(url, router_urls, keys.first)
     weights = WeightRoutes(NodeWeights(link, url), Limits(), is_node=True)
-    app = build_node_app(NodeRoutes(link, url), weights, api_keys)
+    operator = NodeOperator(link, url)
+    app = build_node_app(NodeRoutes(link, url), operator, weights, keys, is_loopback(listener))
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:
@@ -436,12 +491,12 @@ def run_node_front(
     listener: socket.socket,
     url: str,
     router_urls: Sequence[str] = (),
-    api_keys: Collection[str] = (),
+    keys: AccessKeys = NO_KEYS,
 ) -> int:
     """The process's main; returns its exit code."""
     uvloop.run(
         serve_node_front(
-            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, api_keys=api_keys
+            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, keys=keys
         )
     )
     return 0

@@ -13,6 +13,7 @@ from .generation import ChoiceDelta, GenerateSpec, Generation, GenerationInfo, G
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
 from .openai_types import PromptTokensDetails, TimelineBody, Usage
+from .request_log import RequestLog
 from .timelines import Laps, Timelines, timeline_body
 from .tokenization import Tokenizer
 from .validation import GenerationDefaults, Limits
@@ -31,6 +32,7 @@ class Serving:
     in_flight: InFlightRequests
     timelines: Timelines
     weight_version: Callable[[], str]
+    request_log: RequestLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +112,17 @@ class TextRun:
     async def _run(self, prompt: int) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
         spec = self._jobs[prompt].spec
         self._laps.lap("prepare")
+        log = self._serving.request_log.begins(spec)
         generation = await self._serving.generator.generate(spec)
         self._generations[prompt] = generation
         self._serving.timelines.start(spec, generation.info, self._laps)
         try:
             async for delta in generation:
+                log.take(delta)
                 yield prompt, delta
         finally:
             generation.cancel()
+            log.ends()
 
     async def _run_all(self) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
         arrivals: asyncio.Queue[tuple[int, ChoiceDelta] | asyncio.Task[None]] = asyncio.Queue()

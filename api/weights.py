@@ -26,7 +26,7 @@ from ..runtime.errors import RequestError
 from .answers import json_response, outcome
 from .generation import AdminReply, GroupReply, UpdateMode
 from .mounting import POST, Operation
-from .openapi import Bodies
+from .openapi import NO_BODIES, Bodies
 from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
 
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself says
@@ -305,35 +305,31 @@ class WeightRoutes:
 
 def weight_operations(routes: WeightRoutes) -> list[Operation]:
     """Under the names that SGLang gave them."""
+    changes = [
+        ("/update_weights_from_disk", routes.update_from_disk, Bodies(UpdateWeightsRequest)),
+        ("/update_weights_from_tensor", routes.update_from_tensor, NO_BODIES),
+        ("/update_weights_from_distributed", routes.update_from_distributed, Bodies(DistributedRequest)),
+        ("/update_weights_from_ipc", routes.update_from_ipc, Bodies(IpcRequest)),
+        ("/init_weights_update_group", routes.init_group, Bodies(InitGroupRequest, InitGroupAnswer)),
+        ("/destroy_weights_update_group", routes.destroy_group, Bodies(DestroyGroupRequest)),
+        ("/release_memory_occupation", routes.release_memory, Bodies(MemoryRequest)),
+        ("/resume_memory_occupation", routes.resume_memory, Bodies(MemoryRequest)),
+    ]
     return [
+        *(Operation(POST, (path,), handler, bodies, is_admin=True) for path, handler, bodies in changes),
         Operation(
-            POST, ("/update_weights_from_disk",), routes.update_from_disk, Bodies(UpdateWeightsRequest)
+            ("GET", "POST"),
+            ("/get_weights_by_name",),
+            routes.get_by_name,
+            Bodies(GetWeightsRequest),
+            is_admin=True,
         ),
-        Operation(POST, ("/update_weights_from_tensor",), routes.update_from_tensor),
-        Operation(
-            POST,
-            ("/update_weights_from_distributed",),
-            routes.update_from_distributed,
-            Bodies(DistributedRequest),
-        ),
-        Operation(POST, ("/update_weights_from_ipc",), routes.update_from_ipc, Bodies(IpcRequest)),
-        Operation(
-            POST,
-            ("/init_weights_update_group",),
-            routes.init_group,
-            Bodies(InitGroupRequest, InitGroupAnswer),
-        ),
-        Operation(
-            POST, ("/destroy_weights_update_group",), routes.destroy_group, Bodies(DestroyGroupRequest)
-        ),
-        Operation(POST, ("/release_memory_occupation",), routes.release_memory, Bodies(MemoryRequest)),
-        Operation(POST, ("/resume_memory_occupation",), routes.resume_memory, Bodies(MemoryRequest)),
-        Operation(("GET", "POST"), ("/get_weights_by_name",), routes.get_by_name, Bodies(GetWeightsRequest)),
         Operation(
             POST,
             ("/check_weights", "/weights_checker"),
             routes.check,
             Bodies(CheckWeightsRequest, CheckWeightsAnswer),
+            is_admin=True,
         ),
     ]
 

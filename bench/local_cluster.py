@@ -7,8 +7,6 @@ with LocalCluster([str(model_dir), "--dtype", "float32"]) as cluster:
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtime.cluster_process import ClusterProcess
 from ..runtime.direct_http import open_url
 from ..runtime.errors import StartupError
-from ..runtime.process import end
 
 _BUSY_STATES = ("num_locked_pages", "num_reserved_pages", "num_exposed_pages", "num_quarantined_pages")
 
@@ -27,9 +25,8 @@ class LocalCluster:
     """`pdserve up` with these arguments on a free port. Its log goes to `log_path`, or to stderr."""
 
     def __init__(self, arguments: Sequence[str], log_path: Path | None = None) -> None:
-        self._arguments = ["up", "--port", "0", *arguments]
+        self._process = ClusterProcess(arguments, log_path)
         self._log_path = log_path
-        self._process: subprocess.Popen[str] | None = None
         self.url = ""
 
     def __enter__(self) -> LocalCluster:
@@ -41,39 +38,20 @@ class LocalCluster:
 
     def start(self) -> None:
         """Returns when requests are accepted. Raises StartupError when the cluster ended instead."""
-        log = self._log_path.open("w") if self._log_path else None
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pdserve", *self._arguments],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            process_group=0,
-        )
-        if log is not None:
-            log.close()
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("pdserve is ready at "):
-                self.url = line.split()[-1]
-                return
-        code = self._process.wait()
-        text = f":\n{self._log_path.read_text()}" if self._log_path else ""
-        raise StartupError(f"pdserve {' '.join(self._arguments)} ended with exit code {code}{text}")
+        try:
+            self.url = self._process.start()
+        except StartupError as error:
+            log = f":\n{self._log_path.read_text()}" if self._log_path else ""
+            raise StartupError(f"{error}{log}") from None
 
     @property
     def pid(self) -> int:
         """Of `pdserve up`, whose children are the router and the nodes."""
-        assert self._process is not None, "the cluster was not started"
         return self._process.pid
 
     def stop(self) -> int:
         """Ends the cluster and returns its exit code."""
-        if self._process is None:
-            return 0
-        end(self._process, grace_s=90.0)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        return int(self._process.returncode)
+        return self._process.stop()
 
     # ---- HTTP ---------------------------------------------------------------------------------------
 

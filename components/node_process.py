@@ -34,6 +34,7 @@ from ..engine.model_runner import ModelRunner
 from ..engine.named_weights import merge_checksums, named_parts, part_checksums, whole_checksum
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
+from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import Shard, check_divides
 from ..engine.weight_file import read_weights, save_weights, without_memory
 from ..engine.weights import Weights
@@ -86,6 +87,7 @@ class Node:
     runner: ModelRunner
     engine: EngineThread
     jobs: JobThread
+    profiler: StepProfiler
     backend: TransferBackend
     regions: tuple[MemoryRegion, ...]  # of each rank
     ranks: RankGroup | None  # the further ones; None: this one is alone
@@ -286,6 +288,7 @@ def start_node(
     `incarnation` is what the supervisor calls this start of the node; without one it takes a name itself.
     Raises StartupError with one line that says what to mend.
     """
+    incarnation = incarnation or uuid.uuid4().hex
     path = Path(config.model).expanduser()
     if not path.is_dir():
         raise StartupError(f"no model at {config.model}: a folder in Hugging Face format is expected")
@@ -332,11 +335,12 @@ def start_node(
         runner = ModelRunner(
             rank_config, model.weights, pool, torch.device("cpu"), operators=operators, collective=collective
         )
-        engine = EngineThread(runner, rank_threads(config), share=None if ranks is None else ranks.forward)
+        profiler = StepProfiler(f"{config.role}-{incarnation[:8]}")
+        share = None if ranks is None else ranks.forward
+        engine = EngineThread(runner, rank_threads(config), share=share, profiler=profiler)
         jobs = JobThread()
         undo.pop_all()  # nothing below fails
 
-    incarnation = incarnation or uuid.uuid4().hex
     identity = PeerIdentity(
         incarnation=incarnation,
         protocol_version=PROTOCOL_VERSION,
@@ -399,6 +403,7 @@ def start_node(
         runner=runner,
         engine=engine,
         jobs=jobs,
+        profiler=profiler,
         backend=backend,
         regions=regions,
         ranks=ranks,
@@ -515,7 +520,7 @@ def _start_front(
     arguments += ["--listen-fd", str(listener.fileno()), "--url", url]
     arguments += ["--log-level", config.log_level, "--log-format", config.log_format]
     arguments += [f"--router={url}" for url in config.router]
-    return spawn(arguments, pass_fds=(listener.fileno(),), api_keys=config.api_key)
+    return spawn(arguments, pass_fds=(listener.fileno(),), keys=config.keys)
 
 
 def _max_model_len(config: NodeConfig, model_config: ModelConfig) -> int:

@@ -46,7 +46,8 @@ class NodeStatus:
         self._config = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
         }
-        self._config.pop("api_key")  # a secret
+        for secret in ("api_key", "admin_api_key"):
+            self._config.pop(secret)
 
     def shown(self, identity: PeerIdentity) -> PeerIdentity:
         """What peers are told: a node whose memory is released has no model that another one could have."""

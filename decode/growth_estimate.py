@@ -18,8 +18,13 @@ class GrowthEstimate:
     """`conservativeness` multiplies the share; where the lowest share is 1, nothing is ever retracted."""
 
     def __init__(self, conservativeness: float = 1.0) -> None:
+        self.set_conservativeness(conservativeness)
+
+    def set_conservativeness(self, conservativeness: float) -> None:
+        """Begins anew with it."""
         if conservativeness <= 0:
             raise ValueError(f"conservativeness is {conservativeness}, a number above 0 is expected")
+        self.conservativeness = conservativeness
         self._initial = min(1.0, _INITIAL_SHARE * conservativeness)
         self._min = min(1.0, _INITIAL_SHARE * _MIN_SHARE_OF_INITIAL * conservativeness)
         self.share = self._initial

@@ -23,7 +23,7 @@ class LocalPrefillPolicy:
     def __init__(
         self, *, threshold: int | None, chunk_tokens: int | None, page_size: int, page_bytes: int
     ) -> None:
-        self._threshold = threshold
+        self.threshold = threshold  # may be changed at any time
         self._fixed_chunk_tokens = chunk_tokens
         self._page_size = page_size
         self._page_bytes = page_bytes
@@ -55,8 +55,8 @@ class LocalPrefillPolicy:
         token, those of other prompts included; an estimate. num_running: requests that each step here serves.
         """
         num_missing = num_tokens - num_cached
-        if self._threshold is not None:
-            return num_missing <= self._threshold
+        if self.threshold is not None:
+            return num_missing <= self.threshold
         if num_cached == 0:
             return False
         if num_missing <= self.chunk_tokens:

@@ -13,6 +13,7 @@ from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
 from ..components.memory_occupation import MemoryOccupation
 from ..components.node_control import NodeControl
+from ..components.node_operations import NodeOperations
 from ..components.node_process import run, start_node
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
@@ -33,6 +34,7 @@ from .local_prefill import LocalPrefillPolicy
 from .peer_links import PeerLinks
 from .request_pages import RequestPages
 from .scheduler import DecodeLimits, DecodeScheduler
+from .settings import decode_settings
 
 
 def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "") -> int:
@@ -70,6 +72,13 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         if not server.send(client, message):
             gone_clients.add(client)
 
+    growth = GrowthEstimate(config.schedule_conservativeness)
+    local_prefill = LocalPrefillPolicy(
+        threshold=config.local_prefill_threshold,
+        chunk_tokens=config.local_prefill_chunk_size or default_chunk,
+        page_size=config.page_size,
+        page_bytes=node.layout.page_bytes,
+    )
     scheduler = DecodeScheduler(
         receiver=RequestReceiver(server),
         send=server.send,
@@ -81,13 +90,8 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         pages=RequestPages(
             allocator, cache, node.copy_page, poison, keeps_prefixes=not config.disable_prefix_cache
         ),
-        growth=GrowthEstimate(config.schedule_conservativeness),
-        local_prefill=LocalPrefillPolicy(
-            threshold=config.local_prefill_threshold,
-            chunk_tokens=config.local_prefill_chunk_size or default_chunk,
-            page_size=config.page_size,
-            page_bytes=node.layout.page_bytes,
-        ),
+        growth=growth,
+        local_prefill=local_prefill,
         digests=digests,
         engine=node.engine,
         side_jobs=node.jobs,
@@ -95,6 +99,9 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         streamer=OutputStreamer(send_output),
         gone_clients=gone_clients,
         control=control,
+        operations=NodeOperations(
+            settings=decode_settings(growth, local_prefill), engine=node.engine, step_profiler=node.profiler
+        ),
         weights=weights,
         swap=node.swap,
         status=node.status,

@@ -22,7 +22,7 @@ import itertools
 import logging
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -34,6 +34,7 @@ from ..components.loaded_model import LoadedModel
 from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.node_control import ControlResult, NodeControl
+from ..components.node_operations import NodeOperations, OperationReply
 from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
 from ..components.page_allocator import PageAllocator
@@ -66,6 +67,17 @@ from ..messages.node import (
     ResendFrom,
     Roster,
 )
+from ..messages.operation import (
+    ConfigureLogging,
+    ContinueGeneration,
+    FreezeGc,
+    GetInternalState,
+    PauseGeneration,
+    SetInternalState,
+    SlowDown,
+    StartProfile,
+    StopProfile,
+)
 from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, RoomId
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
@@ -83,6 +95,7 @@ from ..messages.weights import (
     StageWeights,
 )
 from ..runtime.config import VerifyPages
+from ..runtime.pause_gate import PauseGate
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.actions import (
     CloseLink,
@@ -144,6 +157,7 @@ class DecodeScheduler:
         streamer: OutputStreamer,
         gone_clients: set[bytes],
         control: NodeControl[LoadedModel],
+        operations: NodeOperations,
         weights: WeightUpdater[LoadedModel],
         swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
         status: NodeStatus,
@@ -172,6 +186,7 @@ class DecodeScheduler:
         self.streamer = streamer
         self.gone_clients = gone_clients  # found out by sending to them
         self.control = control
+        self.operations = operations
         self.weights = weights
         self.swap = swap
         self.status = status
@@ -192,11 +207,13 @@ class DecodeScheduler:
         self.rosters: dict[str, tuple[Roster, float]] = {}  # of each router, and when it came
         self.next_deadline_check = 0.0
         self.idle_check = IdleCheck()
+        self.gate = PauseGate()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
 
     def step(self, now: float) -> None:
+        self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
             self.handle(link, message, now)
         for address, peer_message in self.links.receive():
@@ -221,8 +238,9 @@ class DecodeScheduler:
         self.act(self.rooms.tick(now), now)
         self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
-        self.admit_waiting(now)
-        self.launch_forward(now)
+        if not self.gate.is_paused:
+            self.admit_waiting(now)
+            self.launch_forward(now)
         self.note_relayed()
         self.streamer.flush_step(now)
         self.drop_gone_clients(now)
@@ -288,6 +306,24 @@ class DecodeScheduler:
                 self.observe()
                 result = self.control.handle(link, message, now, load=self.load(), idle=self.is_idle)
                 self.reply(result, now)
+            case (
+                GetInternalState()
+                | SetInternalState()
+                | ConfigureLogging()
+                | SlowDown()
+                | FreezeGc()
+                | StartProfile()
+                | StopProfile()
+            ):
+                operated = self.operations.handle(
+                    link, message, requests=self.num_in_states(), pause=self.gate.mode
+                )
+                self.answer(operated)
+            case PauseGeneration():
+                self.pause(link, message, now)
+            case ContinueGeneration():
+                text = "continued" if self.gate.resume() else "it was not paused"
+                self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case _:
@@ -568,7 +604,12 @@ class DecodeScheduler:
         request = self.by_room.pop(action.room)
         request.room = None
         self.give_up_room_pages(action.room, quarantined=action.quarantined)
-        self.fail(request, action.code, action.reason, retriable=action.retriable)
+        if action.code == "aborted":
+            for sequence in request.live_sequences:
+                self.finish(request, sequence, Finish(reason="abort"))
+            self.forget_if_over(request)
+        else:
+            self.fail(request, action.code, action.reason, retriable=action.retriable)
 
     def drop_room(self, request: DecodeRequest, now: float) -> None:
         """Nobody needs what prefill still writes: the pages come back when prefill has drained."""
@@ -779,12 +820,36 @@ class DecodeScheduler:
             for request in self.requests.values()
             if message.all_requests or request.message.request_id == message.request_id
         ]
+        self.abort_all(aborted, now)
+        text = f"{len(aborted)} requests aborted"
+        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def abort_all(self, aborted: Iterable[DecodeRequest], now: float) -> None:
         for request in aborted:
             for sequence in request.live_sequences:
                 self.finish(request, sequence, Finish(reason="abort"))
             self.drop_room(request, now)
-        text = f"{len(aborted)} requests aborted"
-        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def pause(self, link: bytes, message: PauseGeneration, now: float) -> None:
+        self.gate.pause(message.mode, now)
+        match message.mode:
+            case "abort":
+                self.abort_all(list(self.requests.values()), now)
+            case "retract":
+                for request in list(self.requests.values()):
+                    self.fail(request, "paused", "the decode node is paused", retriable=True)
+                    self.drop_room(request, now)
+            case "in_place":
+                pass
+            case _:
+                assert_never(message.mode)
+        self.send(link, CallReply(call_id=message.call_id, success=True, message="paused"))
+
+    def move_deadlines(self, by_s: float) -> None:
+        if by_s:
+            self.rooms.extend_deadlines(by_s)
+            for request in self.requests.values():
+                request.deadline_s += by_s
 
     def drop_gone_clients(self, now: float) -> None:
         for client in sorted(self.gone_clients):
@@ -869,9 +934,16 @@ class DecodeScheduler:
         check_idle(self.allocator, [self.cache], states={"open": self.requests.keys()}, open_rooms=rooms)
         self.pages.check_promises([])
 
+    def answer(self, operated: OperationReply | None) -> None:
+        if operated is not None:
+            self.send(operated.link, operated.reply)
+
     def finish_job(self, job: JobResult, now: float) -> None:
         if job.name == MEMORY_JOB:
             self.reply(self.control.memory_done(job.error), now)
+            return
+        if (operated := self.operations.finish_job(job)) is not None:
+            self.answer(operated)
             return
         answer = self.weights.finish(job.value, job.error)
         if answer is not None:
@@ -893,6 +965,9 @@ class DecodeScheduler:
                 request.num_prefill_tokens - request.num_prefilled for request in (*waiting, *prefilling)
             ),
         )
+
+    def num_in_states(self) -> dict[str, int]:
+        return {state.value: len(self.in_state(state)) for state in RequestState}
 
     def observe(self) -> None:
         self.metrics.observe_pages(self.allocator.counts())

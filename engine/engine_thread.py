@@ -21,6 +21,7 @@ import torch
 from ..runtime.errors import PdserveError
 from .forward_batch import ForwardBatch, ForwardOutput
 from .model_runner import ModelRunner
+from .step_profiler import StepProfiler
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,14 @@ class EngineThread:
         num_threads: int,
         name: str = "engine",
         share: Callable[[ForwardBatch], None] | None = None,
+        profiler: StepProfiler | None = None,
     ) -> None:
-        """`share` gives every batch to the other ranks, in the order of submission."""
+        """`share` gives every batch to the other ranks, in the order of submission. `profiler` belongs to the
+        thread: start and stop it in jobs."""
         self._runner = runner
         self._share = share
+        self._profiler = profiler or StepProfiler(name)
+        self.forward_sleep_s = 0.0  # before each forward. Written by the loop, read by the thread
         self._num_threads = num_threads
         self._work: SimpleQueue[ForwardBatch | _Job | None] = SimpleQueue()
         self._finished: deque[Finished | _Failure] = deque()
@@ -162,8 +167,12 @@ class EngineThread:
     def _do(self, work: ForwardBatch | _Job) -> Finished:
         started = time.monotonic()
         if isinstance(work, ForwardBatch):
-            self.progress = Progress(work.step, "forward", started, self._times.expected_s(work))
-            output = self._runner.forward(work)
+            sleep_s = self.forward_sleep_s
+            self.progress = Progress(work.step, "forward", started, sleep_s + self._times.expected_s(work))
+            if sleep_s:
+                time.sleep(sleep_s)
+            with self._profiler.step(work):
+                output = self._runner.forward(work)
             self._times.measured(work, output.finished - output.started)
             return output
         self.progress = Progress(None, work.name, started, work.expected_s)

@@ -31,9 +31,26 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
 
 
 class MalformedMessage(msgspec.Struct, frozen=True):
-    """Stands for a frame that is not a message of this receiver; logged and dropped."""
+    """Stands for a frame that is not a message of this receiver. `call_id`: of one that asks for a reply."""
 
     error: str
+    tag: str = ""
+    call_id: int | None = None
+
+
+class _Head(msgspec.Struct):
+    """What can be told of a message that this receiver does not know."""
+
+    type: str = ""
+    call_id: int | None = None
+
+
+def _malformed(payload: bytes, error: msgspec.DecodeError) -> MalformedMessage:
+    try:
+        head = msgspec.msgpack.decode(payload, type=_Head)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        head = _Head()
+    return MalformedMessage(str(error), head.type, head.call_id)
 
 
 class ServerChannel(Generic[T]):
@@ -65,7 +82,7 @@ class ServerChannel(Generic[T]):
             try:
                 yield link, self._codec.decode(payload)
             except msgspec.DecodeError as error:
-                yield link, MalformedMessage(str(error))
+                yield link, _malformed(payload, error)
 
     def send(self, link: bytes, message: msgspec.Struct) -> bool:
         """False when the client is gone."""
@@ -116,7 +133,7 @@ class ClientChannel(Generic[T]):
             try:
                 yield self._codec.decode(payload)
             except msgspec.DecodeError as error:
-                yield MalformedMessage(str(error))
+                yield _malformed(payload, error)
 
     def _read_monitor(self) -> None:
         while self.monitor.poll(0):

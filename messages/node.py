@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from .kv_layout import KVLayout
+from .operation import InternalStateReply, NodeOperation, ProfileReply
 from .sampling import SamplingParams, TokenLogprob
 from .timeline import Span
 from .weights import (
@@ -204,6 +205,7 @@ ClientToNode: TypeAlias = (
     | GetServerInfo
     | GetMetrics
     | GetRequestState
+    | NodeOperation
 )
 
 
@@ -248,7 +250,9 @@ FailureCode: TypeAlias = Literal[
     "peer_lost",
     "transfer_failed",
     "not_ready",  # the pair is not connected: costs no attempt
+    "paused",  # an operator stopped all work: costs no attempt
     "retracted",  # decode had too few pages for all that ran: costs no attempt
+    "aborted",  # an operator's wish, told to the prefill node; not retriable
     "deadline",
     "shutting_down",
     "invalid",  # the request itself can never be served; not retriable
@@ -330,4 +334,6 @@ NodeToClient: TypeAlias = (
     | RequestStateReply
     | WeightsReply
     | WeightChecksReply
+    | InternalStateReply
+    | ProfileReply
 )

@@ -13,6 +13,7 @@ from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
 from ..components.memory_occupation import MemoryOccupation
 from ..components.node_control import NodeControl
+from ..components.node_operations import NodeOperations
 from ..components.node_process import run, start_node
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
@@ -26,7 +27,9 @@ from ..runtime.config import NodeConfig
 from ..runtime.process import available_memory_bytes
 from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
-from .scheduler import PrefillLimits, PrefillScheduler, ToPrefill
+from .limits import PrefillLimits
+from .scheduler import PrefillScheduler, ToPrefill
+from .settings import prefill_settings
 
 # The kernel kills further ranks once the first one, whose ports peers look at, is gone: until then they may
 # write.
@@ -63,6 +66,12 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         metrics=node.metrics,
         drop_cache=lambda: cache is None or cache.reset(),
     )
+    limits = PrefillLimits(
+        max_batch_tokens=config.chunked_prefill_size,
+        max_batch_rows=config.max_running_requests,
+        max_waiting=config.max_queued_prefills,
+        overlaps_transfer=not config.disable_transfer_overlap,
+    )
     scheduler = PrefillScheduler(
         receiver=RequestReceiver(server),
         send=server.send,
@@ -80,6 +89,9 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         side_jobs=node.jobs,
         build=node.build,
         control=control,
+        operations=NodeOperations(
+            settings=prefill_settings(limits), engine=node.engine, step_profiler=node.profiler
+        ),
         weights=weights,
         swap=node.swap,
         status=node.status,
@@ -88,12 +100,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
             page_size=config.page_size, max_running_requests=config.max_running_requests
         ),
         metrics=node.metrics,
-        limits=PrefillLimits(
-            max_batch_tokens=config.chunked_prefill_size,
-            max_batch_rows=config.max_running_requests,
-            max_waiting=config.max_queued_prefills,
-            overlaps_transfer=not config.disable_transfer_overlap,
-        ),
+        limits=limits,
         unix_minus_monotonic_s=node.unix_minus_monotonic_s,
         clock=time.monotonic,
     )

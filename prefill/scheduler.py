@@ -18,7 +18,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
 import msgspec
@@ -29,6 +28,7 @@ from ..components.loaded_model import LoadedModel
 from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter
 from ..components.node_control import ControlResult, NodeControl
+from ..components.node_operations import NodeOperations, OperationReply
 from ..components.node_status import NodeStatus
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
@@ -55,6 +55,17 @@ from ..messages.node import (
     RequestStateReply,
     ResendFrom,
     Roster,
+)
+from ..messages.operation import (
+    ConfigureLogging,
+    ContinueGeneration,
+    FreezeGc,
+    GetInternalState,
+    PauseGeneration,
+    SetInternalState,
+    SlowDown,
+    StartProfile,
+    StopProfile,
 )
 from ..messages.peer import (
     AbortRoom,
@@ -84,6 +95,7 @@ from ..messages.weights import (
     ResumeMemory,
     StageWeights,
 )
+from ..runtime.pause_gate import PauseGate
 from ..transfer.actions import (
     AdmitRoom,
     CancelWrites,
@@ -100,6 +112,7 @@ from ..transfer.prefill_rooms import PrefillRooms
 from .batching import next_chunks
 from .job import JobState, PrefillJob
 from .last_chunk import LastChunk
+from .limits import PrefillLimits
 
 ToPrefill: TypeAlias = ClientToNode | PeerToPrefill
 _log = logging.getLogger(__name__)
@@ -109,14 +122,6 @@ _log = logging.getLogger(__name__)
 _MAX_FORWARDS = 2
 _STUCK_S = 1.0
 _LOADING_S = 120.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrefillLimits:
-    max_batch_tokens: int
-    max_batch_rows: int
-    max_waiting: int
-    overlaps_transfer: bool = True  # a chunk's pages travel while the next one computes
 
 
 class PrefillScheduler:
@@ -136,6 +141,7 @@ class PrefillScheduler:
         side_jobs: JobThread,
         build: Callable[[ScheduleBatch], ForwardBatch],
         control: NodeControl[LoadedModel],
+        operations: NodeOperations,
         weights: WeightUpdater[LoadedModel],
         swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
         status: NodeStatus,
@@ -157,6 +163,7 @@ class PrefillScheduler:
         self.side_jobs = side_jobs
         self.build = build
         self.control = control
+        self.operations = operations
         self.weights = weights
         self.swap = swap
         self.status = status
@@ -169,11 +176,13 @@ class PrefillScheduler:
         self.jobs: dict[RoomId, PrefillJob] = {}  # every job, in order of arrival
         self.forwards: deque[list[tuple[PrefillJob, ScheduledRow]]] = deque()  # on the engine thread
         self.idle_check = IdleCheck()
+        self.gate = PauseGate()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
 
     def step(self, now: float) -> None:
+        self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
             self.handle(link, message, now)
         for mover in self.movers:
@@ -192,8 +201,9 @@ class PrefillScheduler:
             self.finish_job(job, now)
             self.act(self.rooms.announce_busy(now, now), now)
         self.act(self.rooms.tick(now), now)
-        self.admit_waiting(now)
-        self.launch_forwards(now)
+        if not self.gate.is_paused:
+            self.admit_waiting(now)
+            self.launch_forwards(now)
         self.reply(self.control.poll(now, idle=self.is_idle, is_drained=True), now)
         if self.idle_check.is_due(now, idle=self.is_idle):
             self.check_invariants()
@@ -248,14 +258,31 @@ class PrefillScheduler:
                 self.reply(
                     self.control.handle(link, message, now, load=self.load(now), idle=self.is_idle), now
                 )
+            case (
+                GetInternalState()
+                | SetInternalState()
+                | ConfigureLogging()
+                | SlowDown()
+                | FreezeGc()
+                | StartProfile()
+                | StopProfile()
+            ):
+                operated = self.operations.handle(
+                    link, message, requests=self.num_in_states(), pause=self.gate.mode
+                )
+                self.answer(operated)
+            case PauseGeneration():
+                self.pause(link, message, now)
+            case ContinueGeneration():
+                text = "continued" if self.gate.resume() else "it was not paused"
+                self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case AssertPeerDeath():
                 text = "a prefill node holds nothing for fear of its peers"
                 self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case AbortRequests():
-                # Decode leads: it aborts the rooms of what it is told to abort.
-                self.send(link, CallReply(call_id=message.call_id, success=True))
+                self.abort(link, message, now)
             case Roster():  # decode nodes connect to us, not the other way round
                 self.control.heard(message)
             case GenerateRequest() | CancelRequest() | ResendFrom():
@@ -476,14 +503,55 @@ class PrefillScheduler:
         for link, message in result.replies:
             self.send(link, message)
 
+    def abort(self, link: bytes, message: AbortRequests, now: float) -> None:
+        """Their rooms end; decode, which leads, ends the requests."""
+        num_aborted = self.abort_jobs("" if message.all_requests else message.request_id, now)
+        text = f"{num_aborted} requests aborted"
+        self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+
+    def abort_jobs(self, request_id: str, now: float) -> int:
+        """Of one request, or all without an id."""
+        aborted = [
+            job
+            for job in self.jobs.values()
+            if not job.is_over and (not request_id or job.message.request_id == request_id)
+        ]
+        for job in aborted:
+            self.act(self.rooms.fail_room(job.room, "aborted", "aborted on prefill", retriable=False), now)
+        return len(aborted)
+
+    def pause(self, link: bytes, message: PauseGeneration, now: float) -> None:
+        self.gate.pause(message.mode, now)
+        match message.mode:
+            case "abort":
+                self.abort_jobs("", now)
+            case "retract":
+                self.act(self.rooms.fail_all("paused", "the prefill node is paused"), now)
+            case "in_place":
+                pass
+            case _:
+                assert_never(message.mode)
+        self.send(link, CallReply(call_id=message.call_id, success=True, message="paused"))
+
+    def move_deadlines(self, by_s: float) -> None:
+        if by_s:
+            self.rooms.extend_deadlines(by_s)
+
     def check_invariants(self) -> None:
         """Idle: nothing may be held but the cache. A violation ends the process, loudly: it is a bug."""
         caches = [] if self.cache is None else [self.cache]
         check_idle(self.allocator, caches, states={"open": self.jobs.keys()})
 
+    def answer(self, operated: OperationReply | None) -> None:
+        if operated is not None:
+            self.send(operated.link, operated.reply)
+
     def finish_job(self, job: JobResult, now: float) -> None:
         if job.name == MEMORY_JOB:
             self.reply(self.control.memory_done(job.error), now)
+            return
+        if (operated := self.operations.finish_job(job)) is not None:
+            self.answer(operated)
             return
         answer = self.weights.finish(job.value, job.error)
         if answer is not None:
@@ -503,6 +571,10 @@ class PrefillScheduler:
             num_queued_tokens=sum(job.num_tokens - job.num_computed for job in jobs),
             peers=self.rooms.traffic(now),
         )
+
+    def num_in_states(self) -> dict[str, int]:
+        states = [job.state for job in self.jobs.values()]
+        return {state.value: states.count(state) for state in JobState}
 
     def observe(self) -> None:
         self.metrics.observe_pages(self.allocator.counts())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..runtime.errors import RequestError
 from .pairing import Pair
@@ -39,6 +40,7 @@ class AdmissionQueue:
         self._last_taken_at = float("-inf")
         self._held = False
         self._holds_all = False
+        self._pause: Literal["", "new", "all"] = ""
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -56,7 +58,8 @@ class AdmissionQueue:
 
     @property
     def holds_all(self) -> bool:
-        return self._holds_all
+        """Nothing goes, retries included."""
+        return self._holds_all or self._pause == "all"
 
     def hold(self, *, all_tickets: bool = False) -> None:
         """New requests wait; those that were dispatched before still go, so that running ones drain. With
@@ -69,6 +72,16 @@ class AdmissionQueue:
 
     def release(self) -> None:
         self._held = self._holds_all = False
+
+    def pause(self, *, new_only: bool = False) -> None:
+        """Nothing goes, retries included, or with `new_only` no new request. Apart from holds: a weight
+        update in a pause ends its hold and not the pause."""
+        self._pause = "new" if new_only else "all"
+        for ticket in self._tickets:
+            ticket.unpaired_since = None
+
+    def resume(self) -> None:
+        self._pause = ""
 
     def offer(self, request_id: str, choices: tuple[int, ...], priority: int, now: float) -> Ticket:
         """A new request. Raises RequestError 429 when the queue is full."""
@@ -123,8 +136,13 @@ class AdmissionQueue:
     def due(self, now: float) -> Iterator[Ticket]:
         """Tickets that may go now, first the one that goes first. The queue may change meanwhile."""
         for ticket in tuple(self._tickets):
-            if ticket.not_before <= now and not (self._holds_all or (self._held and ticket.is_new)):
+            if ticket.not_before <= now and self._may_go(ticket):
                 yield ticket
+
+    def _may_go(self, ticket: Ticket) -> bool:
+        if ticket.is_new:
+            return not self._held and not self._pause
+        return not self.holds_all
 
     def is_overdue(self, ticket: Ticket, now: float) -> bool:
         """The gates are hints: when nothing has gone for a while, the first in the queue passes them."""

@@ -22,7 +22,9 @@ from .ledger import Attempt
 from .pairing import Chosen, Pair
 from .prefix_index import page_hashes
 
-COST_NO_ATTEMPT: frozenset[FailureCode] = frozenset({"busy", "version_skew", "not_ready", "retracted"})
+COST_NO_ATTEMPT: frozenset[FailureCode] = frozenset(
+    {"busy", "version_skew", "not_ready", "retracted", "paused"}
+)
 
 
 @dataclass(slots=True)
@@ -294,7 +296,7 @@ class RequestRecord:
             )
         groups = [[choice] for choice in idle] if self.has_tokens else [idle] if idle else []
         # What was retracted finds its prefix where it was; elsewhere it goes only when there is more room.
-        avoided = () if failure.code == "retracted" else (pair,)
+        avoided = () if failure.code in ("retracted", "paused") else (pair,)
         return AttemptEnded(closed, [_retry(group, avoided) for group in groups])
 
     def _close_if_complete(self, choice: ChoiceState) -> ChoiceDelta | None:

@@ -14,6 +14,7 @@ import zmq.asyncio
 
 from ..api.node_client import NodeClient, NodeUnavailableError, StreamMessage
 from ..messages.node import CallReply, ClientToNode, NodeEntry, Pong, RequestStateReply, ServerInfoReply
+from ..messages.operation import ClusterOperation, InternalState, ProfileReply
 from ..messages.weights import MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightSource, WeightsReply
 
 
@@ -40,6 +41,11 @@ class NodeLink(Protocol):
     async def stage_weights(
         self, update_id: str, offset: int, data: bytes, timeout_s: float
     ) -> CallReply: ...
+    async def operate(self, operation: ClusterOperation, timeout_s: float) -> CallReply: ...
+
+    async def internal_state(self, timeout_s: float) -> InternalState: ...
+
+    async def stop_profile(self, timeout_s: float) -> ProfileReply: ...
 
     async def prepare_weights(
         self,

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from ..api.app import build_router_app
 from ..api.generation import ModelCard
 from ..api.in_flight import InFlightRequests
+from ..api.request_log import RequestLog
 from ..api.server import serve
 from ..api.timelines import Timelines
 from ..api.tokenization import Tokenizer
@@ -23,7 +24,7 @@ from ..engine.model_config import ModelConfig
 from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
-from ..runtime.listen import http_url
+from ..runtime.listen import http_url, is_loopback
 from .links import HttpEntryLookup, ZmqConnector
 from .options import RouterOptions
 from .service import RouterService
@@ -68,7 +69,7 @@ async def _serve(
         ),
         model=card,
         connect=ZmqConnector(context),
-        lookup=HttpEntryLookup(config.api_key[0] if config.api_key else ""),
+        lookup=HttpEntryLookup(config.keys.first),
         static_urls=(*config.prefill, *config.decode),
         metrics_registry=registry,
         clock=clock.now,
@@ -81,10 +82,13 @@ async def _serve(
         generation_defaults=defaults,
         generator=service,
         admin=service,
+        operator=service.operator,
+        request_log=RequestLog(is_on=config.log_requests, level=config.log_requests_level),
         registry=registry,
         in_flight=in_flight,
         timelines=Timelines(clock, registry, card.name, exporter.export if exporter else None),
-        api_keys=config.api_key,
+        keys=config.keys,
+        is_loopback=is_loopback(listener),
     )
     await service.start()
     _log.info("%s serves %s", http_url(config.host, listener), card.name)

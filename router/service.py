@@ -38,6 +38,7 @@ from ..messages.node import (
     TokenOutput,
     TokenOutputs,
 )
+from ..messages.operation import ContinueGeneration, PauseGeneration
 from ..messages.timeline import SpanClock
 from ..messages.weights import (
     FromDisk,
@@ -49,6 +50,7 @@ from ..messages.weights import (
     WeightsReply,
 )
 from ..runtime.errors import RequestError
+from ..runtime.pause_gate import PauseGate, PauseMode
 from ..runtime.peer_clock import PeerClocks
 from .admission import AdmissionQueue, Ticket
 from .attempts import COST_NO_ATTEMPT, RequestRecord, Retry
@@ -57,6 +59,7 @@ from .generation import RoutedGeneration
 from .ledger import Attempt, Ledger
 from .links import Connector, EntryLookup, NodeLink
 from .metrics import RouterCollector, RouterCounters, RouterGauges
+from .operator import ClusterOperator
 from .options import RouterOptions
 from .pairing import (
     Chosen,
@@ -112,12 +115,14 @@ class RouterService:
             handler=self,
         )
         self._nodes = self._cluster.registry
+        self.operator = ClusterOperator(self._cluster, self._node_clocks.lead_s)
         self._queue = AdmissionQueue(max_new=options.max_queued_requests, patience_s=options.gate_patience_s)
         self._ledger = Ledger()
         self._prefixes = PrefixIndex()
         self._generations: dict[str, RoutedGeneration] = {}
         self._attempt_numbers = itertools.count(1)  # one row for all requests: none is used twice
         self._draining = False
+        self._pause = PauseGate()
         self._weights = WeightUpdates(
             options,
             registry=self._nodes,
@@ -168,9 +173,16 @@ class RouterService:
         self._last_tick_at = now
         if late_s > STALL_S:
             self._nodes.excuse(late_s, now)
+        self._move_deadlines(now)
         self._cluster.tick(now, expire=not self._weights.is_rolling_out)
         self._expire_requests(now)
         self._dispatch(now)
+
+    def _move_deadlines(self, now: float) -> None:
+        """None runs out while nothing is computed on purpose."""
+        if stood_s := self._pause.stood_still_s(now):
+            for generation in self._generations.values():
+                generation.record.deadline += stood_s
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         deadline = self._clock() + timeout_s
@@ -635,6 +647,32 @@ class RouterService:
             return AdminReply(True, f"{len(aborted)} requests of this router aborted")
         return AdminReply(True, f"no request {request_id!r} is known")
 
+    async def pause_generation(self, mode: PauseMode, *, drains: bool) -> AdminReply:
+        """On all nodes, and nothing is dispatched, until `continue_generation`. `drains`: running requests
+        end before, and only new ones wait."""
+        if self._weights.is_running():
+            return AdminReply(False, "a weight update is running, which needs the nodes at work")
+        if drains:
+            self._queue.pause(new_only=True)
+            if not await self._until(lambda: self.num_running == 0, self._options.weight_drain_s):
+                self._queue.resume()
+                return AdminReply(False, f"{self.num_running} requests were still running; not paused")
+        self._queue.pause()
+        self._pause.pause(mode, self._clock())
+        if mode == "abort":
+            await self.abort_requests("", True)
+        return await self.operator.operate(PauseGeneration(mode=mode))
+
+    async def continue_generation(self) -> AdminReply:
+        """The nodes first, so that what is dispatched then finds none paused."""
+        reply = await self.operator.operate(ContinueGeneration())
+        now = self._clock()
+        self._move_deadlines(now)
+        self._pause.resume()
+        self._queue.resume()
+        self._dispatch(now)
+        return reply
+
     async def assert_peer_death(self, incarnation: str) -> AdminReply:
         """All decode nodes must have heard it, but one that is silent: it may still find out by itself."""
         node = self._nodes.get(incarnation)
@@ -702,7 +740,11 @@ class RouterService:
         self._queue.hold(all_tickets=mode == "retract")
         match mode:
             case "wait":
-                pass
+                # What a pause has retracted goes on with whatever weights there are when it ends.
+                if self._queue.holds_all:
+                    for generation in self._generations.values():
+                        if not generation.record.live_attempts():
+                            generation.record.continue_with_other_weights()
             case "abort":
                 for generation in list(self._generations.values()):
                     if generation.dispatched.done():  # one that waits has not begun: new weights may serve it
@@ -816,6 +858,7 @@ class RouterService:
             "router": {
                 "router_id": self.router_id,
                 **asdict(self._options),
+                "pause": self._pause.mode,
                 "num_queued": len(self._queue),
                 "num_running": self.num_running,
             },

@@ -82,7 +82,7 @@ class WeightUpdates:
 
     async def update(self, source: WeightSource, weight_version: str, mode: UpdateMode) -> AdminReply:
         """From what every node can reach by itself."""
-        if self._is_running():
+        if self.is_running():
             return _ANOTHER
         return await self._run(_Update(uuid.uuid4().hex, source, weight_version, mode, self._links()))
 
@@ -90,7 +90,7 @@ class WeightUpdates:
         self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
     ) -> AdminReply:
         """From the bytes of a safetensors file, which are passed on as they come."""
-        if self._is_running():
+        if self.is_running():
             return _ANOTHER
         update_id, links = uuid.uuid4().hex, self._links()
         offset, reasons = 0, self._why_not(links)
@@ -108,7 +108,7 @@ class WeightUpdates:
         if reasons:
             await discard_all(links, update_id)
             return AdminReply(False, f"the old weights serve on; {reasons}")
-        if self._is_running():  # it has begun while this body came, and wins
+        if self.is_running():  # it has begun while this body came, and wins
             await discard_all(links, update_id)
             return _ANOTHER
         source = FromTensors(num_bytes=offset)
@@ -175,7 +175,7 @@ class WeightUpdates:
     async def release_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
         """On all nodes or on none. Running requests end first, and new ones wait until all is resumed."""
         links = self._links()
-        if self._is_running():
+        if self.is_running():
             return _ANOTHER
         if reason := self._why_not(links):
             return AdminReply(False, reason)
@@ -217,7 +217,7 @@ class WeightUpdates:
 
     # ---- inside -------------------------------------------------------------------------------------
 
-    def _is_running(self) -> bool:
+    def is_running(self) -> bool:
         return self._update is not None and not self._update.done()
 
     async def _run(self, update: _Update) -> AdminReply:

@@ -18,7 +18,7 @@ import yaml
 
 from .errors import StartupError
 from .logs import LEVELS
-from .process import usable_cores
+from .process import AccessKeys, usable_cores
 
 VerifyPages: TypeAlias = Literal["off", "sample", "all"]
 ProcessRole: TypeAlias = Literal["up", "router", "prefill", "decode"]
@@ -64,6 +64,8 @@ FLAGS: tuple[Flag, ...] = (
          help="address that peers reach this node by (default: --host, or this host's own)"),
     Flag(names=("--api-key",), roles=_ALL, repeatable=True, default=(),
          help="accepted bearer token; repeatable (default: none, everyone may ask)"),
+    Flag(names=("--admin-api-key",), roles=_ALL, default="",
+         help="the only bearer token for the admin routes; without one they are served on loopback alone"),
     Flag(names=("--dtype",), roles=_NODES, default="auto",
          choices=("auto", "float32", "bfloat16", "float16"),
          help="of weights and KV cache; auto: the checkpoint's, or float32 where the processor lacks it"),
@@ -128,6 +130,10 @@ FLAGS: tuple[Flag, ...] = (
          help="seconds that running requests get after SIGTERM"),
     Flag(names=("--otlp-traces-endpoint",), roles=_ROUTER, default="",
          help="URL that traces are sent to by OTLP/HTTP, such as http://host:4318/v1/traces"),
+    Flag(names=("--log-requests", "--enable-log-requests"), roles=_ROUTER, kind=bool, default=False,
+         help="a line in the log when a request comes and when it ends"),
+    Flag(names=("--log-requests-level",), roles=_ROUTER, kind=int, default=2,
+         help="0: sizes, 1: sampling too, 2: the first token ids too, 3: all of them"),
     Flag(names=("--num-prefill",), roles=_UP, kind=int, default=1, help="prefill nodes to start"),
     Flag(names=("--num-decode",), roles=_UP, kind=int, default=1, help="decode nodes to start"),
     Flag(names=("--log-level",), roles=_ALL, default="info", choices=LEVELS, help="of messages shown"),
@@ -144,6 +150,7 @@ class RouterConfig:
     host: str
     port: int
     api_key: tuple[str, ...]
+    admin_api_key: str
     max_model_len: int | None
     prefill: tuple[str, ...]
     decode: tuple[str, ...]
@@ -152,8 +159,14 @@ class RouterConfig:
     max_queued_requests: int
     drain_timeout: float
     otlp_traces_endpoint: str
+    log_requests: bool
+    log_requests_level: int
     log_level: str
     log_format: str
+
+    @property
+    def keys(self) -> AccessKeys:
+        return AccessKeys(self.api_key, self.admin_api_key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +180,7 @@ class NodeConfig:
     port: int
     advertise_host: str
     api_key: tuple[str, ...]
+    admin_api_key: str
     dtype: str
     deterministic: bool
     max_model_len: int | None
@@ -192,6 +206,10 @@ class NodeConfig:
     schedule_conservativeness: float = 1.0  # decode only
     verify_pages: VerifyPages = "off"  # decode only
     poison_reserved_pages: bool = False  # decode only
+
+    @property
+    def keys(self) -> AccessKeys:
+        return AccessKeys(self.api_key, self.admin_api_key)
 
 
 def add_flags(parser: argparse.ArgumentParser, roles: frozenset[str]) -> None:
@@ -316,19 +334,27 @@ def _check(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not 0 < value < math.inf:
             raise StartupError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+    if not 0 <= (values.get("log_requests_level") or 0) <= 3:
+        raise StartupError(f"--log-requests-level {values['log_requests_level']}: 0 to 3 is expected")
     if values.get("host") == "":
         raise StartupError("--host is empty; give an address, such as 127.0.0.1 or 0.0.0.0")
     for key in values.get("api_key") or ():
         if not key:
             raise StartupError("--api-key is empty; give a token, or leave the flag out to let everyone ask")
-        if not _HEADER_SAFE.fullmatch(key):  # it is a secret: not shown
-            raise StartupError("--api-key: visible ASCII characters without spaces are expected")
+        _check_key("--api-key", key)
+    if key := values.get("admin_api_key"):
+        _check_key("--admin-api-key", key)
     if (port := values.get("port")) is not None and not 0 <= port <= 65535:
         raise StartupError(f"--port {port}: 0 to 65535 is expected")
     for name in ("router", "prefill", "decode"):
         for url in values.get(name) or ():
             if not str(url).startswith(("http://", "https://")):
                 raise StartupError(f"--{name} {url}: a URL is expected, such as http://127.0.0.1:8000")
+
+
+def _check_key(flag: str, key: str) -> None:
+    if not _HEADER_SAFE.fullmatch(key):  # it is a secret: not shown
+        raise StartupError(f"{flag}: visible ASCII characters without spaces are expected")
 
 
 def router_config(given: Mapping[str, Any]) -> RouterConfig:
@@ -363,6 +389,47 @@ def _filled(values: Mapping[str, Any], role: str, config_type: type) -> dict[str
     filled["served_model_name"] = values["served_model_name"] or path_as_given
     names = {field.name for field in fields(config_type)}
     return {name: value for name, value in filled.items() if name in names}
+
+
+def arguments_of(options: Mapping[str, Any], roles: frozenset[str]) -> list[str]:
+    """Command-line arguments from names and values: `{"num_decode": 2}` is `["--num-decode=2"]`.
+
+    Aliases count. Raises StartupError for a name that is no flag of `roles`, and for a value of another type
+    than the flag's.
+    """
+    by_name = {_key(name): flag for flag in FLAGS for name in flag.names if flag.roles & roles}
+    arguments: list[str] = []
+    for name, value in options.items():
+        flag = by_name.get(_key(name))
+        if flag is None:
+            raise StartupError(f"there is no option {name!r}; options are the flags of `pdserve up`")
+        if value is None:
+            continue
+        for item in value if flag.repeatable and isinstance(value, list | tuple) else (value,):
+            if not _is_of_kind(item, flag):
+                wanted = " | ".join(flag.choices) or flag.kind.__name__
+                raise StartupError(f"{name}={item!r}: {wanted} is expected")
+            arguments += _one_argument(flag, item)
+    return arguments
+
+
+def _key(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _is_of_kind(value: object, flag: Flag) -> bool:
+    if isinstance(value, bool) or flag.kind is bool:
+        return isinstance(value, bool) and flag.kind is bool
+    is_number = flag.kind is float and isinstance(value, int)
+    return (is_number or isinstance(value, flag.kind)) and (not flag.choices or value in flag.choices)
+
+
+def _one_argument(flag: Flag, value: object) -> list[str]:
+    if flag.kind is not bool:
+        return [f"{flag.names[0]}={value}"]
+    if value:
+        return [flag.names[0]]
+    return [flag.names[0].replace("--", "--no-", 1)] if len(flag.names) == 1 else []
 
 
 def forwarded_flags(given: Mapping[str, Any], role: ProcessRole, dropped: Sequence[str] = ()) -> list[str]:

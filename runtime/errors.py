@@ -1,8 +1,9 @@
-"""The three kinds of failure, and who catches each.
+"""The kinds of failure, and who catches each.
 
     PdserveError
     ├── RequestError      ends one request with a clear HTTP error        caught by the HTTP surface
     ├── TransferError     fails one room, retriably                       caught by the hand-off
+    ├── UnreachableError  a cluster does not answer, or no longer         caught by who uses `Engine`
     └── StartupError      one line that says what to mend, exit code 1    caught by the command line
 
 Anything else ends the process loudly, and the supervisor says why.
@@ -39,6 +40,10 @@ class RequestError(PdserveError):
 
 class TransferError(PdserveError):
     """One hand-off failed; the attempt may be made again."""
+
+
+class UnreachableError(PdserveError):
+    """The cluster that an `Engine` speaks to has ended, was shut down, or cannot be reached."""
 
 
 class StartupError(PdserveError):

@@ -6,6 +6,7 @@ So the parent knows the port before the child has imported its modules, and nobo
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import socket
 
@@ -44,6 +45,11 @@ def bind_http(host: str, port: int) -> socket.socket:
 def inherit_http(fd: int) -> socket.socket:
     """The socket that the parent bound and passed on as file descriptor `fd`."""
     return socket.socket(fileno=fd)
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this host can reach it."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def http_url(host: str, listener: socket.socket) -> str:

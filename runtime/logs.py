@@ -41,4 +41,13 @@ def configure_logging(process: str, level: str, log_format: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """The level of our own messages that are shown from now on: one of LEVELS."""
     logging.getLogger("pdserve").setLevel(level.upper())
+
+
+def log_level() -> str:
+    return logging.getLevelName(logging.getLogger("pdserve").getEffectiveLevel()).lower()

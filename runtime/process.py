@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,24 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_API_KEYS_VARIABLE = "PDSERVE_API_KEYS"
+_MAX_LAST_WORDS_BYTES = 4096
+_KEYS_VARIABLE = "PDSERVE_KEYS"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AccessKeys:
+    """Who may ask over HTTP: bearer tokens for everything but the admin routes, and the one for those too."""
+
+    api: tuple[str, ...] = ()
+    admin: str = ""
+
+    @property
+    def first(self) -> str:
+        """What a process of ours shows to another one for ordinary routes; empty if none is needed."""
+        return self.api[0] if self.api else ""
+
+
+NO_KEYS = AccessKeys()
 
 
 def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGTERM) -> None:
@@ -49,25 +67,57 @@ def reap_orphans(own: Collection[int]) -> int:
 
 
 def spawn(
-    arguments: Sequence[str], pass_fds: Sequence[int] = (), api_keys: Sequence[str] = ()
+    arguments: Sequence[str],
+    pass_fds: Sequence[int] = (),
+    keys: AccessKeys = NO_KEYS,
+    *,
+    stdout: int | None = None,
+    stderr: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start `pdserve ARGUMENTS…` with this interpreter, in a process group of its own. It dies with us.
 
+    `stdout`, `stderr`: as `subprocess.Popen` takes them; ours where None.
+
     Own group: Ctrl-C reaches the parent alone, which then ends its children in order. `-P` keeps the
     working directory off the child's module path: a checkout of pdserve has folders named like packages.
-    API keys travel in the child's environment, because `ps` shows command lines to every user of the host.
+    Keys travel in the child's environment, because `ps` shows command lines to every user of the host.
     """
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "pdserve", *arguments, "--parent-pid", str(os.getpid())],
         process_group=0,
         pass_fds=pass_fds,
-        env={**os.environ, _API_KEYS_VARIABLE: json.dumps(list(api_keys))},
+        stdout=stdout,
+        stderr=stderr,
+        env={**os.environ, _KEYS_VARIABLE: json.dumps(asdict(keys))},
     )
 
 
-def handed_api_keys() -> tuple[str, ...]:
-    """The API keys that our parent gave to `spawn`; they are taken out of the environment."""
-    return tuple(json.loads(os.environ.pop(_API_KEYS_VARIABLE, "[]")))
+def handed_keys() -> AccessKeys:
+    """The keys that our parent gave to `spawn`; they are taken out of the environment."""
+    given = json.loads(os.environ.pop(_KEYS_VARIABLE, "{}"))
+    return AccessKeys(tuple(given.get("api", ())), given.get("admin", ""))
+
+
+class LastWords:
+    """A few bytes of memory in which a child leaves why it could not start. Close it when the child ended."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("last-words")
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the child, which must inherit `fd`."""
+        return ["--last-words-fd", str(self.fd)]
+
+    def read(self) -> str:
+        return os.pread(self.fd, _MAX_LAST_WORDS_BYTES, 0).decode(errors="replace")
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def leave_last_words(fd: int, reason: str) -> None:
+    os.pwrite(fd, reason.encode()[:_MAX_LAST_WORDS_BYTES], 0)
 
 
 def end(process: subprocess.Popen[Any], grace_s: float) -> None:

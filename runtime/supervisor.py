@@ -10,6 +10,7 @@ knows that nothing of that incarnation lives any more, and says so: the *obituar
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -21,7 +22,16 @@ from dataclasses import dataclass, field
 import psutil
 
 from .errors import StartupError
-from .process import adopt_orphans, obituary, reap_orphans, spawn, wait_or_kill
+from .process import (
+    NO_KEYS,
+    AccessKeys,
+    LastWords,
+    adopt_orphans,
+    obituary,
+    reap_orphans,
+    spawn,
+    wait_or_kill,
+)
 
 _log = logging.getLogger(__name__)
 _RESTART_AFTER_S = 1.0
@@ -40,8 +50,9 @@ class Child:
     arguments: Sequence[str]
     grace_s: float  # between SIGTERM and SIGKILL
     listener: socket.socket | None = None  # inherited; it outlives a child that is started again
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    keys: AccessKeys = NO_KEYS
     process: subprocess.Popen[bytes] | None = None
+    last_words: LastWords | None = None
     num_restarts: int = 0  # since it last ran steadily
     has_incarnation: bool = False  # a node, which is told at each start under which name it lives
     incarnation: str = ""
@@ -49,25 +60,50 @@ class Child:
     died_at: float = field(default=0.0)
 
     def start(self) -> None:
-        pass_fds = () if self.listener is None else (self.listener.fileno(),)
+        if self.last_words is not None:
+            self.last_words.close()
+        self.last_words = LastWords()
+        pass_fds = [self.last_words.fd] + ([] if self.listener is None else [self.listener.fileno()])
         arguments = list(self.arguments)
         if self.has_incarnation:
             self.incarnation = uuid.uuid4().hex
             arguments += ["--incarnation", self.incarnation]
-        self.process = spawn(arguments, pass_fds, self.api_keys)
+        arguments += self.last_words.arguments
+        self.process = spawn(arguments, pass_fds, self.keys)
         self.started_at = time.monotonic()
+
+    def close(self) -> None:
+        """Lets go of what outlives the process."""
+        if self.last_words is not None:
+            self.last_words.close()
+            self.last_words = None
+        if self.listener is not None:
+            self.listener.close()
+
+    @property
+    def reason(self) -> str:
+        """Its last words, for the end of a sentence about its end."""
+        words = self.last_words.read() if self.last_words is not None else ""
+        return f": {words}" if words else ""
 
 
 class Supervisor:
     """Starts children in order. The first one, the router, ends before the others are told to: what it has
-    accepted needs them. A second signal ends all at once.
+    accepted needs them. A second signal ends all at once. With `owner_pid`, our parent's, the end of that
+    process is a signal too. (The kernel's own notice comes when the *thread* that started us ends.)
 
     `on_reaped` gets each incarnation of which no process lives any more; it must not block.
     """
 
-    def __init__(self, children: Sequence[Child], on_reaped: Callable[[str], None] = _tell_nobody) -> None:
+    def __init__(
+        self,
+        children: Sequence[Child],
+        on_reaped: Callable[[str], None] = _tell_nobody,
+        owner_pid: int | None = None,
+    ) -> None:
         self._children = list(children)
         self._on_reaped = on_reaped
+        self._owner_pid = owner_pid
         self._dying: list[str] = []  # incarnations whose child has ended; others of their processes may live
         self._stopping = False
         self._strangers: frozenset[int] = frozenset()  # children that this process had before: not ours
@@ -87,8 +123,11 @@ class Supervisor:
             for child in children:
                 if child.process is not None:
                     wait_or_kill(child.process, child.grace_s)
-                if child.listener is not None:  # or the nodes, taking their leave, would wait for an answer
-                    child.listener.close()
+                child.close()  # or the nodes, taking their leave, would wait for the router's answer
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stopping or (self._owner_pid is not None and os.getppid() != self._owner_pid)
 
     def _on_signal(self, number: int, frame: object) -> None:
         del number, frame
@@ -103,25 +142,26 @@ class Supervisor:
                 child.process.terminate()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """True when `ready`; False when a signal asked to stop.
+        """True when `ready`; False when a signal asked to stop, or the owner is gone.
 
         Raises StartupError when a child ended first or the time is over.
         """
         deadline = time.monotonic() + timeout_s
-        while not self._stopping:
+        while not self._is_stopping:
             if ready():
                 return True
             for child in self._children:
                 if child.process is not None and child.process.poll() is not None:
-                    raise StartupError(f"{obituary(child.name, child.process)} before the cluster was ready")
+                    what = f"{obituary(child.name, child.process)} before the cluster was ready"
+                    raise StartupError(f"{what}{child.reason}")
             if time.monotonic() > deadline:
                 raise StartupError(f"the cluster was not ready within {timeout_s:.0f} s; see the log above")
             time.sleep(_POLL_S)
         return False
 
     def run(self) -> int:
-        """Until SIGTERM or SIGINT. Exit code 1 when a process kept dying."""
-        while not self._stopping:
+        """Until SIGTERM, SIGINT or the owner's end. Exit code 1 when a process kept dying."""
+        while not self._is_stopping:
             now = time.monotonic()
             for child in self._children:
                 if not self._keep_alive(child, now):

@@ -339,6 +339,11 @@ class DecodeRooms:
         )
         return room_id, [SendToPrefill(address, request)]
 
+    def extend_deadlines(self, by_s: float) -> None:
+        """The node stood still for so long on purpose."""
+        for room in self._rooms.values():
+            room.deadline += by_s
+
     def abort(self, room_id: RoomId, now: float) -> list[DecodeAction]:
         """The request needs this room no more. Its pages come back by PagesReleased, unless it is over."""
         room = self._rooms.get(room_id)

@@ -454,6 +454,11 @@ class PrefillRooms:
             return []
         return self._fail(room, code, reason, retriable=retriable)
 
+    def extend_deadlines(self, by_s: float) -> None:
+        """The node stood still for so long on purpose."""
+        for room in self._rooms.values():
+            room.deadline += by_s
+
     def fail_all(self, code: FailureCode, reason: str) -> list[PrefillAction]:
         open_rooms = [room for room in self._rooms.values() if not room.is_draining]
         return [action for room in open_rooms for action in self._fail(room, code, reason)]

@@ -60,6 +60,7 @@ class FakeEngine:
         self.allocator = allocator
         self.clock = clock
         self.weights = "weights-1"
+        self.forward_sleep_s = 0.0  # nothing sleeps on a logical clock
         self.queued: deque[ScheduleBatch | _Job] = deque()
         self.results: deque[ForwardOutput] = deque()
         self.jobs = FakeJobs(self._queue)
@@ -80,6 +81,9 @@ class FakeEngine:
             self._check_writable(row)
         self.batches.append(batch)
         self._queue(batch)
+
+    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
+        self.jobs.submit(name, run)
 
     def _queue(self, work: ScheduleBatch | _Job) -> None:
         self.queued.append(work)

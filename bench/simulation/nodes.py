@@ -12,11 +12,13 @@ import msgspec
 
 from ...components.flush_wrapper import FlushWrapper
 from ...components.invariant_checker import check_idle, check_pages, check_requests
+from ...components.live_settings import LiveSettings
 from ...components.load_inquirer import LoadInquirer
 from ...components.loaded_model import LoadedModel
 from ...components.memory_occupation import MemoryOccupation
 from ...components.metrics_reporter import MetricsReporter
 from ...components.node_control import NodeControl
+from ...components.node_operations import NodeOperations
 from ...components.node_status import NodeStatus, announce
 from ...components.output_streamer import OutputStreamer
 from ...components.page_allocator import PageAllocator
@@ -32,6 +34,7 @@ from ...decode.peer_links import LinkDown, PeerLinks
 from ...decode.request_pages import RequestPages
 from ...decode.scheduler import DecodeLimits, DecodeScheduler
 from ...decode.sequence import DecodeRequest, RequestState, Sequence
+from ...decode.settings import decode_settings
 from ...engine.engine_thread import EngineThread
 from ...engine.forward_batch import ForwardBatch
 from ...engine.job_thread import JobThread
@@ -41,7 +44,9 @@ from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
 from ...messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity, PeerToDecode, PeerToPrefill
 from ...messages.weights import JoinUpdateGroup, MemoryTag
 from ...prefill.job import JobState
-from ...prefill.scheduler import PrefillLimits, PrefillScheduler, ToPrefill
+from ...prefill.limits import PrefillLimits
+from ...prefill.scheduler import PrefillScheduler, ToPrefill
+from ...prefill.settings import prefill_settings
 from ...runtime.config import VerifyPages, node_config
 from ...runtime.errors import StartupError
 from ...transfer.backends.base import TransferBackend
@@ -49,7 +54,7 @@ from ...transfer.decode_rooms import DecodeRooms
 from ...transfer.page_digests import DigestWorker
 from ...transfer.prefill_rooms import PrefillRooms
 from .engine import FakeEngine
-from .side_work import FakeDeathProbe, FakeDigests
+from .side_work import FakeDeathProbe, FakeDigests, NoProfiler
 from .tokens import EOS, LAYOUT, PAGE_SIZE, VOCAB_SIZE, Pool
 
 INITIAL_VERSION = "default"
@@ -271,8 +276,9 @@ class _Base(Generic[T]):
         self.identity = announce(self.status, self.identity, is_released=is_released)
         return self.status.shown(self.identity)
 
-    def _common(self, drop_cache: Callable[[], bool]) -> dict[str, Any]:
+    def _common(self, drop_cache: Callable[[], bool], settings: LiveSettings) -> dict[str, Any]:
         return {
+            "operations": NodeOperations(settings=settings, engine=self.engine, step_profiler=NoProfiler()),
             "receiver": self.receiver,
             "send": self.server.send,
             "allocator": self.allocator,
@@ -319,18 +325,19 @@ class PrefillNode(_Base[ToPrefill]):
         )
         self.cache = PrefixCache(self.allocator, PAGE_SIZE) if settings.has_cache else None
         self.rooms = PrefillRooms(self.identity, settle_s=backend.settle_s)
+        limits = PrefillLimits(
+            max_batch_tokens=settings.chunk_tokens,
+            max_batch_rows=settings.max_rows,
+            max_waiting=settings.max_waiting,
+            overlaps_transfer=settings.overlaps_transfer,
+        )
         self.scheduler = PrefillScheduler(
-            **self._common(lambda: self.cache is None or self.cache.reset()),
+            **self._common(lambda: self.cache is None or self.cache.reset(), prefill_settings(limits)),
             rooms=self.rooms,
             movers=(backend,),
             cache=self.cache,
             layout=LAYOUT,
-            limits=PrefillLimits(
-                max_batch_tokens=settings.chunk_tokens,
-                max_batch_rows=settings.max_rows,
-                max_waiting=settings.max_waiting,
-                overlaps_transfer=settings.overlaps_transfer,
-            ),
+            limits=limits,
         )
 
     @property
@@ -400,16 +407,17 @@ class DecodeNode(_Base[ClientToNode]):
 
         self.streamer = OutputStreamer(send_output)
         self.death_probe = FakeDeathProbe()
+        local_prefill = LocalPrefillPolicy(
+            threshold=settings.local_prefill_threshold,
+            chunk_tokens=settings.local_prefill_chunk,
+            page_size=PAGE_SIZE,
+            page_bytes=LAYOUT.page_bytes,
+        )
         self.scheduler = DecodeScheduler(
-            **self._common(self.cache.reset),
+            **self._common(self.cache.reset, decode_settings(self.growth, local_prefill)),
             cache=self.cache,
             growth=self.growth,
-            local_prefill=LocalPrefillPolicy(
-                threshold=settings.local_prefill_threshold,
-                chunk_tokens=settings.local_prefill_chunk,
-                page_size=PAGE_SIZE,
-                page_bytes=LAYOUT.page_bytes,
-            ),
+            local_prefill=local_prefill,
             links=cast(PeerLinks, links),
             death_probe=cast(DeathProbe, self.death_probe),
             rooms=self.rooms,

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import msgspec
+
 from ...api.node_client import Call, NodeUnavailableError, Reply, StreamMessage
 from ...messages.node import (
     AbortRequests,
@@ -22,6 +24,14 @@ from ...messages.node import (
     RequestStateReply,
     ServerInfoReply,
     TokenOutputs,
+)
+from ...messages.operation import (
+    ClusterOperation,
+    GetInternalState,
+    InternalState,
+    InternalStateReply,
+    ProfileReply,
+    StopProfile,
 )
 from ...messages.weights import (
     LEASE_S,
@@ -91,6 +101,17 @@ class SimulatedLink:
             call_id=next(self._call_ids), request_id=request_id, all_requests=all_requests
         )
         return await self._call(message, CallReply, CONTROL_S)
+
+    async def operate(self, operation: ClusterOperation, timeout_s: float) -> CallReply:
+        message = msgspec.structs.replace(operation, call_id=next(self._call_ids))
+        return await self._call(message, CallReply, timeout_s)
+
+    async def internal_state(self, timeout_s: float) -> InternalState:
+        message = GetInternalState(call_id=next(self._call_ids))
+        return (await self._call(message, InternalStateReply, timeout_s)).state
+
+    async def stop_profile(self, timeout_s: float) -> ProfileReply:
+        return await self._call(StopProfile(call_id=next(self._call_ids)), ProfileReply, timeout_s)
 
     async def assert_peer_death(self, incarnation: str, timeout_s: float) -> CallReply:
         message = AssertPeerDeath(call_id=next(self._call_ids), incarnation=incarnation)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+from ...messages.operation import StartProfile
 from ...transfer.page_digests import Digests
 from .tokens import Pool
 
@@ -47,3 +49,13 @@ class FakeDigests:
             Digests(key, tuple(zlib.crc32(repr(self.pool.pages[page]).encode()) for page in pages))
             for key, pages in jobs
         ]
+
+
+class NoProfiler:
+    """In place of the engine's: there are no forwards to record."""
+
+    def start(self, plan: StartProfile) -> None:
+        del plan
+
+    def stop(self) -> tuple[Path, ...]:
+        return ()

@@ -213,8 +213,9 @@ def children(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Child]:
     """The processes that `up` would start."""
     started: list[Child] = []
 
-    def take(wanted: Sequence[Child], on_reaped: object) -> None:
+    def take(wanted: Sequence[Child], on_reaped: object, owner_pid: int | None) -> None:
         del on_reaped
+        assert owner_pid is None
         started.extend(wanted)
         raise NoChildrenError("taken")
 
@@ -256,8 +257,20 @@ def test_up_starts_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_children_get_api_keys_but_not_in_their_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     started = children(monkeypatch, "--api-key", "secret-1", "--api-key=secret-2")
-    assert [child.api_keys for child in started] == [("secret-1", "secret-2")] * 3
+    assert [child.keys.api for child in started] == [("secret-1", "secret-2")] * 3
     assert "secret" not in repr(started)
+
+
+@pytest.mark.parametrize(("host", "has_own"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_cluster_that_others_reach_has_an_admin_key(
+    host: str, has_own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = children(monkeypatch, "--host", host)
+    (admin,) = {child.keys.admin for child in started}
+    assert bool(admin) == has_own
+    given = children(monkeypatch, "--host", host, "--admin-api-key", "mine")
+    assert {child.keys.admin for child in given} == {"mine"}
+    assert "mine" not in repr(given)
 
 
 @pytest.mark.parametrize("command", ["router", "decode"])
@@ -274,12 +287,13 @@ def test_a_child_takes_the_api_keys_of_its_parent(command: str, monkeypatch: pyt
     monkeypatch.setattr(cli, "die_with_parent", lambda parent_pid, number: None)
     monkeypatch.setattr(cli, "_router", take_router)
     monkeypatch.setattr(cli, "_node", take_node)
-    monkeypatch.setenv("PDSERVE_API_KEYS", '["a", "b"]')
+    monkeypatch.setenv("PDSERVE_KEYS", '{"api": ["a", "b"], "admin": "c"}')
     assert cli.main([command]) == 0
     assert "api_key" not in taken[0], "somebody else's variable"
     assert cli.main([command, "--parent-pid", "77"]) == 0
     assert taken[1]["api_key"] == ("a", "b")
-    assert "PDSERVE_API_KEYS" not in os.environ
+    assert taken[1]["admin_api_key"] == "c"
+    assert "PDSERVE_KEYS" not in os.environ
 
 
 def test_a_colocated_cluster_has_no_prefill_node(monkeypatch: pytest.MonkeyPatch) -> None:

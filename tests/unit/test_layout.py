@@ -135,7 +135,7 @@ def test_what_the_base_install_serves_needs_no_torch() -> None:
     code = """if True:
         import importlib, pkgutil, sys
         import pdserve.cli, pdserve.doctor
-        for name in ("router", "bench", "api", "messages", "runtime"):
+        for name in ("client", "router", "bench", "api", "messages", "runtime"):
             package = importlib.import_module(f"pdserve.{name}")
             for module in pkgutil.walk_packages(package.__path__, f"pdserve.{name}."):
                 if not module.name.startswith("pdserve.bench.simulation"):  # it composes schedulers

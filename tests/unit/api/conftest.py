@@ -19,11 +19,13 @@ from tokenizers import Tokenizer as RustTokenizer
 from pdserve.api.app import build_router_app
 from pdserve.api.generation import ModelCard
 from pdserve.api.in_flight import InFlightRequests
+from pdserve.api.request_log import RequestLog
 from pdserve.api.server import serve
 from pdserve.api.timelines import Timeline, Timelines
 from pdserve.api.tokenization import Tokenizer
 from pdserve.api.validation import GenerationDefaults, Limits
 from pdserve.messages.timeline import SpanClock
+from pdserve.runtime.process import NO_KEYS, AccessKeys
 from pdserve.tests.unit.api.fakes import FakeAdmin, FakeGenerator
 
 CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -117,8 +119,13 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def api_keys() -> tuple[str, ...]:
-    return ()
+def keys() -> AccessKeys:
+    return NO_KEYS
+
+
+@pytest.fixture
+def is_loopback() -> bool:
+    return True
 
 
 @pytest.fixture
@@ -128,7 +135,7 @@ def limits() -> Limits:
 
 @pytest_asyncio.fixture
 async def api(
-    tokenizer: Tokenizer, card: ModelCard, api_keys: tuple[str, ...], limits: Limits
+    tokenizer: Tokenizer, card: ModelCard, keys: AccessKeys, is_loopback: bool, limits: Limits
 ) -> AsyncIterator[Api]:
     generator = FakeGenerator(tokenizer.encode(" quick brown fox jumps"))
     admin = FakeAdmin()
@@ -142,10 +149,13 @@ async def api(
         generation_defaults=GenerationDefaults(temperature=0.6, top_p=0.9),
         generator=generator,
         admin=admin,
+        operator=admin,
+        request_log=RequestLog(),
         registry=registry,
         in_flight=in_flight,
         timelines=Timelines(SpanClock.start(), registry, card.name, exported.append),
-        api_keys=api_keys,
+        keys=keys,
+        is_loopback=is_loopback,
         limits=limits,
     )
     listener = socket.create_server(("127.0.0.1", 0))

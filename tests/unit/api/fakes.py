@@ -15,7 +15,9 @@ from pdserve.api.generation import (
     UpdateMode,
     WorkerStatus,
 )
+from pdserve.api.operations import ProfileOutcome
 from pdserve.messages.node import NodeEntry, NodeLoad
+from pdserve.messages.operation import ClusterOperation
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import Span
 from pdserve.messages.weights import FromGroup, MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightsReply
@@ -217,6 +219,24 @@ class FakeAdmin:
     async def check_weights(self) -> dict[str, WeightChecksReply]:
         self.calls.append(("check weights",))
         return self.weight_checks
+
+    async def pause_generation(self, mode: str, *, drains: bool) -> AdminReply:
+        self.calls.append(("pause", mode, drains))
+        return self.reply
+
+    async def continue_generation(self) -> AdminReply:
+        self.calls.append(("continue",))
+        return self.reply
+
+    async def operate(self, operation: ClusterOperation) -> AdminReply:
+        self.calls.append(("operate", operation))
+        return self.reply
+
+    async def internal_state(self) -> dict[str, Any]:
+        return {"internal_states": [{"role": "prefill"}]}
+
+    async def stop_profile(self) -> ProfileOutcome:
+        return ProfileOutcome(success=self.reply.success, message=self.reply.message)
 
     async def request_state(self, request_id: str) -> dict[str, Any] | None:
         return self.states.get(request_id)

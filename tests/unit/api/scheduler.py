@@ -33,6 +33,20 @@ from pdserve.messages.node import (
     Roster,
     ServerInfoReply,
 )
+from pdserve.messages.operation import (
+    ConfigureLogging,
+    ContinueGeneration,
+    FreezeGc,
+    GetInternalState,
+    InternalState,
+    InternalStateReply,
+    PauseGeneration,
+    ProfileReply,
+    SetInternalState,
+    SlowDown,
+    StartProfile,
+    StopProfile,
+)
 from pdserve.messages.weights import (
     CheckWeights,
     CommitWeights,
@@ -48,6 +62,16 @@ from pdserve.messages.weights import (
     WeightsReply,
 )
 
+STATE = InternalState(
+    settings={"max_queued_prefills": 32},
+    requests={"waiting": 1},
+    pause="",
+    forward_sleep_s=0.0,
+    is_profiling=False,
+    log_level="info",
+    is_gc_frozen=False,
+    memory_rss_bytes=1000,
+)
 MODEL = ModelInfo(
     model_name="org/tiny",
     model_path="/models/tiny",
@@ -128,6 +152,10 @@ class FakeScheduler:
                     load=LOAD,
                     ranks=RANKS,
                 )
+            case GetInternalState(call_id=call_id):
+                return InternalStateReply(call_id=call_id, state=STATE)
+            case StopProfile(call_id=call_id):
+                return ProfileReply(call_id=call_id, success=True, traces=("/tmp/a.trace.json.gz",))
             case GetMetrics(call_id=call_id):
                 return MetricsReply(call_id=call_id, text="pd_x 1\n")
             case GetRequestState(call_id=call_id, request_id=request_id):
@@ -138,6 +166,13 @@ class FakeScheduler:
                 | AbortRequests()
                 | AssertPeerDeath()
                 | StageWeights()
+                | SetInternalState()
+                | ConfigureLogging()
+                | SlowDown()
+                | FreezeGc()
+                | StartProfile()
+                | PauseGeneration()
+                | ContinueGeneration()
                 | PrepareWeights()
                 | CommitWeights()
                 | DiscardWeights()

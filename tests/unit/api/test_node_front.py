@@ -17,6 +17,7 @@ from pdserve.messages.node import (
     AssertPeerDeath,
     FlushCache,
 )
+from pdserve.messages.operation import PauseGeneration, SlowDown
 from pdserve.messages.weights import CommitWeights, DiscardWeights, FromTensors, PrepareWeights, StageWeights
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.scheduler import FakeScheduler
@@ -167,6 +168,26 @@ async def test_flush(front: Front) -> None:
     assert await front.post("/flush_cache", {}) == (400, {"success": False, "message": "busy"})
     sent = [message for message in front.scheduler.received if isinstance(message, FlushCache)]
     assert [message.timeout_s for message in sent] == [1.0, 0.0]
+
+
+async def test_an_operator_asks_one_node(front: Front) -> None:
+    assert (await front.get("/get_internal_state"))[1]["settings"] == {"max_queued_prefills": 32}
+    assert (await front.post("/slow_down", {"forward_sleep_time": 1}))[0] == 200
+    sent = [message for message in front.scheduler.received if isinstance(message, SlowDown)]
+    assert [message.forward_sleep_s for message in sent] == [1.0]
+    front.scheduler.outcome = lambda _: (False, "a profile is running")
+    assert (await front.post("/start_profile", {}))[0] == 400
+    stopped = (await front.post("/stop_profile", {}))[1]
+    assert stopped["traces"] == {front.url: ["/tmp/a.trace.json.gz"]}
+
+
+async def test_one_node_is_paused(front: Front) -> None:
+    assert (await front.post("/pause_generation", {"mode": "keep"}))[0] == 200
+    assert (await front.post("/continue_generation", {}))[0] == 200
+    status, answer = await front.post("/pause_generation", {"mode": "wait"})
+    assert (status, "through the router" in answer["message"]) == (400, True)
+    sent = [message for message in front.scheduler.received if isinstance(message, PauseGeneration)]
+    assert [message.mode for message in sent] == ["in_place"]
 
 
 def weight_messages(front: Front) -> list[type]:

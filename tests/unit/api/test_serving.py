@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdserve.api.generation import ChoiceDelta, GenerateSpec
 from pdserve.runtime.errors import RequestError
+from pdserve.runtime.process import NO_KEYS, AccessKeys
 from pdserve.tests.unit.api.conftest import Api, chunks, eventually
 from pdserve.tests.unit.api.fakes import Step, one_by_one
 
@@ -235,7 +236,7 @@ async def test_draining_refuses_new_requests_and_ends_old_ones(api: Api) -> None
     assert await api.in_flight.wait_empty(5.0)
 
 
-@pytest.mark.parametrize("api_keys", [("k1", "k2")])
+@pytest.mark.parametrize("keys", [AccessKeys(("k1", "k2"))])
 async def test_api_keys(api: Api) -> None:
     for path in ("/health", "/ready", "/live", "/metrics", "/version", "/openapi.json"):
         async with api.http.get(api.url + path) as answer:
@@ -248,6 +249,37 @@ async def test_api_keys(api: Api) -> None:
         assert (await api.post("/v1/completions", body, authorization=header))[0] == 401
     for header in ("Bearer k1", "bearer k2"):
         assert (await api.post("/v1/completions", body, authorization=header))[0] == 200
+
+
+ADMIN_PATHS = ("/flush_cache", "/abort_request", "/assert_peer_death", "/update_weights_from_disk")
+
+
+async def codes_of(api: Api, paths: tuple[str, ...], **headers: str) -> set[str]:
+    answers = [(await api.post(path, {}, **headers))[1] for path in paths]
+    return {answer.get("error", {}).get("code", "served") for answer in answers}
+
+
+@pytest.mark.parametrize("keys", [AccessKeys(("k1",), "root"), AccessKeys((), "root")])
+@pytest.mark.parametrize("is_loopback", [True, False])
+async def test_the_admin_key_opens_everything_and_no_other_opens_admin_routes(
+    api: Api, keys: AccessKeys
+) -> None:
+    for header in ("", "Bearer k1", "Bearer roo", "Basic root"):
+        assert await codes_of(api, ADMIN_PATHS, authorization=header) == {"invalid_admin_api_key"}
+    assert "invalid_admin_api_key" not in await codes_of(api, ADMIN_PATHS, authorization="Bearer root")
+    assert api.admin.calls == [("flush", 0.0)], "the others want a body"
+    is_open = not keys.api
+    for header, expected in (("", is_open), ("Bearer k1", True), ("Bearer root", True)):
+        status, _ = await api.post("/v1/completions", {"prompt": "The"}, authorization=header)
+        assert (status == 200) == expected
+
+
+@pytest.mark.parametrize("keys", [AccessKeys(("k1",)), NO_KEYS])
+@pytest.mark.parametrize("is_loopback", [False])
+async def test_admin_routes_are_closed_to_others_without_an_admin_key(api: Api) -> None:
+    assert await codes_of(api, ADMIN_PATHS, authorization="Bearer k1") == {"admin_api_key_not_set"}
+    assert api.admin.calls == []
+    assert (await api.post("/v1/completions", {"prompt": "The"}, authorization="Bearer k1"))[0] == 200
 
 
 async def test_an_empty_bearer_is_fine_without_keys(api: Api) -> None:

@@ -48,13 +48,13 @@ def status() -> NodeStatus:
     return NodeStatus(ENTRY, MODEL, config, LAYOUT, "tcp", RANKS)
 
 
-def test_server_info_has_every_flag_but_the_secret(status: NodeStatus) -> None:
+def test_server_info_has_every_flag_but_the_secrets(status: NodeStatus) -> None:
     info = status.server_info(7, NodeLoad(num_running_reqs=3))
     assert (info.call_id, info.entry, info.model, info.load.num_running_reqs) == (7, ENTRY, MODEL, 3)
     assert (info.kv_layout, info.transport, info.ranks) == (LAYOUT, "tcp", RANKS)
     assert info.config["router"] == ["http://r:1"]
     names = {field.name for field in dataclasses.fields(node_config("decode", {}))}
-    assert set(info.config) == names - {"api_key"}
+    assert set(info.config) == names - {"api_key", "admin_api_key"}
     assert SECRET.encode() not in msgspec.json.encode(info)
 
 

@@ -13,7 +13,7 @@ import zmq
 
 from pdserve.components.request_receiver import RequestReceiver
 from pdserve.messages.channel import ServerChannel
-from pdserve.messages.node import ClientToNode, Ping
+from pdserve.messages.node import CallReply, ClientToNode, Ping
 
 DEADLINE_S = 30.0
 
@@ -88,6 +88,16 @@ def test_malformed_frames_are_dropped_counted_and_logged(
     assert bench.receiver.num_malformed == 2
     assert "at `$.call_id`" in caplog.messages[1]
     assert all(line.startswith("dropped a malformed message from ") for line in caplog.messages)
+
+
+def test_a_caller_whose_message_is_unknown_is_refused_by_its_name(bench: Bench) -> None:
+    bench.client.send(msgspec.msgpack.encode({"type": "make_coffee", "call_id": 7}))
+    bench.send(8)
+    assert list(itertools.chain(*bench.steps_until(8))) == [8]
+    assert bench.client.poll(int(DEADLINE_S * 1000))
+    reply = msgspec.msgpack.decode(bench.client.recv(), type=CallReply)
+    assert (reply.call_id, reply.success) == (7, False)
+    assert "'make_coffee'" in reply.message
 
 
 def test_malformed_frames_count_toward_the_bound(bench: Bench) -> None:

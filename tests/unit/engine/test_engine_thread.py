@@ -159,3 +159,31 @@ def test_close_finishes_what_is_queued(checkpoint: Callable[..., Path]) -> None:
     engine.thread.submit_job("one", lambda: done.append(1))
     assert engine.thread.close()
     assert done == [1]
+
+
+# ---- slow motion and profiles ---------------------------------------------------------------------------
+
+
+def test_a_forward_sleeps_before_it_is_measured(engine: Engine) -> None:
+    engine.thread.forward_sleep_s = 0.2
+    submitted = time.monotonic()
+    engine.thread.submit(batch_of(engine, 1))
+    (slow,) = wait_for(engine.thread, 1)
+    assert isinstance(slow, ForwardOutput)
+    assert slow.started - submitted >= 0.2, "the sleep is no part of the forward's own time"
+    engine.thread.forward_sleep_s = 0.0
+    engine.thread.submit(batch_of(engine, 2))
+    (again,) = wait_for(engine.thread, 1)
+    assert isinstance(again, ForwardOutput)
+    assert again.rows[0].tokens == slow.rows[0].tokens
+
+
+def test_a_sleep_is_expected_and_no_hang(engine: Engine) -> None:
+    engine.thread.forward_sleep_s = 0.3
+    expected_s = engine.thread.expected_s(batch_of(engine, 1))
+    engine.thread.submit(batch_of(engine, 1))
+    deadline = time.monotonic() + 20
+    while (progress := engine.thread.progress) is None:
+        assert time.monotonic() < deadline
+    assert progress.expected_s == pytest.approx(expected_s + 0.3)
+    wait_for(engine.thread, 1)

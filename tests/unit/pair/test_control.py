@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from pdserve.messages.node import (
+    AbortRequests,
     CallReply,
     FlushCache,
     GenerateRequest,
@@ -16,6 +17,14 @@ from pdserve.messages.node import (
     Pong,
     Roster,
     ServerInfoReply,
+)
+from pdserve.messages.operation import (
+    GetInternalState,
+    InternalStateReply,
+    ProfileReply,
+    SetInternalState,
+    StartProfile,
+    StopProfile,
 )
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import (
@@ -332,6 +341,85 @@ def test_memory_is_not_released_while_a_peer_may_still_write_a_page() -> None:
     pair.settle()
     assert pair.decode.memory_journal == ["release ['kv_cache', 'weights']"]
     pair.finish()
+
+
+# ---- abort ------------------------------------------------------------------------------------------
+
+
+def test_an_abort_on_prefill_ends_exactly_the_request_it_names() -> None:
+    pair = Pair()
+    for name in ("a", "ab"):
+        pair.start(name, prompt_of(9, seed=len(name)))
+    pair.compute(pair.prefill)
+    reply = reply_of(pair, pair.prefill, AbortRequests(call_id=1, request_id="a"))
+    assert (reply.success, reply.message) == (True, "1 requests aborted")
+    assert pair.stream("a").reasons == {0: "abort"}
+    again = reply_of(pair, pair.prefill, AbortRequests(call_id=2, request_id="a"))
+    assert again.message == "0 requests aborted"
+    pair.finish()
+    pair.check_answer("ab", prompt_of(9, seed=2), 4)
+
+
+def test_an_abort_of_all_on_prefill_leaves_what_decodes() -> None:
+    pair = Pair()
+    pair.start("decodes", prompt_of(9))
+    while not pair.stream("decodes").tokens:
+        pair.compute(pair.prefill)
+    for _ in range(3):
+        pair.compute(pair.prefill)
+        pair.backend.finish()
+    pair.start("prefills", prompt_of(14, seed=1))
+    reply_of(pair, pair.prefill, AbortRequests(call_id=1, all_requests=True))
+    pair.finish()
+    assert pair.stream("prefills").reasons == {0: "abort"}
+    pair.check_answer("decodes", prompt_of(9), 4)
+
+
+# ---- an operator's calls ----------------------------------------------------------------------------
+
+
+def test_a_setting_counts_from_the_next_step_on() -> None:
+    pair = Pair()
+    reply_of(pair, pair.prefill, SetInternalState(call_id=1, settings={"chunked_prefill_size": 2}))
+    pair.start("a", prompt_of(9))
+    assert pair.prefill.engine.batches[0].rows[0].num_tokens == 2
+    refused = reply_of(pair, pair.decode, SetInternalState(call_id=2, settings={"chunked_prefill_size": 2}))
+    assert (refused.call_id, refused.success) == (2, False)
+    assert "chunked_prefill_size cannot be changed" in refused.message
+    pair.finish()
+    pair.check_answer("a", prompt_of(9), 4)
+
+
+def test_the_internal_state_counts_requests_by_state() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(9))
+    states = {}
+    for name, node, send in (
+        ("prefill", pair.prefill, pair.to_prefill),
+        ("decode", pair.decode, pair.to_decode),
+    ):
+        send(GetInternalState(call_id=1), ADMIN)
+        reply = pair.last_reply(node, ADMIN)
+        assert isinstance(reply, InternalStateReply)
+        states[name] = {state: count for state, count in reply.state.requests.items() if count}
+    assert states == {"prefill": {"computing": 1}, "decode": {"handoff": 1}}
+    pair.finish()
+
+
+def test_a_profile_begins_while_requests_run() -> None:
+    pair = Pair()
+    pair.start("a", prompt_of(9))
+    for node, send in ((pair.prefill, pair.to_prefill), (pair.decode, pair.to_decode)):
+        send(StartProfile(call_id=1, profile_id="p", output_dir="/d"), ADMIN)
+        while num_replies(node) == 0:
+            pair.compute(node)
+        assert pair.last_reply(node, ADMIN) == CallReply(call_id=1, success=True, message="profiling")
+        send(StopProfile(call_id=2), ADMIN)
+        while num_replies(node) == 1:
+            pair.compute(node)
+        assert pair.last_reply(node, ADMIN) == ProfileReply(call_id=2, success=True)
+    pair.finish()
+    pair.check_answer("a", prompt_of(9), 4)
 
 
 # ---- drain, rosters, what is shown ------------------------------------------------------------------

@@ -36,6 +36,7 @@ from pdserve.messages.node import (
     TokenOutput,
     TokenOutputs,
 )
+from pdserve.messages.operation import ClusterOperation, InternalState, ProfileReply
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import (
     FromDisk,
@@ -124,6 +125,9 @@ class FakeNode:
     release_reply: str = ""  # why it does not release memory, or resume it
     join_reply: str = ""  # why it joins no group
     commit_reply: str = ""  # why it fails to swap
+    operation_reply: str = ""  # why it does not do what an operator asks
+    operations: list[ClusterOperation] = field(default_factory=list)
+    traces: tuple[str, ...] = ()
     death_reply: str = ""  # why it believes in no peer's death
     hangs_in: str = "no call"  # until its link is lost
     received: list[ClientToNode] = field(default_factory=list)
@@ -270,6 +274,30 @@ class FakeLink:
             model_fingerprint=entry.model_fingerprint,
         )
         return ServerInfoReply(call_id=1, entry=entry, model=model, config={"port": 1}, load=self.node.load)
+
+    async def operate(self, operation: ClusterOperation, timeout_s: float) -> CallReply:
+        await self._answer("operate")
+        self.node.operations.append(operation)
+        reason = self.node.operation_reply
+        return CallReply(call_id=1, success=not reason, message=reason)
+
+    async def internal_state(self, timeout_s: float) -> InternalState:
+        await self._answer("internal_state")
+        return InternalState(
+            settings={},
+            requests={},
+            pause="",
+            forward_sleep_s=0.0,
+            is_profiling=False,
+            log_level="info",
+            is_gc_frozen=False,
+            memory_rss_bytes=5,
+        )
+
+    async def stop_profile(self, timeout_s: float) -> ProfileReply:
+        await self._answer("stop_profile")
+        reason = self.node.operation_reply
+        return ProfileReply(call_id=1, success=not reason, message=reason, traces=self.node.traces)
 
     async def flush_cache(self, flush_timeout_s: float) -> CallReply:
         await self._answer(f"flush {flush_timeout_s:g}")

@@ -93,6 +93,28 @@ def test_while_held_only_retries_go(queue: AdmissionQueue) -> None:
     assert due(queue, 10.0) == ["retry", "new"]
 
 
+def test_a_hold_that_ends_in_a_pause_does_not_end_it(queue: AdmissionQueue) -> None:
+    offer(queue, "new")
+    again(queue, "retry", arrived_at=0.0)
+    queue.pause(new_only=True)
+    assert due(queue, 10.0) == ["retry"]
+    queue.hold()
+    queue.release()
+    assert due(queue, 10.0) == ["retry"]
+    queue.resume()
+    assert due(queue, 10.0) == ["retry", "new"]
+
+
+def test_while_paused_nothing_goes_and_nothing_starves(queue: AdmissionQueue) -> None:
+    offer(queue, "new").unpaired_since = 0.0
+    again(queue, "retry", arrived_at=0.0).unpaired_since = 0.0
+    queue.pause()
+    assert due(queue, 10.0) == []
+    assert queue.starved(100.0, 10.0) == []
+    queue.resume()
+    assert due(queue, 10.0) == ["retry", "new"]
+
+
 def test_the_head_is_overdue_when_nothing_has_gone_for_a_while(queue: AdmissionQueue) -> None:
     first, second = offer(queue, "a", now=0.0), offer(queue, "b", now=0.0)
     assert not queue.is_overdue(first, 1.0)

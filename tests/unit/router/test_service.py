@@ -19,6 +19,7 @@ from pdserve.messages.node import (
     TokenOutput,
     TokenOutputs,
 )
+from pdserve.messages.operation import ContinueGeneration, PauseGeneration
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, KeepWeights, UpdateGroupSpec
 from pdserve.runtime.errors import RequestError
@@ -652,6 +653,64 @@ async def test_abort_ends_a_request_by_its_exact_id(bench: Bench, spec: Spec) ->
     assert (await bench.service.abort_requests("", True)).success
     assert [delta.finish_reason async for delta in generations[1]][-1] == "abort"
     assert "abort True" in decode.calls
+
+
+async def test_a_pause_keeps_everything_in_the_queue_and_no_deadline_runs_out(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    prefill, decode = await small_cluster(bench)
+    service = bench.service
+    assert (await service.pause_generation("retract", drains=False)).success
+    assert prefill.operations == decode.operations == [PauseGeneration(mode="retract")]
+    waiting = asyncio.create_task(service.generate(spec("r", timeout_s=0.1)))
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    assert decode.requests() == []
+    assert (await service.server_info())["router"]["pause"] == "retract"
+    assert (await service.continue_generation()).success
+    assert decode.operations[-1] == ContinueGeneration()
+    generation = await waiting
+    tokens = [token async for delta in generation for token in delta.token_ids]
+    assert tokens == expected((1, 2, 3), 0, 8)
+
+
+async def test_what_a_pause_retracted_goes_on_at_no_cost_of_an_attempt(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    _, decode = await small_cluster(bench)
+    decode.fail_with = ["paused"] * 5
+    await bench.service.pause_generation("retract", drains=False)
+    waiting = asyncio.create_task(bench.service.generate(spec("r")))
+    await bench.service.continue_generation()
+    tokens = [token async for delta in await waiting for token in delta.token_ids]
+    assert tokens == expected((1, 2, 3), 0, 8)
+    assert not any(request.was_retracted for request in decode.requests()), "memory was not short"
+
+
+async def test_a_pause_that_aborts_or_drains(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 1
+    generation = await bench.service.generate(spec("r"))
+    assert (await bench.service.pause_generation("abort", drains=False)).success
+    assert [delta.finish_reason async for delta in generation][-1] == "abort"
+    await bench.service.continue_generation()
+
+    decode.tokens_per_attempt = None
+    decode.pace_s = 0.01
+    generation = await bench.service.generate(spec("s"))
+    pausing = asyncio.create_task(bench.service.pause_generation("in_place", drains=True))
+    assert [delta.finish_reason async for delta in generation][-1] == "length"
+    assert (await pausing).success
+    assert decode.operations[-1] == PauseGeneration(mode="in_place")
+    await bench.service.continue_generation()
+
+
+async def test_a_node_that_is_not_reached_is_named_by_a_pause(bench: Bench) -> None:
+    _, decode = await small_cluster(bench)
+    decode.operation_reply = "no"
+    reply = await bench.service.pause_generation("in_place", drains=False)
+    assert (reply.success, "http://d: no" in reply.message) == (False, True)
+    await bench.service.continue_generation()
 
 
 async def test_weights_are_updated_everywhere_between_requests(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pdserve.runtime.config import (
     ProcessRole,
     RouterConfig,
     add_flags,
+    arguments_of,
     forwarded_flags,
     node_config,
     resolve,
@@ -344,3 +346,43 @@ def test_deterministic_computes_in_float32(dtype: str) -> None:
 def test_deterministic_in_another_dtype_is_refused() -> None:
     with pytest.raises(StartupError, match="float32, not in bfloat16; leave --dtype out, or give float32"):
         node_config("prefill", {"deterministic": True, "dtype": "bfloat16"})
+
+
+# ---- options of a program --------------------------------------------------------------------------------
+
+
+def test_options_become_arguments() -> None:
+    options = {
+        "num_decode": 2,
+        "tp_size": 2,  # SGLang's name
+        "kv-cache-gb": 1,
+        "colocated": False,
+        "deterministic": True,
+        "disable_radix_cache": False,
+        "prefill": ["http://a", "http://b"],
+        "dtype": None,
+    }
+    assert arguments_of(options, ALL) == [
+        "--num-decode=2",
+        "--tensor-parallel-size=2",
+        "--kv-cache-gb=1",
+        "--no-colocated",
+        "--deterministic",
+        "--prefill=http://a",
+        "--prefill=http://b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_decoders": 2}, "there is no option 'num_decoders'"),
+        ({"num_decode": "2"}, "num_decode='2': int is expected"),
+        ({"num_decode": True}, "num_decode=True: int is expected"),
+        ({"colocated": 1}, "colocated=1: bool is expected"),
+        ({"dtype": "int4"}, "dtype='int4': auto | float32"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(StartupError, match=re.escape(message)):
+        arguments_of(options, ALL)

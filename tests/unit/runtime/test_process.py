@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from pdserve.runtime.process import (
+    NO_KEYS,
+    AccessKeys,
     available_memory_bytes,
     end,
-    handed_api_keys,
+    handed_keys,
     obituary,
     routable_host,
     spawn,
@@ -144,12 +146,14 @@ def test_spawn_keeps_the_working_directory_off_the_module_path(monkeypatch: pyte
         ],
         "process_group": 0,
         "pass_fds": (7,),
+        "stdout": None,
+        "stderr": None,
     }
 
 
-@pytest.mark.parametrize("api_keys", [(), ("key-1", 'key "2"')])
+@pytest.mark.parametrize("keys", [NO_KEYS, AccessKeys(("key-1", 'key "2"'), "key-3")])
 def test_api_keys_are_handed_on_but_not_in_the_command_line(
-    api_keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    keys: AccessKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
 
@@ -157,11 +161,11 @@ def test_api_keys_are_handed_on_but_not_in_the_command_line(
         seen.update(options, arguments=arguments)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    spawn(["router"], api_keys=api_keys)
-    assert not [argument for argument in seen["arguments"] if argument in api_keys]
+    spawn(["router"], keys=keys)
+    assert not [argument for argument in seen["arguments"] if argument in (*keys.api, "key-3")]
     monkeypatch.setattr(os, "environ", seen["env"])
-    assert handed_api_keys() == api_keys
-    assert handed_api_keys() == (), "what this process starts gets them from `spawn` alone"
+    assert handed_keys() == keys
+    assert handed_keys() == NO_KEYS, "what this process starts gets them from `spawn` alone"
 
 
 def test_end_now_skips_the_tear_down_but_no_output() -> None:

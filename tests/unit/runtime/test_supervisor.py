@@ -14,7 +14,7 @@ import pytest
 
 from pdserve.runtime import supervisor as supervisor_module
 from pdserve.runtime.errors import StartupError
-from pdserve.runtime.process import wait_or_kill
+from pdserve.runtime.process import NO_KEYS, AccessKeys, wait_or_kill
 from pdserve.runtime.supervisor import Child, Supervisor
 
 DEADLINE_S = 30.0
@@ -25,10 +25,8 @@ SLEEP = "import time; time.sleep(600)"
 def tiny_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child's one argument is the Python it runs; nothing waits for long."""
 
-    def spawn(
-        arguments: Sequence[str], pass_fds: Sequence[int], api_keys: Sequence[str]
-    ) -> subprocess.Popen[bytes]:
-        assert api_keys == ()
+    def spawn(arguments: Sequence[str], pass_fds: Sequence[int], keys: AccessKeys) -> subprocess.Popen[bytes]:
+        assert keys == NO_KEYS
         return subprocess.Popen([sys.executable, "-S", "-P", "-c", *arguments], pass_fds=pass_fds)
 
     monkeypatch.setattr(supervisor_module, "spawn", spawn)
@@ -82,6 +80,26 @@ def test_a_child_that_ends_before_the_cluster_is_ready_ends_the_start() -> None:
     ):
         supervisor.wait_until(lambda: False, DEADLINE_S)
     assert process_of(healthy).returncode == -signal.SIGTERM
+
+
+def test_a_child_that_cannot_start_leaves_the_reason() -> None:
+    code = "import os, sys; os.pwrite(int(sys.argv[2]), b'no model at x', 0); raise SystemExit(1)"
+    with (
+        pytest.raises(StartupError, match=r"exit code 1 before the cluster was ready: no model at x$"),
+        Supervisor([child(code, "router")]) as supervisor,
+    ):
+        supervisor.wait_until(lambda: False, DEADLINE_S)
+
+
+def test_the_end_of_the_owner_ends_the_wait_and_the_run() -> None:
+    for owner_pid in (os.getppid(), os.getppid() + 1):
+        is_gone = owner_pid != os.getppid()
+        started = child(SLEEP)
+        with Supervisor([started], owner_pid=owner_pid) as supervisor:
+            assert supervisor.wait_until(lambda: True, DEADLINE_S) == (not is_gone)
+            if is_gone:
+                assert supervisor.run() == 0
+        assert process_of(started).returncode == -signal.SIGTERM
 
 
 def test_a_cluster_that_is_never_ready_is_given_up() -> None:
@@ -145,7 +163,7 @@ def test_an_obituary_waits_for_the_last_process_of_an_incarnation(monkeypatch: p
     monkeypatch.setattr(
         supervisor_module,
         "spawn",
-        lambda arguments, pass_fds, api_keys: subprocess.Popen(
+        lambda arguments, pass_fds, keys: subprocess.Popen(
             [sys.executable, "-S", "-P", "-c", *arguments], pass_fds=(write_end,)
         ),
     )
@@ -193,7 +211,10 @@ def test_each_start_is_an_incarnation_of_its_own(monkeypatch: pytest.MonkeyPatch
     first, second, third = arguments
     assert first[:2] == second[:2] == ["decode", "--incarnation"]
     assert first[2] != second[2] == node.incarnation
-    assert third == ["router"]
+    assert third[0] == "router"
+    assert "--incarnation" not in third
+    node.close()
+    router.close()
 
 
 def test_a_child_that_keeps_dying_is_given_up(

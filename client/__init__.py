@@ -1,0 +1,1 @@
+"""A cluster as a Python object: `from pdserve import Engine`."""

@@ -1,0 +1,112 @@
+"""Records forwards with torch's profiler. Everything here runs on the engine's thread: the profiler sees the
+operators of the thread that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ..messages.operation import StartProfile
+from ..runtime.errors import PdserveError
+from .forward_batch import ForwardBatch
+
+_ALL = "all"  # the one trace of a profile that does not tell stages apart
+_STAGES = ("prefill", "decode")
+
+
+class ProfileError(PdserveError):
+    """A profile cannot begin, or its trace was not written."""
+
+
+class StepProfiler:
+    """`node` names this node in the files: one for each stage that was recorded."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._plan: StartProfile | None = None
+        self._remaining: dict[str, int | None] = {}  # stage -> forwards that are still to be recorded
+        self._open: tuple[str, profile] | None = None  # the stage that is recorded now
+        self._traces: list[Path] = []
+        self._error = ""
+
+    def start(self, plan: StartProfile) -> None:
+        """From the next forward on. Raises ProfileError when it cannot be done here."""
+        if self._plan is not None:
+            raise ProfileError("a profile is running")
+        try:
+            Path(plan.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProfileError(f"{plan.output_dir}: {error.strerror}") from error
+        self._plan = plan
+        self._remaining = dict.fromkeys(_STAGES if plan.by_stage else (_ALL,), plan.num_steps)
+        self._traces, self._error = [], ""
+
+    def stop(self) -> tuple[Path, ...]:
+        """Ends what is still recorded; returns every trace since `start`. Raises ProfileError."""
+        if self._open is not None:
+            self._close()
+        self._plan = None
+        self._remaining = {}
+        if self._error:
+            raise ProfileError(self._error)
+        return tuple(self._traces)
+
+    @contextlib.contextmanager
+    def step(self, batch: ForwardBatch) -> Iterator[None]:
+        """Around each forward."""
+        if self._plan is None:
+            yield
+            return
+        kind = _STAGES[0] if batch.num_prefill_tokens else _STAGES[1]
+        stage = kind if self._plan.by_stage else _ALL
+        if self._open is None and stage in self._remaining:
+            self._open = (stage, _started(self._plan))
+        num_prefill = batch.num_prefill_tokens
+        with record_function(
+            f"{kind} step {batch.step}: {len(batch.row_ids)} rows, {num_prefill} prefill tokens"
+        ):
+            yield
+        if self._open is not None and self._open[0] == stage:
+            self._count(stage)
+
+    def _count(self, stage: str) -> None:
+        remaining = self._remaining[stage]
+        if remaining is None:
+            return
+        self._remaining[stage] = remaining - 1
+        if remaining == 1:
+            self._close()
+
+    def _close(self) -> None:
+        """A trace that cannot be written must not end the engine: `stop` tells."""
+        assert self._open is not None
+        assert self._plan is not None
+        stage, recorded = self._open
+        self._open = None
+        del self._remaining[stage]
+        recorded.stop()
+        path = Path(self._plan.output_dir) / f"{self._plan.profile_id}-{self._node}-{stage}.trace.json.gz"
+        try:
+            recorded.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            self._error = f"{path} was not written: {error}"
+        else:
+            self._traces.append(path)
+
+
+def _started(plan: StartProfile) -> profile:
+    activities = {ProfilerActivity.CPU} if "CPU" in plan.activities else set()
+    if "GPU" in plan.activities and torch.cuda.is_available():
+        activities.add(ProfilerActivity.CUDA)
+    recorder = profile(
+        activities=activities or {ProfilerActivity.CPU},
+        record_shapes=plan.record_shapes,
+        with_stack=plan.with_stack,
+    )
+    recorder.start()
+    return recorder

@@ -1,0 +1,128 @@
+"""What an operator asks of all nodes at once: looking into them, setting them, profiling them together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..api.generation import AdminReply
+from ..api.node_client import NodeUnavailableError
+from ..api.operations import ProfileOutcome
+from ..messages.node import CallReply
+from ..messages.operation import SETTINGS, ClusterOperation, ProfileReply, SetInternalState, StartProfile
+from ..runtime.chrome_trace import NodeTrace, merge_traces
+from ..runtime.errors import RequestError
+from .cluster import Cluster
+from .links import NodeLink
+from .registry import NodeRecord
+from .weight_rollout import ask_all
+
+_CALL_TIMEOUT_S = 5.0
+_START_PROFILE_TIMEOUT_S = 60.0  # the first time torch's profiler loads its library, behind a running forward
+_STOP_PROFILE_TIMEOUT_S = 600.0  # traces of long profiles are large
+
+
+class ClusterOperator:
+    """`lead_s`: how far a node's clock, by its incarnation, is ahead of ours."""
+
+    def __init__(self, cluster: Cluster, lead_s: Callable[[str], float]) -> None:
+        self._cluster = cluster
+        self._lead_s = lead_s
+        self._profile: StartProfile | None = None  # the last one that began
+
+    async def operate(self, operation: ClusterOperation) -> AdminReply:
+        """On every node, or for settings on those that have them; no is who does not answer."""
+        links = self._cluster.links()
+        if not links:
+            return AdminReply(False, "no node is connected")
+        if isinstance(operation, SetInternalState):
+            return await self._set(operation, links)
+        timeout_s = _CALL_TIMEOUT_S
+        if isinstance(operation, StartProfile):
+            timeout_s = _START_PROFILE_TIMEOUT_S
+            self._profile = operation
+        return await _all(links, lambda link: link.operate(operation, timeout_s))
+
+    async def _set(self, wanted: SetInternalState, links: Mapping[str, NodeLink]) -> AdminReply:
+        for name in wanted.settings:
+            if name not in SETTINGS:
+                text = f"`{name}` cannot be changed while nodes run; these can: {', '.join(SETTINGS)}."
+                raise RequestError(text, param=f"server_args.{name}", code="invalid_value")
+        calls: dict[NodeLink, SetInternalState] = {}
+        asked: dict[str, NodeLink] = {}
+        for url, node in self._nodes().items():
+            own = {
+                name: value for name, value in wanted.settings.items() if node.entry.role in SETTINGS[name]
+            }
+            if own and url in links:
+                asked[url] = links[url]
+                calls[links[url]] = SetInternalState(settings=own)
+        if not asked:
+            return AdminReply(False, "no node that has these settings is connected")
+        return await _all(asked, lambda link: link.operate(calls[link], _CALL_TIMEOUT_S))
+
+    async def internal_state(self) -> dict[str, Any]:
+        """Of each node, as far as it answers."""
+
+        async def one(url: str, node: NodeRecord) -> dict[str, Any]:
+            row = {"url": url, "role": node.entry.role, "load": msgspec.to_builtins(node.load)}
+            link = self._cluster.links().get(url)
+            try:
+                if link is None:
+                    return {**row, "error": "it is not connected"}
+                return {**row, **msgspec.to_builtins(await link.internal_state(_CALL_TIMEOUT_S))}
+            except NodeUnavailableError as error:
+                return {**row, "error": str(error)}
+
+        rows = await asyncio.gather(*(one(url, node) for url, node in self._nodes().items()))
+        return {"internal_states": list(rows)}
+
+    async def stop_profile(self) -> ProfileOutcome:
+        """Ends it everywhere, and puts the traces that this host can read together on one clock."""
+        nodes = self._nodes()
+        links = self._cluster.links()
+
+        async def one(link: NodeLink) -> ProfileReply:
+            try:
+                return await link.stop_profile(_STOP_PROFILE_TIMEOUT_S)
+            except NodeUnavailableError as error:
+                return ProfileReply(call_id=0, success=False, message=str(error))
+
+        replies = dict(zip(links, await asyncio.gather(*map(one, links.values())), strict=True))
+        traces = [
+            NodeTrace(Path(path), f"{node.entry.role} {url}", self._lead_s(node.incarnation))
+            for url, node in nodes.items()
+            if url in replies
+            for path in replies[url].traces
+        ]
+        merged, problem = await asyncio.to_thread(self._merge, traces)
+        text = "; ".join(f"{url}: {reply.message}" for url, reply in replies.items() if not reply.success)
+        return ProfileOutcome(
+            success=bool(replies) and not text,
+            message="; ".join(filter(None, (text or ("" if replies else "no node is connected"), problem))),
+            traces={url: list(reply.traces) for url, reply in replies.items()},
+            merged=merged,
+        )
+
+    def _merge(self, traces: list[NodeTrace]) -> tuple[str, str]:
+        """The merged file, and why there is none. Blocks."""
+        if self._profile is None or not traces:
+            return "", "nothing was recorded"
+        path = Path(self._profile.output_dir) / f"{self._profile.profile_id}-merged.trace.json.gz"
+        try:
+            merge_traces(traces, path)
+        except (OSError, EOFError, msgspec.DecodeError, KeyError) as error:
+            return "", f"not merged, as the traces are not all on this host: {error}"
+        return str(path), ""
+
+    def _nodes(self) -> dict[str, NodeRecord]:
+        return {node.entry.url: node for node in self._cluster.registry}
+
+
+async def _all(links: Mapping[str, NodeLink], ask: Callable[[NodeLink], Awaitable[CallReply]]) -> AdminReply:
+    answers = await ask_all(links, ask)
+    return AdminReply(all(answer.success for answer in answers), "; ".join(map(str, answers)))

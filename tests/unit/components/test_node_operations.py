@@ -1,0 +1,179 @@
+"""NodeOperations: what is answered at once, and what when a job of the engine's thread has ended."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdserve.components.live_settings import LiveSettings
+from pdserve.components.node_operations import NodeOperations, ToNodeOperations
+from pdserve.engine.engine_thread import JobResult
+from pdserve.messages.node import CallReply
+from pdserve.messages.operation import (
+    ConfigureLogging,
+    FreezeGc,
+    GetInternalState,
+    InternalState,
+    InternalStateReply,
+    ProfileReply,
+    SlowDown,
+    StartProfile,
+    StopProfile,
+)
+from pdserve.runtime.errors import PdserveError, StartupError
+from pdserve.runtime.logs import log_level
+
+LINK = b"link"
+START = StartProfile(call_id=1, profile_id="p", output_dir="/d")
+
+
+class Engine:
+    """Does a job when it is told to."""
+
+    def __init__(self) -> None:
+        self.forward_sleep_s = 0.0
+        self.jobs: list[tuple[str, Callable[[], Any]]] = []
+
+    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
+        self.jobs.append((name, run))
+
+    def finish(self) -> JobResult:
+        name, run = self.jobs.pop(0)
+        value, error = None, None
+        try:
+            value = run()
+        except PdserveError as failed:
+            error = failed
+        return JobResult(name, value, error, 0.0, 1.0)
+
+
+class Profiler:
+    def __init__(self) -> None:
+        self.plans: list[StartProfile] = []
+        self.error = ""
+
+    def start(self, plan: StartProfile) -> None:
+        if self.error:
+            raise StartupError(self.error)
+        self.plans.append(plan)
+
+    def stop(self) -> tuple[Path, ...]:
+        if self.error:
+            raise StartupError(self.error)
+        return (Path("/d/p.json"),)
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.engine = Engine()
+        self.profiler = Profiler()
+        self.part = NodeOperations(settings=LiveSettings([]), engine=self.engine, step_profiler=self.profiler)
+
+    def ask(self, message: ToNodeOperations) -> object:
+        """The reply, or None while it waits for a job."""
+        operated = self.part.handle(LINK, message, requests={"waiting": 2}, pause="in_place")
+        if operated is None:
+            return None
+        assert operated.link == LINK
+        return operated.reply
+
+    def finish(self) -> object:
+        operated = self.part.finish_job(self.engine.finish())
+        assert operated is not None
+        return operated.reply
+
+    def state(self) -> InternalState:
+        reply = self.ask(GetInternalState(call_id=9))
+        assert isinstance(reply, InternalStateReply)
+        assert reply.call_id == 9
+        return reply.state
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+@pytest.fixture(autouse=True)
+def level_as_it_was() -> Iterator[None]:
+    ours = logging.getLogger("pdserve")
+    kept = ours.level
+    yield
+    ours.setLevel(kept)
+
+
+def test_the_state_is_what_was_set(bench: Bench) -> None:
+    bench.ask(SlowDown(call_id=1, forward_sleep_s=0.5))
+    bench.ask(ConfigureLogging(call_id=2, log_level="debug"))
+    state = bench.state()
+    assert (state.forward_sleep_s, state.log_level, state.requests) == (0.5, "debug", {"waiting": 2})
+    assert state.pause == "in_place"
+    assert state.memory_rss_bytes > 1_000_000
+    assert log_level() == "debug"
+    bench.ask(SlowDown(call_id=1, forward_sleep_s=0.0))
+    assert bench.engine.forward_sleep_s == 0.0
+
+
+@pytest.mark.parametrize("seconds", [61.0, float("inf"), float("nan")])
+def test_a_sleep_that_would_look_like_a_hang_is_refused(bench: Bench, seconds: float) -> None:
+    reply = bench.ask(SlowDown(call_id=1, forward_sleep_s=seconds))
+    assert isinstance(reply, CallReply)
+    assert not reply.success
+    assert bench.engine.forward_sleep_s == 0.0
+
+
+def test_what_lives_is_frozen(bench: Bench) -> None:
+    assert not bench.state().is_gc_frozen
+    try:
+        reply = bench.ask(FreezeGc(call_id=1))
+        assert isinstance(reply, CallReply)
+        assert reply.success
+        assert bench.state().is_gc_frozen
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
+
+
+def test_a_profile_begins_and_ends_on_the_engine(bench: Bench) -> None:
+    assert bench.ask(START) is None
+    assert bench.finish() == CallReply(call_id=1, success=True, message="profiling")
+    assert bench.profiler.plans == [START]
+    assert bench.state().is_profiling
+    again = bench.ask(START)
+    assert again == CallReply(call_id=1, success=False, message="a profile is running")
+    assert bench.ask(StopProfile(call_id=2)) is None
+    assert bench.finish() == ProfileReply(call_id=2, success=True, traces=("/d/p.json",))
+    assert not bench.state().is_profiling
+
+
+def test_a_profile_that_cannot_begin_or_be_written_says_why(bench: Bench) -> None:
+    bench.profiler.error = "/d: Permission denied"
+    assert bench.ask(START) is None
+    assert bench.finish() == CallReply(call_id=1, success=False, message="/d: Permission denied")
+    bench.profiler.error = ""
+    bench.ask(START)
+    bench.finish()
+    bench.profiler.error = "the disk is full"
+    assert bench.ask(StopProfile(call_id=2)) is None
+    assert bench.finish() == ProfileReply(call_id=2, success=False, message="the disk is full")
+    assert not bench.state().is_profiling, "or nobody could begin another one"
+
+
+def test_calls_while_one_waits_are_refused(bench: Bench) -> None:
+    stop = bench.ask(StopProfile(call_id=2))
+    assert stop == ProfileReply(call_id=2, success=False, message="no profile is running")
+    bench.ask(START)
+    for message in (START, StopProfile(call_id=3)):
+        reply = bench.ask(message)
+        assert isinstance(reply, CallReply | ProfileReply)
+        assert not reply.success
+    assert len(bench.engine.jobs) == 1
+
+
+def test_jobs_of_others_are_left_alone(bench: Bench) -> None:
+    assert bench.part.finish_job(JobResult("load weights", None, None, 0.0, 1.0)) is None
