@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -24,6 +25,9 @@ Answers: TypeAlias = Any
 Prompts: TypeAlias = str | Sequence[str]
 TokenIds: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
 
+UpdateMode: TypeAlias = Literal["wait", "abort", "retract"]
+
+DEFAULT_GROUP = "weight_update_group"
 _CALL_TIMEOUT_S = 60.0
 _SCORING: Mapping[str, Any] = {"max_new_tokens": 1, "temperature": 0.0}
 
@@ -46,6 +50,14 @@ class Outcome(NamedTuple):
 
     success: bool
     message: str
+
+
+class GroupRanks(msgspec.Struct, frozen=True):
+    """What became of joining a trainer's group."""
+
+    success: bool
+    message: str
+    ranks: dict[str, int] = {}  # node URL -> its rank
 
 
 class ProfileFiles(msgspec.Struct, frozen=True):
@@ -209,6 +221,96 @@ class AsyncEngine:
             "abort_all_requests": abort_all_requests,
         }
         return await self._outcome("/update_weights_from_disk", body, None)
+
+    async def update_weights_from_tensor(
+        self,
+        named_tensors: Mapping[str, Any] | bytes,
+        weight_version: str | None = None,
+        mode: UpdateMode = "wait",
+    ) -> Outcome:
+        """Some or all tensors, by the checkpoint's names, as torch tensors or as the bytes of a safetensors
+        file. See docs/control_plane.md for `mode`."""
+        if not isinstance(named_tensors, bytes):
+            from safetensors.torch import save  # torch is the caller's: an engine itself needs none
+
+            named_tensors = save({name: tensor.contiguous() for name, tensor in named_tensors.items()})
+        query = urlencode({"mode": mode} | ({"weight_version": weight_version} if weight_version else {}))
+        return await self._outcome(f"/update_weights_from_tensor?{query}", named_tensors, None)
+
+    async def update_weights_from_ipc(
+        self, name: str, weight_version: str | None = None, mode: UpdateMode = "wait"
+    ) -> Outcome:
+        """From a safetensors file in /dev/shm of each node's host; it must stay as it is until the answer."""
+        body = {"name": name, "weight_version": weight_version, "mode": mode}
+        return await self._outcome("/update_weights_from_ipc", body, None)
+
+    async def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str = DEFAULT_GROUP,
+        backend: str = "gloo",
+    ) -> GroupRanks:
+        """Every node joins the trainer's process group; rank 0 joins meanwhile. Answers with their ranks."""
+        body = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+        }
+        path = "/init_weights_update_group"
+        status, content = await self._connection.bring(self._connection.ask("POST", path, body, None))
+        return self._decoded(path, status, content, GroupRanks)
+
+    async def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str = DEFAULT_GROUP,
+        load_format: str | None = None,
+        weight_version: str | None = None,
+        mode: UpdateMode = "wait",
+    ) -> Outcome:
+        """What the trainer's rank 0 broadcasts next, on the group; it broadcasts meanwhile."""
+        body = {
+            "names": names,
+            "dtypes": dtypes,
+            "shapes": shapes,
+            "group_name": group_name,
+            "load_format": load_format,
+            "weight_version": weight_version,
+            "mode": mode,
+        }
+        return await self._outcome("/update_weights_from_distributed", body, None)
+
+    async def destroy_weights_update_group(self, group_name: str = DEFAULT_GROUP) -> Outcome:
+        return await self._outcome("/destroy_weights_update_group", {"group_name": group_name})
+
+    async def get_weights_by_name(self, name: str, truncate_size: int = 100) -> Any:  # noqa: ANN401  numbers, nested
+        """The first rows of a tensor."""
+        return await self._json(
+            "POST", "/get_weights_by_name", {"name": name, "truncate_size": truncate_size}
+        )
+
+    async def check_weights(self) -> dict[str, Any]:
+        """Checksums of each node's weights; `success` is false when the nodes differ."""
+        path = "/check_weights"
+        ask = self._connection.ask("POST", path, {"action": "checksum"}, None)
+        status, content = await self._connection.bring(ask)
+        return self._decoded(path, status, content, dict[str, Any])
+
+    async def release_memory_occupation(self, tags: Sequence[str] | None = None) -> Outcome:
+        """Gives the memory of "weights", "kv_cache" or both back to the host, once nodes are idle."""
+        return await self._outcome("/release_memory_occupation", {} if tags is None else {"tags": tags}, None)
+
+    async def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> Outcome:
+        """Takes it again; requests that came meanwhile go on once everything is back."""
+        return await self._outcome("/resume_memory_occupation", {} if tags is None else {"tags": tags}, None)
 
     async def get_internal_state(self) -> list[dict[str, Any]]:
         """One row for each node: its settings, requests by state, memory, log level, …"""

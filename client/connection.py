@@ -90,7 +90,8 @@ class Connection:
     async def ask(
         self, method: str, path: str, body: object = None, timeout_s: float | None = None
     ) -> tuple[int, bytes]:
-        """The status and body of the answer, if it is one that the caller can read.
+        """The status and body of the answer, if it is one that the caller can read. A body of bytes is sent
+        as it is, another one as JSON.
 
         Raises RequestError for an answer in the form of an error, UnreachableError when none comes.
         """
@@ -127,12 +128,14 @@ class Connection:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0), headers=self._headers
             )
-        content = None if body is None else msgspec.json.encode(body)
+        is_raw = isinstance(body, bytes)
+        content = body if is_raw or body is None else msgspec.json.encode(body)
+        kind = "application/octet-stream" if is_raw else "application/json"
         return self._session.request(
             method,
             f"{self.url}{path}",
             data=content,
-            headers={"Content-Type": "application/json"} if content is not None else None,
+            headers={"Content-Type": kind} if content is not None else None,
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
         )
 

@@ -23,14 +23,17 @@ from ..runtime.config import arguments_of
 from ..runtime.errors import PdserveError, StartupError
 from ..runtime.process import AccessKeys
 from .async_engine import (
+    DEFAULT_GROUP,
     Answer,
     Answers,
     AsyncEngine,
     GenerateFields,
+    GroupRanks,
     Outcome,
     ProfileFiles,
     Prompts,
     TokenIds,
+    UpdateMode,
 )
 from .connection import Connection
 
@@ -230,6 +233,73 @@ class Engine:
         return self._connection.run(
             self.aio.update_weights_from_disk(model_path, weight_version, abort_all_requests)
         )
+
+    def update_weights_from_tensor(
+        self,
+        named_tensors: Mapping[str, Any] | bytes,
+        weight_version: str | None = None,
+        mode: UpdateMode = "wait",
+    ) -> Outcome:
+        """See `AsyncEngine.update_weights_from_tensor`."""
+        call = self.aio.update_weights_from_tensor(named_tensors, weight_version, mode)
+        return self._connection.run(call)
+
+    def update_weights_from_ipc(
+        self, name: str, weight_version: str | None = None, mode: UpdateMode = "wait"
+    ) -> Outcome:
+        """See `AsyncEngine.update_weights_from_ipc`."""
+        return self._connection.run(self.aio.update_weights_from_ipc(name, weight_version, mode))
+
+    def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str = DEFAULT_GROUP,
+        backend: str = "gloo",
+    ) -> GroupRanks:
+        """See `AsyncEngine.init_weights_update_group`."""
+        call = self.aio.init_weights_update_group(
+            master_address, master_port, rank_offset, world_size, group_name, backend
+        )
+        return self._connection.run(call)
+
+    def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str = DEFAULT_GROUP,
+        load_format: str | None = None,
+        weight_version: str | None = None,
+        mode: UpdateMode = "wait",
+    ) -> Outcome:
+        """See `AsyncEngine.update_weights_from_distributed`."""
+        call = self.aio.update_weights_from_distributed(
+            names, dtypes, shapes, group_name, load_format, weight_version, mode
+        )
+        return self._connection.run(call)
+
+    def destroy_weights_update_group(self, group_name: str = DEFAULT_GROUP) -> Outcome:
+        """See `AsyncEngine.destroy_weights_update_group`."""
+        return self._connection.run(self.aio.destroy_weights_update_group(group_name))
+
+    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> Any:  # noqa: ANN401  numbers, nested
+        """See `AsyncEngine.get_weights_by_name`."""
+        return self._connection.run(self.aio.get_weights_by_name(name, truncate_size))
+
+    def check_weights(self) -> dict[str, Any]:
+        """See `AsyncEngine.check_weights`."""
+        return self._connection.run(self.aio.check_weights())
+
+    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> Outcome:
+        """See `AsyncEngine.release_memory_occupation`."""
+        return self._connection.run(self.aio.release_memory_occupation(tags))
+
+    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> Outcome:
+        """See `AsyncEngine.resume_memory_occupation`."""
+        return self._connection.run(self.aio.resume_memory_occupation(tags))
 
     def get_internal_state(self) -> list[dict[str, Any]]:
         """See `AsyncEngine.get_internal_state`."""

@@ -12,8 +12,6 @@ from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, RankInfo, Serv
 from ..messages.peer import PeerIdentity
 from ..runtime.config import NodeConfig
 
-RELEASED = "none, its memory is released"
-
 
 def announce(status: NodeStatus, identity: PeerIdentity, *, is_released: bool) -> PeerIdentity:
     """The node's true identity once memory was released or is back, which makes it a new incarnation."""
@@ -61,7 +59,10 @@ class NodeStatus:
 
     @property
     def _fingerprint(self) -> str:
-        return RELEASED if self._is_released else self.model.model_fingerprint
+        if not self._is_released:
+            return self.model.model_fingerprint
+        # Of each node another: two that have none must not take theirs for the same.
+        return f"none, the memory of {self.entry.incarnation} is released"
 
     @property
     def weight_version(self) -> str:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.tests.e2e.helpers import greedy_ids, in_background, random_ids, request, wait_until
@@ -86,6 +87,32 @@ def test_some_tensors_change_answers_and_the_same_ones_change_them_back(
     assert send(url, {name: original[name] for name in changed})[0] == 200
     assert greedy_ids(url, PROMPT, 12) == old_ids
     assert checks(updatable)["message"] == old["message"]
+
+
+def test_an_engine_updates_reads_checks_and_frees(
+    updatable: LocalCluster, original: dict[str, Tensor]
+) -> None:
+    old_ids = greedy_ids(updatable.url, PROMPT, 12)
+    changed = changed_tensors(original)
+    with Engine(url=updatable.url) as engine:
+        before = engine.check_weights()
+        assert before["success"]
+        assert engine.update_weights_from_tensor(changed, weight_version="step-1").success
+        assert engine.get_weights_by_name(NORM, 3) == pytest.approx(changed[NORM][:3].tolist())
+        assert engine.check_weights()["message"] != before["message"]
+        assert greedy_ids(updatable.url, PROMPT, 12) != old_ids
+        wrong = engine.update_weights_from_tensor({"no.such.weight": torch.zeros(2)})
+        assert not wrong.success
+        assert "no.such.weight" in wrong.message
+        assert not engine.update_weights_from_ipc("no-such-file").success
+        assert not engine.destroy_weights_update_group("nobody").success
+        assert engine.release_memory_occupation(["kv_cache"]).success
+        assert not engine.release_memory_occupation(["kv_cache"]).success
+        back = {name: original[name] for name in changed}
+        assert engine.update_weights_from_tensor(back, weight_version="step-2").success
+        assert engine.resume_memory_occupation(["kv_cache"]).success
+        assert engine.check_weights()["message"] == before["message"]
+    assert greedy_ids(updatable.url, PROMPT, 12) == old_ids
 
 
 def test_tensors_may_lie_in_shared_memory(updatable: LocalCluster, original: dict[str, Tensor]) -> None:

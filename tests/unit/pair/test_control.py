@@ -286,7 +286,8 @@ def test_a_node_without_its_memory_pairs_with_nobody_and_comes_back_as_another_i
     (pair.to_prefill if node is pair.prefill else pair.to_decode)(Ping(call_id=1), ADMIN)
     pong = pair.last_reply(node, ADMIN)
     assert isinstance(pong, Pong)
-    assert (pong.draining, pong.entry.model_fingerprint) == (True, "none, its memory is released")
+    assert pong.draining
+    assert pong.entry.model_fingerprint == f"none, the memory of {role}-1 is released"
 
     again = memory_call(pair, node, release(("weights",)))
     assert (again.success, again.message) == (False, "released already: weights")
@@ -303,6 +304,19 @@ def test_a_node_without_its_memory_pairs_with_nobody_and_comes_back_as_another_i
     pair.start("c", prompt_of(9), prefill=prefill)
     pair.finish()
     pair.check_answer("c", prompt_of(9), 4)
+
+
+def test_two_nodes_without_memory_do_not_take_it_for_the_same_model() -> None:
+    pair = Pair()
+    for node in (pair.prefill, pair.decode):
+        assert memory_call(pair, node, release(("kv_cache",))).success
+    pair.advance(10.0)
+    assert pair.decode.rooms.ready_peers() == {}
+    assert pair.backend.connected == set(), "nothing is sent from memory that is not registered"
+    for node in (pair.prefill, pair.decode):
+        assert memory_call(pair, node, ResumeMemory(call_id=6, tags=("kv_cache",))).success
+    pair.advance(10.0)
+    assert pair.decode.rooms.ready_peers() == {"prefill-1~1": ADDRESS}
 
 
 def test_memory_is_released_when_what_runs_has_ended_or_not_at_all() -> None:
