@@ -143,10 +143,13 @@ class OperationRoutes:
         return json_response(await self._operator.internal_state())
 
     async def set_internal_state(self, http: Request) -> Response:
-        body = parse_request(await self._object(http), SetInternalStateRequest, _STATE_RULES)
-        if not body.server_args:
+        raw = await self._object(http)
+        body = parse_request(raw, SetInternalStateRequest, _STATE_RULES)
+        # Null is a value here ("no limit"), which `parse_request` takes for an absent field.
+        nulls = {name: None for name, value in raw["server_args"].items() if value is None}
+        if not (settings := {**body.server_args, **nulls}):
             raise bad_value("server_args", "`server_args` names no setting.")
-        return await self._operate(SetInternalState(settings=body.server_args))
+        return await self._operate(SetInternalState(settings=settings))
 
     async def configure_logging(self, http: Request) -> Response:
         """Of this process at once; the log level of all nodes too."""

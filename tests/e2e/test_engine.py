@@ -94,6 +94,8 @@ def test_nodes_are_looked_into_and_set(engine: Engine) -> None:
     assert rows["decode"]["settings"]["local_prefill_threshold"] == 3
     back = {"local_prefill_threshold": settings["local_prefill_threshold"], "max_queued_prefills": 32}
     assert engine.set_internal_state(back).success
+    rows = {row["role"]: row for row in engine.get_internal_state()}
+    assert rows["decode"]["settings"]["local_prefill_threshold"] is None
     assert engine.configure_logging(log_level="debug").success
     assert {row["log_level"] for row in engine.get_internal_state()} == {"debug"}
     assert engine.configure_logging(log_level="info").success
