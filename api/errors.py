@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from ..runtime.errors import RequestError
-from .node_client import NodeUnavailableError
+from .node_calls import NodeUnavailableError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _DEFAULT_RETRY_AFTER_S = 1.0

@@ -63,7 +63,8 @@ from .admin import (
 from .answers import json_response, outcome
 from .generation import AdminReply, GroupReply, ModelCard, UpdateMode
 from .mounting import GET, POST, Operation, make_app
-from .node_client import REPLY_MARGIN_S, NodeClient, NodeUnavailableError
+from .node_calls import REPLY_MARGIN_S, NodeUnavailableError
+from .node_client import NodeClient
 from .openapi import Bodies
 from .operations import OperationRoutes, ProfileOutcome
 from .server import serve

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..api.generation import AdminReply
-from ..api.node_client import NodeUnavailableError, StreamMessage
+from ..api.node_calls import NodeUnavailableError, StreamMessage
 from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
 from .links import Connector, EntryLookup, NodeLink
 from .options import RouterOptions

@@ -12,7 +12,8 @@ import aiohttp
 import msgspec
 import zmq.asyncio
 
-from ..api.node_client import NodeClient, NodeUnavailableError, StreamMessage
+from ..api.node_calls import NodeUnavailableError, StreamMessage
+from ..api.node_client import NodeClient
 from ..messages.node import CallReply, ClientToNode, NodeEntry, Pong, RequestStateReply, ServerInfoReply
 from ..messages.operation import ClusterOperation, InternalState, ProfileReply
 from ..messages.weights import MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightSource, WeightsReply

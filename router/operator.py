@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ..api.generation import AdminReply
-from ..api.node_client import NodeUnavailableError
+from ..api.node_calls import NodeUnavailableError
 from ..api.operations import ProfileOutcome
 from ..messages.node import CallReply
 from ..messages.operation import SETTINGS, ClusterOperation, ProfileReply, SetInternalState, StartProfile

@@ -28,7 +28,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ..api.generation import AdminReply, GenerateSpec, GroupReply, ModelCard, UpdateMode, WorkerStatus
-from ..api.node_client import NodeUnavailableError, StreamMessage
+from ..api.node_calls import NodeUnavailableError, StreamMessage
 from ..messages.node import (
     AttemptFailed,
     CancelRequest,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from ..api.node_client import NodeUnavailableError
+from ..api.node_calls import NodeUnavailableError
 from ..messages.node import CallReply
 from ..messages.weights import WeightSource
 from .links import NodeLink

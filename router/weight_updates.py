@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..api.generation import AdminReply, GroupReply, UpdateMode
-from ..api.node_client import NodeUnavailableError
+from ..api.node_calls import NodeUnavailableError
 from ..api.weights import in_parts
 from ..messages.node import CallReply
 from ..messages.weights import (
@@ -199,15 +199,15 @@ class WeightUpdates:
 
     async def resume_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
         timeout_s = self._options.weight_update_s
+        before = {node.incarnation for node in self._registry}
         answers = await ask_all(self._links(), lambda link: link.resume_memory(tags, timeout_s))
         if not answers or failures(answers):
             return AdminReply(False, failures(answers) or "no node is connected")
         self._released -= set(tags)
         if self._released:
             return AdminReply(True, f"{len(answers)} nodes have {', '.join(tags)} again")
-        resumed_at = self._clock()
         is_ready = await self._until(
-            lambda: self._heard_since(resumed_at) and bool(self._registry.ready_pairs()),
+            lambda: self._are_renewed(before) and bool(self._registry.ready_pairs()),
             self._options.weight_ready_s,
         )
         self._traffic.release()
@@ -296,9 +296,10 @@ class WeightUpdates:
         ]
         return f"these nodes do not answer: {', '.join(silent)}" if silent else ""
 
-    def _heard_since(self, moment: float) -> bool:
-        """What is known of every node is what it said after `moment`."""
-        return all(node.last_pong_at is not None and node.last_pong_at >= moment for node in self._registry)
+    def _are_renewed(self, before: set[str]) -> bool:
+        """Every node has said who it is since its pages are back: another incarnation than `before`."""
+        nodes = list(self._registry)
+        return all(self._registry.healthy(node) and node.incarnation not in before for node in nodes)
 
     def _serves(self, weight_version: str) -> bool:
         everywhere = all(node.entry.weight_version == weight_version for node in self._registry)

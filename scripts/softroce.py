@@ -73,9 +73,9 @@ done
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose root /lower
 mount -t tmpfs tmpfs /upper
 mkdir /upper/files /upper/work
-mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work overlay /root
-for folder in dev proc sys; do mount --move "/$folder" "/root/$folder"; done
-exec switch_root /root /bin/sh "$script"
+mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work overlay /merged
+for folder in dev proc sys; do mount --move "/$folder" "/merged/$folder"; done
+exec switch_root /merged /bin/sh "$script"
 """
 
 GUEST = """\
@@ -184,7 +184,7 @@ def make_boot_files(folder: Path) -> Path:
     output("depmod", "-b", str(folder), version)
 
     tree = folder / "tree"
-    for name in ("bin", "modules", "proc", "sys", "dev", "lower", "upper", "root"):
+    for name in ("bin", "modules", "proc", "sys", "dev", "lower", "upper", "merged"):
         (tree / name).mkdir(parents=True)
     shutil.copy(find("busybox") or "", tree / "bin" / "busybox")
     (tree / "init").write_text(INIT)

@@ -20,7 +20,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from ...api.generation import GenerateSpec, ModelCard
-from ...api.node_client import NodeUnavailableError, StreamMessage
+from ...api.node_calls import NodeUnavailableError, StreamMessage
 from ...components.metrics_reporter import MetricsReporter
 from ...components.output_streamer import StreamKey
 from ...decode.sequence import RequestState

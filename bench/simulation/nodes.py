@@ -49,7 +49,7 @@ from ...prefill.scheduler import PrefillScheduler, ToPrefill
 from ...prefill.settings import prefill_settings
 from ...runtime.config import VerifyPages, node_config
 from ...runtime.errors import StartupError
-from ...transfer.backends.base import TransferBackend
+from ...transfer.backends.base import Mover
 from ...transfer.decode_rooms import DecodeRooms
 from ...transfer.page_digests import DigestWorker
 from ...transfer.prefill_rooms import PrefillRooms
@@ -132,6 +132,13 @@ class Server(Protocol[T_co]):
     def receive(self) -> Iterator[tuple[bytes, T_co]]: ...
 
     def send(self, link: bytes, message: msgspec.Struct) -> bool: ...
+
+
+class SettlingMover(Mover, Protocol):
+    """What a prefill node moves pages with, in place of a TransferBackend with a pool of bytes."""
+
+    @property
+    def settle_s(self) -> float: ...
 
 
 class Links(Protocol):
@@ -302,7 +309,7 @@ class PrefillNode(_Base[ToPrefill]):
         self,
         place: Place,
         server: Server[ToPrefill],
-        backend: TransferBackend,
+        backend: SettlingMover,
         settings: Settings,
         *,
         clock: Callable[[], float],

@@ -101,20 +101,11 @@ class SimulatedBackend:
         self._met: set[str] = set()
         self._results: list[WriteResult] = []
 
-    # ---- TransferBackend ----------------------------------------------------------------------------
+    # ---- SettlingMover ------------------------------------------------------------------------------
 
     @property
     def num_outstanding(self) -> int:
         return len(self._writes) + len(self._contacts)
-
-    def allocate(self, num_bytes: int) -> memoryview:
-        raise NotImplementedError
-
-    def register(self) -> MemoryRegion:
-        raise NotImplementedError
-
-    def release(self) -> None:
-        raise NotImplementedError
 
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         self._met.add(region.session)

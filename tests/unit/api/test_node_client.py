@@ -7,7 +7,8 @@ import pytest
 import pytest_asyncio
 import zmq.asyncio
 
-from pdserve.api.node_client import NodeClient, NodeUnavailableError, StreamMessage
+from pdserve.api.node_calls import NodeUnavailableError, StreamMessage
+from pdserve.api.node_client import NodeClient
 from pdserve.messages.node import AttemptFailed, CancelRequest, TokenOutput, TokenOutputs
 from pdserve.messages.weights import FromDisk, PrepareWeights
 from pdserve.tests.unit.api.conftest import eventually

@@ -116,15 +116,6 @@ class FakeBackend:
     def num_outstanding(self) -> int:
         return len(self.held)
 
-    def allocate(self, num_bytes: int) -> memoryview:
-        raise NotImplementedError
-
-    def register(self) -> MemoryRegion:
-        raise NotImplementedError
-
-    def release(self) -> None:
-        raise NotImplementedError
-
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         self.connected.add(region.session)
         self.results.append(WriteResult(handle, WriteState.DONE))

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from pdserve.api.generation import GenerateSpec, ModelCard
-from pdserve.api.node_client import NodeUnavailableError, StreamMessage
+from pdserve.api.node_calls import NodeUnavailableError, StreamMessage
 from pdserve.messages.node import (
     AttemptFailed,
     CallReply,
@@ -35,6 +35,7 @@ from pdserve.messages.node import (
     ServerInfoReply,
     TokenOutput,
     TokenOutputs,
+    renewed,
 )
 from pdserve.messages.operation import ClusterOperation, InternalState, ProfileReply
 from pdserve.messages.sampling import SamplingParams
@@ -122,6 +123,7 @@ class FakeNode:
     fail_with: list[AttemptFailed | FailureCode] = field(default_factory=list)  # one for each next attempt
     stage_reply: str = ""  # why it refuses a part of new weights
     prepare_reply: str = ""  # why it refuses new weights
+    released: set[MemoryTag] = field(default_factory=set)
     release_reply: str = ""  # why it does not release memory, or resume it
     join_reply: str = ""  # why it joins no group
     commit_reply: str = ""  # why it fails to swap
@@ -350,10 +352,16 @@ class FakeLink:
 
     async def release_memory(self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float) -> CallReply:
         await self._answer(f"release {' '.join(tags)}")
+        if not self.node.release_reply:
+            self.node.released |= set(tags)
         return CallReply(call_id=1, success=not self.node.release_reply, message=self.node.release_reply)
 
     async def resume_memory(self, tags: tuple[MemoryTag, ...], timeout_s: float) -> CallReply:
         await self._answer(f"resume {' '.join(tags)}")
+        self.node.released -= set(tags)
+        if not self.node.released:
+            incarnation = renewed(self.node.entry.incarnation)
+            self.node.entry = msgspec.structs.replace(self.node.entry, incarnation=incarnation)
         return CallReply(call_id=1, success=not self.node.release_reply, message=self.node.release_reply)
 
     async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:

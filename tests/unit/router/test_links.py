@@ -12,7 +12,7 @@ import zmq.asyncio
 from aiohttp import web
 
 from pdserve.api.generation import GenerateSpec, ModelCard
-from pdserve.api.node_client import NodeUnavailableError
+from pdserve.api.node_calls import NodeUnavailableError
 from pdserve.messages.codec import Codec
 from pdserve.messages.node import (
     ClientToNode,

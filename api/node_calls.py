@@ -1,0 +1,284 @@
+"""What may be asked of a node's scheduler, over whatever carries the messages.
+
+Calls carry a ``call_id`` that the reply repeats; streamed output goes to ``on_stream``.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar, assert_never
+
+import msgspec
+
+from ..messages.node import (
+    AbortRequests,
+    AssertPeerDeath,
+    AttemptFailed,
+    CallReply,
+    ClientToNode,
+    FlushCache,
+    GetMetrics,
+    GetRequestState,
+    GetServerInfo,
+    MetricsReply,
+    NodeToClient,
+    Ping,
+    Pong,
+    RequestStateReply,
+    ServerInfoReply,
+    TokenOutputs,
+)
+from ..messages.operation import (
+    ClusterOperation,
+    GetInternalState,
+    InternalState,
+    InternalStateReply,
+    NodeOperation,
+    ProfileReply,
+    StopProfile,
+)
+from ..messages.weights import (
+    LEASE_S,
+    CheckWeights,
+    CommitWeights,
+    DiscardWeights,
+    GetWeights,
+    JoinUpdateGroup,
+    LeaveUpdateGroup,
+    MemoryTag,
+    PrepareWeights,
+    ReleaseMemory,
+    ResumeMemory,
+    StageWeights,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightSource,
+    WeightsReply,
+)
+from ..runtime.errors import PdserveError
+
+StreamMessage: TypeAlias = TokenOutputs | AttemptFailed
+Call: TypeAlias = (
+    Ping
+    | FlushCache
+    | AbortRequests
+    | AssertPeerDeath
+    | StageWeights
+    | PrepareWeights
+    | CommitWeights
+    | DiscardWeights
+    | GetWeights
+    | CheckWeights
+    | JoinUpdateGroup
+    | LeaveUpdateGroup
+    | ReleaseMemory
+    | ResumeMemory
+    | GetServerInfo
+    | GetMetrics
+    | GetRequestState
+    | NodeOperation
+)
+Reply: TypeAlias = (
+    Pong
+    | CallReply
+    | ServerInfoReply
+    | MetricsReply
+    | RequestStateReply
+    | InternalStateReply
+    | ProfileReply
+    | WeightsReply
+    | WeightChecksReply
+)
+R = TypeVar(
+    "R",
+    Pong,
+    CallReply,
+    ServerInfoReply,
+    MetricsReply,
+    RequestStateReply,
+    InternalStateReply,
+    ProfileReply,
+    WeightsReply,
+    WeightChecksReply,
+)
+
+# Flushing waits on the node for its own timeout; the reply needs a little more to travel.
+REPLY_MARGIN_S = 5.0
+
+
+class NodeUnavailableError(PdserveError):
+    """A node is not reached: the connection is lost, or a reply did not come in time."""
+
+
+class NodeCalls(abc.ABC):
+    """One connection to one scheduler, in a running event loop. When it has ended it is lost for good.
+
+    A subclass sends, hands what arrives to ``_arrive``, and calls ``_end`` when the connection has ended.
+    """
+
+    def __init__(self, address: str, on_stream: Callable[[StreamMessage], None]) -> None:
+        self.address = address
+        self._on_stream = on_stream
+        self._call_ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._ended = ""  # why; empty while the connection may be used
+
+    @property
+    def is_lost(self) -> bool:
+        return bool(self._ended)
+
+    @abc.abstractmethod
+    def send(self, message: ClientToNode) -> None:
+        """Send without waiting. Raises NodeUnavailableError when the connection has ended."""
+
+    async def ping(self, timeout_s: float = 2.0) -> Pong:
+        """The answer comes from the scheduler's own loop, so it proves that the loop turns."""
+        return await self._call(Ping(call_id=next(self._call_ids)), Pong, timeout_s)
+
+    async def server_info(self, timeout_s: float = 5.0) -> ServerInfoReply:
+        return await self._call(GetServerInfo(call_id=next(self._call_ids)), ServerInfoReply, timeout_s)
+
+    async def metrics(self, timeout_s: float = 5.0) -> str:
+        return (await self._call(GetMetrics(call_id=next(self._call_ids)), MetricsReply, timeout_s)).text
+
+    async def flush_cache(self, flush_timeout_s: float) -> CallReply:
+        """Flush when the node is idle, which it may wait for until ``flush_timeout_s``."""
+        message = FlushCache(call_id=next(self._call_ids), timeout_s=flush_timeout_s)
+        return await self._call(message, CallReply, flush_timeout_s + REPLY_MARGIN_S)
+
+    async def abort(self, request_id: str = "", *, all_requests: bool = False) -> CallReply:
+        message = AbortRequests(
+            call_id=next(self._call_ids), request_id=request_id, all_requests=all_requests
+        )
+        return await self._call(message, CallReply, REPLY_MARGIN_S)
+
+    async def assert_peer_death(self, incarnation: str, timeout_s: float = 5.0) -> CallReply:
+        message = AssertPeerDeath(call_id=next(self._call_ids), incarnation=incarnation)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def request_state(self, request_id: str, timeout_s: float = 5.0) -> RequestStateReply:
+        message = GetRequestState(call_id=next(self._call_ids), request_id=request_id)
+        return await self._call(message, RequestStateReply, timeout_s)
+
+    async def stage_weights(self, update_id: str, offset: int, data: bytes, timeout_s: float) -> CallReply:
+        """`data`: the next part of the update, at most STAGE_PART_BYTES."""
+        message = StageWeights(call_id=next(self._call_ids), update_id=update_id, offset=offset, data=data)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def operate(self, operation: ClusterOperation, timeout_s: float = 5.0) -> CallReply:
+        message = msgspec.structs.replace(operation, call_id=next(self._call_ids))
+        return await self._call(message, CallReply, timeout_s)
+
+    async def internal_state(self, timeout_s: float = 5.0) -> InternalState:
+        message = GetInternalState(call_id=next(self._call_ids))
+        return (await self._call(message, InternalStateReply, timeout_s)).state
+
+    async def stop_profile(self, timeout_s: float) -> ProfileReply:
+        """The node writes its traces before it answers."""
+        return await self._call(StopProfile(call_id=next(self._call_ids)), ProfileReply, timeout_s)
+
+    async def prepare_weights(
+        self,
+        update_id: str,
+        source: WeightSource,
+        weight_version: str,
+        timeout_s: float,
+        lease_s: float = LEASE_S,
+    ) -> CallReply:
+        message = PrepareWeights(
+            call_id=next(self._call_ids),
+            update_id=update_id,
+            source=source,
+            weight_version=weight_version,
+            lease_s=lease_s,
+        )
+        return await self._call(message, CallReply, timeout_s)
+
+    async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply:
+        message = CommitWeights(call_id=next(self._call_ids), update_id=update_id)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def discard_weights(self, update_id: str, timeout_s: float = 5.0) -> CallReply:
+        message = DiscardWeights(call_id=next(self._call_ids), update_id=update_id)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply:
+        """Waits until every rank has joined, or has not in the time given."""
+        message = JoinUpdateGroup(
+            call_id=next(self._call_ids),
+            group_name=group.name,
+            master_address=group.master_address,
+            master_port=group.master_port,
+            rank=rank,
+            world_size=group.world_size,
+            timeout_s=group.timeout_s,
+        )
+        return await self._call(message, CallReply, 2 * group.timeout_s + REPLY_MARGIN_S)
+
+    async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply:
+        message = LeaveUpdateGroup(call_id=next(self._call_ids), group_name=group_name)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def release_memory(self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float) -> CallReply:
+        """The node may wait for `wait_s` to be idle."""
+        message = ReleaseMemory(call_id=next(self._call_ids), tags=tags, timeout_s=wait_s)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def resume_memory(self, tags: tuple[MemoryTag, ...], timeout_s: float) -> CallReply:
+        message = ResumeMemory(call_id=next(self._call_ids), tags=tags)
+        return await self._call(message, CallReply, timeout_s)
+
+    async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
+        message = GetWeights(call_id=next(self._call_ids), name=name, truncate_size=truncate_size)
+        return await self._call(message, WeightsReply, timeout_s)
+
+    async def check_weights(self, timeout_s: float) -> WeightChecksReply:
+        return await self._call(CheckWeights(call_id=next(self._call_ids)), WeightChecksReply, timeout_s)
+
+    async def _call(self, message: Call, reply_type: type[R], timeout_s: float) -> R:
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[message.call_id] = future
+        try:
+            self.send(message)
+            async with asyncio.timeout(timeout_s):
+                reply = await future
+        except TimeoutError:
+            raise NodeUnavailableError(
+                f"node at {self.address}: no answer to {type(message).__name__} within {timeout_s:g} s"
+            ) from None
+        finally:
+            del self._waiting[message.call_id]
+        if isinstance(reply, reply_type):
+            return reply
+        reason = reply.message if isinstance(reply, CallReply) else f"answered by {type(reply).__name__}"
+        raise NodeUnavailableError(f"node at {self.address}: {type(message).__name__}: {reason}")
+
+    def _arrive(self, message: NodeToClient) -> None:
+        match message:
+            case TokenOutputs() | AttemptFailed():
+                self._on_stream(message)
+            case (
+                Pong()
+                | CallReply()
+                | ServerInfoReply()
+                | MetricsReply()
+                | RequestStateReply()
+                | WeightsReply()
+                | WeightChecksReply()
+                | InternalStateReply()
+                | ProfileReply()
+            ):
+                future = self._waiting.get(message.call_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case _:
+                assert_never(message)
+
+    def _end(self, reason: str) -> None:
+        self._ended = self._ended or reason
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(NodeUnavailableError(f"node at {self.address}: {reason}"))
