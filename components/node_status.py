@@ -8,7 +8,7 @@ from dataclasses import asdict
 import msgspec
 
 from ..messages.kv_layout import KVLayout
-from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, RankInfo, ServerInfoReply
+from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, RankInfo, ServerInfoReply, renewed
 from ..messages.peer import PeerIdentity
 from ..runtime.config import NodeConfig
 
@@ -17,8 +17,7 @@ def announce(status: NodeStatus, identity: PeerIdentity, *, is_released: bool) -
     """The node's true identity once memory was released or is back, which makes it a new incarnation."""
     incarnation = identity.incarnation
     if not is_released:
-        name, _, number = incarnation.partition("~")
-        incarnation = f"{name}~{int(number or 0) + 1}"
+        incarnation = renewed(incarnation)
     status.set_released(is_released=is_released, incarnation=incarnation)
     return msgspec.structs.replace(identity, incarnation=incarnation)
 

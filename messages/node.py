@@ -269,6 +269,16 @@ class AttemptFailed(msgspec.Struct, frozen=True, kw_only=True, tag="attempt_fail
     retriable: bool
 
 
+def renewed(incarnation: str) -> str:
+    """The next incarnation of a process that goes on: its pages have moved, so no old word of them counts."""
+    process, _, number = incarnation.partition("~")
+    return f"{process}~{int(number or 0) + 1}"
+
+
+def is_same_process(incarnation: str, other: str) -> bool:
+    return incarnation.partition("~")[0] == other.partition("~")[0]
+
+
 class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     """Answers Ping from the scheduler's own loop."""
 

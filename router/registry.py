@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from ..messages.node import NodeEntry, NodeLoad, Pong
+from ..messages.node import NodeEntry, NodeLoad, Pong, is_same_process
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,8 @@ class NodeRegistry:
         return [NodeRestarted(before.entry, entry) if before is not None else NodeJoined(entry)]
 
     def pong(self, incarnation: str, pong: Pong, now: float) -> list[NodeEvent]:
-        """``incarnation``: who was asked. If another one answers there, it will register itself or be polled.
+        """``incarnation``: who was asked. A process may have become another incarnation of itself; another
+        process that answers there will register itself or be polled.
 
         Where a node is reached is known from its registration; its scheduler may not know its URL.
         """
@@ -148,11 +149,14 @@ class NodeRegistry:
         if node is None:
             return []
         old = node.entry
-        if pong.entry.incarnation != incarnation:
+        new = msgspec.structs.replace(pong.entry, url=old.url, zmq_address=old.zmq_address)
+        if new.incarnation != incarnation:
+            if is_same_process(new.incarnation, incarnation):
+                return self._renew(node, new, now)
             self._drop(node)
             self._superseded.append(incarnation)
             return [NodeLost(old, "another incarnation answers at its address")]
-        node.entry = msgspec.structs.replace(pong.entry, url=old.url, zmq_address=old.zmq_address)
+        node.entry = new
         node.lease_until = now + self._lease_s
         node.last_pong_at = now
         node.load = pong.load
@@ -162,7 +166,13 @@ class NodeRegistry:
         node.draining = pong.draining
         wait_s = 0.0 if old.role == "prefill" else self._prefill_wait_s
         self._prefill_awaited_until = min(self._prefill_awaited_until, now + wait_s)
-        return [NodeChanged(old, node.entry)] if old != node.entry else []
+        return [NodeChanged(old, new)] if old != new else []
+
+    def _renew(self, node: NodeRecord, entry: NodeEntry, now: float) -> list[NodeEvent]:
+        events = self.register(entry, now)
+        if node.leaving:
+            self.take_out(entry.url)
+        return events
 
     def link_lost(self, incarnation: str, reason: str, now: float) -> list[NodeEvent]:
         """It has half a lease left to be heard of again."""

@@ -114,6 +114,19 @@ def test_another_incarnation_may_answer_at_the_address(registry: NodeRegistry, e
     assert registry.register(new, 1.2) == [NodeJoined(new)]
 
 
+def test_a_process_becomes_another_incarnation_of_itself(registry: NodeRegistry, entry: Entry) -> None:
+    old, new = entry(), entry(incarnation="d-1~1")
+    join(registry, old, 0.0)
+    assert registry.pong("d-1", pong(new), 1.0) == [NodeRestarted(old, new)]
+    assert len(registry) == 1, "no moment without it"
+    assert registry.register(old, 1.1) == [], "its front says the old name once more"
+    registry.take_out(new.url)
+    assert registry.pong("d-1~1", pong(entry(incarnation="d-1~2")), 2.0)
+    node = registry.at_url("http://d")
+    assert node is not None
+    assert node.leaving, "an operator took it out"
+
+
 def test_where_a_node_is_reached_is_known_from_its_registration(registry: NodeRegistry, entry: Entry) -> None:
     registry.register(entry(), 0.0)
     inside = entry(url="", zmq_address="tcp://0.0.0.0:5")

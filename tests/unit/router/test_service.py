@@ -958,14 +958,18 @@ async def test_tensors_that_a_trainer_broadcasts_are_taken_by_all(bench: Bench) 
 async def test_memory_is_released_and_resumed_everywhere_and_requests_wait_meanwhile(
     bench: Bench, spec: Spec, expected: Expected
 ) -> None:
-    nodes = await small_cluster(bench)
+    nodes = prefill, decode = await small_cluster(bench)
     assert (await bench.service.release_memory_occupation(("weights", "kv_cache"))).success
     late = asyncio.create_task(bench.service.generate(spec("late")))
     await bench.until(lambda: bench.service._queue.num_new == 1)
     assert (await bench.service.resume_memory_occupation(("weights",))).success
     assert (await bench.service.update_weights_from_disk("/new", "v2", "wait")).success
     assert bench.service._queue.held
-    assert (await bench.service.resume_memory_occupation(("kv_cache",))).success
+    resumed = asyncio.create_task(bench.service.resume_memory_occupation(("kv_cache",)))
+    await bench.until(lambda: prefill.entry.incarnation == "p-1~1" and decode.entry.incarnation == "d-1~1")
+    decode.peers = (prefill.entry.incarnation,)
+    assert (await resumed).success
+    assert {node.incarnation for node in bench.service._nodes} == {"p-1~1", "d-1~1"}
     generation = await late
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
     assert generation.info.weight_version == "v2"
