@@ -179,6 +179,16 @@ class Stream:
                 answer.finish_reasons[index] = choice["finish_reason"]
 
 
+@contextmanager
+def slowed(url: str, per_forward_s: float = 0.01) -> Iterator[None]:
+    """Forwards that take at least so long on any machine: a short stream is still there when looked at."""
+    assert request(url, "/slow_down", {"forward_sleep_time": per_forward_s}).status == 200
+    try:
+        yield
+    finally:
+        assert request(url, "/slow_down", {"forward_sleep_time": None}).status == 200
+
+
 def stream_all(url: str, bodies: Sequence[Body]) -> list[Answer]:
     """All at once; each must end properly."""
     streams = [Stream(url, body) for body in bodies]

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pdserve.api.validation import Limits
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.tests.bad_input_cases import BadInput, bad_input_cases
-from pdserve.tests.e2e.helpers import Stream, random_ids, stream_all
+from pdserve.tests.e2e.helpers import Stream, random_ids, slowed, stream_all
 
 NUM_STREAMS = 8
 
@@ -40,7 +40,7 @@ def test_bad_input_while_streams_go_on(cluster: LocalCluster) -> None:
     bodies = [
         {
             "prompt": random_ids(seed, 20),
-            "max_tokens": 400,
+            "max_tokens": 150,
             "temperature": 0.8,
             "seed": seed,
             "ignore_eos": True,
@@ -48,11 +48,12 @@ def test_bad_input_while_streams_go_on(cluster: LocalCluster) -> None:
         for seed in range(NUM_STREAMS)
     ]
     undisturbed = stream_all(cluster.url, bodies)
-    streams = [Stream(cluster.url, body) for body in bodies]
-    for stream in streams:
-        stream.wait_for_tokens(1)
-    problems = [problem for case in cases if (problem := problem_with(cluster, case))]
-    answers = [stream.answer() for stream in streams]
+    with slowed(cluster.url):
+        streams = [Stream(cluster.url, body) for body in bodies]
+        for stream in streams:
+            stream.wait_for_tokens(1)
+        problems = [problem for case in cases if (problem := problem_with(cluster, case))]
+        answers = [stream.answer() for stream in streams]
     assert problems == []
     for answer, expected in zip(answers, undisturbed, strict=True):
         assert answer.is_proper

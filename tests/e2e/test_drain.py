@@ -28,12 +28,13 @@ def test_sigterm_with_requests_in_every_stage(log_path: Path) -> None:
     cluster = LocalCluster(flags, log_path=log_path)
     cluster.start()
     try:
-        running: Body = {"prompt": random_ids(50, 30), "max_tokens": 400, **GREEDY}
+        running: Body = {"prompt": random_ids(50, 30), "max_tokens": 150, **GREEDY}
         # More than prefill takes at once: some wait on the node, some are sent back to the router's queue.
         queued: list[Body] = [
-            {"prompt": random_ids(60 + number, 1000), "max_tokens": 5, **GREEDY} for number in range(8)
+            {"prompt": random_ids(60 + number, 400), "max_tokens": 5, **GREEDY} for number in range(8)
         ]
         (undisturbed,) = stream_all(cluster.url, [running])
+        assert request(cluster.url, "/slow_down", {"forward_sleep_time": 0.01}).status == 200
         stream = Stream(cluster.url, running)
         stream.wait_for_tokens(5)
         streams = [Stream(cluster.url, {**body, "request_id": f"q{i}"}) for i, body in enumerate(queued)]

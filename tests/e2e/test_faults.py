@@ -29,6 +29,7 @@ from pdserve.tests.e2e.helpers import (
     random_ids,
     request,
     scheduler_process,
+    slowed,
     stream_all,
     wait_until,
 )
@@ -81,10 +82,10 @@ def named(bodies: list[Body], name: str) -> list[Body]:
 
 def test_prefill_node_killed_during_prefill(nodes: LocalCluster) -> None:
     bodies: list[Body] = [
-        {"prompt": random_ids(1, 1200), "max_tokens": 30, **GREEDY},
-        {"prompt": random_ids(2, 900), "max_tokens": 30, "n": 2, **SAMPLED},
-        {"prompt": random_ids(3, 1000), "max_tokens": 30, "logprobs": 2, **SAMPLED},
-        {"prompt": random_ids(4, 1100), "max_tokens": 30, "n": 2, **GREEDY},
+        {"prompt": random_ids(1, 600), "max_tokens": 30, **GREEDY},
+        {"prompt": random_ids(2, 450), "max_tokens": 30, "n": 2, **SAMPLED},
+        {"prompt": random_ids(3, 500), "max_tokens": 30, "logprobs": 2, **SAMPLED},
+        {"prompt": random_ids(4, 550), "max_tokens": 30, "n": 2, **GREEDY},
     ]
     undisturbed = stream_all(nodes.url, bodies)
     assert request(nodes.url, "/flush_cache?timeout=30").status == 200
@@ -119,20 +120,21 @@ def test_decode_node_killed_in_mid_stream(nodes: LocalCluster) -> None:
         {**GREEDY, "logprobs": 1},
         {**SAMPLED, "logprobs": 0},
         {**SAMPLED, **penalties},
-        {**SAMPLED, "ignore_eos": False, "min_tokens": 100, "logit_bias": {"0": 4.0}},
+        {**SAMPLED, "ignore_eos": False, "min_tokens": 50, "logit_bias": {"0": 4.0}},
     ]
     bodies = [
-        {"prompt": random_ids(10 + number, 20 + 15 * number), "max_tokens": 200, **kind}
+        {"prompt": random_ids(10 + number, 20 + 15 * number), "max_tokens": 100, **kind}
         for number, kind in enumerate(kinds)
     ]
     undisturbed = stream_all(nodes.url, bodies)
 
     failed_before = failed_attempts(nodes)
-    streams = [Stream(nodes.url, body) for body in named(bodies, "decode-dies")]
-    for stream in streams:
-        stream.wait_for_tokens(5)
-    victim = node_with(nodes, "decode-dies-0", "running")
-    assert victim, "the stream was over before a node could be killed"
+    with slowed(nodes.url):
+        streams = [Stream(nodes.url, body) for body in named(bodies, "decode-dies")]
+        for stream in streams:
+            stream.wait_for_tokens(5)
+        victim = node_with(nodes, "decode-dies-0", "running")
+        assert victim, "the stream was over before a node could be killed"
     kill_nodes(nodes, [victim])
     answers = [stream.answer() for stream in streams]
     for answer, before in zip(answers, undisturbed, strict=True):
@@ -152,7 +154,7 @@ def test_decode_node_killed_in_mid_stream(nodes: LocalCluster) -> None:
 
 
 def test_prefill_node_frozen_during_hand_off(nodes: LocalCluster) -> None:
-    body: Body = {"prompt": random_ids(20, 1200), "max_tokens": 20, "logprobs": 1, **SAMPLED}
+    body: Body = {"prompt": random_ids(20, 800), "max_tokens": 20, "logprobs": 1, **SAMPLED}
     (undisturbed,) = stream_all(nodes.url, [body])
     assert request(nodes.url, "/flush_cache?timeout=30").status == 200
     quarantined_before = num_quarantined(nodes)

@@ -24,6 +24,7 @@ from pdserve.tests.e2e.helpers import (
     in_background,
     random_ids,
     request,
+    slowed,
     stream_all,
     wait_until,
 )
@@ -106,27 +107,28 @@ def test_running_streams_end_on_their_weights_and_new_requests_wait(
     updatable: LocalCluster, perturbed: Path
 ) -> None:
     url = updatable.url
-    long: Body = {"prompt": random_ids(41, 30), "max_tokens": 500, **GREEDY}
+    long: Body = {"prompt": random_ids(41, 30), "max_tokens": 150, **GREEDY}
     new: Body = {"prompt": PROMPT, "max_tokens": 16, **GREEDY}
     (undisturbed,) = stream_all(url, [long])
     (old,) = stream_all(url, [new])
 
-    running = Stream(url, long)
-    running.wait_for_tokens(5)
-    is_updated, result = in_background(lambda: update(url, perturbed, weight_version="later"))
-    wait_until(lambda: waits_in_router(url, Stream(url, {**new, "request_id": "probe"})), 10.0, "the hold")
-    waiting = [Stream(url, {**new, "request_id": f"waits-{number}"}) for number in range(3)]
-    wait_until(
-        lambda: all(state(url, f"waits-{number}") == "queued" for number in range(3)), 10.0, "held requests"
-    )
-    assert not running.is_over, "the stream was over before the update began"
-    assert not is_updated()
+    with slowed(url):
+        running = Stream(url, long)
+        running.wait_for_tokens(5)
+        is_updated, result = in_background(lambda: update(url, perturbed, weight_version="later"))
+        probe = {**new, "request_id": "probe"}
+        wait_until(lambda: waits_in_router(url, Stream(url, probe)), 10.0, "the hold")
+        names = [f"waits-{number}" for number in range(3)]
+        waiting = [Stream(url, {**new, "request_id": name}) for name in names]
+        wait_until(lambda: all(state(url, name) == "queued" for name in names), 10.0, "held requests")
+        assert not running.is_over, "the stream was over before the update began"
+        assert not is_updated()
 
-    answer = running.answer()
-    assert answer.is_proper, answer
-    assert answer.token_ids == undisturbed.token_ids
-    assert answer.weight_version == "default"
-    assert result().status == 200, result().text
+        answer = running.answer()
+        assert answer.is_proper, answer
+        assert answer.token_ids == undisturbed.token_ids
+        assert answer.weight_version == "default"
+        assert result().status == 200, result().text
     for stream in waiting:
         answer = stream.answer()
         assert answer.is_proper, answer
