@@ -92,11 +92,10 @@ def try_mutants(mutants: list[Mutant], jobs: int) -> int:
         with multiprocessing.Pool(jobs) as pool:
             found = pool.map(catch, names, chunksize=1)
     print("\nplanted bugs, and the first seed that found each")
-    for caught in found:
+    for mutant, caught in zip(mutants, found, strict=True):
         where = f"seed {caught.seed}" if caught.seed is not None else f"not in {caught.num_seeds} seeds"
-        flavour = caught.mutant.flavour
-        where += f", {flavour}" if flavour else ""
-        print(f"  {caught.mutant.name:<26}{where:<20}{caught.mutant.bug}")
+        where += f", {mutant.flavour}" if mutant.flavour else ""
+        print(f"  {mutant.name:<26}{where:<20}{mutant.bug}")
         if caught.violation:
             print(f"  {'':<26}{'':<20}-> {caught.violation[:150]}")
     return sum(caught.seed is not None for caught in found)

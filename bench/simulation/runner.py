@@ -105,7 +105,6 @@ def shrink(seed: int, flavour: str = "") -> Shrunk:
 class Caught:
     """Whether a planted bug was found, by which seed, and as what."""
 
-    mutant: Mutant
     seed: int | None
     num_seeds: int
     violation: str
@@ -117,5 +116,5 @@ def try_mutant(mutant: Mutant, max_seeds: int) -> Caught:
         for number in range(max_seeds):
             result = run_seed(number, flavour=mutant.flavour)
             if result.violation:
-                return Caught(mutant, result.seed, number + 1, result.violation)
-    return Caught(mutant, None, max_seeds, "")
+                return Caught(result.seed, number + 1, result.violation)
+    return Caught(None, max_seeds, "")

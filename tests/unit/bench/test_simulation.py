@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,12 @@ def test_what_a_seed_does_not_have_cannot_be_left_out() -> None:
         make_plan(0, flavour="sour")
     with pytest.raises(ValueError, match="a prefill and a decode node are needed"):
         make_plan(0, ["n0", "n1", *(f"n{node}" for node in make_plan(0).roles if node > 1)])
+
+
+def test_several_processes_share_seeds_and_planted_bugs() -> None:
+    script = Path(__file__).parents[3] / "scripts" / "simulate.py"
+    bugs = ",".join(mutant.name for mutant in MUTANTS[:2])
+    command = [sys.executable, "-P", str(script), "--seeds", "4", "--jobs", "2", "--mutants", bugs]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "SEEDS 4 VIOLATIONS 0 MUTANTS 2/2", done.stdout + done.stderr
+    assert done.returncode == 0
