@@ -46,6 +46,7 @@ def make_app(operations: Sequence[Operation], *, keys: AccessKeys, is_loopback: 
                     responses=operation.bodies.responses(),
                     openapi_extra=operation.bodies.request_body(),
                     include_in_schema=method != "HEAD",
+                    tags=["admin"] if operation.is_admin else None,
                 )
     install_schemas(app, [operation.bodies for operation in operations])
     install_error_handlers(app)

@@ -28,6 +28,7 @@ from ..messages.operation import (
 )
 from ..runtime.logs import log_level, set_log_level
 from .live_settings import LiveSettings
+from .loop_times import LoopTimes
 
 START_JOB = "start profile"
 STOP_JOB = "stop profile"
@@ -74,8 +75,11 @@ class _Profile:
 class NodeOperations:
     """`step_profiler` is used in jobs of the engine's thread only."""
 
-    def __init__(self, *, settings: LiveSettings, engine: SlowEngine, step_profiler: Profiler) -> None:
+    def __init__(
+        self, *, settings: LiveSettings, engine: SlowEngine, step_profiler: Profiler, loop_times: LoopTimes
+    ) -> None:
         self._settings = settings
+        self._loop_times = loop_times
         self._engine = engine
         self._step_profiler = step_profiler
         self._profile = _Profile()
@@ -156,6 +160,7 @@ class NodeOperations:
             log_level=log_level(),
             is_gc_frozen=self._is_gc_frozen,
             memory_rss_bytes=self._process.memory_info().rss,
+            loop_times=self._loop_times.summary(),
         )
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, assert_never
 
@@ -59,6 +59,7 @@ from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
 from .loaded_model import LoadedModel, load_model, load_replacement, updated_model
+from .loop_times import TURN, LoopTimes
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus, announce
 from .rank_group import LostRankError, RankGroup
@@ -97,6 +98,7 @@ class Node:
     waiter: Waiter
     front: subprocess.Popen[bytes]
     unix_minus_monotonic_s: float
+    loop_times: LoopTimes = field(default_factory=LoopTimes)
     num_steps: int = 0
     released_weights: tempfile.TemporaryDirectory[str] | None = None  # where they are meanwhile
 
@@ -441,6 +443,7 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
             scheduler.step(now)
         else:
             _step_with_ranks(node, node.ranks, scheduler, now)
+        node.loop_times.add(TURN, time.monotonic() - now)
         if num_signals and not scheduler.is_draining:
             scheduler.is_draining = True
             drain_until = now + _DRAIN_S

@@ -100,7 +100,10 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         gone_clients=gone_clients,
         control=control,
         operations=NodeOperations(
-            settings=decode_settings(growth, local_prefill), engine=node.engine, step_profiler=node.profiler
+            settings=decode_settings(growth, local_prefill),
+            engine=node.engine,
+            step_profiler=node.profiler,
+            loop_times=node.loop_times,
         ),
         weights=weights,
         swap=node.swap,
@@ -109,6 +112,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
             page_size=config.page_size, max_running_requests=config.max_running_requests
         ),
         metrics=node.metrics,
+        loop_times=node.loop_times,
         verify_pages=config.verify_pages,
         limits=DecodeLimits(
             max_running=config.max_running_requests,

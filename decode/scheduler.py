@@ -31,6 +31,7 @@ import msgspec
 from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
+from ..components.loop_times import LoopTimes
 from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.node_control import ControlResult, NodeControl
@@ -163,6 +164,7 @@ class DecodeScheduler:
         status: NodeStatus,
         load_inquirer: LoadInquirer,
         metrics: MetricsReporter,
+        loop_times: LoopTimes,
         verify_pages: VerifyPages,
         limits: DecodeLimits,
         eos_token_ids: tuple[int, ...],
@@ -192,6 +194,7 @@ class DecodeScheduler:
         self.status = status
         self.load_inquirer = load_inquirer
         self.metrics = metrics
+        self.loop_times = loop_times
         self.verify_pages = verify_pages
         self.limits = limits
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -215,7 +218,9 @@ class DecodeScheduler:
     def step(self, now: float) -> None:
         self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
+            started_s = self.clock.now()
             self.handle(link, message, now)
+            self.loop_times.handled(message, self.clock.now() - started_s)
         for address, peer_message in self.links.receive():
             if isinstance(peer_message, LinkDown):
                 self.act(self.rooms.on_link_down(address, peer_message.epoch, now), now)

@@ -117,6 +117,16 @@ ClusterOperation: TypeAlias = (
 # ---- replies ----------------------------------------------------------------------------------------
 
 
+class LoopTime(msgspec.Struct, frozen=True, kw_only=True):
+    """How long the node's loop was held by one kind of message."""
+
+    count: int
+    last_s: float
+    p50_s: float  # of the last ones
+    p99_s: float
+    max_s: float  # of all
+
+
 class InternalState(msgspec.Struct, frozen=True, kw_only=True):
     """How a node stands, and how it is set."""
 
@@ -128,6 +138,7 @@ class InternalState(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     is_gc_frozen: bool  # since an operator asked for it
     memory_rss_bytes: int
+    loop_times: dict[str, LoopTime] = {}  # by the tag of the message; "turn" is a whole step of the loop
 
 
 class InternalStateReply(msgspec.Struct, frozen=True, kw_only=True, tag="internal_state"):

@@ -90,7 +90,10 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         build=node.build,
         control=control,
         operations=NodeOperations(
-            settings=prefill_settings(limits), engine=node.engine, step_profiler=node.profiler
+            settings=prefill_settings(limits),
+            engine=node.engine,
+            step_profiler=node.profiler,
+            loop_times=node.loop_times,
         ),
         weights=weights,
         swap=node.swap,
@@ -100,6 +103,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
             page_size=config.page_size, max_running_requests=config.max_running_requests
         ),
         metrics=node.metrics,
+        loop_times=node.loop_times,
         limits=limits,
         unix_minus_monotonic_s=node.unix_minus_monotonic_s,
         clock=time.monotonic,

@@ -25,6 +25,7 @@ import msgspec
 from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
+from ..components.loop_times import LoopTimes
 from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter
 from ..components.node_control import ControlResult, NodeControl
@@ -148,6 +149,7 @@ class PrefillScheduler:
         layout: KVLayout,
         load_inquirer: LoadInquirer,
         metrics: MetricsReporter,
+        loop_times: LoopTimes,
         limits: PrefillLimits,
         unix_minus_monotonic_s: float,
         clock: Callable[[], float],
@@ -170,6 +172,7 @@ class PrefillScheduler:
         self.layout = layout
         self.load_inquirer = load_inquirer
         self.metrics = metrics
+        self.loop_times = loop_times
         self.limits = limits
         self.last_chunk = LastChunk(layout.page_size, layout.page_bytes // layout.page_size)
         self.clock = SpanClock(clock, unix_minus_monotonic_s)
@@ -184,7 +187,9 @@ class PrefillScheduler:
     def step(self, now: float) -> None:
         self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
+            started_s = self.clock.now()
             self.handle(link, message, now)
+            self.loop_times.handled(message, self.clock.now() - started_s)
         for mover in self.movers:
             for result in mover.poll():
                 if result.state is WriteState.FAILED:

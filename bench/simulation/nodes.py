@@ -15,6 +15,7 @@ from ...components.invariant_checker import check_idle, check_pages, check_reque
 from ...components.live_settings import LiveSettings
 from ...components.load_inquirer import LoadInquirer
 from ...components.loaded_model import LoadedModel
+from ...components.loop_times import LoopTimes
 from ...components.memory_occupation import MemoryOccupation
 from ...components.metrics_reporter import MetricsReporter
 from ...components.node_control import NodeControl
@@ -284,8 +285,12 @@ class _Base(Generic[T]):
         return self.status.shown(self.identity)
 
     def _common(self, drop_cache: Callable[[], bool], settings: LiveSettings) -> dict[str, Any]:
+        loop_times = LoopTimes()
         return {
-            "operations": NodeOperations(settings=settings, engine=self.engine, step_profiler=NoProfiler()),
+            "operations": NodeOperations(
+                settings=settings, engine=self.engine, step_profiler=NoProfiler(), loop_times=loop_times
+            ),
+            "loop_times": loop_times,
             "receiver": self.receiver,
             "send": self.server.send,
             "allocator": self.allocator,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pdserve.components.live_settings import LiveSettings
+from pdserve.components.loop_times import LoopTimes
 from pdserve.components.node_operations import NodeOperations, ToNodeOperations
 from pdserve.engine.engine_thread import JobResult
 from pdserve.messages.node import CallReply
@@ -72,7 +73,13 @@ class Bench:
     def __init__(self) -> None:
         self.engine = Engine()
         self.profiler = Profiler()
-        self.part = NodeOperations(settings=LiveSettings([]), engine=self.engine, step_profiler=self.profiler)
+        self.loop_times = LoopTimes()
+        self.part = NodeOperations(
+            settings=LiveSettings([]),
+            engine=self.engine,
+            step_profiler=self.profiler,
+            loop_times=self.loop_times,
+        )
 
     def ask(self, message: ToNodeOperations) -> object:
         """The reply, or None while it waits for a job."""
@@ -105,6 +112,11 @@ def level_as_it_was() -> Iterator[None]:
     kept = ours.level
     yield
     ours.setLevel(kept)
+
+
+def test_the_state_tells_what_held_the_loop(bench: Bench) -> None:
+    bench.loop_times.add("flush", 0.25)
+    assert bench.state().loop_times["flush"].max_s == 0.25
 
 
 def test_the_state_is_what_was_set(bench: Bench) -> None:

@@ -1,0 +1,23 @@
+"""Times of the loop, by kind of message."""
+
+from __future__ import annotations
+
+from pdserve.components.loop_times import LoopTimes
+from pdserve.messages.node import Ping
+
+
+def test_percentiles_are_of_the_last_ones_and_the_longest_is_of_all() -> None:
+    times = LoopTimes()
+    times.handled(Ping(call_id=1), 9.0)
+    for number in range(256):
+        times.add("ping", number / 256)
+    found = times.summary()["ping"]
+    assert (found.count, found.last_s, found.max_s) == (257, 255 / 256, 9.0)
+    assert (found.p50_s, found.p99_s) == (127 / 256, 253 / 256)
+
+
+def test_one_is_its_own_percentile() -> None:
+    times = LoopTimes()
+    times.add("turn", 0.5)
+    found = times.summary()["turn"]
+    assert (found.p50_s, found.p99_s, found.max_s) == (0.5, 0.5, 0.5)
