@@ -78,6 +78,7 @@ from ..messages.peer import (
     PeerToPrefill,
     PrefillRequest,
     RoomBusy,
+    RoomFailed,
     RoomId,
     SampledFirstToken,
 )
@@ -224,6 +225,8 @@ class PrefillScheduler:
     def handle(self, link: bytes, message: ToPrefill, now: float) -> None:
         match message:
             case PeerHello() | PeerPing() | ContactPong() | PrefillRequest() | AbortRoom():
+                if isinstance(message, PeerHello):
+                    self.weights.heard({message.identity.update_id})
                 self.act(self.rooms.on_message(link, message, now, queue_has_room=self.has_room(now)), now)
             case Ping():
                 pong = self.status.pong(
@@ -592,6 +595,8 @@ class PrefillScheduler:
                 self.metrics.count_room("done")
             case RoomBusy():
                 self.metrics.count_room("busy")
+            case RoomFailed(code="version_skew"):
+                self.metrics.count_version_refusal()
             case _:
                 pass
 
