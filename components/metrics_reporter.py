@@ -30,6 +30,7 @@ class MetricsReporter:
         self._labels = (model_name, role)
         self._registry = CollectorRegistry()
         self._last_load = NodeLoad()
+        self._last_crossed_rooms = 0
 
         self._num_running_reqs = self._gauge("pd_num_running_reqs", "Requests in the running batch.")
         self._num_queue_reqs = self._gauge("pd_num_queue_reqs", "Requests waiting on this node.")
@@ -103,6 +104,13 @@ class MetricsReporter:
             registry=self._registry,
         )
         self._rooms = Counter("pd_rooms", "Rooms by outcome.", (*_LABELS, "outcome"), registry=self._registry)
+        self._version_refusals = self._counter(
+            "pd_version_refusals",
+            "Attempts that came, or whose room ended, when weights had changed meanwhile.",
+        )
+        self._crossed_rooms = self._counter(
+            "pd_crossed_rooms", "Decode: rooms that other weights than its own computed. Each has failed."
+        )
         self._failed_writes = self._counter(
             "pd_failed_writes",
             "Prefill: writes and first contacts that failed. Each fails its room, not the pair.",
@@ -202,6 +210,15 @@ class MetricsReporter:
     def count_room(self, outcome: RoomOutcome) -> None:
         """A room is closed."""
         self._rooms.labels(*self._labels, outcome).inc()
+
+    def count_version_refusal(self) -> None:
+        """An attempt was refused, at no cost, as it was made under other weights."""
+        self._version_refusals.inc()
+
+    def observe_crossed_rooms(self, number: int) -> None:
+        """Take over how many there were since the start."""
+        self._crossed_rooms.inc(number - self._last_crossed_rooms)
+        self._last_crossed_rooms = number
 
     def count_failed_write(self) -> None:
         """The transfer backend gave up a write."""

@@ -198,7 +198,10 @@ class Node:
             self.ranks.swap_shards()
         self.status.renew(str(model.path), model.fingerprint, weight_version, prepared.update_id)
         self.identity = msgspec.structs.replace(
-            self.identity, model_fingerprint=model.fingerprint, weight_version=weight_version
+            self.identity,
+            model_fingerprint=model.fingerprint,
+            weight_version=weight_version,
+            update_id=prepared.update_id,
         )
         return self.status.shown(self.identity)
 

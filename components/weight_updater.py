@@ -386,7 +386,7 @@ class WeightUpdater(Generic[C]):
             return _no(job.link, message, f"update {message.update_id} was discarded")
         prepared = Prepared(message.update_id, message.weight_version, checkpoint)
         self._waiting = _Waiting(prepared, message.lease_s)
-        return _yes(job.link, message, "prepared")
+        return _yes(job.link, message, checkpoint.fingerprint)
 
     @property
     def _loading(self) -> PrepareWeights | None:

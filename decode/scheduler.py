@@ -79,7 +79,7 @@ from ..messages.operation import (
     StartProfile,
     StopProfile,
 )
-from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, RoomId
+from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, PeerRefused, RoomId
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
 from ..messages.weights import (
@@ -228,6 +228,8 @@ class DecodeScheduler:
                 if isinstance(peer_message, PeerPong):
                     pong = peer_message
                     self.peer_clocks.answered(address, pong.seq, self.unix_now(), pong.unix_s)
+                elif isinstance(peer_message, PeerRefused):
+                    self.weights.heard({peer_message.update_id})
                 self.act(self.rooms.on_message(address, peer_message, now), now)
         for incarnation in self.death_probe.poll():
             self.act(self.rooms.peer_death_proven(incarnation, now), now)
@@ -370,8 +372,14 @@ class DecodeScheduler:
         if self.is_draining:
             self.refuse(link, message, "shutting_down", "the decode node shuts down")
             return
+        if self.weights.awaits_swap or message.weight_version not in ("", self.status.weight_version):
+            self.metrics.count_version_refusal()
+            ours = "about to change" if self.weights.awaits_swap else repr(self.status.weight_version)
+            why = f"the request wants weights {message.weight_version!r}, the decode node's are {ours}"
+            self.refuse(link, message, "version_skew", why)
+            return
         if not self.control.takes_work:
-            self.refuse(link, message, "not_ready", "new weights are on their way, or memory is released")
+            self.refuse(link, message, "not_ready", "memory is released")
             return
         request = DecodeRequest(
             key=key,
@@ -609,6 +617,8 @@ class DecodeScheduler:
         request = self.by_room.pop(action.room)
         request.room = None
         self.give_up_room_pages(action.room, quarantined=action.quarantined)
+        if action.code == "version_skew":
+            self.metrics.count_version_refusal()
         if action.code == "aborted":
             for sequence in request.live_sequences:
                 self.finish(request, sequence, Finish(reason="abort"))
@@ -977,6 +987,7 @@ class DecodeScheduler:
     def observe(self) -> None:
         self.metrics.observe_pages(self.allocator.counts())
         self.metrics.observe_quarantine(self.rooms.quarantined_pages())
+        self.metrics.observe_crossed_rooms(self.rooms.num_crossed)
         self.metrics.observe_queues(
             num_decode_prealloc=len(self.in_state(RequestState.WAITING)),
             num_decode_transfer=len(self.in_state(RequestState.HANDOFF)),

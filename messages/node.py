@@ -109,6 +109,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate")
     choices: tuple[int, ...]
     sampling: SamplingParams
     prefill_incarnation: str  # the paired prefill node; empty: prefill locally
+    weight_version: str = ""  # that the router takes both nodes to serve; empty: whatever they do
     deadline_s: float  # remaining seconds
     stream_interval: int = 1  # tokens per TokenOutput; 0: one at the end
     priority: int = 0

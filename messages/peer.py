@@ -15,7 +15,7 @@ from .node import FailureCode
 from .sampling import SamplingParams, TokenLogprob
 from .timeline import Span
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class RoomId(msgspec.Struct, frozen=True, array_like=True):
@@ -47,6 +47,7 @@ class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):
     protocol_version: int
     model_fingerprint: str
     weight_version: str
+    update_id: str = ""  # of the update that these weights came with; empty: the node started with them
     layout: KVLayout  # of all heads; a rank's pool has `layout.of_rank(tp_size)`
     tp_size: int  # may differ between the two
     # With --deterministic: a digest of what the node's processor and threads make of given products; nodes
@@ -127,6 +128,8 @@ class PeerWelcome(msgspec.Struct, frozen=True, kw_only=True, tag="peer_welcome")
 class PeerRefused(msgspec.Struct, frozen=True, kw_only=True, tag="peer_refused"):
     epoch: int
     reason: str  # one that a person can act on
+    code: FailureCode = "peer_lost"  # how rooms end that were on their way
+    update_id: str = ""  # of prefill's identity: what it serves is decided, for decode too
 
 
 class PeerPong(msgspec.Struct, frozen=True, kw_only=True, tag="peer_pong"):
@@ -147,6 +150,7 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True, tag="first_token"):
 
     room: RoomId
     epoch: int
+    weight_version: str  # that computed it, and the pages
     tokens: tuple[SampledFirstToken, ...]  # one per choice
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     num_cached_tokens: int = 0  # prompt tokens that prefill's prefix cache held

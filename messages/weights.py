@@ -106,7 +106,7 @@ class StageWeights(msgspec.Struct, frozen=True, kw_only=True, tag="stage_weights
 
 
 class PrepareWeights(msgspec.Struct, frozen=True, kw_only=True, tag="prepare_weights"):
-    """Load and check weights beside those that serve."""
+    """Load and check weights beside those that serve. The message of a yes is their fingerprint."""
 
     call_id: int
     update_id: str

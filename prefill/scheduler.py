@@ -79,6 +79,7 @@ from ..messages.peer import (
     PeerToPrefill,
     PrefillRequest,
     RoomBusy,
+    RoomFailed,
     RoomId,
     SampledFirstToken,
 )
@@ -229,6 +230,8 @@ class PrefillScheduler:
     def handle(self, link: bytes, message: ToPrefill, now: float) -> None:
         match message:
             case PeerHello() | PeerPing() | ContactPong() | PrefillRequest() | AbortRoom():
+                if isinstance(message, PeerHello):
+                    self.weights.heard({message.identity.update_id})
                 self.act(self.rooms.on_message(link, message, now, queue_has_room=self.has_room(now)), now)
             case Ping():
                 pong = self.status.pong(
@@ -597,6 +600,8 @@ class PrefillScheduler:
                 self.metrics.count_room("done")
             case RoomBusy():
                 self.metrics.count_room("busy")
+            case RoomFailed(code="version_skew"):
+                self.metrics.count_version_refusal()
             case _:
                 pass
 

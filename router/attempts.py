@@ -167,7 +167,13 @@ class RequestRecord:
         return attempt
 
     def message(
-        self, attempt: Attempt, choices: tuple[int, ...], *, now: float, stream_interval: int
+        self,
+        attempt: Attempt,
+        choices: tuple[int, ...],
+        *,
+        weight_version: str = "",
+        now: float,
+        stream_interval: int,
     ) -> GenerateRequest:
         sampling = self.spec.sampling
         if self.info.prompt_logprobs:  # they are given once
@@ -180,6 +186,7 @@ class RequestRecord:
             choices=choices,
             sampling=sampling,
             prefill_incarnation=attempt.pair.prefill,
+            weight_version=weight_version,
             deadline_s=max(0.0, self.deadline - now),
             stream_interval=stream_interval,
             priority=self.spec.priority,

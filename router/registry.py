@@ -80,11 +80,11 @@ class NodeRecord:
 
 def may_pair(prefill: NodeEntry, decode: NodeEntry) -> bool:
     """Same model, same weights."""
-    return (
-        prefill.model_name == decode.model_name
-        and prefill.model_fingerprint == decode.model_fingerprint
-        and prefill.weight_version == decode.weight_version
-    )
+    return prefill.model_name == decode.model_name and _weights(prefill) == _weights(decode)
+
+
+def _weights(entry: NodeEntry) -> tuple[str, str]:
+    return entry.model_fingerprint, entry.weight_version
 
 
 class NodeRegistry:
@@ -252,15 +252,19 @@ class NodeRegistry:
         """(prefill, decode) that may be given a request; a colocated decode node pairs with itself.
 
         So does every decode node when no prefill node takes work: answers go on, if slower. A cluster in
-        which none ever answered gets `prefill_wait_s` for one to join, since nodes start in any order.
+        which none ever answered gets `prefill_wait_s` for one to join, since nodes start in any order. Once
+        one node serves an update, those with other weights that they were started with wait for theirs.
         """
         usable = self.usable()
         prefills = [node for node in usable if node.entry.role == "prefill"]
         is_decode_alone = not prefills and not self._is_prefill_awaited
+        updated = {_weights(node.entry) for node in self._nodes.values() if node.entry.update_id}
         pairs = []
         for decode in usable:
             if decode.entry.role != "decode":
                 continue
+            if updated and _weights(decode.entry) not in updated:
+                continue  # it was started since, with the weights that it starts with
             if decode.entry.colocated or is_decode_alone:
                 pairs.append((decode, decode))
             pairs.extend(

@@ -329,7 +329,14 @@ class RouterService:
         generation.mark_dispatched()
         self._remember_prefix(attempt, record)
         interval = 1 if record.spec.stream else self._options.unstreamed_interval
-        message = record.message(attempt, ticket.choices, now=now, stream_interval=interval)
+        decode = self._nodes.get(attempt.pair.decode)
+        message = record.message(
+            attempt,
+            ticket.choices,
+            weight_version="" if decode is None else decode.entry.weight_version,
+            now=now,
+            stream_interval=interval,
+        )
         attempt.sent_s = self._clock()
         record.info.spans.append(self._span_clock.span("queue", ticket.queued_at, turn))
         record.info.spans.append(self._span_clock.span("pairing", turn, attempt.sent_s))
@@ -437,7 +444,7 @@ class RouterService:
             self._generations[failure.request_id].record.info.spans.append(lost)
         if failure.code == "busy":
             self._ledger.full(attempt.pair.prefill or attempt.pair.decode)
-        elif failure.code in ("not_ready", "peer_lost", "shutting_down"):
+        elif failure.code in ("not_ready", "version_skew", "peer_lost", "shutting_down"):
             self._nodes.not_connected(attempt.pair.prefill, attempt.pair.decode)
         generation = self._generations[failure.request_id]
         record = generation.record

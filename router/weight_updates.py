@@ -242,6 +242,11 @@ class WeightUpdates:
             if reasons := failures(prepared):
                 await discard_all(update.links, update.update_id)
                 return AdminReply(False, f"the old weights serve on; {reasons}")
+            if len({answer.message for answer in prepared}) > 1:  # some tensors, and nodes began with others
+                await discard_all(update.links, update.update_id)
+                prints = "; ".join(map(str, prepared))
+                reason = f"nodes would serve different weights ({prints}): update every tensor"
+                return AdminReply(False, f"the old weights serve on; {reason}")
             return await self._swap(update)
         finally:
             keeper.cancel()

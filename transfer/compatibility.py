@@ -36,8 +36,9 @@ def _compared(prefill: PeerIdentity, decode: PeerIdentity) -> Iterator[tuple[str
     same_model = "load the same checkpoint on both"
     ours, theirs = prefill.layout, decode.layout
     yield "protocol version", prefill.protocol_version, decode.protocol_version, "install one pdserve on both"
+    # Before the model: a node that was started again has the weights it starts with, and needs the update.
+    yield "weight version", prefill.weight_version, decode.weight_version, "update the weights of the cluster"
     yield "model", prefill.model_fingerprint, decode.model_fingerprint, f"{same_model}, in the same dtype"
-    yield "weight version", prefill.weight_version, decode.weight_version, "update the older one"
     both_deterministic = bool(prefill.arithmetic and decode.arithmetic)
     same_bits = (
         f"use equal processors, and {same_flag} --num-threads and --tensor-parallel-size, or leave "

@@ -150,6 +150,7 @@ class DecodeRooms:
         self._last_epoch = 0
         self._last_counter = 0
         self._due = float("inf")
+        self.num_crossed = 0  # rooms that other weights than ours computed; each has failed
 
     # ---- what the scheduler asks --------------------------------------------------------------------
 
@@ -363,7 +364,7 @@ class DecodeRooms:
             case PeerWelcome():
                 return self._on_welcome(peer, message, now)
             case PeerRefused():
-                return self._lose(peer, message.reason, now, is_refused=True)
+                return self._lose(peer, message.reason, now, message.code, is_refused=True)
             case PeerPong():
                 peer.busy_until = now + message.busy_until_s
                 return []
@@ -431,7 +432,15 @@ class DecodeRooms:
                 actions += self._send_abort(room, now)
         return actions
 
-    def _lose(self, peer: _Peer, reason: str, now: float, *, is_refused: bool = False) -> list[DecodeAction]:
+    def _lose(
+        self,
+        peer: _Peer,
+        reason: str,
+        now: float,
+        code: FailureCode = "peer_lost",
+        *,
+        is_refused: bool = False,
+    ) -> list[DecodeAction]:
         """Ends the epoch: its open rooms fail, and a new epoch is tried after a while."""
         if peer.state is PeerState.WAITING:
             return []
@@ -446,7 +455,7 @@ class DecodeRooms:
         self._wake_by(peer.retry_at)
         for room in list(self._rooms.values()):
             if room.address == peer.address and room.state is RoomState.OPEN:
-                actions += self._end(room, "peer_lost", f"prefill {peer.address}: {reason}", True, now)
+                actions += self._end(room, code, f"prefill {peer.address}: {reason}", True, now)
         if was_ready:
             actions.append(PeerLost(peer.address, incarnation, reason))
         actions.append(CloseLink(peer.address, peer.epoch))
@@ -480,6 +489,10 @@ class DecodeRooms:
             case FirstToken():
                 if room.state is not RoomState.OPEN or room.has_first_token:
                     return []
+                if self._crosses_versions(message):
+                    self.num_crossed += 1
+                    reason = f"prefill computed it with weights {message.weight_version!r}"
+                    return self._end(room, "version_skew", reason, True, now)
                 room.has_first_token = True
                 return [FirstTokenArrived(room.room, message)]
             case HandoffDone():
@@ -495,6 +508,10 @@ class DecodeRooms:
                 return self._on_drained(room, message, now)
             case _:
                 assert_never(message)
+
+    def _crosses_versions(self, message: FirstToken) -> bool:
+        """Whether other weights than ours made it. Nodes swap when they hold no room: it is a bug then."""
+        return message.weight_version != self._identity.weight_version
 
     def _on_done(self, room: _Room, done: HandoffDone, now: float) -> list[DecodeAction]:
         match room.state:

@@ -259,10 +259,26 @@ class PrefillRooms:
 
     def _on_stranger(self, link_id: bytes, message: PeerToPrefill) -> list[PrefillAction]:
         """A message of an ended epoch is dropped; a ping is told, so that its sender connects again."""
-        if not isinstance(message, PeerPing):
-            return []
-        reason = f"epoch {message.epoch} is over here; connect again"
-        return [SendToDecode(link_id, PeerRefused(epoch=message.epoch, reason=reason))]
+        match message:
+            case PeerPing(epoch=epoch):
+                return [self._refused(link_id, epoch, f"epoch {epoch} is over here; connect again")]
+            case PrefillRequest() if message.weight_version != self._identity.weight_version:
+                # Weights changed while it was on its way, and its sender is told that by a PeerRefused.
+                reason = self._skew(message)
+                return [
+                    SendToDecode(
+                        link_id,
+                        RoomFailed(
+                            room=message.room,
+                            epoch=message.epoch,
+                            reason=reason,
+                            code="version_skew",
+                            retriable=True,
+                        ),
+                    )
+                ]
+            case _:
+                return []
 
     def _on_hello(self, link_id: bytes, hello: PeerHello, now: float) -> list[PrefillAction]:
         decode = self._decodes.setdefault(hello.identity.incarnation, _Decode())
@@ -277,7 +293,7 @@ class PrefillRooms:
         if reason is None and (pause_s := decode.no_contact_before - now) > 0:
             reason = f"the first contact failed after long; the next one is made in {pause_s:.0f} s"
         if reason is not None:
-            actions.append(SendToDecode(link_id, PeerRefused(epoch=hello.epoch, reason=reason)))
+            actions.append(self._refused(link_id, hello.epoch, reason))
             return actions + self._disconnect_if_unused(decode)
         slices = plan_head_slices(self._identity.layout, self._identity.tp_size, hello.identity.tp_size)
         decode.link = self._links[link_id] = _Link(link_id, hello, now, slices)
@@ -309,10 +325,8 @@ class PrefillRooms:
         decode.mark = room_id.counter
         if link.state is not LinkState.READY:
             return self._reject(link, request, "not_ready", f"the link is still {link.state.value}")
-        ours = self._identity.weight_version
-        if request.weight_version != ours:
-            reason = f"prefill serves weights {ours!r}, the request wants {request.weight_version!r}"
-            return self._reject(link, request, "version_skew", reason)
+        if request.weight_version != self._identity.weight_version:
+            return self._reject(link, request, "version_skew", self._skew(request))
         invalid = self._invalid(link, request)
         if invalid is not None:
             return self._reject(link, request, "invalid", invalid)
@@ -348,6 +362,10 @@ class PrefillRooms:
         if not set(request.digest_pages) <= set(range(num_pages)):
             return f"a digest was asked for of a page outside of {num_pages}"
         return None
+
+    def _skew(self, request: PrefillRequest) -> str:
+        ours = self._identity.weight_version
+        return f"prefill serves weights {ours!r}, the request wants {request.weight_version!r}"
 
     def _reject(
         self, link: _Link, request: PrefillRequest, code: FailureCode, reason: str
@@ -438,6 +456,7 @@ class PrefillRooms:
         message = FirstToken(
             room=room_id,
             epoch=link.epoch,
+            weight_version=self._identity.weight_version,
             tokens=tokens,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=num_cached_tokens,
@@ -465,14 +484,17 @@ class PrefillRooms:
 
     def set_identity(self, identity: PeerIdentity, reason: str) -> list[PrefillAction]:
         """Other weights, or another incarnation: every pair must shake hands again."""
+        code: FailureCode = "not_ready"
+        if identity.weight_version != self._identity.weight_version:
+            code = "version_skew"
         self._identity = identity
         actions: list[PrefillAction] = []
         for link in list(self._links.values()):
             for room in [room for room in self._rooms.values() if room.decode.link is link]:
                 if not room.is_draining:
-                    actions += self._fail(room, "version_skew", reason)
-            actions.append(SendToDecode(link.link, PeerRefused(epoch=link.epoch, reason=reason)))
-            actions += self._end_epoch(link, "version_skew", reason)
+                    actions += self._fail(room, code, reason)
+            actions.append(self._refused(link.link, link.epoch, reason, code))
+            actions += self._end_epoch(link, code, reason)
         return actions
 
     def announce_busy(self, until: float, now: float) -> list[PrefillAction]:
@@ -526,7 +548,7 @@ class PrefillRooms:
             )
             return [SendToDecode(link.link, welcome)]
         reason = f"the first contact failed: {result.reason}"
-        refused = SendToDecode(link.link, PeerRefused(epoch=link.epoch, reason=reason))
+        refused = self._refused(link.link, link.epoch, reason)
         return [refused, *self._end_epoch(link, "transfer_failed", reason)]
 
     def tick(self, now: float) -> list[PrefillAction]:
@@ -640,6 +662,12 @@ class PrefillRooms:
     def _link_of(self, room: _Room) -> _Link:
         assert room.decode.link is not None, "an open room's epoch is alive"
         return room.decode.link
+
+    def _refused(
+        self, link_id: bytes, epoch: int, reason: str, code: FailureCode = "peer_lost"
+    ) -> SendToDecode:
+        message = PeerRefused(epoch=epoch, reason=reason, code=code, update_id=self._identity.update_id)
+        return SendToDecode(link_id, message)
 
     def _pong(self, link: _Link, seq: int, now: float) -> SendToDecode:
         busy_until_s = max(0.0, self._busy_until - now)

@@ -237,6 +237,17 @@ def _versions_not_compared(original: Method) -> Method:
     return on_request
 
 
+def _nothing_crosses(_: Method) -> Method:
+    return lambda self, message: False
+
+
+def _any_version_accepted(original: Method) -> Method:
+    def accept(self: DecodeScheduler, link: bytes, message: Any, now: float) -> None:  # noqa: ANN401
+        original(self, link, msgspec.structs.replace(message, weight_version=""), now)
+
+    return accept
+
+
 # ---- the schedulers ---------------------------------------------------------------------------------
 
 
@@ -435,6 +446,8 @@ MUTANTS = (
         (
             Patch(prefill_rooms, "refusal", _weights_not_compared),
             Patch(PrefillRooms, "_on_request", _versions_not_compared),
+            Patch(DecodeRooms, "_crosses_versions", _nothing_crosses),
+            Patch(DecodeScheduler, "accept", _any_version_accepted),
             Patch(registry, "may_pair", _any_may_pair),
         ),
         flavour="updated",

@@ -266,6 +266,7 @@ class _Base(Generic[T]):
             self.identity,
             model_fingerprint=checkpoint.fingerprint,
             weight_version=prepared.weight_version,
+            update_id=prepared.update_id,
         )
         return self.identity
 

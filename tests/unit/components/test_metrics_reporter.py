@@ -116,6 +116,16 @@ def test_transfers_rooms_and_steps(reporter: MetricsReporter) -> None:
     assert values["pd_step_seconds_sum{kind=decode}"] == pytest.approx(0.02)
 
 
+def test_what_weights_have_cost(reporter: MetricsReporter) -> None:
+    reporter.count_version_refusal()
+    reporter.count_version_refusal()
+    for number in (0, 2, 3):
+        reporter.observe_crossed_rooms(number)
+    values = samples(reporter)
+    assert values["pd_version_refusals_total"] == 2
+    assert values["pd_crossed_rooms_total"] == 3
+
+
 def test_reporters_share_nothing() -> None:
     first, second = MetricsReporter("tiny", "decode"), MetricsReporter("tiny", "decode")
     first.count_transfer(10, 1.0)

@@ -183,7 +183,7 @@ def test_prepare_loads_off_the_loop_and_answers_when_it_is_done(bench: Bench) ->
     assert bench.prepare("u1", call_id=7) is None
     assert [name for name, _ in bench.jobs] == ["load weights"]
     assert not bench.updater.is_idle
-    expected = Answer(b"router", CallReply(call_id=7, success=True, message="prepared"))
+    expected = Answer(b"router", CallReply(call_id=7, success=True, message="digest of /models/u1"))
     assert bench.finish_loading() == expected
     assert bench.updater.is_idle
 

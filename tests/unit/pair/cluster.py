@@ -481,6 +481,7 @@ class Pair:
         prefill: str = "prefill-1",
         num_prefill_tokens_ahead: int = 0,
         was_retracted: bool = False,
+        weight_version: str = "",
         **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
     ) -> None:
         """Send a request to decode; nothing moves until the loops do."""
@@ -496,6 +497,7 @@ class Pair:
             stream_interval=stream_interval,
             num_prefill_tokens_ahead=num_prefill_tokens_ahead,
             was_retracted=was_retracted,
+            weight_version=weight_version,
         )
         self.decode.server.deliver(client, message)
 

@@ -37,6 +37,7 @@ from pdserve.messages.weights import (
     ReleaseMemory,
     ResumeMemory,
 )
+from pdserve.tests.e2e.helpers import metric
 
 from .cluster import ADDRESS, DecodeNode, Pair, PrefillNode, kv_of, prompt_of
 
@@ -126,8 +127,7 @@ def test_new_weights_renew_the_handshake_and_forget_what_the_old_ones_computed()
     pair.start("a", prompt)
     pair.finish()
     assert pair.stream("a").weight_version == "default"
-    for node in (pair.prefill, pair.decode):
-        assert prepare(pair, node).success
+    assert prepare(pair, pair.prefill).success
     assert commit(pair, pair.prefill).success
     assert pair.decode.rooms.ready_peers() == {}, "other weights are no pair"
     pair.start("between", prompt)
@@ -135,6 +135,7 @@ def test_new_weights_renew_the_handshake_and_forget_what_the_old_ones_computed()
     assert failure is not None
     assert (failure.code, failure.retriable) == ("not_ready", True)
 
+    assert prepare(pair, pair.decode).success
     assert commit(pair, pair.decode).success
     pair.advance(1.0)
     assert pair.decode.rooms.ready_peers() == {"prefill-1": ADDRESS}
@@ -159,12 +160,13 @@ def test_a_busy_node_does_not_commit_takes_no_new_work_and_swaps_when_it_is_idle
     (pair.to_prefill if node is pair.prefill else pair.to_decode)(message, ADMIN)
     while num_replies(node) == 0:
         pair.compute(node)
-    assert pair.last_reply(node, ADMIN) == CallReply(call_id=1, success=True, message="prepared")
+    assert pair.last_reply(node, ADMIN) == CallReply(call_id=1, success=True, message="print of weights-2")
     assert commit(pair, node) == CallReply(call_id=2, success=False, message="the node is not idle")
     pair.start("late", prompt_of(9, seed=1))
     failure = pair.stream("late").failure
     assert failure is not None
-    assert (failure.code, failure.retriable) == (("busy" if role == "prefill" else "not_ready"), True)
+    assert (failure.code, failure.retriable) == (("busy" if role == "prefill" else "version_skew"), True)
+    assert num_version_refusals(pair, pair.decode) == (role == "decode")
     pair.run()
     pair.check_answer("a", prompt_of(9), 4)
     assert pair.stream("a").weight_version == "default"
@@ -173,21 +175,73 @@ def test_a_busy_node_does_not_commit_takes_no_new_work_and_swaps_when_it_is_idle
     pair.finish()
 
 
-def test_a_node_that_hears_of_a_commit_elsewhere_commits_and_one_that_hears_nothing_rolls_back() -> None:
+def num_version_refusals(pair: Pair, node: PrefillNode | DecodeNode) -> float:
+    (pair.to_prefill if node is pair.prefill else pair.to_decode)(GetMetrics(call_id=2), ADMIN)
+    metrics = pair.last_reply(node, ADMIN)
+    assert isinstance(metrics, MetricsReply)
+    return metric(metrics.text, "pd_version_refusals_total")
+
+
+def test_a_request_for_other_weights_is_refused_for_its_version() -> None:
     pair = Pair()
-    for node in (pair.prefill, pair.decode):
+    pair.start("late", prompt_of(9), weight_version="v0")
+    failure = pair.stream("late").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("version_skew", True)
+    assert "wants weights 'v0', the decode node's are 'default'" in failure.reason
+    assert num_version_refusals(pair, pair.decode) == 1
+    pair.start("right", prompt_of(9), weight_version="default")
+    pair.finish()
+    pair.check_answer("right", prompt_of(9), 4)
+    assert num_version_refusals(pair, pair.decode) == 1
+
+
+def test_a_request_on_its_way_to_a_prefill_node_that_swaps_is_refused_for_its_version() -> None:
+    pair = Pair()
+    assert prepare(pair, pair.prefill).success
+    pair.generate("late", prompt_of(9))
+    pair.decode.scheduler.step(pair.now)  # its message is on the way
+    pair.prefill.server.deliver(ADMIN, CommitWeights(call_id=2, update_id="u1"))
+    pair.prefill.scheduler.step(pair.now)
+    pair.settle()
+    failure = pair.stream("late").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("version_skew", True)
+    assert num_version_refusals(pair, pair.decode) == 1
+    assert num_version_refusals(pair, pair.prefill) == 1
+    assert prepare(pair, pair.decode).success
+    pair.advance(5.0)
+    pair.finish()
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+@pytest.mark.parametrize("lost", ["roster", "word"])
+def test_a_node_commits_what_its_peer_or_a_router_says_is_committed(first: str, lost: str) -> None:
+    pair = Pair()
+    nodes = (pair.prefill, pair.decode) if first == "prefill" else (pair.decode, pair.prefill)
+    for node in nodes:
         assert prepare(pair, node).success
-    assert commit(pair, pair.prefill).success
-    entry = pair.prefill.status.entry
+    if lost == "word":
+        pair.to_decode(Roster(router_id="router", nodes=()))  # they part
+    assert commit(pair, nodes[0]).success
+    entry = nodes[0].status.entry
     assert entry.update_id == "u1"
-    pair.to_decode(Roster(router_id="another router", nodes=(entry,)))
-    assert pair.decode.status.weight_version == "v2"
     pair.advance(1.0)
+    if lost == "word":
+        assert nodes[1].status.weight_version == "default"
+        roster = Roster(router_id="another router", nodes=(entry,))
+        (pair.to_decode if nodes[1] is pair.decode else pair.to_prefill)(roster)
+    assert nodes[1].status.weight_version == "v2"
+    pair.to_decode(Roster(router_id="router", nodes=(pair.prefill.status.entry,)))
+    pair.advance(5.0)
     pair.start("b", prompt_of(9))
     pair.finish()
     pair.check_answer("b", prompt_of(9), 4)
     assert pair.stream("b").weight_version == "v2"
 
+
+def test_a_node_that_hears_of_no_commit_rolls_back() -> None:
+    pair = Pair()
     for node in (pair.prefill, pair.decode):
         message = PrepareWeights(
             call_id=1, update_id="u2", source=FromDisk(model_path="weights-3"), weight_version="v3"
@@ -199,7 +253,7 @@ def test_a_node_that_hears_of_a_commit_elsewhere_commits_and_one_that_hears_noth
     for node in (pair.prefill, pair.decode):
         refused = reply_of(pair, node, CommitWeights(call_id=2, update_id="u2"))
         assert (refused.success, refused.message) == (False, "update u2 is not prepared here")
-        assert node.status.weight_version == "v2"
+        assert node.status.weight_version == "default"
     pair.finish()
 
 

@@ -123,6 +123,7 @@ class FakeNode:
     fail_with: list[AttemptFailed | FailureCode] = field(default_factory=list)  # one for each next attempt
     stage_reply: str = ""  # why it refuses a part of new weights
     prepare_reply: str = ""  # why it refuses new weights
+    prepared_fingerprint: str = "new"  # of those that it does not refuse
     released: set[MemoryTag] = field(default_factory=set)
     release_reply: str = ""  # why it does not release memory, or resume it
     join_reply: str = ""  # why it joins no group
@@ -340,7 +341,8 @@ class FakeLink:
                 pass
         await self._answer(f"prepare {path} {weight_version}")
         self.prepared = weight_version
-        return CallReply(call_id=1, success=not self.node.prepare_reply, message=self.node.prepare_reply)
+        refused = self.node.prepare_reply
+        return CallReply(call_id=1, success=not refused, message=refused or self.node.prepared_fingerprint)
 
     async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply:
         await self._answer(f"join {group.name} as {rank} of {group.world_size}")

@@ -203,6 +203,19 @@ def test_ready_pairs(
     assert bool(registry.ready_pairs()) is is_ready
 
 
+def test_nodes_that_were_started_again_wait_for_the_update_that_others_serve(
+    registry: NodeRegistry, entry: Entry
+) -> None:
+    join(registry, entry("prefill", "p"), 0.0)
+    join(registry, entry(), 0.0, "p-1")
+    assert len(registry.ready_pairs()) == 1
+    updated = entry(name="e", weight_version="v2", model_fingerprint="new", update_id="u")
+    join(registry, updated, 0.0)
+    assert registry.ready_pairs() == [], "two nodes with their first weights would be a second version"
+    registry.pong("e-1", pong(entry(name="e", update_id="u")), 0.5)
+    assert len(registry.ready_pairs()) == 1, "an update brought the weights that the others started with"
+
+
 def test_a_draining_node_gets_no_new_work(registry: NodeRegistry, entry: Entry) -> None:
     join(registry, entry("prefill", "p"), 0.0)
     join(registry, entry(), 0.0, "p-1")

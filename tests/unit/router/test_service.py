@@ -73,6 +73,7 @@ async def test_a_request_goes_to_the_decode_node_alone_and_streams(
     assert [(r.prefill_incarnation, r.choices, r.stream_interval) for r in decode.requests()] == [
         ("p-1", (0,), 1)
     ]
+    assert decode.requests()[0].weight_version == "v1"
     assert prefill.requests() == []
     assert bench.service.counters.requests == {"finished": 1}
     assert bench.service.counters.attempts == {"ok": 1}
@@ -756,6 +757,16 @@ async def test_weights_that_one_node_refuses_are_taken_by_none(
     generation = await bench.service.generate(spec())
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
     assert generation.info.weight_version == "v1"
+
+
+async def test_weights_that_nodes_would_not_have_in_common_are_taken_by_none(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    prefill.prepared_fingerprint = "made of others"
+    reply = await bench.service.update_weights_from_disk("/new", None, "wait")
+    assert not reply.success
+    assert "http://p: made of others" in reply.message
+    assert "http://d: new" in reply.message
+    assert all("discard" in node.calls and "commit" not in node.calls for node in (prefill, decode))
 
 
 async def test_a_node_that_fails_to_swap_is_named_and_pairs_with_nobody(bench: Bench) -> None:

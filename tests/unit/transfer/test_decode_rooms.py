@@ -212,7 +212,10 @@ def test_a_closed_socket_is_seen_at_once_and_only_for_its_epoch(node: Node) -> N
 
 def test_messages_of_another_epoch_or_of_strangers_are_dropped(node: Node) -> None:
     room = node.open()
-    assert node.on(FirstToken(room=room, epoch=node.epoch - 1, tokens=node.make.token)) == []
+    assert (
+        node.on(FirstToken(room=room, epoch=node.epoch - 1, weight_version="w1", tokens=node.make.token))
+        == []
+    )
     assert node.on(Drained(room=room, epoch=node.epoch + 1, clean=True)) == []
     assert node.on(Drained(room=room, epoch=node.epoch, clean=True), "tcp://elsewhere") == []
     assert node.rooms.state_of(room) is RoomState.OPEN
@@ -278,6 +281,23 @@ def test_the_request_says_everything(node: Node) -> None:
     assert node.rooms.num_exposed_pages(P) == 2  # the page that decode holds is not exposed
 
 
+def test_a_room_that_new_weights_overtake_ends_for_its_version(node: Node) -> None:
+    room = node.open()
+    ended, *_ = node.on(PeerRefused(epoch=node.epoch, reason="weights are w2 now", code="version_skew"))
+    assert isinstance(ended, RoomEnded)
+    assert (ended.room, ended.code, ended.retriable, ended.quarantined) == (room, "version_skew", True, True)
+
+
+def test_a_first_token_of_other_weights_ends_the_room(node: Node) -> None:
+    room = node.open()
+    token = FirstToken(room=room, epoch=node.epoch, weight_version="w2", tokens=node.make.token)
+    ended, *asked = node.on(token)
+    assert isinstance(ended, RoomEnded)
+    assert (ended.code, ended.quarantined) == ("version_skew", True)
+    assert len(aborts(asked)) == 1
+    assert node.rooms.num_crossed == 1
+
+
 def test_counters_only_grow(node: Node) -> None:
     counters = [node.open((page,)).counter for page in range(5)]
     assert counters == [1, 2, 3, 4, 5]
@@ -285,7 +305,7 @@ def test_counters_only_grow(node: Node) -> None:
 
 def test_first_token_then_done(node: Node) -> None:
     room = node.open()
-    token = FirstToken(room=room, epoch=node.epoch, tokens=node.make.token)
+    token = FirstToken(room=room, epoch=node.epoch, weight_version="w1", tokens=node.make.token)
     assert node.on(token) == [FirstTokenArrived(room, token)]
     assert node.on(token) == []
     done = HandoffDone(room=room, epoch=node.epoch, num_bytes=1)
@@ -421,7 +441,7 @@ def test_no_time_ends_the_quarantine_of_a_room_that_is_not_drained(node: Node) -
 def test_an_abort_that_crosses_the_end_is_clean(node: Node, clean_end: str) -> None:
     room = node.open()
     node.rooms.abort(room, node.now)
-    assert node.on(FirstToken(room=room, epoch=node.epoch, tokens=node.make.token)) == []
+    assert node.on(FirstToken(room=room, epoch=node.epoch, weight_version="w1", tokens=node.make.token)) == []
     assert node.on(failed(room, node.epoch)) == []
     end: PeerToDecode = (
         HandoffDone(room=room, epoch=node.epoch, num_bytes=1)
@@ -440,7 +460,7 @@ def test_what_comes_while_pages_settle_changes_nothing(node: Node) -> None:
         RoomBusy(room=room, epoch=node.epoch),
         failed(room, node.epoch),
         Drained(room=room, epoch=node.epoch, clean=True),
-        FirstToken(room=room, epoch=node.epoch, tokens=node.make.token),
+        FirstToken(room=room, epoch=node.epoch, weight_version="w1", tokens=node.make.token),
     ):
         assert node.on(message) == []
     assert node.rooms.state_of(room) is RoomState.SETTLING
@@ -476,7 +496,7 @@ def lose(node: Node) -> None:
 def test_rooms_of_a_lost_epoch_are_asked_for_in_the_next(node: Node) -> None:
     room, done = node.open(), node.open((20,))
     old_epoch = node.epoch
-    node.on(FirstToken(room=done, epoch=old_epoch, tokens=node.make.token))
+    node.on(FirstToken(room=done, epoch=old_epoch, weight_version="w1", tokens=node.make.token))
     node.on(HandoffDone(room=done, epoch=old_epoch, num_bytes=1))
     lose(node)
     assert node.on(Drained(room=room, epoch=old_epoch, clean=True)) == []

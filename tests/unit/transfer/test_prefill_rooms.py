@@ -155,7 +155,7 @@ def test_a_contact_that_outlives_its_link_ends_quietly(make: Factory) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"protocol_version": 0}, "protocol version differs: prefill has 2, decode has 0; install"),
+        ({"protocol_version": 0}, "protocol version differs: prefill has 3, decode has 0; install"),
         ({"model_fingerprint": "m2"}, "model differs: prefill has 'model', decode has 'm2'; load"),
         ({"weight_version": "w2"}, "weight version differs: prefill has 'w1', decode has 'w2'; update"),
         (
@@ -233,7 +233,7 @@ def test_pages_travel_as_they_are_ready_and_the_last_byte_ends_the_room(node: No
     node.now = 11.0
     (second,) = node.submit(room, 2, [9])
     assert node.end(2) == []
-    token = FirstToken(room=room, epoch=1, tokens=node.make.token)
+    token = FirstToken(room=room, epoch=1, weight_version="w1", tokens=node.make.token)
     assert node.first_token(room) == [sent(token)]
     node.now = 11.5
     spans = (
@@ -506,7 +506,7 @@ def test_other_weights_need_another_handshake(node: Node) -> None:
         ),
         ReleaseRoom(room, completed=False, reason="weights are w2 now"),
         sent(Drained(room=room, epoch=1, clean=True)),
-        sent(PeerRefused(epoch=1, reason="weights are w2 now")),
+        sent(PeerRefused(epoch=1, reason="weights are w2 now", code="version_skew")),
         DisconnectPeer(node.make.region()),
     ]
     (refused,) = node.on(node.make.hello(epoch=2), LINK2)
@@ -515,6 +515,29 @@ def test_other_weights_need_another_handshake(node: Node) -> None:
     assert node.on(node.make.hello(epoch=3, weight_version="w2"), LINK2) == [
         sent(ContactPing(epoch=3), LINK2)
     ]
+
+
+def test_a_request_that_crosses_new_weights_is_refused_for_its_version(node: Node) -> None:
+    node.rooms.set_identity(node.make.identity(weight_version="w2", update_id="u2"), "weights are w2 now")
+    (told,) = node.on(node.make.request(8))
+    assert isinstance(told, SendToDecode)
+    reason = "prefill serves weights 'w2', the request wants 'w1'"
+    assert told.message == RoomFailed(
+        room=RoomId("D1", 8), epoch=1, reason=reason, code="version_skew", retriable=True
+    )
+    assert node.rooms.is_idle
+    (told,) = node.on(PeerPing(epoch=1, seq=9))
+    assert isinstance(told, SendToDecode)
+    assert isinstance(told.message, PeerRefused)
+    assert told.message.update_id == "u2", "a refusal says what prefill serves"
+
+
+def test_memory_that_comes_or_goes_is_no_change_of_weights(node: Node) -> None:
+    room = node.open()
+    failed, *_ = node.rooms.set_identity(node.make.identity("P1~1"), "memory is released or resumed")
+    assert isinstance(failed, SendToDecode)
+    assert isinstance(failed.message, RoomFailed)
+    assert (failed.message.room, failed.message.code) == (room, "not_ready")
 
 
 def test_a_decode_node_under_a_new_name_may_ask_for_its_old_rooms(node: Node) -> None:
