@@ -328,7 +328,8 @@ class RouterService:
         self._ledger.open(attempt)
         generation.mark_dispatched()
         self._remember_prefix(attempt, record)
-        interval = 1 if record.spec.stream else self._options.unstreamed_interval
+        options = self._options
+        interval = options.stream_interval if record.spec.stream else options.force_stream_interval
         message = record.message(attempt, ticket.choices, now=now, stream_interval=interval)
         attempt.sent_s = self._clock()
         record.info.spans.append(self._span_clock.span("queue", ticket.queued_at, turn))
