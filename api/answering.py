@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,11 +32,24 @@ async def respond(
     in_flight: InFlightRequests,
 ) -> Response:
     """Run the jobs as one request, known by `request_id` while it is in flight."""
+    if not stream:
+        return await respond_whole(http, answer.whole, jobs, request_id=request_id, in_flight=in_flight)
     end = in_flight.begin(request_id, [job.spec.request_id for job in jobs])
-    if stream:
-        return EventStream(answer.events(), on_end=end)
+    return EventStream(answer.events(), on_end=end)
+
+
+async def respond_whole(
+    http: Request,
+    whole: Callable[[], Coroutine[Any, Any, bytes]],
+    jobs: Sequence[TextJob],
+    *,
+    request_id: str,
+    in_flight: InFlightRequests,
+) -> Response:
+    """Likewise, for a body that is made at once."""
+    end = in_flight.begin(request_id, [job.spec.request_id for job in jobs])
     try:
-        body = await unless_client_leaves(http.receive, answer.whole())
+        body = await unless_client_leaves(http.receive, whole())
     except ClientLeftError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:

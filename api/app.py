@@ -15,6 +15,13 @@ from .admin import (
     PauseRequest,
     RegisterRequest,
 )
+from .embeddings import (
+    EmbeddingAnswer,
+    EmbeddingRequest,
+    Embeddings,
+    EncodeAnswer,
+    EncodeRequest,
+)
 from .generation import ClusterAdmin, Generator, ModelCard
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
@@ -80,6 +87,7 @@ def build_router_app(
     completions = Completions(serving)
     chat = ChatCompletions(serving)
     native = Native(serving)
+    embeddings = Embeddings(serving)
     tokens = TokenRoutes(card=card, tokenizer=tokenizer, limits=limits)
     cluster = ClusterRoutes(
         card=card,
@@ -113,6 +121,13 @@ def build_router_app(
             tokens.detokenize,
             Bodies(DetokenizeRequest, DetokenizeAnswer),
         ),
+        Operation(
+            POST,
+            ("/v1/embeddings",),
+            embeddings.embeddings,
+            Bodies(EmbeddingRequest, EmbeddingAnswer),
+        ),
+        Operation(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer)),
         Operation(GET, ("/v1/models",), cluster.models, Bodies(answer=ModelList)),
         Operation(GET, ("/v1/models/{model_id:path}",), cluster.model, Bodies(answer=ModelEntry)),
         Operation(GET, ("/health", "/ping", "/live", "/liveness"), cluster.health),

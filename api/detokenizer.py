@@ -157,6 +157,7 @@ class TextDelta:
     text_offsets: tuple[int, ...]  # where each token's text begins in the choice's whole text
     finish_reason: FinishReason | None = None
     matched: str | int | None = None  # the stop string, or the stop or EOS token, that ended the choice
+    hidden_states: tuple[bytes, ...] = ()  # float32, as long as token_ids when asked for
 
 
 def empty_delta(finish_reason: FinishReason) -> TextDelta:
@@ -177,6 +178,7 @@ def joined(deltas: Sequence[TextDelta]) -> TextDelta:
         tuple(chain.from_iterable(delta.text_offsets for delta in deltas)),
         last.finish_reason,
         last.matched,
+        tuple(chain.from_iterable(delta.hidden_states for delta in deltas)),
     )
 
 
@@ -228,6 +230,7 @@ class Detokenizer:
             tuple(offsets),
             delta.finish_reason,
             delta.matched,
+            delta.hidden_states,
         )
 
     def _hides_last(self, delta: ChoiceDelta) -> bool:
@@ -245,6 +248,7 @@ class Detokenizer:
             tuple(offsets),
             "stop",
             self._stops.matched,
+            delta.hidden_states[:kept],
         )
 
     def _show(self, piece: str) -> str:

@@ -55,6 +55,7 @@ class ChoiceDelta:
     logprobs: tuple[TokenLogprob, ...] = ()  # as long as token_ids when asked for
     finish_reason: FinishReason | None = None
     matched: int | None = None  # the stop or EOS token id that ended it (it is the last of token_ids)
+    hidden_states: tuple[bytes, ...] = ()  # float32, as long as token_ids when asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class GenerationInfo:
     """Facts of one generation that fill up while it runs; complete when the iterator has ended."""
 
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # set before the first delta
+    prompt_hidden_states: bytes = b""  # likewise: float32, [prompt tokens, hidden size]
     num_cached_tokens: int = 0
     weight_version: str = ""  # that it began with
     weight_spans: dict[int, list[WeightSpan]] = field(default_factory=dict)  # by choice

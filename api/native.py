@@ -15,6 +15,7 @@ from starlette.responses import Response
 from .answering import respond
 from .detokenizer import TextDelta, TextOptions, joined
 from .generation import GenerateSpec, GenerationInfo
+from .hidden_states import hidden_states
 from .http_metrics import RequestMeter
 from .logprobs import native_logprobs, native_top_logprobs
 from .native_types import (
@@ -25,6 +26,7 @@ from .native_types import (
     NativeSampling,
     WeightSpanBody,
 )
+from .openai_types import CachedTokensDetails
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -160,6 +162,7 @@ class Native:
                 num_logprobs=num_logprobs,
                 num_prompt_logprobs=num_logprobs if scores_prompt else None,
                 prompt_logprobs_start=max(0, body.logprob_start_len),
+                hidden_states="all" if body.return_hidden_states else "none",
             ),
             num_choices=sampling.n,
             stream=body.stream or bool(options.stops),
@@ -274,9 +277,15 @@ class _NativeAnswer:
                 prompt_tokens=len(spec.prompt_ids),
                 completion_tokens=num_tokens,
                 cached_tokens=info.num_cached_tokens,
+                cached_tokens_details=CachedTokensDetails(device=info.num_cached_tokens),
                 weight_version=info.weight_version or self._run.weight_version,
                 weight_versions=_weight_versions(info, delta.choice),
                 e2e_latency=UNSET if delta.finish_reason is None else self._meter.elapsed_s(),
+                hidden_states=(
+                    hidden_states(info, len(spec.prompt_ids), delta, with_input=with_input)
+                    if self._body.return_hidden_states
+                    else UNSET
+                ),
                 **logprobs,
             ),
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
+
+from .openai_types import CachedTokensDetails
 
 # ---- requests ---------------------------------------------------------------------------------------
 
@@ -47,6 +50,7 @@ class NativeRequest(msgspec.Struct, kw_only=True):
     logprob_start_len: int = -1  # -1: no logprobs of the prompt
     top_logprobs_num: int = 0
     return_text_in_logprobs: bool = False
+    return_hidden_states: bool = False
     priority: int = 0
 
 
@@ -90,12 +94,17 @@ class WeightSpanBody(msgspec.Struct, frozen=True, kw_only=True):
     start: int
 
 
+# Of the prompt one row for each token; of an output token the one that it was sampled from.
+NativeHiddenStates = list[Sequence[Sequence[float] | float]]
+
+
 class MetaInfo(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     finish_reason: NativeFinish | None
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    cached_tokens_details: CachedTokensDetails
     weight_version: str
     weight_versions: list[WeightSpanBody] | UnsetType = UNSET  # when they changed in mid-answer
     e2e_latency: float | UnsetType = UNSET  # once finished
@@ -103,6 +112,7 @@ class MetaInfo(msgspec.Struct, frozen=True, kw_only=True):
     output_token_logprobs: list[NativeLogprob] | UnsetType = UNSET
     input_top_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
     output_top_logprobs: list[list[NativeLogprob]] | UnsetType = UNSET
+    hidden_states: NativeHiddenStates | UnsetType = UNSET
 
 
 class NativeOutput(msgspec.Struct, frozen=True, kw_only=True):

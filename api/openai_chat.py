@@ -24,6 +24,7 @@ from .openai_requests import (
     Envelope,
     checked_logprobs,
     choose_request_id,
+    has_last_chunk,
     includes_usage,
     num_choices,
     openai_sampling,
@@ -40,6 +41,7 @@ from .openai_types import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    Extension,
     PromptLogprobs,
     TimelineBody,
     Usage,
@@ -207,7 +209,7 @@ class _ChatAnswer:
                 yield self._event([self._chunk_choice(delta)], self._run.usage() if every_usage else UNSET)
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
-        if includes_usage(self._body) or self._body.timeline:
+        if has_last_chunk(self._body):
             yield self._event([], usage if includes_usage(self._body) else UNSET, is_last=True)
 
     async def whole(self) -> bytes:
@@ -234,6 +236,7 @@ class _ChatAnswer:
                 prompt_token_ids=self._prompt_token_ids(),
                 prompt_logprobs=self._prompt_logprobs(),
                 timeline=self._timeline(),
+                sglext=self._extension(),
             )
         )
 
@@ -262,6 +265,7 @@ class _ChatAnswer:
             usage=usage,
             weight_version=self._run.weight_version if ends_choice else UNSET,
             timeline=self._timeline() if is_last else UNSET,
+            sglext=self._extension() if is_last else UNSET,
         )
         return event(msgspec.json.encode(chunk))
 
@@ -296,6 +300,9 @@ class _ChatAnswer:
         if num_top is None:
             return UNSET
         return prompt_logprobs(self._tokenizer, self._run.info(0).prompt_logprobs, num_top)
+
+    def _extension(self) -> Extension | UnsetType:
+        return self._run.extension() if self._body.return_cached_tokens_details else UNSET
 
     def _timeline(self) -> TimelineBody | UnsetType:
         return self._run.timeline() if self._body.timeline else UNSET

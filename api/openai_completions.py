@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -24,6 +23,7 @@ from .openai_requests import (
     Envelope,
     checked_logprobs,
     choose_request_id,
+    has_last_chunk,
     includes_usage,
     num_choices,
     openai_sampling,
@@ -36,19 +36,19 @@ from .openai_types import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
+    Extension,
     PromptLogprobs,
     TimelineBody,
     Usage,
 )
+from .prompts import Prompt, read_prompts
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
 from .validation import (
     OPENAI_RULES,
-    bad_type,
     bad_value,
     check_model,
-    check_prompt,
     checked_priority,
     parse_object,
     parse_request,
@@ -57,12 +57,6 @@ from .validation import (
 )
 
 DEFAULT_MAX_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    token_ids: tuple[int, ...]
-    text: str | None  # None: given as token ids
 
 
 class Completions:
@@ -89,27 +83,14 @@ class Completions:
         )
 
     async def _prompts(self, body: CompletionRequest) -> list[Prompt]:
-        """A text, a list of texts, token ids, or a list of those."""
-        given = body.prompt
-        if isinstance(given, list) and all(isinstance(item, int) for item in given):
-            given = [[item for item in given if isinstance(item, int)]]
-        items = [given] if isinstance(given, str) else given
-        limit = self._serving.limits.max_prompts
-        if not 1 <= len(items) <= limit:
-            raise bad_value("prompt", f"`prompt` takes 1 to {limit} prompts, got {len(items)}.")
-        if len({type(item) for item in items}) > 1:
-            raise bad_type("prompt", "`prompt` must not mix texts and token ids.")
-        prompts: list[Prompt] = []
-        for item in items:
-            if isinstance(item, str):
-                ids = await self._serving.tokenizer.encode_async(
-                    item, add_special_tokens=body.add_special_tokens
-                )
-                prompts.append(Prompt(tuple(ids), item))
-            elif isinstance(item, list):
-                prompts.append(Prompt(tuple(item), None))
-            check_prompt(prompts[-1].token_ids, self._serving.card, "prompt")
-        return prompts
+        return await read_prompts(
+            body.prompt,
+            "prompt",
+            card=self._serving.card,
+            tokenizer=self._serving.tokenizer,
+            limits=self._serving.limits,
+            add_special_tokens=body.add_special_tokens,
+        )
 
     def _jobs(self, body: CompletionRequest, prompts: Sequence[Prompt], answer_id: str) -> list[TextJob]:
         serving = self._serving
@@ -185,7 +166,7 @@ class _CompletionAnswer:
                 yield self._event([choice], self._run.usage() if every_usage else UNSET)
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
-        if includes_usage(self._body) or self._body.timeline:
+        if has_last_chunk(self._body):
             yield self._event([], usage if includes_usage(self._body) else UNSET, is_last=True)
 
     async def whole(self) -> bytes:
@@ -200,9 +181,7 @@ class _CompletionAnswer:
             choices.append(self._choice(prompt, delta))
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
-        return msgspec.json.encode(
-            self._completion(choices, usage, self._run.weight_version, self._timeline())
-        )
+        return msgspec.json.encode(self._completion(choices, usage, self._run.weight_version, is_last=True))
 
     def _deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         if self._body.max_tokens != 0:
@@ -221,8 +200,10 @@ class _CompletionAnswer:
     ) -> bytes:
         ends_choice = any(choice.finish_reason is not None for choice in choices)
         weight_version = self._run.weight_version if ends_choice else UNSET
-        timeline = self._timeline() if is_last else UNSET
-        return event(msgspec.json.encode(self._completion(choices, usage, weight_version, timeline)))
+        return event(msgspec.json.encode(self._completion(choices, usage, weight_version, is_last=is_last)))
+
+    def _extension(self) -> Extension | UnsetType:
+        return self._run.extension() if self._body.return_cached_tokens_details else UNSET
 
     def _timeline(self) -> TimelineBody | UnsetType:
         return self._run.timeline() if self._body.timeline else UNSET
@@ -232,7 +213,8 @@ class _CompletionAnswer:
         choices: list[CompletionChoice],
         usage: Usage | UnsetType,
         weight_version: str | UnsetType,
-        timeline: TimelineBody | UnsetType,
+        *,
+        is_last: bool,
     ) -> Completion:
         return Completion(
             id=self._envelope.id,
@@ -242,7 +224,8 @@ class _CompletionAnswer:
             choices=choices,
             usage=usage,
             weight_version=weight_version,
-            timeline=timeline,
+            timeline=self._timeline() if is_last else UNSET,
+            sglext=self._extension() if is_last else UNSET,
         )
 
     def _choice(self, prompt: int, delta: TextDelta) -> CompletionChoice:

@@ -89,6 +89,11 @@ def includes_usage(body: OpenAIRequest) -> bool:
     return body.stream_options is not None and body.stream_options.include_usage
 
 
+def has_last_chunk(body: OpenAIRequest) -> bool:
+    """Whether a chunk without choices ends the stream."""
+    return includes_usage(body) or body.timeline or body.return_cached_tokens_details
+
+
 def usage_in_every_chunk(body: OpenAIRequest) -> bool:
     options = body.stream_options
     return options is not None and options.include_usage and options.continuous_usage_stats

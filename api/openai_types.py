@@ -46,6 +46,7 @@ class OpenAIRequest(msgspec.Struct, kw_only=True):
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
     timeline: bool = False
+    return_cached_tokens_details: bool = False
     priority: int = 0
     rid: str | None = None
     request_id: str | None = None  # vLLM's name of the same
@@ -75,6 +76,21 @@ class ChatRequest(OpenAIRequest, kw_only=True):
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
+
+
+class CachedTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the prompt tokens that nobody computed came from. Nodes keep KV pages in their memory only."""
+
+    device: int
+    host: int = 0
+    storage: int = 0
+    storage_backend: str | None = None
+
+
+class Extension(msgspec.Struct, frozen=True, kw_only=True):
+    """What SGLang adds to an answer beside what OpenAI defines."""
+
+    cached_tokens_details: CachedTokensDetails
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +160,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | UnsetType = UNSET
     weight_version: str | UnsetType = UNSET
     timeline: TimelineBody | UnsetType = UNSET
+    sglext: Extension | UnsetType = UNSET
 
 
 class ChatTopLogprob(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +208,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     timeline: TimelineBody | UnsetType = UNSET
+    sglext: Extension | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,3 +237,4 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     timeline: TimelineBody | UnsetType = UNSET
+    sglext: Extension | UnsetType = UNSET

@@ -12,7 +12,7 @@ from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta
 from .generation import ChoiceDelta, GenerateSpec, Generation, GenerationInfo, Generator, ModelCard
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
-from .openai_types import PromptTokensDetails, TimelineBody, Usage
+from .openai_types import CachedTokensDetails, Extension, PromptTokensDetails, TimelineBody, Usage
 from .request_log import RequestLog
 from .timelines import Laps, Timelines, timeline_body
 from .tokenization import Tokenizer
@@ -157,6 +157,9 @@ class TextRun:
             total_tokens=num_prompt_tokens + self.num_completion_tokens,
             prompt_tokens_details=PromptTokensDetails(self._num_cached_tokens()),
         )
+
+    def extension(self) -> Extension:
+        return Extension(cached_tokens_details=CachedTokensDetails(device=self._num_cached_tokens()))
 
     def _num_cached_tokens(self) -> int:
         return sum(generation.info.num_cached_tokens for generation in self._generations.values())

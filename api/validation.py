@@ -17,7 +17,7 @@ import msgspec
 from fastapi import Request
 
 from ..engine.model_config import read_generation_defaults
-from ..messages.sampling import SamplingParams
+from ..messages.sampling import HiddenStates, SamplingParams
 from ..runtime.errors import RequestError
 from .errors import unsupported
 from .generation import ModelCard
@@ -124,7 +124,6 @@ NATIVE_RULES = FieldRules(
             "video_data",
             "lora_path",
             "session_params",
-            "return_hidden_states",
             "return_routed_experts",
             "return_entropy",
             "return_bytes",
@@ -312,6 +311,7 @@ def sampling_params(
     num_logprobs: int | None,
     num_prompt_logprobs: int | None,
     prompt_logprobs_start: int = 0,
+    hidden_states: HiddenStates = "none",
 ) -> SamplingParams:
     temperature = _or(wanted.temperature, defaults.temperature)
     check_range("temperature", temperature, 0, MAX_TEMPERATURE)
@@ -349,6 +349,7 @@ def sampling_params(
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
         prompt_logprobs_start=prompt_logprobs_start,
+        hidden_states=hidden_states,
     )
 
 

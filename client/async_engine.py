@@ -40,6 +40,7 @@ class GenerateFields(TypedDict, total=False):
     logprob_start_len: int  # -1: no logprobs of the prompt
     top_logprobs_num: int
     return_text_in_logprobs: bool
+    return_hidden_states: bool  # nodes need --enable-return-hidden-states
     rid: str | list[str]
     priority: int
     incremental_streaming_output: bool  # events hold what is new, not all so far
@@ -168,6 +169,12 @@ class AsyncEngine:
         top = max(logprobs)
         weights = [math.exp(logprob - top) for logprob in logprobs]
         return [weight / sum(weights) for weight in weights]
+
+    async def encode(self, prompt: Prompts | None = None, input_ids: TokenIds | None = None) -> Any:  # noqa: ANN401  a dict, or a list of them for a batch
+        """The last token's hidden state, scaled to length 1: `{"embedding", "meta_info"}`, or for a batch a
+        list of them."""
+        body = {"text": prompt} if input_ids is None else {"input_ids": input_ids}
+        return await self._json("POST", "/encode", body, None)
 
     async def tokenize(self, text: str) -> list[int]:
         answer: dict[str, list[int]] = await self._json("POST", "/tokenize", {"prompt": text})

@@ -183,6 +183,10 @@ class Engine:
         """See `AsyncEngine.score`."""
         return self._connection.run(self.aio.score(query, items, label_token_ids, apply_softmax, item_first))
 
+    def encode(self, prompt: Prompts | None = None, input_ids: TokenIds | None = None) -> Any:  # noqa: ANN401
+        """See `AsyncEngine.encode`."""
+        return self._connection.run(self.aio.encode(prompt, input_ids))
+
     def tokenize(self, text: str) -> list[int]:
         return self._connection.run(self.aio.tokenize(text))
 

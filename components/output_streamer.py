@@ -42,6 +42,7 @@ class StreamStateError(Exception):
 class _Choice:
     token_ids: list[int] = field(default_factory=list)  # produced in this attempt
     logprobs: list[TokenLogprob] = field(default_factory=list)  # as long as token_ids, or empty
+    hidden_states: list[bytes] = field(default_factory=list)  # likewise
     num_sent: int = 0  # the cursor: tokens that were sent
     resend: bool = False  # the receiver waits for what is behind the cursor, whatever the interval
     finish: Finish | None = None
@@ -54,8 +55,9 @@ class _Attempt:
     stream_interval: int
     weight_version: str
     choices: dict[int, _Choice]
-    first_choice: int  # its opening message carries the prompt's logprobs
+    first_choice: int  # its opening message carries what is of the prompt
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    prompt_hidden_states: bytes = b""
     num_cached_tokens: int = 0
     failure: AttemptFailed | None = None
     spans: list[Span] = field(default_factory=list)
@@ -73,8 +75,8 @@ class OutputStreamer:
     closed attempt can be asked for again.
 
     The first message of a choice (the one that starts at its base position) also carries the weight version
-    and the number of cached tokens; that of the attempt's first choice carries the prompt's logprobs. They go
-    out once, then, unless that very message is asked for again.
+    and the number of cached tokens; that of the attempt's first choice carries the prompt's logprobs and
+    hidden states. They go out once, then, unless that very message is asked for again.
     """
 
     def __init__(self, send: Send, *, grace_s: float = 30.0) -> None:
@@ -138,18 +140,32 @@ class OutputStreamer:
         *,
         num_cached_tokens: int = 0,
         prompt_logprobs: Sequence[TokenLogprob | None] = (),
+        prompt_hidden_states: bytes = b"",
     ) -> None:
         """What is known once the prompt is computed. Call it before the first `append`."""
         attempt = self._open_attempt(key)
         attempt.num_cached_tokens = num_cached_tokens
         attempt.prompt_logprobs = tuple(prompt_logprobs)
+        attempt.prompt_hidden_states = prompt_hidden_states
 
-    def append(self, key: StreamKey, choice: int, token_id: int, logprob: TokenLogprob | None = None) -> None:
-        """One token more. Either all tokens of a choice come with a logprob or none does."""
+    def append(
+        self,
+        key: StreamKey,
+        choice: int,
+        token_id: int,
+        logprob: TokenLogprob | None = None,
+        hidden_state: bytes = b"",
+    ) -> None:
+        """One token more. Either all tokens of a choice come with a logprob or none does; likewise with the
+        hidden state."""
         record = self._unfinished(key, choice)
         if bool(record.token_ids) and bool(record.logprobs) != (logprob is not None):
             raise StreamStateError(f"{key} choice {choice}: logprobs for some tokens only")
+        if bool(record.token_ids) and bool(record.hidden_states) != bool(hidden_state):
+            raise StreamStateError(f"{key} choice {choice}: hidden states for some tokens only")
         record.token_ids.append(token_id)
+        if hidden_state:
+            record.hidden_states.append(hidden_state)
         if logprob is not None:
             record.logprobs.append(logprob)
         self._dirty[key] = None
@@ -264,7 +280,9 @@ class OutputStreamer:
             position=attempt.base + start,
             token_ids=tuple(record.token_ids[start:]),
             logprobs=tuple(record.logprobs[start:]),
+            hidden_states=tuple(record.hidden_states[start:]),
             prompt_logprobs=attempt.prompt_logprobs if has_prompt else (),
+            prompt_hidden_states=attempt.prompt_hidden_states if has_prompt else b"",
             num_cached_tokens=attempt.num_cached_tokens if is_opening else 0,
             weight_version=attempt.weight_version if is_opening else "",
             finish=finish,
@@ -298,6 +316,8 @@ class OutputStreamer:
                     found.append(f"{key} choice {choice}: {record.num_sent} sent of {len(record.token_ids)}")
                 if len(record.logprobs) not in (0, len(record.token_ids)):
                     found.append(f"{key} choice {choice}: logprobs for some tokens only")
+                if len(record.hidden_states) not in (0, len(record.token_ids)):
+                    found.append(f"{key} choice {choice}: hidden states for some tokens only")
                 if record.finish_sent and (record.finish is None or record.num_sent < len(record.token_ids)):
                     found.append(f"{key} choice {choice}: its end was sent before its tokens")
         return found

@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import time
 
-import msgspec
 import zmq
 
+from ..components.crash_hook import CrashHook, kill_this_process
 from ..components.flush_wrapper import FlushWrapper
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
@@ -23,7 +23,7 @@ from ..components.update_groups import UpdateGroups
 from ..components.weight_updater import WeightUpdater
 from ..engine.update_group import join_update_group
 from ..messages.channel import ServerChannel
-from ..messages.node import ClientToNode
+from ..messages.node import AttemptFailed, ClientToNode, TokenOutputs
 from ..runtime.config import NodeConfig
 from ..runtime.process import available_memory_bytes
 from ..transfer.decode_rooms import DecodeRooms
@@ -68,9 +68,12 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     death_probe = DeathProbe()
     node.waiter.add(death_probe.fileno())
 
-    def send_output(client: bytes, message: msgspec.Struct) -> None:
+    crash = CrashHook(config.crash_after_outputs, kill_this_process)
+
+    def send_output(client: bytes, message: TokenOutputs | AttemptFailed) -> None:
         if not server.send(client, message):
             gone_clients.add(client)
+        crash.sent(message)
 
     growth = GrowthEstimate(config.schedule_conservativeness)
     local_prefill = LocalPrefillPolicy(
@@ -118,6 +121,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
             max_running=config.max_running_requests,
             max_batch_tokens=max(config.chunked_prefill_size, config.max_running_requests + 1),
             max_model_len=node.max_model_len,
+            returns_hidden_states=config.enable_return_hidden_states,
         ),
         eos_token_ids=node.model.config.eos_token_ids,
         unix_minus_monotonic_s=node.unix_minus_monotonic_s,

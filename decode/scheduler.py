@@ -44,7 +44,7 @@ from ..components.request_receiver import RequestReceiver
 from ..components.stop_conditions import check_finish
 from ..components.weight_updater import Prepared, WeightUpdater
 from ..engine.engine_thread import EngineThread, JobResult
-from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
+from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput, SampledToken
 from ..engine.job_thread import JobThread
 from ..engine.schedule_batch import ScheduleBatch
 from ..messages.node import (
@@ -79,8 +79,15 @@ from ..messages.operation import (
     StartProfile,
     StopProfile,
 )
-from ..messages.peer import HandoffDone, PeerIdentity, PeerPing, PeerPong, PeerRefused, RoomId
-from ..messages.sampling import TokenLogprob
+from ..messages.peer import (
+    HandoffDone,
+    PeerIdentity,
+    PeerPing,
+    PeerPong,
+    PeerRefused,
+    RoomId,
+    SampledFirstToken,
+)
 from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
 from ..messages.weights import (
     CheckWeights,
@@ -95,7 +102,7 @@ from ..messages.weights import (
     ResumeMemory,
     StageWeights,
 )
-from ..runtime.config import VerifyPages
+from ..runtime.config import HIDDEN_STATES_FLAG, VerifyPages
 from ..runtime.pause_gate import PauseGate
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.actions import (
@@ -133,6 +140,7 @@ class DecodeLimits:
     max_running: int  # sequences in a batch
     max_batch_tokens: int  # of a step that prefills locally
     max_model_len: int
+    returns_hidden_states: bool = False
 
 
 class DecodeScheduler:
@@ -431,6 +439,8 @@ class DecodeScheduler:
                 f"the request may need {need} KV pages and {num_choices} places in the batch; "
                 f"the decode node has {self.allocator.num_pages} and {self.limits.max_running}"
             )
+        if message.sampling.hidden_states == "all" and not self.limits.returns_hidden_states:
+            return f"the decode node was started without {HIDDEN_STATES_FLAG}"
         token_ids = request.sequences[0].token_ids
         if not token_ids or min(token_ids) < 0 or max(token_ids) >= self.status.model.vocab_size:
             return f"token ids from 0 to {self.status.model.vocab_size - 1} are expected, at least one"
@@ -557,12 +567,15 @@ class DecodeScheduler:
         self.local_prefill.measured_prefill(num_computed, duration_of("prefill_chunk", message.spans))
         self.note_prefill(request, message.spans)
         self.streamer.prompt_done(
-            request.key, num_cached_tokens=message.num_cached_tokens, prompt_logprobs=message.prompt_logprobs
+            request.key,
+            num_cached_tokens=message.num_cached_tokens,
+            prompt_logprobs=message.prompt_logprobs,
+            prompt_hidden_states=message.prompt_hidden_states,
         )
         by_choice = {sequence.choice: sequence for sequence in request.live_sequences}
         for sampled in message.tokens:
             if (sequence := by_choice.get(sampled.choice)) is not None:
-                self.take_token(request, sequence, sampled.token_id, sampled.logprob)
+                self.take_token(request, sequence, sampled, message.hidden_state)
         if not request.live_sequences:
             self.drop_room(request, now)
 
@@ -744,7 +757,7 @@ class DecodeScheduler:
             return
         sampled = result.tokens[0]
         self.load_inquirer.count_generated(1)
-        self.take_token(request, sequence, sampled.token_id, sampled.logprob)
+        self.take_token(request, sequence, sampled, result.hidden_state)
         self.forget_if_over(request)
 
     def apply_prefilled(self, request: DecodeRequest, row: PrefillRow, result: RowOutput, now: float) -> None:
@@ -756,29 +769,36 @@ class DecodeScheduler:
         if row.row.prompt_logprobs_from == 0 and row.row.start == 0:
             request.prompt_logprobs.append(None)  # nothing precedes the first token
         request.prompt_logprobs += result.prompt_logprobs
+        request.prompt_hidden_states.append(result.prompt_hidden_states)
         if not result.tokens:
             return
         self.streamer.prompt_done(
             request.key,
             num_cached_tokens=min(request.num_cached, len(request.message.prompt_ids)),
             prompt_logprobs=request.prompt_logprobs,
+            prompt_hidden_states=b"".join(request.prompt_hidden_states),
         )
         self.load_inquirer.count_generated(len(result.tokens))
         self.start_running(request, now)
         for sequence, sampled in zip(request.sequences, result.tokens, strict=True):
             if not sequence.is_finished:
-                self.take_token(request, sequence, sampled.token_id, sampled.logprob)
+                self.take_token(request, sequence, sampled, result.hidden_state)
         self.forget_if_over(request)
 
     def take_token(
-        self, request: DecodeRequest, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
+        self,
+        request: DecodeRequest,
+        sequence: Sequence,
+        sampled: SampledToken | SampledFirstToken,
+        hidden_state: bytes,
     ) -> None:
         """One token more of one choice: recorded, streamed, and perhaps its last."""
+        token_id = sampled.token_id
         if not request.has_first_token:
             request.has_first_token = True
             self.relayed.append((request, request.reached_s))
         sequence.token_ids.append(token_id)
-        self.streamer.append(request.key, sequence.choice, token_id, logprob)
+        self.streamer.append(request.key, sequence.choice, token_id, sampled.logprob, hidden_state)
         finish = check_finish(
             token_id,
             sequence.num_output_tokens,

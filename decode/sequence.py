@@ -64,6 +64,7 @@ class DecodeRequest:
     room: RoomId | None = None  # HANDOFF
     verified_pages: tuple[int, ...] = ()  # HANDOFF: whose digests prefill sends along
     num_prefilled: int = 0  # LOCAL_PREFILL: prompt tokens computed, or in a forward
+    prompt_hidden_states: list[bytes] = field(default_factory=list)  # LOCAL_PREFILL: of each chunk
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # LOCAL_PREFILL
     has_decoded: bool = False  # its first step after the hand-off is done
     reached_s: float = 0.0  # where the spans of its timeline end so far

@@ -14,7 +14,7 @@ from .forward_batch import ForwardBatch
 
 def encode_batch(batch: ForwardBatch) -> bytes:
     """What a further rank needs of it: it samples nothing, so what only sampling reads is left out."""
-    followed = dataclasses.replace(batch, row_ids=(), sampling=None, entries=())
+    followed = dataclasses.replace(batch, row_ids=(), sampling=None, entries=(), hidden_rows=())
     return _ENCODER.encode(followed)
 
 

@@ -26,6 +26,17 @@ class PromptLogprobs:
     num_top: int
 
 
+@dataclass(frozen=True, slots=True)
+class HiddenRows:
+    """Hidden states that one row wants, by their places in the flat batch: of the `num_prompt` tokens from
+    `first` on, and of the token at `sampled_from`, where it samples."""
+
+    row_index: int
+    first: int
+    num_prompt: int
+    sampled_from: int | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
     """T tokens of all rows, flat: decode rows first, alike ones side by side, then prefill rows."""
@@ -43,6 +54,7 @@ class ForwardBatch:
     sampling: SamplingBatch | None
     entries: tuple[tuple[int, int], ...]  # (row index, choice) of each sampled token
     prompt_logprobs: tuple[PromptLogprobs, ...]
+    hidden_rows: tuple[HiddenRows, ...]
 
     @classmethod
     def build(cls, batch: ScheduleBatch, *, step: int, config: ModelConfig, layout: KVLayout) -> ForwardBatch:
@@ -59,12 +71,15 @@ class ForwardBatch:
         sampled_from: list[int] = []
         entries: list[Entry] = []
         prompt_logprobs: list[PromptLogprobs] = []
+        hidden_rows: list[HiddenRows] = []
         pages: list[int] = []
         for index in order:
             row = batch.rows[index]
             wanted = _prompt_logprobs(row, index, first=len(token_ids))
             if wanted is not None:
                 prompt_logprobs.append(wanted)
+            if row.sampling.hidden_states != "none":
+                hidden_rows.append(_hidden_rows(row, index, first=len(token_ids)))
             token_ids += row.token_ids[row.start : row.end]
             positions += range(row.start, row.end)
             pages += (row.pages[position // page_size] for position in range(row.start, row.end))
@@ -90,6 +105,7 @@ class ForwardBatch:
             ),
             entries=tuple((entry.row_index, entry.choice) for entry in entries),
             prompt_logprobs=tuple(prompt_logprobs),
+            hidden_rows=tuple(hidden_rows),
         )
 
 
@@ -106,6 +122,9 @@ class RowOutput:
     tokens: tuple[SampledToken, ...]  # in the order of the row's choices
     # Of the prompt tokens from position max(prompt_logprobs_from, start + 1) on, without gaps.
     prompt_logprobs: tuple[TokenLogprob, ...]
+    # float32, a multiple of the hidden size: of the row's prompt tokens, and the one that it sampled from.
+    prompt_hidden_states: bytes = b""
+    hidden_state: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,4 +151,15 @@ def _prompt_logprobs(row: ScheduledRow, index: int, first: int) -> PromptLogprob
         first=first + begin - 1 - row.start,
         targets=torch.tensor(row.token_ids[begin:end], dtype=torch.int64),
         num_top=row.sampling.num_prompt_logprobs or 0,
+    )
+
+
+def _hidden_rows(row: ScheduledRow, index: int, first: int) -> HiddenRows:
+    # A row without output computes prompt tokens only; with kept output they were given before.
+    wants_prompt = row.sampling.hidden_states == "all" and row.num_output_tokens == 0
+    return HiddenRows(
+        row_index=index,
+        first=first,
+        num_prompt=row.num_tokens if wants_prompt else 0,
+        sampled_from=first + row.num_tokens - 1 if row.choices else None,
     )

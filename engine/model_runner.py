@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ..messages.sampling import TokenLogprob
-from .forward_batch import ForwardBatch, ForwardOutput, PromptLogprobs, RowOutput, SampledToken
+from .forward_batch import (
+    ForwardBatch,
+    ForwardOutput,
+    HiddenRows,
+    PromptLogprobs,
+    RowOutput,
+    SampledToken,
+)
 from .kv_pool import KVPool
 from .model_config import ModelConfig
 from .models.decoder import Decoder
@@ -62,8 +69,16 @@ class ModelRunner:
         prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {
             wanted.row_index: self._prompt_logprobs(hidden, wanted) for wanted in batch.prompt_logprobs
         }
+        hidden_states = {
+            wanted.row_index: self._hidden_states(hidden, wanted) for wanted in batch.hidden_rows
+        }
         rows = tuple(
-            RowOutput(row_id, tuple(tokens[index]), prompt_logprobs.get(index, ()))
+            RowOutput(
+                row_id,
+                tuple(tokens[index]),
+                prompt_logprobs.get(index, ()),
+                *hidden_states.get(index, ()),
+            )
             for index, row_id in enumerate(batch.row_ids)
         )
         return ForwardOutput(batch.step, rows, started, time.monotonic())
@@ -83,6 +98,18 @@ class ModelRunner:
         logits = self._decoder.logits(self._weights, hidden)
         assert logits is not None, "only the first rank samples"
         return logits
+
+    def _hidden_states(self, hidden: Tensor, wanted: HiddenRows) -> tuple[bytes, bytes]:
+        """Of the prompt, and of the token that was sampled from."""
+        prompt = self._shown(hidden[wanted.first : wanted.first + wanted.num_prompt])
+        if wanted.sampled_from is None:
+            return prompt, b""
+        return prompt, self._shown(hidden[wanted.sampled_from : wanted.sampled_from + 1])
+
+    def _shown(self, hidden: Tensor) -> bytes:
+        if not len(hidden):
+            return b""
+        return self._decoder.final_norm(self._weights, hidden).float().cpu().numpy().tobytes()
 
     def _prompt_logprobs(self, hidden: Tensor, wanted: PromptLogprobs) -> tuple[TokenLogprob, ...]:
         logprobs: list[TokenLogprob] = []

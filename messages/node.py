@@ -233,6 +233,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()  # as long as token_ids, when asked for
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # once, with the first token
+    hidden_states: tuple[bytes, ...] = ()  # float32, as long as token_ids: what each was sampled from
+    prompt_hidden_states: bytes = b""  # float32, [prompt tokens, hidden size]; once, with the first token
     num_cached_tokens: int = 0
     weight_version: str = ""
     finish: Finish | None = None

@@ -153,6 +153,8 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True, tag="first_token"):
     weight_version: str  # that computed it, and the pages
     tokens: tuple[SampledFirstToken, ...]  # one per choice
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    prompt_hidden_states: bytes = b""  # float32, [prompt tokens, hidden size], when asked for
+    hidden_state: bytes = b""  # float32: the one that the tokens were sampled from, when asked for
     num_cached_tokens: int = 0  # prompt tokens that prefill's prefix cache held
     spans: tuple[Span, ...] = ()
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import msgspec
+
+# Hidden states of the last layer, behind the final norm: none; for each output token the one that it was
+# sampled from; those and the ones of every prompt token.
+HiddenStates: TypeAlias = Literal["none", "sampled", "all"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -30,6 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     # None: no prompt logprobs. k: of every prompt token from `prompt_logprobs_start` on.
     num_prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 0
+    hidden_states: HiddenStates = "none"
 
     @property
     def uses_penalties(self) -> bool:

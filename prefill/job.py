@@ -43,6 +43,7 @@ class PrefillJob:
     submitted_s: deque[float] = field(default_factory=deque)  # when each of those was
     is_over: bool = False  # the room has ended; a forward may still write into its pages
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    prompt_hidden_states: list[bytes] = field(default_factory=list)  # of each chunk
     spans: list[Span] = field(default_factory=list)  # so far
     reached_s: float = 0.0  # where they end: its arrival, or the end of its last forward
 

@@ -12,4 +12,5 @@ class PrefillLimits:
     max_batch_tokens: int
     max_batch_rows: int
     max_waiting: int
+    returns_hidden_states: bool = False
     overlaps_transfer: bool = True  # a chunk's pages travel while the next one computes

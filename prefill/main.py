@@ -70,6 +70,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         max_batch_tokens=config.chunked_prefill_size,
         max_batch_rows=config.max_running_requests,
         max_waiting=config.max_queued_prefills,
+        returns_hidden_states=config.enable_return_hidden_states,
         overlaps_transfer=not config.disable_transfer_overlap,
     )
     scheduler = PrefillScheduler(

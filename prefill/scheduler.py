@@ -97,6 +97,7 @@ from ..messages.weights import (
     ResumeMemory,
     StageWeights,
 )
+from ..runtime.config import HIDDEN_STATES_FLAG
 from ..runtime.pause_gate import PauseGate
 from ..transfer.actions import (
     AdmitRoom,
@@ -350,6 +351,9 @@ class PrefillScheduler:
                     f"the prompt needs {num_pages} KV pages, the prefill node has {self.allocator.num_pages}"
                 )
                 self.act(self.rooms.fail_room(job.room, "invalid", reason, retriable=False), now)
+            elif job.message.sampling.hidden_states == "all" and not self.limits.returns_hidden_states:
+                reason = f"the prefill node was started without {HIDDEN_STATES_FLAG}"
+                self.act(self.rooms.fail_room(job.room, "invalid", reason, retriable=False), now)
             elif not self.take_pages(job, num_pages):
                 return
             else:
@@ -410,6 +414,7 @@ class PrefillScheduler:
             if row.prompt_logprobs_from == 0 and row.start == 0:
                 job.prompt_logprobs.append(None)  # nothing precedes the first token
             job.prompt_logprobs += result.prompt_logprobs
+            job.prompt_hidden_states.append(result.prompt_hidden_states)
             if result.tokens:
                 self.enter_sending(job, result, now)
             self.send_pages(job, now)
@@ -457,6 +462,8 @@ class PrefillScheduler:
             tokens,
             now,
             prompt_logprobs=tuple(job.prompt_logprobs),
+            prompt_hidden_states=b"".join(job.prompt_hidden_states),
+            hidden_state=result.hidden_state,
             num_cached_tokens=job.num_cached,
             spans=(*job.spans, sent),
         )

@@ -142,7 +142,9 @@ class RequestRecord:
         return page_hashes(token_ids, page_size, known=self.page_hashes(page_size))
 
     def num_usable_cached(self, num_cached_tokens: int) -> int:
-        """Prompt logprobs are wanted of positions that must then be computed."""
+        """Prompt logprobs and hidden states are wanted of positions that must then be computed."""
+        if self.spec.sampling.hidden_states == "all" and not self.info.prompt_hidden_states:
+            return 0
         if self.spec.sampling.num_prompt_logprobs is None or self.info.prompt_logprobs:
             return num_cached_tokens
         return min(num_cached_tokens, self.spec.sampling.prompt_logprobs_start)
@@ -178,6 +180,8 @@ class RequestRecord:
         sampling = self.spec.sampling
         if self.info.prompt_logprobs:  # they are given once
             sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
+        if self.info.prompt_hidden_states:  # likewise
+            sampling = msgspec.structs.replace(sampling, hidden_states="sampled")
         return GenerateRequest(
             request_id=self.request_id,
             attempt=attempt.number,
@@ -217,9 +221,18 @@ class RequestRecord:
             self.info.arrived_unix_s = self._clock.unix_s(now)
         finish = output.finish
         if finish is None:
-            return ChoiceDelta(choice.index, output.token_ids, output.logprobs)
+            return ChoiceDelta(
+                choice.index, output.token_ids, output.logprobs, hidden_states=output.hidden_states
+            )
         self._finish(choice)
-        return ChoiceDelta(choice.index, output.token_ids, output.logprobs, finish.reason, finish.matched)
+        return ChoiceDelta(
+            choice.index,
+            output.token_ids,
+            output.logprobs,
+            finish.reason,
+            finish.matched,
+            hidden_states=output.hidden_states,
+        )
 
     def _take_spans(self, attempt: Attempt, spans: Sequence[Span], now: float) -> None:
         """Each once: output that is sent again brings them again. On our clock, as of the first of them.
@@ -247,6 +260,8 @@ class RequestRecord:
             self.info.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs and not self.info.prompt_logprobs:
             self.info.prompt_logprobs = output.prompt_logprobs
+        if output.prompt_hidden_states and not self.info.prompt_hidden_states:
+            self.info.prompt_hidden_states = output.prompt_hidden_states
 
     def _note_weights(self, choice: ChoiceState, output: TokenOutput) -> None:
         self._weight_version = output.weight_version

@@ -66,6 +66,8 @@ async def _serve(
             max_attempts=config.max_attempts,
             max_queued_requests=config.max_queued_requests,
             request_timeout_s=config.request_timeout,
+            stream_interval=config.stream_interval,
+            force_stream_interval=config.force_stream_interval,
         ),
         model=card,
         connect=ZmqConnector(context),

@@ -12,6 +12,8 @@ class RouterOptions:
     max_attempts: int = 3  # counted failures of one choice; busy, skew and not_ready are free
     max_queued_requests: int = 1024
     request_timeout_s: float = 600.0
+    stream_interval: int = 1  # tokens per TokenOutput
+    force_stream_interval: int = 16  # likewise, when the client does not stream
     no_pair_timeout_s: float = 10.0  # how long a request waits for a pair of nodes to become ready
     prefill_wait_s: float = 30.0  # for the first prefill node, before decode nodes prefill by themselves
 
@@ -28,7 +30,6 @@ class RouterOptions:
     retry_delay_s: float = 0.25  # before the second new attempt; longer before each further one
     resend_interval_s: float = 0.5  # between two requests for the same gap
 
-    unstreamed_interval: int = 16  # tokens per TokenOutput when the client does not stream
     weight_drain_s: float = 600.0  # for running requests to end before new weights are loaded
     weight_update_s: float = 600.0  # for each node to load, and to swap
     weight_lease_s: float = 30.0  # nodes roll an update back whose coordinator is silent for so long

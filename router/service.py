@@ -328,7 +328,8 @@ class RouterService:
         self._ledger.open(attempt)
         generation.mark_dispatched()
         self._remember_prefix(attempt, record)
-        interval = 1 if record.spec.stream else self._options.unstreamed_interval
+        options = self._options
+        interval = options.stream_interval if record.spec.stream else options.force_stream_interval
         decode = self._nodes.get(attempt.pair.decode)
         message = record.message(
             attempt,

@@ -23,6 +23,7 @@ from .process import AccessKeys, usable_cores
 VerifyPages: TypeAlias = Literal["off", "sample", "all"]
 ProcessRole: TypeAlias = Literal["up", "router", "prefill", "decode"]
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-python"
+HIDDEN_STATES_FLAG = "--enable-return-hidden-states"
 _HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
 DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
 
@@ -88,6 +89,8 @@ FLAGS: tuple[Flag, ...] = (
          "half of the cores)"),
     Flag(names=("--disable-prefix-cache", "--no-enable-prefix-caching", "--disable-radix-cache"),
          roles=_NODES, kind=bool, default=False, help="compute every prompt token"),
+    Flag(names=(HIDDEN_STATES_FLAG,), roles=_NODES, kind=bool, default=False,
+         help="answer requests for hidden states, which may be far larger than their text"),
     Flag(names=("--transfer-backend", "--disaggregation-transfer-backend"), roles=_NODES, default="mooncake",
          choices=("mooncake", "nixl", "shm"), help="how KV pages travel"),
     Flag(names=("--transport",), roles=_NODES, choices=("tcp", "rdma"), default="tcp",
@@ -117,6 +120,8 @@ FLAGS: tuple[Flag, ...] = (
          help="compare digests of pages that were handed off with those of what was sent"),
     Flag(names=("--poison-reserved-pages",), roles=_DECODE, kind=bool, default=False,
          help="fill pages with NaN when they are reserved, so that a missing write shows (tests)"),
+    Flag(names=("--crash-after-outputs",), roles=_DECODE, kind=int, default=0,
+         help="end by SIGKILL once N outputs were sent; 0: never (tests)"),
     Flag(names=("--prefill",), roles=_ROUTER, repeatable=True, default=(),
          help="URL of a prefill node; repeatable (nodes may also register themselves)"),
     Flag(names=("--decode",), roles=_ROUTER, repeatable=True, default=(),
@@ -126,6 +131,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--request-timeout",), roles=_ROUTER, kind=float, default=600.0, help="seconds"),
     Flag(names=("--max-queued-requests",), roles=_ROUTER, kind=int, default=1024,
          help="requests waiting before new ones get 429"),
+    Flag(names=("--stream-interval",), roles=_ROUTER, kind=int, default=1,
+         help="tokens in an event of a stream, behind the first"),
+    Flag(names=("--force-stream-interval",), roles=_ROUTER, kind=int, default=16,
+         help="tokens that decode nodes send at once of answers that are not streamed"),
     Flag(names=("--drain-timeout", "--shutdown-timeout"), roles=_ROUTER, kind=float, default=60.0,
          help="seconds that running requests get after SIGTERM"),
     Flag(names=("--otlp-traces-endpoint",), roles=_ROUTER, default="",
@@ -157,6 +166,8 @@ class RouterConfig:
     max_attempts: int
     request_timeout: float
     max_queued_requests: int
+    stream_interval: int
+    force_stream_interval: int
     drain_timeout: float
     otlp_traces_endpoint: str
     log_requests: bool
@@ -191,6 +202,7 @@ class NodeConfig:
     tensor_parallel_size: int
     num_threads: int
     disable_prefix_cache: bool
+    enable_return_hidden_states: bool
     transfer_backend: str
     transport: str
     ib_device: str
@@ -206,6 +218,7 @@ class NodeConfig:
     schedule_conservativeness: float = 1.0  # decode only
     verify_pages: VerifyPages = "off"  # decode only
     poison_reserved_pages: bool = False  # decode only
+    crash_after_outputs: int = 0  # decode only
 
     @property
     def keys(self) -> AccessKeys:
@@ -324,12 +337,15 @@ def _typed(path: Path, flag: Flag, value: object) -> object:
 def _check(values: Mapping[str, Any]) -> None:
     for name in ("page_size", "chunked_prefill_size", "max_running_requests", "max_attempts", "num_threads",
                  "max_model_len", "max_queued_requests", "max_queued_prefills",
-                 "local_prefill_chunk_size", "tensor_parallel_size"):  # fmt: skip
+                 "local_prefill_chunk_size", "tensor_parallel_size", "stream_interval",
+                 "force_stream_interval"):  # fmt: skip
         value = values.get(name)
         if value is not None and value < 1:
             raise StartupError(f"--{name.replace('_', '-')} {value}: 1 or more is expected")
-    if (threshold := values.get("local_prefill_threshold")) is not None and threshold < 0:
-        raise StartupError(f"--local-prefill-threshold {threshold}: 0 or more is expected")
+    for name in ("local_prefill_threshold", "crash_after_outputs"):
+        value = values.get(name)
+        if value is not None and value < 0:
+            raise StartupError(f"--{name.replace('_', '-')} {value}: 0 or more is expected")
     for name in ("kv_cache_gb", "request_timeout", "drain_timeout", "schedule_conservativeness"):
         value = values.get(name)
         if value is not None and not 0 < value < math.inf:

@@ -13,6 +13,7 @@ from typing import Any
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 GENERATE = "/generate"
+EMBEDDINGS = "/v1/embeddings"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def _case(
         COMPLETIONS: {"prompt": "def"},
         CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
         GENERATE: {"text": "def"},
+        EMBEDDINGS: {"input": "def"},
     }
     body = {**good.get(path, {}), **fields}
     kept = {field: value for field, value in body.items() if value is not None}
@@ -117,6 +119,9 @@ def bad_input_cases(*, max_model_len: int, vocab_size: int, max_body_bytes: int 
         _case("logprob_start_len behind the prompt", GENERATE, {"return_logprob": True, "logprob_start_len": 10**6}, "logprob_start_len", value),
         _case("sampling_params of another length", GENERATE, {"sampling_params": [{}, {}]}, "sampling_params", value),
         _case("input_embeds", GENERATE, {"input_embeds": [[0.5]]}, "input_embeds", unsupported),
+        _case("an embedding of nothing", EMBEDDINGS, {"input": []}, "input", value),
+        _case("dimensions of an embedding", EMBEDDINGS, {"dimensions": 8}, "dimensions", unsupported),
+        _case("encode without a prompt", "/encode", {}, "text", value),
         _case("tokenize without text", "/tokenize", {}, "prompt", value),
         _case("detokenize what is no token", "/detokenize", {"tokens": [vocab_size]}, "tokens", value),
         _case("abort without rid", "/abort_request", {}, "rid", "missing_parameter"),

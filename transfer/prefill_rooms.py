@@ -444,6 +444,8 @@ class PrefillRooms:
         now: float,
         *,
         prompt_logprobs: tuple[TokenLogprob | None, ...] = (),
+        prompt_hidden_states: bytes = b"",
+        hidden_state: bytes = b"",
         num_cached_tokens: int = 0,
         spans: tuple[Span, ...] = (),
     ) -> list[PrefillAction]:
@@ -459,6 +461,8 @@ class PrefillRooms:
             weight_version=self._identity.weight_version,
             tokens=tokens,
             prompt_logprobs=prompt_logprobs,
+            prompt_hidden_states=prompt_hidden_states,
+            hidden_state=hidden_state,
             num_cached_tokens=num_cached_tokens,
             spans=spans,
         )

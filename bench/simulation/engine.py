@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -136,7 +137,7 @@ class FakeEngine:
                 )
         for position in range(row.start, row.end):
             self.pool.write(row.pages[position // PAGE_SIZE], position % PAGE_SIZE, values[position])
-        return RowOutput(row.row_id, _sample(row, known), _prompt_logprobs(row))
+        return RowOutput(row.row_id, _sample(row, known), _prompt_logprobs(row), *_hidden_states(row))
 
     def _check_writable(self, row: ScheduledRow) -> None:
         for index in range(row.start // PAGE_SIZE, (row.end - 1) // PAGE_SIZE + 1):
@@ -161,6 +162,15 @@ def _prompt_logprobs(row: ScheduledRow) -> tuple[TokenLogprob, ...]:
         return ()
     positions = range(max(row.prompt_logprobs_from, row.start + 1), min(row.end + 1, row.num_prompt_tokens))
     return tuple(TokenLogprob(row.token_ids[position], -float(position)) for position in positions)
+
+
+def _hidden_states(row: ScheduledRow) -> tuple[bytes, bytes]:
+    """That of a position is one number, the position."""
+    wanted = row.sampling.hidden_states
+    is_prompt = wanted == "all" and row.num_output_tokens == 0
+    prompt = array("f", range(row.start, row.end) if is_prompt else ())
+    sampled = array("f", [row.end - 1] if row.choices and wanted != "none" else [])
+    return prompt.tobytes(), sampled.tobytes()
 
 
 def _job_result(job: _Job) -> JobResult:

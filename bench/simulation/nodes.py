@@ -123,6 +123,7 @@ class Settings:
     conservativeness: float = 1.0
     is_colocated: bool = False
     overlaps_transfer: bool = True
+    returns_hidden_states: bool = True
     verify_pages: VerifyPages = "off"
     eos_token_ids: tuple[int, ...] = (EOS,)
 
@@ -343,6 +344,7 @@ class PrefillNode(_Base[ToPrefill]):
             max_batch_rows=settings.max_rows,
             max_waiting=settings.max_waiting,
             overlaps_transfer=settings.overlaps_transfer,
+            returns_hidden_states=settings.returns_hidden_states,
         )
         self.scheduler = PrefillScheduler(
             **self._common(lambda: self.cache is None or self.cache.reset(), prefill_settings(limits)),
@@ -442,6 +444,7 @@ class DecodeNode(_Base[ClientToNode]):
                 max_running=settings.max_running,
                 max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
                 max_model_len=settings.max_model_len,
+                returns_hidden_states=settings.returns_hidden_states,
             ),
             eos_token_ids=settings.eos_token_ids,
         )

@@ -51,10 +51,13 @@ class Decoder:
             x += self._whole(self._ops.linear(gated, layer.down, layer.down_bias))
         return x
 
+    def final_norm(self, weights: Weights, hidden: Tensor) -> Tensor:
+        """``hidden [N, H]`` → ``[N, H]``: what the LM head reads."""
+        return self._ops.rms_norm(hidden, weights.norm, self._config.rms_norm_eps)
+
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor | None:
         """``hidden [N, H]`` → ``[N, V]`` float32; None on every rank but the first."""
-        y = self._ops.rms_norm(hidden, weights.norm, self._config.rms_norm_eps)
-        logits = self._ops.linear(y, weights.lm_head, None)
+        logits = self._ops.linear(self.final_norm(weights, hidden), weights.lm_head, None)
         if self._collective is None:
             return logits.float()
         gathered = self._collective.gather_columns(logits, self._config.vocab_size)

@@ -14,6 +14,7 @@ from pdserve.tests.e2e.reference import Reference
 # fp32, so that answers can be compared; NaN in reserved pages, so that a page that did not travel shows;
 # small chunks, so that prompts of the tests have several.
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
+FLAGS += ["--enable-return-hidden-states"]
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,7 @@ class FakeGenerator:
         self.token_ids = tuple(token_ids)
         self.script: Callable[[GenerateSpec], Sequence[Step]] | None = None
         self.refusal: RequestError | None = None
+        self.prompt_hidden_states = b""
         self.generations: list[FakeGeneration] = []
 
     @property
@@ -127,6 +128,7 @@ class FakeGenerator:
             raise self.refusal
         steps = self._default(spec) if self.script is None else self.script(spec)
         self.generations.append(FakeGeneration(spec, steps))
+        self.generations[-1].info.prompt_hidden_states = self.prompt_hidden_states
         return self.generations[-1]
 
     def _default(self, spec: GenerateSpec) -> list[Step]:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+from array import array
+from typing import Any, Literal
 
 import pytest
 
+from pdserve.api.generation import ChoiceDelta, GenerateSpec
 from pdserve.tests.unit.api.conftest import Api, chunks
 from pdserve.tests.unit.api.fakes import one_by_one
 
@@ -27,6 +29,7 @@ async def test_an_answer(api: Api) -> None:
             "prompt_tokens": 1,
             "completion_tokens": 3,
             "cached_tokens": 2,
+            "cached_tokens_details": {"device": 2, "host": 0, "storage": 0, "storage_backend": None},
             "weight_version": "7",
         },
     }
@@ -134,3 +137,57 @@ async def test_how_choices_end(api: Api) -> None:
     status, answer = await api.post(PATH, {"text": "The"})
     assert (status, answer["meta_info"]["finish_reason"]["type"]) == (200, "abort")
     assert answer["text"] == " quick brown"
+
+
+def floats(*values: float) -> bytes:
+    return array("f", values).tobytes()
+
+
+def with_hidden_states(api: Api, *parts: tuple[int, ...]) -> None:
+    """The answer's tokens come in these deltas; a token's state is its position, and half of it."""
+
+    def script(spec: GenerateSpec) -> list[ChoiceDelta]:
+        deltas = []
+        at = 0
+        for part in parts:
+            states = tuple(floats(position, position / 2) for position in range(at, at + len(part)))
+            at += len(part)
+            reason: Literal["length"] | None = "length" if at == sum(map(len, parts)) else None
+            deltas.append(ChoiceDelta(0, part, (), reason, hidden_states=states))
+        return deltas
+
+    api.generator.script = script
+    api.generator.prompt_hidden_states = floats(-2, -1, 0, 0)
+
+
+async def test_hidden_states_have_sglangs_shape(api: Api) -> None:
+    ids = api.generator.token_ids
+    with_hidden_states(api, ids[:1], ids[1:3])
+    body = {"input_ids": [10, 11], "return_hidden_states": True}
+    info = (await api.post(PATH, body))[1]["meta_info"]
+    assert info["hidden_states"] == [[[-2.0, -1.0], [0.0, 0.0]], [1.0, 0.5], [2.0, 1.0]]
+    assert api.generator.specs[0].sampling.hidden_states == "all"
+    assert "hidden_states" not in (await api.post(PATH, {"input_ids": [10, 11]}))[1]["meta_info"]
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+async def test_streamed_hidden_states(api: Api, incremental: bool) -> None:
+    ids = api.generator.token_ids
+    with_hidden_states(api, ids[:1], ids[1:3])
+    body = {
+        "input_ids": [10, 11],
+        "return_hidden_states": True,
+        "stream": True,
+        "incremental_streaming_output": incremental,
+    }
+    first, second = [part["meta_info"]["hidden_states"] for part in chunks(await api.stream(PATH, body))]
+    prompt = [[-2.0, -1.0], [0.0, 0.0]]
+    assert first == [prompt]
+    assert second == ([] if incremental else [prompt]) + [[1.0, 0.5], [2.0, 1.0]]
+
+
+async def test_a_stop_string_cuts_hidden_states_with_the_tokens(api: Api) -> None:
+    with_hidden_states(api, api.generator.token_ids)
+    body = {"input_ids": [10, 11], "return_hidden_states": True, "sampling_params": {"stop": "brown"}}
+    answer = (await api.post(PATH, body))[1]
+    assert len(answer["meta_info"]["hidden_states"]) == len(answer["output_ids"]) == 2

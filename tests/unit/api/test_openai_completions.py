@@ -335,3 +335,18 @@ async def test_deltas_of_several_tokens(api: Api) -> None:
     api.generator.script = script
     parts = chunks(await api.stream(PATH, {"prompt": "The", "stream": True}))
     assert [part["choices"][0]["text"] for part in parts] == [" quick brown fox", " jumps"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_where_cached_tokens_were(api: Api, path: str) -> None:
+    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "The"}
+    kept = "messages" if "chat" in path else "prompt"
+    body = {kept: prompt[kept], "max_tokens": 2, "return_cached_tokens_details": True}
+    details = {"device": 2, "host": 0, "storage": 0, "storage_backend": None}
+    assert (await api.post(path, body))[1]["sglext"] == {"cached_tokens_details": details}
+    *parts, last = chunks(await api.stream(path, {**body, "stream": True}))
+    assert last["sglext"] == {"cached_tokens_details": details}
+    assert last["choices"] == []
+    assert not any("sglext" in part for part in parts)
+    del body["return_cached_tokens_details"]
+    assert "sglext" not in (await api.post(path, body))[1]

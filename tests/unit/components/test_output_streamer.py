@@ -186,6 +186,27 @@ def test_logprobs_travel_with_their_tokens(streamer: OutputStreamer, wire: Wire)
         streamer.append(KEY, 0, 4)
 
 
+def test_hidden_states_travel_with_their_tokens(streamer: OutputStreamer, wire: Wire) -> None:
+    streamer.open(KEY, [0, 1])
+    streamer.prompt_done(KEY, prompt_hidden_states=b"prompt")
+    for choice in (0, 1):
+        streamer.append(KEY, choice, 1, hidden_state=b"one ")
+    streamer.flush_step(0.0)
+    streamer.append(KEY, 0, 2, hidden_state=b"two ")
+    streamer.append(KEY, 0, 3, hidden_state=b"thre")
+    streamer.flush_step(0.0)
+    outputs = wire.take_outputs()
+    assert [output.hidden_states for output in outputs] == [(b"one ",), (b"one ",), (b"two ", b"thre")]
+    assert [output.prompt_hidden_states for output in outputs] == [b"prompt", b"", b""]
+    streamer.resend(KEY, 0, 0)
+    streamer.flush_step(0.0)
+    (again,) = wire.take_outputs()
+    assert again.hidden_states == (b"one ", b"two ", b"thre")
+    assert again.prompt_hidden_states == b"prompt"
+    with pytest.raises(StreamStateError, match="hidden states for some tokens only"):
+        streamer.append(KEY, 0, 4)
+
+
 # ---- what the first message carries -----------------------------------------------------------------
 
 

@@ -110,6 +110,40 @@ def test_chunks_equal_transformers(
         assert logprob.token_id == expected[position].argmax().item()
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen3"])
+def test_hidden_states_equal_transformers(
+    checkpoint: Callable[..., Path],
+    harness: Callable[..., Any],
+    prompt: Callable[..., list[int]],
+    model: str,
+) -> None:
+    """Those of a prompt in two chunks beside another row, of the sampled token, and of a decode step."""
+    folder = checkpoint(model)
+    engine = harness(folder)
+    token_ids = prompt(21)
+    wanted = SamplingParams(temperature=0.0, hidden_states="all")
+    whole = engine.row(token_ids, pages=engine.pages(23), sampling=wanted, choices=())
+    other = engine.row(prompt(5, 1), row_id="other", pages=engine.pages(6))
+    first = engine.forward(replace(whole, num_tokens=13), other)
+    last = engine.forward(replace(whole, start=13, num_tokens=8, choices=(0,)))["row"]
+    assert first["row"].hidden_state == b""
+    assert (first["other"].prompt_hidden_states, first["other"].hidden_state) == (b"", b"")
+    token_ids = [*token_ids, last.tokens[0].token_id]
+    decoded = engine.forward(
+        replace(whole, token_ids=token_ids, start=21, num_tokens=1, choices=(0,), num_output_tokens=1)
+    )["row"]
+    assert decoded.prompt_hidden_states == b""
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([token_ids]), output_hidden_states=True).hidden_states[-1][0]
+    states = first["row"].prompt_hidden_states + last.prompt_hidden_states
+    actual = torch.frombuffer(bytearray(states), dtype=torch.float32).view(21, -1)
+    assert torch.allclose(actual, expected[:21], atol=TOLERANCE)
+    sampled = torch.frombuffer(bytearray(last.hidden_state + decoded.hidden_state), dtype=torch.float32)
+    assert torch.allclose(sampled.view(2, -1), expected[20:], atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("padding_bytes", [0, 12], ids=["dense", "padded-stride"])
 @pytest.mark.parametrize("model", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_mixed_batch_equals_transformers(

@@ -7,6 +7,7 @@ exposed or in quarantine. `Pair.settle` checks the invariants of both nodes each
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -304,6 +305,8 @@ class Stream:
     num_cached_tokens: int = 0
     weight_version: str = ""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    hidden_states: list[list[float]] = field(default_factory=list)  # of all choices' tokens
+    prompt_hidden_states: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     message_sizes: list[int] = field(default_factory=list)  # tokens in each output
 
@@ -341,6 +344,8 @@ def read_stream(
                 stream.num_cached_tokens = output.num_cached_tokens or stream.num_cached_tokens
                 stream.weight_version = output.weight_version or stream.weight_version
                 stream.prompt_logprobs = output.prompt_logprobs or stream.prompt_logprobs
+                stream.hidden_states += [array("f", state).tolist() for state in output.hidden_states]
+                stream.prompt_hidden_states += array("f", output.prompt_hidden_states).tolist()
                 stream.spans += output.spans
                 if output.finish is not None:
                     stream.finishes[output.choice] = output.finish
