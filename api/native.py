@@ -8,13 +8,13 @@ from contextlib import aclosing
 from typing import Any, assert_never
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from .answering import respond
 from .detokenizer import TextDelta, TextOptions, joined
-from .generation import GenerateSpec, GenerationInfo
+from .generation import GenerateSpec
 from .hidden_states import hidden_states
 from .http_metrics import RequestMeter
 from .logprobs import native_logprobs, native_top_logprobs
@@ -24,7 +24,6 @@ from .native_types import (
     NativeOutput,
     NativeRequest,
     NativeSampling,
-    WeightSpanBody,
 )
 from .openai_types import CachedTokensDetails
 from .sse import event
@@ -279,7 +278,7 @@ class _NativeAnswer:
                 cached_tokens=info.num_cached_tokens,
                 cached_tokens_details=CachedTokensDetails(device=info.num_cached_tokens),
                 weight_version=info.weight_version or self._run.weight_version,
-                weight_versions=_weight_versions(info, delta.choice),
+                weight_versions=self._run.weight_versions(prompt, delta.choice),
                 e2e_latency=UNSET if delta.finish_reason is None else self._meter.elapsed_s(),
                 hidden_states=(
                     hidden_states(info, len(spec.prompt_ids), delta, with_input=with_input)
@@ -289,13 +288,6 @@ class _NativeAnswer:
                 **logprobs,
             ),
         )
-
-
-def _weight_versions(info: GenerationInfo, choice: int) -> list[WeightSpanBody] | UnsetType:
-    spans = info.weight_spans.get(choice, [])
-    if len(spans) < 2:
-        return UNSET
-    return [WeightSpanBody(weight_version=span.weight_version, start=span.start) for span in spans]
 
 
 def _finish(delta: TextDelta, num_tokens: int) -> NativeFinish | None:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from .answering import respond
 from .detokenizer import TextDelta, joined
 from .errors import unsupported
-from .generation import GenerateSpec
+from .generation import GenerateSpec, WeightSpan
 from .http_metrics import RequestMeter
 from .in_flight import bare_id
 from .logprobs import chat_logprobs, prompt_logprobs
@@ -277,6 +277,7 @@ class _ChatAnswer:
             finish_reason=delta.finish_reason,
             stop_reason=stop_reason(delta, self._card),
             token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
+            weight_versions=self._weight_versions(delta),
         )
 
     def _choice(self, delta: TextDelta) -> ChatChoice:
@@ -287,7 +288,11 @@ class _ChatAnswer:
             finish_reason=delta.finish_reason,
             stop_reason=stop_reason(delta, self._card),
             token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
+            weight_versions=self._weight_versions(delta),
         )
+
+    def _weight_versions(self, delta: TextDelta) -> list[WeightSpan] | UnsetType:
+        return UNSET if delta.finish_reason is None else self._run.weight_versions(0, delta.choice)
 
     def _logprobs(self, delta: TextDelta) -> ChatLogprobs | None:
         return chat_logprobs(self._tokenizer, delta.logprobs) if self._body.logprobs else None

@@ -240,6 +240,9 @@ class _CompletionAnswer:
             finish_reason=delta.finish_reason,
             stop_reason=stop_reason(delta, self._card),
             token_ids=delta.token_ids if body.return_token_ids else UNSET,
+            weight_versions=(
+                UNSET if delta.finish_reason is None else self._run.weight_versions(prompt, delta.choice)
+            ),
             prompt_token_ids=(
                 self._prompts[prompt].token_ids if is_first and body.return_token_ids else UNSET
             ),

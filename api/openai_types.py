@@ -11,6 +11,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from .generation import WeightSpan
+
 # ---- requests ---------------------------------------------------------------------------------------
 
 
@@ -144,6 +146,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    weight_versions: list[WeightSpan] | UnsetType = UNSET  # with the finish reason, when they changed
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
@@ -194,6 +197,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    weight_versions: list[WeightSpan] | UnsetType = UNSET  # with the finish reason, when they changed
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,6 +227,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    weight_versions: list[WeightSpan] | UnsetType = UNSET  # with the finish reason, when they changed
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,9 +7,19 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from msgspec import UNSET, UnsetType
+
 from ..messages.timeline import SpanClock, span_between
 from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta
-from .generation import ChoiceDelta, GenerateSpec, Generation, GenerationInfo, Generator, ModelCard
+from .generation import (
+    ChoiceDelta,
+    GenerateSpec,
+    Generation,
+    GenerationInfo,
+    Generator,
+    ModelCard,
+    WeightSpan,
+)
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
 from .openai_types import CachedTokensDetails, Extension, PromptTokensDetails, TimelineBody, Usage
@@ -64,6 +74,12 @@ class TextRun:
         """The version of the weights that answered (the latest, should they have changed between prompts)."""
         versions = [generation.info.weight_version for generation in self._generations.values()]
         return next(filter(None, reversed(versions)), self._serving.weight_version())
+
+    def weight_versions(self, prompt: int, choice: int) -> list[WeightSpan] | UnsetType:
+        """Which weights made which of a choice's tokens, where they changed in mid-answer."""
+        generation = self._generations.get(prompt)
+        spans = [] if generation is None else generation.info.weight_spans.get(choice, [])
+        return UNSET if len(spans) < 2 else spans
 
     async def deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """(prompt, delta) as tokens come, each choice's in order. However this ends, nothing goes on running.

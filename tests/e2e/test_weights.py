@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
+from pdserve.docs.examples.trainer_group import TrainerGroup
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.tests.e2e.helpers import greedy_ids, in_background, random_ids, request, wait_until
-from pdserve.tests.trainer import Trainer, free_port
+from pdserve.tests.trainer import free_port
 
 PROMPT = random_ids(42, 50)
 NORM = "model.norm.weight"
@@ -161,7 +162,7 @@ def test_a_trainer_broadcasts_to_all_nodes_and_one_that_does_not_is_not_waited_f
     _, joined = in_background(
         lambda: request(url, "/init_weights_update_group", {**body, "world_size": 1 + num_nodes})
     )
-    trainer = Trainer("e2e", port, 1 + num_nodes)
+    trainer = TrainerGroup("e2e", port, 1 + num_nodes)
     assert sorted(joined().json["ranks"].values()) == list(range(1, 1 + num_nodes))
 
     route = "/update_weights_from_distributed"

@@ -13,6 +13,7 @@ from pdserve.api.generation import (
     GenerationInfo,
     GroupReply,
     UpdateMode,
+    WeightSpan,
     WorkerStatus,
 )
 from pdserve.api.operations import ProfileOutcome
@@ -44,7 +45,9 @@ def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
 
 
 class FakeGeneration:
-    def __init__(self, spec: GenerateSpec, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, spec: GenerateSpec, steps: Sequence[Step], weight_spans: dict[int, list[WeightSpan]]
+    ) -> None:
         self.spec = spec
         self.steps = steps
         self.stopped: list[int] = []
@@ -61,6 +64,7 @@ class FakeGeneration:
             prompt_logprobs=tuple(prompt_logprobs),
             num_cached_tokens=2,
             weight_version="7",
+            weight_spans=weight_spans,
             spans=[
                 Span("prefill_chunk", 101.5, 0.25, num_tokens=3),
                 Span("queue", 100.0, 1.5),
@@ -117,6 +121,7 @@ class FakeGenerator:
         self.script: Callable[[GenerateSpec], Sequence[Step]] | None = None
         self.refusal: RequestError | None = None
         self.prompt_hidden_states = b""
+        self.weight_spans: dict[int, list[WeightSpan]] = {}
         self.generations: list[FakeGeneration] = []
 
     @property
@@ -127,7 +132,7 @@ class FakeGenerator:
         if self.refusal is not None:
             raise self.refusal
         steps = self._default(spec) if self.script is None else self.script(spec)
-        self.generations.append(FakeGeneration(spec, steps))
+        self.generations.append(FakeGeneration(spec, steps, self.weight_spans))
         self.generations[-1].info.prompt_hidden_states = self.prompt_hidden_states
         return self.generations[-1]
 

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdserve.api.generation import ChoiceDelta, GenerateSpec
+from pdserve.api.generation import ChoiceDelta, GenerateSpec, WeightSpan
 from pdserve.runtime.errors import RequestError
 from pdserve.runtime.process import NO_KEYS, AccessKeys
 from pdserve.tests.unit.api.conftest import Api, chunks, eventually
@@ -342,3 +342,28 @@ async def test_a_chunk_of_k_tokens_gives_k_gaps(api: Api) -> None:
     page = await (await api.http.get(f"{api.url}/metrics")).text()
     assert sample(page, "pd_inter_token_latency_seconds_count") == len(ids) - 1
     assert sample(page, "pd_time_to_first_token_seconds_count") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "The"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "The"}]}),
+    ],
+)
+async def test_an_answer_says_which_weights_made_which_tokens(
+    api: Api, path: str, asked: dict[str, Any]
+) -> None:
+    body = {**asked, "n": 2, "max_tokens": 3}
+    api.generator.weight_spans = {0: [WeightSpan("7", 0), WeightSpan("8", 2)], 1: [WeightSpan("7", 0)]}
+    told = [{"weight_version": "7", "start": 0}, {"weight_version": "8", "start": 2}]
+    _, answer = await api.post(path, body)
+    first, second = answer["choices"]
+    assert first["weight_versions"] == told
+    assert "weight_versions" not in second, "they did not change"
+    choices = [
+        c for chunk in chunks(await api.stream(path, {**body, "stream": True})) for c in chunk["choices"]
+    ]
+    of_first = [c for c in choices if c["index"] == 0]
+    assert [c.get("weight_versions") for c in of_first] == [None] * (len(of_first) - 1) + [told]
+    assert all("weight_versions" not in c for c in choices if c["index"] == 1)
