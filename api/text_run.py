@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..messages.timeline import SpanClock, span_between
 from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta
-from .generation import ChoiceDelta, GenerateSpec, Generation, GenerationInfo, Generator, ModelCard
+from .generation import ChoiceDelta, GenerateSpec, Generation, GenerationInfo, Generator, ModelCard, Sessions
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
 from .openai_types import CachedTokensDetails, Extension, PromptTokensDetails, TimelineBody, Usage
@@ -33,6 +33,7 @@ class Serving:
     timelines: Timelines
     weight_version: Callable[[], str]
     request_log: RequestLog
+    sessions: Sessions
 
 
 @dataclass(frozen=True, slots=True)

@@ -486,6 +486,8 @@ class Pair:
         prefill: str = "prefill-1",
         num_prefill_tokens_ahead: int = 0,
         was_retracted: bool = False,
+        session_id: str = "",
+        session_timeout_s: float = 0.0,
         **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
     ) -> None:
         """Send a request to decode; nothing moves until the loops do."""
@@ -501,6 +503,8 @@ class Pair:
             stream_interval=stream_interval,
             num_prefill_tokens_ahead=num_prefill_tokens_ahead,
             was_retracted=was_retracted,
+            session_id=session_id,
+            session_timeout_s=session_timeout_s,
         )
         self.decode.server.deliver(client, message)
 
