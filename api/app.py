@@ -22,16 +22,18 @@ from .embeddings import (
     EncodeAnswer,
     EncodeRequest,
 )
-from .generation import ClusterAdmin, Generator, ModelCard
+from .generation import ClusterAdmin, Generator, ModelCard, Sessions
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
 from .mounting import GET, POST, Operation, make_app
 from .native import Native
 from .native_types import (
+    CloseSessionRequest,
     DetokenizeAnswer,
     DetokenizeRequest,
     NativeOutput,
     NativeRequest,
+    OpenSessionRequest,
     TokenizeAnswer,
     TokenizeRequest,
 )
@@ -41,6 +43,7 @@ from .openai_types import ChatCompletion, ChatRequest, Completion, CompletionReq
 from .openapi import Bodies
 from .operations import OperationRoutes, Operator
 from .request_log import RequestLog
+from .sessions import SessionRoutes
 from .text_run import Serving
 from .timelines import Timelines
 from .tokenization import Tokenizer
@@ -57,6 +60,7 @@ def build_router_app(
     generation_defaults: GenerationDefaults,
     generator: Generator,
     admin: ClusterAdmin,
+    sessions: Sessions,
     operator: Operator,
     request_log: RequestLog,
     registry: CollectorRegistry,
@@ -83,11 +87,13 @@ def build_router_app(
         timelines=timelines,
         weight_version=admin.weight_version,
         request_log=request_log,
+        sessions=sessions,
     )
     completions = Completions(serving)
     chat = ChatCompletions(serving)
     native = Native(serving)
     embeddings = Embeddings(serving)
+    session_routes = SessionRoutes(sessions, limits)
     tokens = TokenRoutes(card=card, tokenizer=tokenizer, limits=limits)
     cluster = ClusterRoutes(
         card=card,
@@ -128,6 +134,8 @@ def build_router_app(
             Bodies(EmbeddingRequest, EmbeddingAnswer),
         ),
         Operation(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer)),
+        Operation(POST, ("/open_session",), session_routes.open, Bodies(OpenSessionRequest)),
+        Operation(POST, ("/close_session",), session_routes.close, Bodies(CloseSessionRequest)),
         Operation(GET, ("/v1/models",), cluster.models, Bodies(answer=ModelList)),
         Operation(GET, ("/v1/models/{model_id:path}",), cluster.model, Bodies(answer=ModelEntry)),
         Operation(GET, ("/health", "/ping", "/live", "/liveness"), cluster.health),

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
+import msgspec
+
 from ..messages.node import FinishReason, NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams, TokenLogprob
 from ..messages.timeline import Span
@@ -30,6 +32,38 @@ class ModelCard:
     created: int  # unix seconds
 
 
+@dataclass(frozen=True, slots=True)
+class SessionHold:
+    """The session that a request is a turn of, and how long its KV is kept while it is idle."""
+
+    session_id: str
+    idle_timeout_s: float
+
+
+class TurnParams(msgspec.Struct, frozen=True, kw_only=True):
+    """``session_params`` of /generate. The turn continues the one named by ``rid``, behind its first
+    ``offset`` tokens where that is not 0, else behind all; without ``rid`` it begins anew."""
+
+    id: str
+    rid: str | None = None
+    offset: int | None = None
+    replace: bool = False  # the turns that continued it before are forgotten
+    drop_previous_output: bool = False  # it continues that turn's prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionTurn:
+    """A turn that has begun."""
+
+    hold: SessionHold
+    request_id: str
+    before: str | None  # the id of the turn that it continues
+    num_kept: int  # tokens of that
+    new_ids: tuple[int, ...]  # behind these
+    prompt_ids: tuple[int, ...]  # both
+    replaces: bool
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateSpec:
     """One validated request: ``num_choices`` continuations of one prompt.
@@ -44,6 +78,7 @@ class GenerateSpec:
     stream: bool = False  # False: tokens may arrive in fewer, larger deltas
     priority: int = 0
     timeout_s: float | None = None  # None: the server's default
+    session: SessionHold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +141,22 @@ class Generator(Protocol):
 
         Raises RequestError: 429 with Retry-After when the queue is full, 503 when no pair of nodes is ready.
         """
+        ...
+
+
+class Sessions(Protocol):
+    """Conversations whose tokens are kept here between turns. Every method raises RequestError."""
+
+    def open_session(self, session_id: str, capacity: int, idle_timeout_s: float | None) -> str:
+        """Its id: the given one, or a new one."""
+        ...
+
+    async def close_session(self, session_id: str) -> AdminReply: ...
+
+    def begin_turn(self, params: TurnParams, request_id: str, new_ids: tuple[int, ...]) -> SessionTurn: ...
+
+    def finish_turn(self, turn: SessionTurn, output_ids: tuple[int, ...]) -> None:
+        """It has ended well: another turn may continue it. One that has not is forgotten."""
         ...
 
 

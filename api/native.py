@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from .answering import respond
 from .detokenizer import TextDelta, TextOptions, joined
-from .generation import GenerateSpec
+from .generation import GenerateSpec, SessionTurn, TurnParams
 from .hidden_states import hidden_states
 from .http_metrics import RequestMeter
 from .logprobs import native_logprobs, native_top_logprobs
@@ -65,12 +65,13 @@ class Native:
         laps.lap("tokenize")
         samplings = _samplings(body, len(prompts))
         request_id, rids = self._ids(http, body, len(prompts))
+        turns = self._turns(body, rids, prompts, samplings)
         jobs = [
-            self._job(body, rid, prompt, sampling)
-            for rid, prompt, sampling in zip(rids, prompts, samplings, strict=True)
+            self._job(body, rid, prompt, sampling, turn)
+            for rid, prompt, sampling, turn in zip(rids, prompts, samplings, turns, strict=True)
         ]
         is_list = is_batch or any(sampling.n > 1 for sampling in samplings)
-        answer = _NativeAnswer(serving, body, jobs, is_list=is_list, meter=meter, laps=laps)
+        answer = _NativeAnswer(serving, body, jobs, turns, is_list=is_list, meter=meter, laps=laps)
         return await respond(
             http,
             answer,
@@ -101,8 +102,11 @@ class Native:
         prompts: list[tuple[int, ...]] = []
         if body.input_ids is None:
             given = body.text or ""
-            for text in [given] if isinstance(given, str) else given:
-                prompts.append(tuple(await self._serving.tokenizer.encode_async(text)))
+            texts = [given] if isinstance(given, str) else given
+            for text, params in zip(texts, _turn_params(body, len(texts)), strict=True):
+                is_continued = params is not None and params.rid is not None
+                ids = await self._serving.tokenizer.encode_async(text, add_special_tokens=not is_continued)
+                prompts.append(tuple(ids))
             is_batch = isinstance(given, list)
         else:
             flat = [item for item in body.input_ids if isinstance(item, int)]
@@ -118,10 +122,38 @@ class Native:
             check_prompt(prompt, self._serving.card, param)
         return prompts, is_batch
 
+    def _turns(
+        self,
+        body: NativeRequest,
+        rids: Sequence[str],
+        prompts: Sequence[tuple[int, ...]],
+        samplings: Sequence[NativeSampling],
+    ) -> list[SessionTurn | None]:
+        """Of each prompt, where it is a session's."""
+        turns: list[SessionTurn | None] = []
+        for params, rid, prompt, sampling in zip(
+            _turn_params(body, len(prompts)), rids, prompts, samplings, strict=True
+        ):
+            if params is None:
+                turns.append(None)
+                continue
+            if sampling.n > 1:
+                raise bad_value("n", "A turn of a session has one output: `n` must be 1.")
+            turn = self._serving.sessions.begin_turn(params, rid, prompt)
+            check_prompt(turn.prompt_ids, self._serving.card, "session_params")
+            turns.append(turn)
+        return turns
+
     def _job(
-        self, body: NativeRequest, rid: str, prompt_ids: tuple[int, ...], sampling: NativeSampling
+        self,
+        body: NativeRequest,
+        rid: str,
+        new_ids: tuple[int, ...],
+        sampling: NativeSampling,
+        turn: SessionTurn | None,
     ) -> TextJob:
         serving = self._serving
+        prompt_ids = new_ids if turn is None else turn.prompt_ids
         check_range("n", sampling.n, 1, serving.limits.max_choices)
         check_range("top_logprobs_num", body.top_logprobs_num, 0, serving.limits.max_logprobs)
         check_range("logprob_start_len", body.logprob_start_len, -1, len(prompt_ids) - 1)
@@ -166,8 +198,21 @@ class Native:
             num_choices=sampling.n,
             stream=body.stream or bool(options.stops),
             priority=checked_priority(body.priority),
+            session=None if turn is None else turn.hold,
         )
         return TextJob(spec, options)
+
+
+def _turn_params(body: NativeRequest, num_prompts: int) -> Sequence[TurnParams | None]:
+    """One for each prompt: its own, or the same for all."""
+    given = body.session_params
+    if not isinstance(given, list):
+        return [given] * num_prompts
+    if len(given) != num_prompts:
+        raise bad_value(
+            "session_params", f"`session_params` has {len(given)} entries for {num_prompts} prompts."
+        )
+    return given
 
 
 def _samplings(body: NativeRequest, num_prompts: int) -> list[NativeSampling]:
@@ -190,6 +235,7 @@ class _NativeAnswer:
         serving: Serving,
         body: NativeRequest,
         jobs: Sequence[TextJob],
+        turns: Sequence[SessionTurn | None],
         *,
         is_list: bool,
         meter: RequestMeter,
@@ -198,6 +244,9 @@ class _NativeAnswer:
         self._tokenizer = serving.tokenizer
         self._body = body
         self._jobs = jobs
+        self._sessions = serving.sessions
+        self._turns = turns
+        self._turn_ids: defaultdict[int, list[int]] = defaultdict(list)  # by prompt
         self._is_list = is_list
         self._meter = meter
         self._run = TextRun(serving, jobs, laps)
@@ -214,6 +263,7 @@ class _NativeAnswer:
                 self._meter.add_chunk(key, len(delta.token_ids), delta.finish_reason)
                 is_first = key not in num_tokens
                 num_tokens[key] += len(delta.token_ids)
+                self._note_turn(prompt, delta)
                 if self._body.incremental_streaming_output:
                     shown = delta
                 else:
@@ -230,6 +280,7 @@ class _NativeAnswer:
         async with aclosing(self._run.deltas()) as deltas:
             async for prompt, delta in deltas:
                 parts[prompt, delta.choice].append(delta)
+                self._note_turn(prompt, delta)
         outputs: list[NativeOutput] = []
         for key in self._index:
             delta = joined(parts[key])
@@ -238,6 +289,13 @@ class _NativeAnswer:
             outputs.append(self._output(key[0], delta, num_tokens, with_input=True))
         self._meter.answered(self._run.usage().prompt_tokens)
         return msgspec.json.encode(outputs if self._is_list else outputs[0])
+
+    def _note_turn(self, prompt: int, delta: TextDelta) -> None:
+        """What the client is about to see; with its end another turn may continue it."""
+        if (turn := self._turns[prompt]) is not None:
+            self._turn_ids[prompt] += delta.token_ids
+            if delta.finish_reason in ("stop", "length"):
+                self._sessions.finish_turn(turn, tuple(self._turn_ids[prompt]))
 
     def _output(self, prompt: int, delta: TextDelta, num_tokens: int, *, with_input: bool) -> NativeOutput:
         spec = self._jobs[prompt].spec

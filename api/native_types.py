@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from .generation import WeightSpan
+from .generation import TurnParams, WeightSpan
 from .openai_types import CachedTokensDetails
 
 # ---- requests ---------------------------------------------------------------------------------------
@@ -53,6 +53,17 @@ class NativeRequest(msgspec.Struct, kw_only=True):
     return_text_in_logprobs: bool = False
     return_hidden_states: bool = False
     priority: int = 0
+    session_params: TurnParams | list[TurnParams] | None = None
+
+
+class OpenSessionRequest(msgspec.Struct, kw_only=True):
+    capacity_of_str_len: int = 0  # the most tokens that it keeps; 0: as many as any
+    session_id: str = ""  # default: a new one
+    timeout: float | None = None  # seconds that it may be idle; default: --session-timeout
+
+
+class CloseSessionRequest(msgspec.Struct, kw_only=True):
+    session_id: str
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

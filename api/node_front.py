@@ -27,7 +27,7 @@ from starlette.responses import Response
 
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, Pong
-from ..messages.operation import ClusterOperation, ContinueGeneration, PauseGeneration
+from ..messages.operation import CloseSession, ClusterOperation, ContinueGeneration, PauseGeneration
 from ..messages.weights import (
     STAGE_PART_BYTES,
     FromDisk,
@@ -63,11 +63,13 @@ from .admin import (
 from .answers import json_response, outcome
 from .generation import AdminReply, GroupReply, ModelCard, UpdateMode
 from .mounting import GET, POST, Operation, make_app
+from .native_types import CloseSessionRequest
 from .node_calls import REPLY_MARGIN_S, NodeUnavailableError
 from .node_client import NodeClient
 from .openapi import Bodies
 from .operations import OperationRoutes, ProfileOutcome
 from .server import serve
+from .sessions import read_close
 from .validation import Limits
 from .version import VERSION
 from .weights import WeightRoutes, in_parts, weight_operations
@@ -284,6 +286,12 @@ class NodeRoutes:
         reply = await self._link.client.assert_peer_death(await read_death(http, self._limits))
         return outcome(reply.success, reply.message)
 
+    async def close_session(self, http: Request) -> Response:
+        """What this node holds of it; the router that opened it knows nothing of this."""
+        session_id = await read_close(http, self._limits)
+        reply = await self._link.client.operate(CloseSession(session_id=session_id))
+        return outcome(reply.success, reply.message)
+
     async def _load(self) -> dict[str, Any]:
         pong = await self._link.client.ping()
         return load_body(msgspec.structs.replace(pong.entry, url=self._url), pong.load)
@@ -434,6 +442,7 @@ def build_node_app(
             Bodies(AssertPeerDeathRequest),
             is_admin=True,
         ),
+        Operation(POST, ("/close_session",), routes.close_session, Bodies(CloseSessionRequest)),
         *weight_operations(weights),
     ]
     operations += OperationRoutes(operator, Limits()).operations()

@@ -18,6 +18,7 @@ from .generation import (
     GenerationInfo,
     Generator,
     ModelCard,
+    Sessions,
     WeightSpan,
 )
 from .http_metrics import HttpMetrics
@@ -43,6 +44,7 @@ class Serving:
     timelines: Timelines
     weight_version: Callable[[], str]
     request_log: RequestLog
+    sessions: Sessions
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,6 @@ NATIVE_RULES = FieldRules(
             "audio_data",
             "video_data",
             "lora_path",
-            "session_params",
             "return_routed_experts",
             "return_entropy",
             "return_bytes",

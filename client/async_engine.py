@@ -43,6 +43,7 @@ class GenerateFields(TypedDict, total=False):
     return_hidden_states: bool  # nodes need --enable-return-hidden-states
     rid: str | list[str]
     priority: int
+    session_params: Mapping[str, Any] | Sequence[Mapping[str, Any]]  # id, rid, offset, replace, …
     incremental_streaming_output: bool  # events hold what is new, not all so far
 
 
@@ -179,6 +180,21 @@ class AsyncEngine:
     async def tokenize(self, text: str) -> list[int]:
         answer: dict[str, list[int]] = await self._json("POST", "/tokenize", {"prompt": text})
         return answer["tokens"]
+
+    # ---- sessions -----------------------------------------------------------------------------------
+
+    async def open_session(
+        self, capacity_of_str_len: int = 0, session_id: str = "", timeout: float | None = None
+    ) -> str:
+        """Its id. `capacity_of_str_len`: the most tokens that it keeps; 0: as many as any. `timeout`: seconds
+        that it may be idle."""
+        body = {"capacity_of_str_len": capacity_of_str_len, "session_id": session_id, "timeout": timeout}
+        opened: str = await self._json("POST", "/open_session", body)
+        return opened
+
+    async def close_session(self, session_id: str) -> Outcome:
+        """Its tokens are forgotten, and its KV is kept no longer than that of others."""
+        return await self._outcome("/close_session", {"session_id": session_id})
 
     # ---- facts --------------------------------------------------------------------------------------
 

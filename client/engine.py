@@ -197,6 +197,18 @@ class Engine:
         finally:
             self._connection.begin(events.aclose())
 
+    # ---- sessions -----------------------------------------------------------------------------------
+
+    def open_session(
+        self, capacity_of_str_len: int = 0, session_id: str = "", timeout: float | None = None
+    ) -> str:
+        """See `AsyncEngine.open_session`."""
+        return self._connection.run(self.aio.open_session(capacity_of_str_len, session_id, timeout))
+
+    def close_session(self, session_id: str) -> Outcome:
+        """See `AsyncEngine.close_session`."""
+        return self._connection.run(self.aio.close_session(session_id))
+
     # ---- facts --------------------------------------------------------------------------------------
 
     def get_server_info(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class LoadInquirer:
         pages: PageCounts,
         num_locked_pages: int = 0,
         num_evictable_pages: int = 0,
+        num_pinned_pages: int = 0,
         num_running_reqs: int,
         num_waiting_reqs: int,
         num_queued_tokens: int = 0,
@@ -49,8 +50,9 @@ class LoadInquirer:
     ) -> NodeLoad:
         """The load right now.
 
-        `num_locked_pages` and `num_evictable_pages` are the prefix cache's. Evictable pages count as free:
-        they are there for whoever asks. Private pages are what requests on this node have reserved.
+        `num_locked_pages`, `num_evictable_pages` and `num_pinned_pages` are the prefix cache's. Evictable
+        pages count as free: they are there for whoever asks. Private pages are what requests on this node
+        have reserved.
         """
         num_free = pages.free + num_evictable_pages
         return NodeLoad(
@@ -62,6 +64,7 @@ class LoadInquirer:
             num_total_pages=pages.total,
             page_size=self._page_size,
             num_locked_pages=num_locked_pages,
+            num_pinned_pages=num_pinned_pages,
             num_reserved_pages=pages.private,
             num_exposed_pages=pages.exposed,
             num_quarantined_pages=pages.quarantined,

@@ -53,6 +53,7 @@ class MetricsReporter:
         self._num_pages = Gauge(
             "pd_num_pages", "KV pages by state.", (*_LABELS, "state"), registry=self._registry
         )
+        self._num_sessions = self._gauge("pd_num_sessions", "Decode: sessions whose pages are kept.")
         self._quarantined_pages = Gauge(
             "pd_quarantined_pages",
             "Decode: KV pages that this incarnation of a prefill node may still write.",
@@ -173,6 +174,11 @@ class MetricsReporter:
         self._set_pages("private", pages.private)
         self._set_pages("shared", pages.shared)
         self._set_pages("quarantined", pages.quarantined)
+
+    def observe_sessions(self, *, num_sessions: int, num_pinned_pages: int) -> None:
+        """What a decode node keeps for conversations. The pages are shared ones too."""
+        self._num_sessions.set(num_sessions)
+        self._set_pages("pinned", num_pinned_pages)
 
     def observe_quarantine(self, pages: Mapping[str, int]) -> None:
         """Take over the pages in quarantine, by incarnation of the prefill node. Peers without any go."""

@@ -6,11 +6,12 @@ Life of a prompt's pages:
 2. The request computes the rest into private pages of its own.
 3. `insert` hands finished whole pages over to the tree: private(owner) → shared. Where another request was
    faster, the tree keeps the page it has, and the caller's duplicate stays private to the caller.
-4. `unlock`, and later `evict` frees the tail of the least recently used unlocked leaf.
+4. `unlock`, and later `evict` frees the tail of the least recently used unlocked leaf that is not pinned.
 
 The tree is one reader of each of its pages (see page_allocator). A node is a run of pages (path compression)
 and is split where a match or an insertion parts from it. A lock counts on every node up to the root, so
-whatever a locked node needs is locked too. Prefixes are kept apart by `namespace`: the weight version, and
+whatever a locked node needs is locked too. So does a pin, which keeps pages that nobody reads: they are there
+for who asks, once they are unpinned. Prefixes are kept apart by `namespace`: the weight version, and
 whatever else makes equal tokens give different KV.
 """
 
@@ -48,6 +49,7 @@ class CacheNode:
     end: int  # pages from the root to the end of this node
     last_access: int
     num_locks: int = 0  # at this node or below
+    num_pins: int = 0  # likewise
     children: dict[tuple[int, ...], CacheNode] = field(default_factory=dict)  # by their first page's tokens
     is_candidate: bool = False  # has an entry in the eviction heap
 
@@ -86,6 +88,7 @@ class PrefixCache:
         self._roots: dict[str, CacheNode] = {}  # namespace -> root
         self._in_tree: set[int] = set()  # pages
         self._num_locked = 0
+        self._num_pinned = 0
         self._access = 0
         # (last access, tie break, node), possibly outdated; every unlocked leaf has an entry.
         self._candidates: list[tuple[int, int, CacheNode]] = []
@@ -102,9 +105,14 @@ class PrefixCache:
 
     @property
     def num_evictable(self) -> int:
-        """Pages that `evict` would take from the tree. (One that somebody reads without a lock, as forked
-        choices do, becomes free only with its last reader.)"""
+        """Pages that `evict` would take from the tree if none was pinned. (One that somebody reads without a
+        lock, as forked choices do, becomes free only with its last reader.)"""
         return len(self._in_tree) - self._num_locked
+
+    @property
+    def num_pinned(self) -> int:
+        """Pages that a pin keeps from eviction, locked ones among them."""
+        return self._num_pinned
 
     def pages(self) -> list[int]:
         """Every page of the tree, in no particular order."""
@@ -136,10 +144,7 @@ class PrefixCache:
 
         Raises PageStateError if part of the match has been evicted since it was made.
         """
-        node = match.node
-        if node.end != len(match.pages) or (node.pages and node.parent is None):
-            raise PageStateError("the match has been evicted: match again, then lock")
-        for held in self._path(node):
+        for held in self._checked_path(match):
             held.num_locks += 1
             if held.num_locks == 1:
                 self._num_locked += len(held.pages)
@@ -152,6 +157,24 @@ class PrefixCache:
             held.num_locks -= 1
             if held.num_locks == 0:
                 self._num_locked -= len(held.pages)
+                self._add_candidate(held)
+
+    def pin(self, match: PrefixMatch) -> None:
+        """Keep the match's pages from eviction until `unpin`, or until `reset` drops all. They stay evictable
+        in the sense of `num_evictable`: who needs pages unpins. Raises as `lock` does."""
+        for held in self._checked_path(match):
+            held.num_pins += 1
+            if held.num_pins == 1:
+                self._num_pinned += len(held.pages)
+
+    def unpin(self, match: PrefixMatch) -> None:
+        """Undo one `pin` of this match. Raises PageStateError if there is none."""
+        for held in self._path(match.node):
+            if held.num_pins == 0:
+                raise PageStateError("unpin without pin")
+            held.num_pins -= 1
+            if held.num_pins == 0:
+                self._num_pinned -= len(held.pages)
                 self._add_candidate(held)
 
     def insert(
@@ -191,18 +214,19 @@ class PrefixCache:
         return InsertResult(num_new_pages=len(new_pages), duplicate_pages=duplicates, match=match)
 
     def evict(self, num_pages: int) -> int:
-        """Free `num_pages` pages if that many can be: from the tail of the least recently used unlocked leaf,
-        then the next. Returns how many became free."""
+        """Free `num_pages` pages if that many can be: from the tail of the least recently used leaf that is
+        neither locked nor pinned, then the next. Returns how many became free."""
         num_freed = 0
         while num_freed < num_pages and (leaf := self._pop_candidate()) is not None:
             num_freed += self._trim(leaf, max(0, len(leaf.pages) - (num_pages - num_freed)))
         return num_freed
 
     def reset(self) -> bool:
-        """Drop every page. False, and nothing done, if any is locked."""
+        """Drop every page, pinned ones too. False, and nothing done, if any is locked."""
         if self._num_locked:
             return False
         self.generation += 1
+        self._num_pinned = 0
         self._allocator.drop_reader(list(self._in_tree))
         for node in list(self._nodes()):
             node.parent = None
@@ -218,7 +242,7 @@ class PrefixCache:
         found: list[str] = []
         in_heap = {id(node) for _, _, node in self._candidates}
         pages: list[int] = []
-        num_locked = 0
+        num_locked = num_pinned = 0
         for node in self._nodes():
             name = f"node of pages {node.pages}"
             parent = node.parent
@@ -235,10 +259,13 @@ class PrefixCache:
                 found.append(f"{name}: used later than its parent")
             if node.num_locks < sum(child.num_locks for child in node.children.values()):
                 found.append(f"{name}: {node.num_locks} locks, fewer than below it")
-            if not node.children and not node.num_locks and id(node) not in in_heap:
+            if node.num_pins < sum(child.num_pins for child in node.children.values()):
+                found.append(f"{name}: {node.num_pins} pins, fewer than below it")
+            if not (node.children or node.num_locks or node.num_pins or id(node) in in_heap):
                 found.append(f"{name}: an unlocked leaf that eviction cannot find")
             pages += node.pages
             num_locked += len(node.pages) if node.num_locks else 0
+            num_pinned += len(node.pages) if node.num_pins else 0
         if sorted(pages) != sorted(self._in_tree):
             found.append("the nodes' pages differ from the set of pages in the tree, or one is there twice")
         found += [
@@ -248,6 +275,8 @@ class PrefixCache:
         ]
         if num_locked != self._num_locked:
             found.append(f"num_locked is {self._num_locked}, the tree holds {num_locked}")
+        if num_pinned != self._num_pinned:
+            found.append(f"num_pinned is {self._num_pinned}, the tree holds {num_pinned}")
         return found
 
     def check(self) -> None:
@@ -302,6 +331,7 @@ class PrefixCache:
             parent.end + num_pages,
             last_access=node.last_access,
             num_locks=node.num_locks,
+            num_pins=node.num_pins,
         )
         parent.children[upper.tokens[: self.page_size]] = upper
         node.tokens, node.pages, node.parent = node.tokens[at:], node.pages[num_pages:], upper
@@ -342,7 +372,7 @@ class PrefixCache:
 
     def _add_candidate(self, node: CacheNode) -> None:
         """Let eviction know of a node that is, or may be, an unlocked leaf now."""
-        if node.children or node.num_locks or node.is_candidate:
+        if node.children or node.num_locks or node.num_pins or node.is_candidate:
             return
         node.is_candidate = True
         self._num_pushed += 1
@@ -355,9 +385,15 @@ class PrefixCache:
             node.is_candidate = False
             if last_access != node.last_access:
                 self._add_candidate(node)
-            elif not node.children and not node.num_locks:
+            elif not (node.children or node.num_locks or node.num_pins):
                 return node
         return None
+
+    def _checked_path(self, match: PrefixMatch) -> Iterator[CacheNode]:
+        node = match.node
+        if node.end != len(match.pages) or (node.pages and node.parent is None):
+            raise PageStateError("the match has been evicted: match again, then hold it")
+        return self._path(node)
 
     @staticmethod
     def _path(node: CacheNode) -> Iterator[CacheNode]:

@@ -34,6 +34,7 @@ from .local_prefill import LocalPrefillPolicy
 from .peer_links import PeerLinks
 from .request_pages import RequestPages
 from .scheduler import DecodeLimits, DecodeScheduler
+from .session_pins import SessionPins
 from .settings import decode_settings
 
 
@@ -44,7 +45,16 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = PrefixCache(allocator, config.page_size)
+    pins = SessionPins(cache, max_pages=int(node.num_pages * config.session_cache_fraction))
     poison = node.poison if config.poison_reserved_pages else None
+    pages = RequestPages(
+        allocator,
+        cache,
+        node.copy_page,
+        poison,
+        pins=pins,
+        keeps_prefixes=not config.disable_prefix_cache,
+    )
     digests = DigestWorker(node.memory, node.layout)
     node.waiter.add(digests.fileno())
     weights: WeightUpdater[LoadedModel] = WeightUpdater(
@@ -60,7 +70,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         weights=weights,
         memory=MemoryOccupation(node, node.jobs.submit),
         metrics=node.metrics,
-        drop_cache=cache.reset,
+        drop_cache=pages.drop_cache,
     )
     gone_clients: set[bytes] = set()
     # A colocated node has nobody else to prefill: its chunks are as long as those of a prefill node.
@@ -90,9 +100,8 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         rooms=DecodeRooms(node.identity, node.regions, node.num_pages),
         allocator=allocator,
         cache=cache,
-        pages=RequestPages(
-            allocator, cache, node.copy_page, poison, keeps_prefixes=not config.disable_prefix_cache
-        ),
+        pages=pages,
+        pins=pins,
         growth=growth,
         local_prefill=local_prefill,
         digests=digests,

@@ -15,6 +15,7 @@ from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache, PrefixMatch
 from ..messages.peer import RoomId
 from .sequence import DecodeRequest, Sequence
+from .session_pins import SessionPins
 
 # Who names no max_tokens gets all that the context has left, and seldom uses it.
 LONGEST_EXPECTED_TOKENS = 4096
@@ -41,7 +42,7 @@ class RequestPages:
     `copy_page(source, destination)` copies a page's KV. `poison`, where given, fills pages with NaN when they
     are reserved: a test's way to see that every page a forward reads was really written. Without
     `keeps_prefixes` no prompt is matched and nothing stays in the cache: only the choices of one request
-    share pages there.
+    share pages there. `pins` are sessions' pages: the last to be evicted.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RequestPages:
         copy_page: Callable[[int, int], None],
         poison: Callable[[list[int]], None] | None = None,
         *,
+        pins: SessionPins,
         keeps_prefixes: bool = True,
     ) -> None:
         self._allocator = allocator
@@ -59,6 +61,7 @@ class RequestPages:
         self._copy_page = copy_page
         self._poison = poison
         self._keeps_prefixes = keeps_prefixes
+        self._pins = pins
         self._num_promised = 0
 
     # ---- what there is ------------------------------------------------------------------------------
@@ -233,9 +236,10 @@ class RequestPages:
         return True
 
     def _make_free(self, num_pages: int) -> None:
-        """Evict from the cache what is missing."""
-        if (num_missing := num_pages - self._allocator.num_free) > 0:
-            self._cache.evict(num_missing)
+        """Evict from the cache what is missing, in the end what sessions pin."""
+        while (num_missing := num_pages - self._allocator.num_free) > 0:
+            if self._cache.evict(num_missing) < num_missing and not self._pins.release_oldest():
+                return
 
     # ---- the end ------------------------------------------------------------------------------------
 
@@ -248,7 +252,9 @@ class RequestPages:
         sequence.growth = sequence.promised = 0
         num_computed = request.num_computed(sequence)
         if sequence.pages and self._keeps_prefixes:
-            self._cache.insert(sequence.token_ids[:num_computed], sequence.pages, sequence.owner)
+            kept = self._cache.insert(sequence.token_ids[:num_computed], sequence.pages, sequence.owner).match
+            if request.message.session_id and kept.pages:
+                self._pins.hold(request.message.session_id, kept, request.message.session_timeout_s)
         self._allocator.free_private(sequence.owner)
         sequence.pages = []
         if sequence.prefix is not None:
@@ -256,6 +262,11 @@ class RequestPages:
             sequence.prefix = None
         if not self._keeps_prefixes:
             self._cache.evict(self._cache.num_evictable)
+
+    def drop_cache(self) -> bool:
+        """Drop every cached page, those of sessions too. False if a request reads any."""
+        self._pins.clear()
+        return self._cache.reset()
 
     def check_promises(self, requests: Iterable[DecodeRequest]) -> None:
         """Raises RuntimeError unless the promises add up."""

@@ -69,6 +69,7 @@ from ..messages.node import (
     Roster,
 )
 from ..messages.operation import (
+    CloseSession,
     ConfigureLogging,
     ContinueGeneration,
     FreezeGc,
@@ -128,6 +129,7 @@ from .peer_links import LinkDown, PeerLinks
 from .request_pages import RequestPages
 from .retraction import choose_victim
 from .sequence import DecodeRequest, RequestState, Sequence
+from .session_pins import SessionPins
 
 _log = logging.getLogger(__name__)
 
@@ -157,6 +159,7 @@ class DecodeScheduler:
         allocator: PageAllocator,
         cache: PrefixCache,
         pages: RequestPages,
+        pins: SessionPins,
         growth: GrowthEstimate,
         local_prefill: LocalPrefillPolicy,
         digests: DigestWorker,
@@ -187,6 +190,7 @@ class DecodeScheduler:
         self.allocator = allocator
         self.cache = cache
         self.pages = pages
+        self.pins = pins
         self.growth = growth
         self.local_prefill = local_prefill
         self.digests = digests
@@ -253,6 +257,7 @@ class DecodeScheduler:
         self.act(self.rooms.tick(now), now)
         self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
+        self.pins.poll(now)
         if not self.gate.is_paused:
             self.admit_waiting(now)
             self.launch_forward(now)
@@ -269,6 +274,7 @@ class DecodeScheduler:
             self.rooms.next_deadline(),
             self.control.deadline or math.inf,
             self.streamer.next_expiry or math.inf,
+            self.pins.deadline or math.inf,
             self.idle_check.deadline or math.inf,
             self.next_deadline_check if self.requests else math.inf,
         )
@@ -339,6 +345,9 @@ class DecodeScheduler:
             case ContinueGeneration():
                 text = "continued" if self.gate.resume() else "it was not paused"
                 self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
+            case CloseSession():
+                held = "its pages are let go" if self.pins.close(message.session_id) else "it held no pages"
+                self.send(link, CallReply(call_id=message.call_id, success=True, message=held))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
             case _:
@@ -420,6 +429,8 @@ class DecodeScheduler:
             weight_version=self.status.weight_version,
         )
         self.requests[key] = request
+        if message.session_id:
+            self.pins.touch(message.session_id)
 
     def impossible(self, request: DecodeRequest) -> str | None:
         """Why this request can never be served here; None if it can."""
@@ -950,11 +961,11 @@ class DecodeScheduler:
             # Idle: nothing reads the weights, nothing is locked. What the old ones computed is worth nothing
             # now, and every pair shakes hands again under the new version.
             identity = self.swap(result.swap)
-            self.cache.reset()
+            self.pages.drop_cache()
             reason = f"weights are {identity.weight_version} now"
             self.act(self.rooms.set_identity(identity, reason, now), now)
         if result.identity is not None:  # memory comes or goes: idle too
-            self.cache.reset()
+            self.pages.drop_cache()
             reason = "memory is released or resumed"
             self.act(self.rooms.set_identity(result.identity, reason, now), now)
         for link, message in result.replies:
@@ -968,6 +979,7 @@ class DecodeScheduler:
         rooms = [room for room in self.allocator.quarantined_rooms() if self.rooms.state_of(room) is not None]
         check_idle(self.allocator, [self.cache], states={"open": self.requests.keys()}, open_rooms=rooms)
         self.pages.check_promises([])
+        self.pins.check()
 
     def answer(self, operated: OperationReply | None) -> None:
         if operated is not None:
@@ -994,6 +1006,7 @@ class DecodeScheduler:
             pages=self.allocator.counts(),
             num_locked_pages=self.cache.num_locked,
             num_evictable_pages=self.cache.num_evictable,
+            num_pinned_pages=self.cache.num_pinned,
             num_running_reqs=len(self.in_state(RequestState.RUNNING)) + len(prefilling),
             num_waiting_reqs=len(waiting) + len(self.in_state(RequestState.HANDOFF)),
             num_queued_tokens=sum(
@@ -1006,6 +1019,7 @@ class DecodeScheduler:
 
     def observe(self) -> None:
         self.metrics.observe_pages(self.allocator.counts())
+        self.metrics.observe_sessions(num_sessions=len(self.pins), num_pinned_pages=self.cache.num_pinned)
         self.metrics.observe_quarantine(self.rooms.quarantined_pages())
         self.metrics.observe_crossed_rooms(self.rooms.num_crossed)
         self.metrics.observe_queues(

@@ -66,6 +66,7 @@ class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_total_pages: int = 0
     page_size: int = 0
     num_locked_pages: int = 0
+    num_pinned_pages: int = 0  # on decode: of sessions
     num_reserved_pages: int = 0
     num_exposed_pages: int = 0
     num_quarantined_pages: int = 0
@@ -114,6 +115,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate")
     stream_interval: int = 1  # tokens per TokenOutput; 0: one at the end
     priority: int = 0
     num_prefill_tokens_ahead: int = 0  # that the prefill node computes before the first token; 0: unknown
+    session_id: str = ""  # whose pages stay here when it ends, for as long as nobody needs them
+    session_timeout_s: float = 0.0  # or the session is idle for so long
     was_retracted: bool = False  # an earlier attempt was: all pages it can need are reserved before this one
 
 

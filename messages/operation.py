@@ -90,6 +90,13 @@ class ContinueGeneration(msgspec.Struct, frozen=True, kw_only=True, tag="continu
     call_id: int = 0
 
 
+class CloseSession(msgspec.Struct, frozen=True, kw_only=True, tag="close_session"):
+    """Keep this session's pages no longer than those of others. Idempotent."""
+
+    call_id: int = 0
+    session_id: str
+
+
 NodeOperation: TypeAlias = (
     GetInternalState
     | SetInternalState
@@ -100,6 +107,7 @@ NodeOperation: TypeAlias = (
     | StopProfile
     | PauseGeneration
     | ContinueGeneration
+    | CloseSession
 )
 
 # Those that are answered with a CallReply.
@@ -111,6 +119,7 @@ ClusterOperation: TypeAlias = (
     | StartProfile
     | PauseGeneration
     | ContinueGeneration
+    | CloseSession
 )
 
 

@@ -58,6 +58,7 @@ from ..messages.node import (
     Roster,
 )
 from ..messages.operation import (
+    CloseSession,
     ConfigureLogging,
     ContinueGeneration,
     FreezeGc,
@@ -287,6 +288,9 @@ class PrefillScheduler:
                 self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case GetRequestState():
                 self.send(link, self.request_state(message, now))
+            case CloseSession():
+                text = "a prefill node holds no session"
+                self.send(link, CallReply(call_id=message.call_id, success=True, message=text))
             case AssertPeerDeath():
                 text = "a prefill node holds nothing for fear of its peers"
                 self.send(link, CallReply(call_id=message.call_id, success=True, message=text))

@@ -131,6 +131,10 @@ class RequestRecord:
     def was_retracted(self, choices: Sequence[int]) -> bool:
         return any(self.choices[index].was_retracted for index in choices)
 
+    def has_failed_on(self, decode: str, choices: Sequence[int]) -> bool:
+        """An attempt at one of these failed with this decode node, in a way that counts."""
+        return any(pair.decode == decode for index in choices for pair in self.choices[index].failed_pairs)
+
     def page_hashes(self, page_size: int) -> list[int]:
         if page_size not in self._page_hashes:
             self._page_hashes[page_size] = page_hashes(self.spec.prompt_ids, page_size)
@@ -177,7 +181,7 @@ class RequestRecord:
         now: float,
         stream_interval: int,
     ) -> GenerateRequest:
-        sampling = self.spec.sampling
+        sampling, session = self.spec.sampling, self.spec.session
         if self.info.prompt_logprobs:  # they are given once
             sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
         if self.info.prompt_hidden_states:  # likewise
@@ -195,6 +199,8 @@ class RequestRecord:
             stream_interval=stream_interval,
             priority=self.spec.priority,
             num_prefill_tokens_ahead=attempt.num_tokens_ahead,
+            session_id="" if session is None else session.session_id,
+            session_timeout_s=0.0 if session is None else session.idle_timeout_s,
             was_retracted=self.was_retracted(choices),
         )
 

@@ -12,6 +12,8 @@ class RouterOptions:
     max_attempts: int = 3  # counted failures of one choice; busy, skew and not_ready are free
     max_queued_requests: int = 1024
     request_timeout_s: float = 600.0
+    max_sessions: int = 1024
+    session_timeout_s: float = 600.0  # idle, before a session is closed
     stream_interval: int = 1  # tokens per TokenOutput
     force_stream_interval: int = 16  # likewise, when the client does not stream
     no_pair_timeout_s: float = 10.0  # how long a request waits for a pair of nodes to become ready

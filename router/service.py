@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 import uuid
 from collections import Counter
@@ -23,11 +24,21 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any, assert_never
+from urllib.parse import urlsplit
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ..api.generation import AdminReply, GenerateSpec, GroupReply, ModelCard, UpdateMode, WorkerStatus
+from ..api.generation import (
+    AdminReply,
+    GenerateSpec,
+    GroupReply,
+    ModelCard,
+    SessionTurn,
+    TurnParams,
+    UpdateMode,
+    WorkerStatus,
+)
 from ..api.node_calls import NodeUnavailableError, StreamMessage
 from ..messages.node import (
     AttemptFailed,
@@ -38,7 +49,7 @@ from ..messages.node import (
     TokenOutput,
     TokenOutputs,
 )
-from ..messages.operation import ContinueGeneration, PauseGeneration
+from ..messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from ..messages.timeline import SpanClock
 from ..messages.weights import (
     FromDisk,
@@ -73,8 +84,11 @@ from .pairing import (
 )
 from .prefix_index import DEFAULT_MAX_PAGES, PrefixIndex
 from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, NodeRestarted, NodeSilent
+from .sessions import SessionTable
 from .weight_rollout import ask_all
 from .weight_updates import Traffic, WeightUpdates
+
+log = logging.getLogger(__name__)
 
 BUSY_TICK_S = 0.02
 IDLE_TICK_S = 0.2
@@ -118,6 +132,9 @@ class RouterService:
         self.operator = ClusterOperator(self._cluster, self._node_clocks.lead_s)
         self._queue = AdmissionQueue(max_new=options.max_queued_requests, patience_s=options.gate_patience_s)
         self._ledger = Ledger()
+        self._sessions = SessionTable(
+            max_sessions=options.max_sessions, idle_timeout_s=options.session_timeout_s
+        )
         self._prefixes = PrefixIndex()
         self._generations: dict[str, RoutedGeneration] = {}
         self._attempt_numbers = itertools.count(1)  # one row for all requests: none is used twice
@@ -176,6 +193,7 @@ class RouterService:
         self._move_deadlines(now)
         self._cluster.tick(now, expire=not self._weights.is_rolling_out)
         self._expire_requests(now)
+        self._expire_sessions(now)
         self._dispatch(now)
 
     def _move_deadlines(self, now: float) -> None:
@@ -233,6 +251,52 @@ class RouterService:
             raise
         return generation
 
+    # ---- Sessions -------------------------------------------------------------------------------
+
+    def open_session(self, session_id: str, capacity: int, idle_timeout_s: float | None) -> str:
+        """At the decode node that has the fewest; its first turn goes there."""
+        decodes = {decode.incarnation: decode for _, decode in self._nodes.ready_pairs()}
+        if not decodes:
+            raise _unavailable(self._nodes.explain_no_pair(), code="no_ready_pair")
+        home = min(
+            decodes.values(),
+            key=lambda node: (
+                self._sessions.num_at(node.incarnation),
+                self._ledger.num_active(node.incarnation),
+                node.incarnation,
+            ),
+        )
+        return self._sessions.open(
+            session_id,
+            home=home.incarnation,
+            address=urlsplit(home.entry.url).netloc,
+            capacity=capacity,
+            idle_timeout_s=idle_timeout_s,
+            now=self._clock(),
+        )
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    async def close_session(self, session_id: str) -> AdminReply:
+        """A decode node that does not hear it lets go when the session was idle for too long."""
+        if not self._sessions.close(session_id):
+            return AdminReply(False, f"there is no session {session_id!r}")
+        await self.operator.operate(CloseSession(session_id=session_id))
+        return AdminReply(True, "closed")
+
+    def begin_turn(self, params: TurnParams, request_id: str, new_ids: tuple[int, ...]) -> SessionTurn:
+        return self._sessions.begin(params, request_id, new_ids, self._clock())
+
+    def finish_turn(self, turn: SessionTurn, output_ids: tuple[int, ...]) -> None:
+        self._sessions.finish(turn, output_ids, self._clock())
+
+    def _expire_sessions(self, now: float) -> None:
+        sessions = [generation.record.spec.session for generation in self._generations.values()]
+        for session_id in self._sessions.expire(now, {each.session_id for each in sessions if each}):
+            log.info("session %s was idle for too long", session_id)
+
     # ---- dispatch -------------------------------------------------------------------------------
 
     def _dispatch(self, now: float) -> None:
@@ -278,6 +342,10 @@ class RouterService:
             if decode.incarnation not in decodes:
                 decodes[decode.incarnation] = self._decode_view(decode, record, ticket.choices)
             candidates.append(ReadyPair(prefills[prefill.incarnation], decodes[decode.incarnation]))
+        if record.spec.session is not None:
+            home = self._sessions.home(record.spec.session.session_id)
+            if not record.has_failed_on(home, ticket.choices):
+                candidates = [each for each in candidates if each.decode.incarnation == home] or candidates
         return choose_pair(
             num_tokens,
             candidates,
@@ -327,6 +395,8 @@ class RouterService:
         self._queue.take(ticket, now)
         self._ledger.open(attempt)
         generation.mark_dispatched()
+        if record.spec.session is not None:
+            self._sessions.moved(record.spec.session.session_id, attempt.pair.decode)
         self._remember_prefix(attempt, record)
         options = self._options
         interval = options.stream_interval if record.spec.stream else options.force_stream_interval
@@ -869,6 +939,7 @@ class RouterService:
                 "pause": self._pause.mode,
                 "num_queued": len(self._queue),
                 "num_running": self.num_running,
+                "num_sessions": self.num_sessions,
             },
             **by_role,
         }

@@ -114,6 +114,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--schedule-conservativeness",), roles=_DECODE, kind=float, default=1.0,
          help="how much growth admission counts with: less runs more at once and retracts more often, "
               "11 or more retracts never"),
+    Flag(names=("--session-cache-fraction",), roles=_DECODE, kind=float, default=0.5,
+         help="of the KV pool, that open sessions may keep from being evicted before all else"),
     Flag(names=("--faulty",), roles=_PREFILL, default="",
          help="share of writes that go wrong on purpose, such as fail=0.05,late=0.1,seed=7 (tests)"),
     Flag(names=("--verify-pages",), roles=_DECODE, default="off", choices=("off", "sample", "all"),
@@ -135,6 +137,10 @@ FLAGS: tuple[Flag, ...] = (
          help="tokens in an event of a stream, behind the first"),
     Flag(names=("--force-stream-interval",), roles=_ROUTER, kind=int, default=16,
          help="tokens that decode nodes send at once of answers that are not streamed"),
+    Flag(names=("--max-sessions",), roles=_ROUTER, kind=int, default=1024,
+         help="sessions open before new ones get 429"),
+    Flag(names=("--session-timeout",), roles=_ROUTER, kind=float, default=600.0,
+         help="seconds that a session may be idle, unless it says otherwise, before it is closed"),
     Flag(names=("--drain-timeout", "--shutdown-timeout"), roles=_ROUTER, kind=float, default=60.0,
          help="seconds that running requests get after SIGTERM"),
     Flag(names=("--otlp-traces-endpoint",), roles=_ROUTER, default="",
@@ -168,6 +174,8 @@ class RouterConfig:
     max_queued_requests: int
     stream_interval: int
     force_stream_interval: int
+    max_sessions: int
+    session_timeout: float
     drain_timeout: float
     otlp_traces_endpoint: str
     log_requests: bool
@@ -216,6 +224,7 @@ class NodeConfig:
     local_prefill_threshold: int | None = None  # decode only
     local_prefill_chunk_size: int | None = None  # decode only
     schedule_conservativeness: float = 1.0  # decode only
+    session_cache_fraction: float = 0.5  # decode only
     verify_pages: VerifyPages = "off"  # decode only
     poison_reserved_pages: bool = False  # decode only
     crash_after_outputs: int = 0  # decode only
@@ -338,7 +347,7 @@ def _check(values: Mapping[str, Any]) -> None:
     for name in ("page_size", "chunked_prefill_size", "max_running_requests", "max_attempts", "num_threads",
                  "max_model_len", "max_queued_requests", "max_queued_prefills",
                  "local_prefill_chunk_size", "tensor_parallel_size", "stream_interval",
-                 "force_stream_interval"):  # fmt: skip
+                 "force_stream_interval", "max_sessions"):  # fmt: skip
         value = values.get(name)
         if value is not None and value < 1:
             raise StartupError(f"--{name.replace('_', '-')} {value}: 1 or more is expected")
@@ -346,10 +355,18 @@ def _check(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and value < 0:
             raise StartupError(f"--{name.replace('_', '-')} {value}: 0 or more is expected")
-    for name in ("kv_cache_gb", "request_timeout", "drain_timeout", "schedule_conservativeness"):
+    for name in (
+        "kv_cache_gb",
+        "request_timeout",
+        "drain_timeout",
+        "session_timeout",
+        "schedule_conservativeness",
+    ):
         value = values.get(name)
         if value is not None and not 0 < value < math.inf:
             raise StartupError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+    if not 0 <= (values.get("session_cache_fraction") or 0.0) <= 1:
+        raise StartupError(f"--session-cache-fraction {values['session_cache_fraction']}: 0 to 1 is expected")
     if not 0 <= (values.get("log_requests_level") or 0) <= 3:
         raise StartupError(f"--log-requests-level {values['log_requests_level']}: 0 to 3 is expected")
     if values.get("host") == "":

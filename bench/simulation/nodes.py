@@ -35,6 +35,7 @@ from ...decode.peer_links import LinkDown, PeerLinks
 from ...decode.request_pages import RequestPages
 from ...decode.scheduler import DecodeLimits, DecodeScheduler
 from ...decode.sequence import DecodeRequest, RequestState, Sequence
+from ...decode.session_pins import SessionPins
 from ...decode.settings import decode_settings
 from ...engine.engine_thread import EngineThread
 from ...engine.forward_batch import ForwardBatch
@@ -124,6 +125,7 @@ class Settings:
     is_colocated: bool = False
     overlaps_transfer: bool = True
     returns_hidden_states: bool = True
+    session_cache_fraction: float = 0.5
     verify_pages: VerifyPages = "off"
     eos_token_ids: tuple[int, ...] = (EOS,)
 
@@ -401,11 +403,15 @@ class DecodeNode(_Base[ClientToNode]):
             metrics=metrics,
         )
         self.cache = PrefixCache(self.allocator, PAGE_SIZE)
+        self.pins = SessionPins(
+            self.cache, max_pages=int(settings.decode_pages * settings.session_cache_fraction)
+        )
         self.pages = RequestPages(
             self.allocator,
             self.cache,
             self.pool.copy,
             self.pool.poison,
+            pins=self.pins,
             keeps_prefixes=settings.decode_has_cache,
         )
         self.growth = GrowthEstimate(settings.conservativeness)
@@ -429,7 +435,7 @@ class DecodeNode(_Base[ClientToNode]):
             page_bytes=LAYOUT.page_bytes,
         )
         self.scheduler = DecodeScheduler(
-            **self._common(self.cache.reset, decode_settings(self.growth, local_prefill)),
+            **self._common(self.pages.drop_cache, decode_settings(self.growth, local_prefill)),
             cache=self.cache,
             growth=self.growth,
             local_prefill=local_prefill,
@@ -437,6 +443,7 @@ class DecodeNode(_Base[ClientToNode]):
             death_probe=cast(DeathProbe, self.death_probe),
             rooms=self.rooms,
             pages=self.pages,
+            pins=self.pins,
             streamer=self.streamer,
             gone_clients=gone_clients,
             verify_pages=settings.verify_pages,
@@ -473,6 +480,7 @@ class DecodeNode(_Base[ClientToNode]):
         check_requests(self.states)
         self.pages.check_promises([cast(DecodeRequest, SimpleNamespace(sequences=sequences))])
         self.streamer.check()
+        self.pins.check()
         counts = self.allocator.counts()
         num_exposed = sum(peer.num_exposed_pages for peer in self.rooms.peers())
         assert counts.quarantined == self.rooms.num_quarantined_pages, "quarantine differs between the parts"

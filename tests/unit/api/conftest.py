@@ -26,7 +26,7 @@ from pdserve.api.tokenization import Tokenizer
 from pdserve.api.validation import GenerationDefaults, Limits
 from pdserve.messages.timeline import SpanClock
 from pdserve.runtime.process import NO_KEYS, AccessKeys
-from pdserve.tests.unit.api.fakes import FakeAdmin, FakeGenerator
+from pdserve.tests.unit.api.fakes import FakeAdmin, FakeGenerator, FakeSessions
 
 CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -149,6 +149,7 @@ async def api(
         generation_defaults=GenerationDefaults(temperature=0.6, top_p=0.9),
         generator=generator,
         admin=admin,
+        sessions=FakeSessions(),
         operator=admin,
         request_log=RequestLog(),
         registry=registry,

@@ -12,6 +12,8 @@ from pdserve.api.generation import (
     GenerateSpec,
     GenerationInfo,
     GroupReply,
+    SessionTurn,
+    TurnParams,
     UpdateMode,
     WeightSpan,
     WorkerStatus,
@@ -22,6 +24,7 @@ from pdserve.messages.operation import ClusterOperation
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import Span
 from pdserve.messages.weights import FromGroup, MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightsReply
+from pdserve.router.sessions import SessionTable
 from pdserve.runtime.errors import RequestError
 
 # A delta to give, an error to raise, or an event to wait for.
@@ -256,3 +259,31 @@ class FakeAdmin:
 
     async def metrics_text(self) -> str:
         return self.metrics()
+
+
+class FakeSessions:
+    """The router's own table, at one node and a standing clock."""
+
+    def __init__(self) -> None:
+        self.table = SessionTable(max_sessions=4, idle_timeout_s=60.0)
+        self.now = 100.0
+
+    def open_session(self, session_id: str, capacity: int, idle_timeout_s: float | None) -> str:
+        return self.table.open(
+            session_id,
+            home="d-1",
+            address="127.0.0.1:8200",
+            capacity=capacity,
+            idle_timeout_s=idle_timeout_s,
+            now=self.now,
+        )
+
+    async def close_session(self, session_id: str) -> AdminReply:
+        closed = self.table.close(session_id)
+        return AdminReply(closed, "closed" if closed else f"there is no session {session_id!r}")
+
+    def begin_turn(self, params: TurnParams, request_id: str, new_ids: tuple[int, ...]) -> SessionTurn:
+        return self.table.begin(params, request_id, new_ids, self.now)
+
+    def finish_turn(self, turn: SessionTurn, output_ids: tuple[int, ...]) -> None:
+        self.table.finish(turn, output_ids, self.now)

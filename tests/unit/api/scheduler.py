@@ -34,6 +34,7 @@ from pdserve.messages.node import (
     ServerInfoReply,
 )
 from pdserve.messages.operation import (
+    CloseSession,
     ConfigureLogging,
     ContinueGeneration,
     FreezeGc,
@@ -165,6 +166,7 @@ class FakeScheduler:
                 FlushCache()
                 | AbortRequests()
                 | AssertPeerDeath()
+                | CloseSession()
                 | StageWeights()
                 | SetInternalState()
                 | ConfigureLogging()

@@ -17,7 +17,7 @@ from pdserve.messages.node import (
     AssertPeerDeath,
     FlushCache,
 )
-from pdserve.messages.operation import PauseGeneration, SlowDown
+from pdserve.messages.operation import CloseSession, PauseGeneration, SlowDown
 from pdserve.messages.weights import CommitWeights, DiscardWeights, FromTensors, PrepareWeights, StageWeights
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.scheduler import FakeScheduler
@@ -160,6 +160,13 @@ async def test_assert_peer_death(front: Front) -> None:
     )
     sent = [message for message in front.scheduler.received if isinstance(message, AssertPeerDeath)]
     assert [message.incarnation for message in sent] == ["P1", "P1"]
+
+
+async def test_close_session(front: Front) -> None:
+    assert (await front.post("/close_session", {"session_id": "s"}))[0] == 200
+    (sent,) = [message for message in front.scheduler.received if isinstance(message, CloseSession)]
+    assert sent.session_id == "s"
+    assert (await front.post("/close_session", {}))[0] == 400
 
 
 async def test_flush(front: Front) -> None:

@@ -13,6 +13,7 @@ from pdserve.components.page_allocator import PageAllocator
 from pdserve.components.prefix_cache import PrefixCache
 from pdserve.decode.request_pages import PageNeed, RequestPages
 from pdserve.decode.sequence import DecodeRequest, RequestState, Sequence
+from pdserve.decode.session_pins import SessionPins
 from pdserve.messages.peer import RoomId
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ class Fixture:
         self.poisoned: list[int] = []
         self.allocator = PageAllocator(num_pages)
         self.cache = PrefixCache(self.allocator, PAGE_SIZE)
+        self.pins = SessionPins(self.cache, max_pages=self.allocator.num_pages)
         self.pages = RequestPages(
             self.allocator,
             self.cache,
             lambda source, destination: self.copies.append((source, destination)),
             self.poisoned.extend,
+            pins=self.pins,
             keeps_prefixes=keeps_prefixes,
         )
 

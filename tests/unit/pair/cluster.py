@@ -487,6 +487,8 @@ class Pair:
         num_prefill_tokens_ahead: int = 0,
         was_retracted: bool = False,
         weight_version: str = "",
+        session_id: str = "",
+        session_timeout_s: float = 0.0,
         **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
     ) -> None:
         """Send a request to decode; nothing moves until the loops do."""
@@ -503,6 +505,8 @@ class Pair:
             num_prefill_tokens_ahead=num_prefill_tokens_ahead,
             was_retracted=was_retracted,
             weight_version=weight_version,
+            session_id=session_id,
+            session_timeout_s=session_timeout_s,
         )
         self.decode.server.deliver(client, message)
 

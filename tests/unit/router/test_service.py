@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
-from pdserve.api.generation import GenerateSpec, Generation, WeightSpan
+from pdserve.api.generation import GenerateSpec, Generation, SessionHold, TurnParams, WeightSpan
 from pdserve.messages.node import (
     AttemptFailed,
     FailureCode,
@@ -19,7 +21,7 @@ from pdserve.messages.node import (
     TokenOutput,
     TokenOutputs,
 )
-from pdserve.messages.operation import ContinueGeneration, PauseGeneration
+from pdserve.messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, KeepWeights, UpdateGroupSpec
 from pdserve.runtime.errors import RequestError
@@ -1080,3 +1082,104 @@ async def test_unstreamed_requests_come_in_larger_pieces(bench: Bench) -> None:
     request = decode.requests()[0]
     assert isinstance(request, GenerateRequest)
     assert request.stream_interval == 16
+
+
+# ---- sessions -------------------------------------------------------------------------------------------
+
+
+def of_session(spec: GenerateSpec, session_id: str) -> GenerateSpec:
+    return replace(spec, session=SessionHold(session_id, 60.0))
+
+
+def decodes_of(nodes: list[Any], name: str) -> list[str]:
+    """Which decode nodes were sent requests whose id begins with `name`."""
+    return [n.entry.incarnation for n in nodes for r in n.requests() if r.request_id.startswith(name)]
+
+
+async def test_every_turn_goes_to_the_decode_node_that_the_session_names(bench: Bench, spec: Spec) -> None:
+    *_, d, e = await large_cluster(bench)
+    ids = [bench.service.open_session("", 0, None) for _ in range(4)]
+    assert sorted(session_id.rpartition("@")[2] for session_id in ids) == ["d", "d", "e", "e"]
+    for turn in range(3):
+        for session, session_id in enumerate(ids):
+            one = spec(f"{session}-{turn}", prompt=(turn, 5))  # the other node may hold it as well
+            await read(await bench.service.generate(of_session(one, session_id)))
+    for session, session_id in enumerate(ids):
+        name = session_id.rpartition("@")[2]
+        assert decodes_of([d, e], f"{session}-") == [f"{name}-1"] * 3
+    assert {r.session_id for n in (d, e) for r in n.requests()} == set(ids)
+    assert {r.session_timeout_s for n in (d, e) for r in n.requests()} == {60.0}
+
+
+async def test_a_session_outlives_its_decode_node(bench: Bench, spec: Spec, expected: Expected) -> None:
+    *_, d, e = await large_cluster(bench)
+    session_id = bench.service.open_session("mine", 0, None)
+    params = TurnParams(id=session_id)
+    first = bench.service.begin_turn(params, "a", (1, 2, 3))
+    answer = await read(await bench.service.generate(of_session(spec("a"), session_id)))
+    bench.service.finish_turn(first, tuple(answer[0]))
+    home, other = (d, e) if d.requests() else (e, d)
+    home.tokens_per_attempt = 2
+    second = bench.service.begin_turn(TurnParams(id=session_id, rid="a"), "b", (7,))
+    assert second.prompt_ids == (1, 2, 3, *answer[0], 7)
+    generation = await bench.service.generate(
+        of_session(spec("b", prompt=second.prompt_ids, max_tokens=4), session_id)
+    )
+    await bench.until(lambda: bench.service.counters.num_tokens == 8 + 2)
+    home.die()
+    assert await read(generation) == {0: expected(second.prompt_ids, 0, 4)}
+    assert decodes_of([other], "b") == [other.entry.incarnation]
+    home.alive, home.tokens_per_attempt = True, None
+    home.entry = msgspec.structs.replace(home.entry, incarnation="again-1")
+    await bench.service.register_worker(home.entry.url, home.entry)
+    await bench.ready(4)
+    await read(await bench.service.generate(of_session(spec("c"), session_id)))
+    assert decodes_of([home, other], "c") == [other.entry.incarnation], "its KV is there now"
+
+
+async def test_a_busy_prefill_node_does_not_move_a_session(bench: Bench, spec: Spec) -> None:
+    *_, d, e = await large_cluster(bench)
+    session_id = bench.service.open_session("", 0, None)
+    home = d if session_id.endswith("@d") else e
+    home.fail_with = ["busy"]
+    await read(await bench.service.generate(of_session(spec("a"), session_id)))
+    assert decodes_of([d, e], "a") == [home.entry.incarnation] * 2
+
+
+async def test_a_turn_that_fails_at_home_goes_elsewhere(bench: Bench, spec: Spec) -> None:
+    *_, d, e = await large_cluster(bench)
+    session_id = bench.service.open_session("", 0, None)
+    home, other = (d, e) if session_id.endswith("@d") else (e, d)
+    home.fail_with = ["transfer_failed"]
+    await read(await bench.service.generate(of_session(spec("a"), session_id)))
+    assert decodes_of([home, other], "a") == [home.entry.incarnation, other.entry.incarnation]
+
+
+async def test_closing_a_session_tells_the_nodes(bench: Bench) -> None:
+    *_, d, e = await large_cluster(bench)
+    session_id = bench.service.open_session("", 0, None)
+    assert (await bench.service.close_session(session_id)).success
+    assert [n.operations for n in (d, e)] == [[CloseSession(session_id=session_id)]] * 2
+    assert not (await bench.service.close_session(session_id)).success
+    with pytest.raises(RequestError, match="no session"):
+        bench.service.begin_turn(TurnParams(id=session_id), "a", (1,))
+
+
+async def test_a_session_is_not_idle_while_a_turn_of_it_runs(bench: Bench, spec: Spec) -> None:
+    *_, d, e = await large_cluster(bench, session_timeout_s=0.05)
+    session_id = bench.service.open_session("", 0, None)
+    d.tokens_per_attempt = e.tokens_per_attempt = 2
+    generation = await bench.service.generate(of_session(spec("a"), session_id))
+    bench.service.open_session("", 0, None)
+    await bench.until(lambda: bench.service.num_sessions == 1)
+    assert bench.service.begin_turn(TurnParams(id=session_id), "b", (1,)).prompt_ids == (1,)
+    generation.cancel()
+    await bench.until(lambda: bench.service.num_sessions == 0)
+
+
+async def test_no_session_without_a_pair(bench: Bench) -> None:
+    bench.decode()
+    await bench.start()
+    with pytest.raises(RequestError) as refused:
+        bench.service.open_session("", 0, None)
+    assert refused.value.status == 503

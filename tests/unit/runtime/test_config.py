@@ -386,3 +386,18 @@ def test_options_become_arguments() -> None:
 def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(StartupError, match=re.escape(message)):
         arguments_of(options, ALL)
+
+
+@pytest.mark.parametrize(
+    ("role", "flag", "value"),
+    [
+        ("router", "--stream-interval", "0"),
+        ("router", "--force-stream-interval", "0"),
+        ("router", "--max-sessions", "0"),
+        ("router", "--session-timeout", "0"),
+        ("decode", "--session-cache-fraction", "1.5"),
+        ("decode", "--crash-after-outputs", "-1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(role: str, flag: str, value: str) -> None:
+    assert refusal(role, given(role, flag, value)).startswith(f"{flag} ")
