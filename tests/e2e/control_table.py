@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from pdserve.bench.local_cluster import LocalCluster
+from pdserve.docs.examples.trainer_group import TrainerGroup
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.tests.e2e.helpers import (
     GREEDY,
@@ -32,7 +33,7 @@ from pdserve.tests.e2e.helpers import (
     request,
     wait_until,
 )
-from pdserve.tests.trainer import Trainer, free_port
+from pdserve.tests.trainer import free_port
 
 FLAGS = ["--dtype", "float32", "--num-threads", "1", "--chunked-prefill-size", "64", "--disable-prefix-cache"]
 FLAGS += ["--faulty", "delay=1.0,delay_s=0.6"]  # so that a hand-off lasts
@@ -186,7 +187,7 @@ class Bench:
         self.urls["router"] = cluster.url
         self.tensors = {NORM: load_file(SHIPPED_MODEL / "model.safetensors")[NORM]}
         self._thread = ThreadPoolExecutor(1)
-        self._trainer: Future[Trainer] | None = None
+        self._trainer: Future[TrainerGroup] | None = None
         self._port = 0
 
     def run(self, call: Call, role: str, state: str, row: Row) -> None:
@@ -213,7 +214,7 @@ class Bench:
             if trains and self._trainer is None:
                 self._port = free_port()
                 num_nodes = 2 if url == self.cluster.url else 1
-                self._trainer = self._thread.submit(Trainer, "g", self._port, 1 + num_nodes)
+                self._trainer = self._thread.submit(TrainerGroup, "g", self._port, 1 + num_nodes)
             num_nodes = 2 if url == self.cluster.url else 1
             body = {
                 "master_address": "127.0.0.1",

@@ -40,7 +40,7 @@ from .base import (
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "pdserve-"
+PREFIX = "pdserve-pool-"  # of nothing else: what is abandoned under it is removed
 MAX_BYTES_IN_FLIGHT = 1  # the one copier does one run at a time: more in flight would only undo the turns
 
 

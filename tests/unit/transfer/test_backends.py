@@ -406,6 +406,14 @@ def test_shm_removes_what_a_killed_process_left_and_nothing_else() -> None:
     living.end()
 
 
+def test_shm_removes_pools_and_no_file_of_a_trainer(tmp_path: Path) -> None:
+    pool, weights = tmp_path / f"{shm.PREFIX}1", tmp_path / "pdserve-step-5.safetensors"
+    pool.touch()
+    weights.touch()
+    shm.remove_abandoned(tmp_path)
+    assert (pool.exists(), weights.exists()) == (False, True)
+
+
 def test_shm_says_when_memory_is_short() -> None:
     backend = shm.ShmBackend()
     with pytest.raises(StartupError, match=r"MiB free and the KV pool needs .* --shm-size"):
