@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -137,10 +138,10 @@ class Tally:
     def compare(self, sample: Sample, policy: Policy) -> None:
         """That the check could fail: the weights before those of the sample give other logprobs."""
         start, stop, version = sample.spans[0]
-        versions = list(policy.weights)
-        if before := versions[: versions.index(version)]:
-            delta = self._delta(sample, policy, before[-1], start, stop)
-            self.max_other_delta = max(self.max_other_delta, delta)
+        for before, after in pairwise(policy.weights):
+            if after == version:
+                delta = self._delta(sample, policy, before, start, stop)
+                self.max_other_delta = max(self.max_other_delta, delta)
 
     @staticmethod
     def _delta(sample: Sample, policy: Policy, version: str, start: int, stop: int) -> float:
@@ -190,13 +191,15 @@ async def train(
         for number in range(num_clients)
     ]
     try:
-        for number in range(1, num_updates + 1):
+        for number in range(1, num_updates + 2):
             batch = [await next_sample(samples, clients)]
             while not samples.empty():
                 batch.append(samples.get_nowait())
             for sample in batch:
                 await asyncio.to_thread(tally.check, sample, policy)
             await asyncio.to_thread(tally.compare, batch[0], policy)
+            if number > num_updates:
+                break  # these came after the last update
             reward = await asyncio.to_thread(policy.train, batch[-BATCH_SIZE:])
             # What runs ends before the swap, or stops and goes on with the new weights.
             mode = "retract" if number % 2 else "wait"

@@ -27,9 +27,10 @@ def rl_loop() -> ModuleType:
     return rl_loop
 
 
+@pytest.mark.timeout(600)  # 25 s on two cores of its own
 def test_every_token_agrees_with_the_weights_that_it_is_stamped_with() -> None:
     command = [sys.executable, str(EXAMPLES / "rl_loop.py"), "--updates", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=590, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = dict(re.findall(r"([A-Z_]+) (\S+)", done.stdout.splitlines()[-1]))
     assert (counts["UPDATES"], counts["CROSSED"], counts["FAILURES"]) == ("5", "0", "0")
@@ -54,5 +55,8 @@ def test_a_wrong_stamp_is_found(rl_loop: ModuleType) -> None:
     assert [re.sub(r"\S+$", "", failure) for failure in tally.failures] == [
         "tokens 2 to 4 under 'step-1' are off by "
     ]
+    assert tally.max_other_delta == 0
+    tally.compare(dataclasses.replace(sample, spans=[(0, 4, "step-1")]), policy)
+    assert tally.max_other_delta == pytest.approx(0, abs=1e-5), "they are those of the weights before"
     tally.check(dataclasses.replace(sample, spans=[(0, 4, "nobody's")]), policy)
     assert tally.failures[1:] == ['a sample of version "nobody\'s", which is not kept']
