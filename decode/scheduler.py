@@ -34,8 +34,8 @@ from ..components.loaded_model import LoadedModel
 from ..components.loop_times import LoopTimes
 from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter, StepKind
-from ..components.node_control import ControlResult, NodeControl
-from ..components.node_operations import NodeOperations, OperationReply
+from ..components.node_control import ControlMessage, ControlResult, NodeControl
+from ..components.node_operations import NodeOperations, OperationReply, ToNodeOperations
 from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
 from ..components.page_allocator import PageAllocator
@@ -56,11 +56,8 @@ from ..messages.node import (
     ClientToNode,
     FailureCode,
     Finish,
-    FlushCache,
     GenerateRequest,
-    GetMetrics,
     GetRequestState,
-    GetServerInfo,
     NodeLoad,
     Ping,
     Pong,
@@ -70,15 +67,8 @@ from ..messages.node import (
 )
 from ..messages.operation import (
     CloseSession,
-    ConfigureLogging,
     ContinueGeneration,
-    FreezeGc,
-    GetInternalState,
     PauseGeneration,
-    SetInternalState,
-    SlowDown,
-    StartProfile,
-    StopProfile,
 )
 from ..messages.peer import (
     HandoffDone,
@@ -90,19 +80,6 @@ from ..messages.peer import (
     SampledFirstToken,
 )
 from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
-from ..messages.weights import (
-    CheckWeights,
-    CommitWeights,
-    DiscardWeights,
-    GetWeights,
-    JoinUpdateGroup,
-    KeepWeights,
-    LeaveUpdateGroup,
-    PrepareWeights,
-    ReleaseMemory,
-    ResumeMemory,
-    StageWeights,
-)
 from ..runtime.config import HIDDEN_STATES_FLAG, VerifyPages
 from ..runtime.pause_gate import PauseGate
 from ..runtime.peer_clock import PeerClocks
@@ -308,34 +285,11 @@ class DecodeScheduler:
                 self.take_roster(message, now)
             case Ping():
                 self.send(link, self.pong(message))
-            case (
-                FlushCache()
-                | StageWeights()
-                | PrepareWeights()
-                | KeepWeights()
-                | CommitWeights()
-                | DiscardWeights()
-                | GetWeights()
-                | CheckWeights()
-                | JoinUpdateGroup()
-                | LeaveUpdateGroup()
-                | ReleaseMemory()
-                | ResumeMemory()
-                | GetServerInfo()
-                | GetMetrics()
-            ):
+            case _ if isinstance(message, ControlMessage):
                 self.observe()
                 result = self.control.handle(link, message, now, load=self.load(), idle=self.is_idle)
                 self.reply(result, now)
-            case (
-                GetInternalState()
-                | SetInternalState()
-                | ConfigureLogging()
-                | SlowDown()
-                | FreezeGc()
-                | StartProfile()
-                | StopProfile()
-            ):
+            case _ if isinstance(message, ToNodeOperations):
                 operated = self.operations.handle(
                     link, message, requests=self.num_in_states(), pause=self.gate.mode
                 )

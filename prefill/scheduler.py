@@ -28,8 +28,8 @@ from ..components.loaded_model import LoadedModel
 from ..components.loop_times import LoopTimes
 from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter
-from ..components.node_control import ControlResult, NodeControl
-from ..components.node_operations import NodeOperations, OperationReply
+from ..components.node_control import ControlMessage, ControlResult, NodeControl
+from ..components.node_operations import NodeOperations, OperationReply, ToNodeOperations
 from ..components.node_status import NodeStatus
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
@@ -46,11 +46,8 @@ from ..messages.node import (
     CallReply,
     CancelRequest,
     ClientToNode,
-    FlushCache,
     GenerateRequest,
-    GetMetrics,
     GetRequestState,
-    GetServerInfo,
     NodeLoad,
     Ping,
     RequestStateReply,
@@ -59,15 +56,8 @@ from ..messages.node import (
 )
 from ..messages.operation import (
     CloseSession,
-    ConfigureLogging,
     ContinueGeneration,
-    FreezeGc,
-    GetInternalState,
     PauseGeneration,
-    SetInternalState,
-    SlowDown,
-    StartProfile,
-    StopProfile,
 )
 from ..messages.peer import (
     AbortRoom,
@@ -86,17 +76,7 @@ from ..messages.peer import (
 )
 from ..messages.timeline import SpanClock, covered_s
 from ..messages.weights import (
-    CheckWeights,
-    CommitWeights,
-    DiscardWeights,
-    GetWeights,
-    JoinUpdateGroup,
-    KeepWeights,
-    LeaveUpdateGroup,
     PrepareWeights,
-    ReleaseMemory,
-    ResumeMemory,
-    StageWeights,
 )
 from ..runtime.config import HIDDEN_STATES_FLAG
 from ..runtime.pause_gate import PauseGate
@@ -245,22 +225,7 @@ class PrefillScheduler:
                     unix_s=self.clock.unix_s(self.clock.now()),
                 )
                 self.send(link, pong)
-            case (
-                FlushCache()
-                | StageWeights()
-                | PrepareWeights()
-                | KeepWeights()
-                | CommitWeights()
-                | DiscardWeights()
-                | GetWeights()
-                | CheckWeights()
-                | JoinUpdateGroup()
-                | LeaveUpdateGroup()
-                | ReleaseMemory()
-                | ResumeMemory()
-                | GetServerInfo()
-                | GetMetrics()
-            ):
+            case _ if isinstance(message, ControlMessage):
                 if isinstance(message, PrepareWeights):
                     # Reading a checkpoint can hold the interpreter's lock for long stretches.
                     self.act(self.rooms.announce_busy(now + _LOADING_S, now), now)
@@ -268,15 +233,7 @@ class PrefillScheduler:
                 self.reply(
                     self.control.handle(link, message, now, load=self.load(now), idle=self.is_idle), now
                 )
-            case (
-                GetInternalState()
-                | SetInternalState()
-                | ConfigureLogging()
-                | SlowDown()
-                | FreezeGc()
-                | StartProfile()
-                | StopProfile()
-            ):
+            case _ if isinstance(message, ToNodeOperations):
                 operated = self.operations.handle(
                     link, message, requests=self.num_in_states(), pause=self.gate.mode
                 )
