@@ -89,9 +89,12 @@ from ..messages.weights import (
     JoinUpdateGroup,
     KeepWeights,
     LeaveUpdateGroup,
+    OpenWeights,
     PrepareWeights,
+    ReadWeights,
     ReleaseMemory,
     ResumeMemory,
+    SaveWeights,
     StageWeights,
 )
 from ..runtime.config import HIDDEN_STATES_FLAG, VerifyPages
@@ -302,6 +305,9 @@ class DecodeScheduler:
                 | DiscardWeights()
                 | GetWeights()
                 | CheckWeights()
+                | OpenWeights()
+                | ReadWeights()
+                | SaveWeights()
                 | JoinUpdateGroup()
                 | LeaveUpdateGroup()
                 | ReleaseMemory()

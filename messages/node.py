@@ -22,11 +22,16 @@ from .weights import (
     JoinUpdateGroup,
     KeepWeights,
     LeaveUpdateGroup,
+    OpenWeights,
     PrepareWeights,
+    ReadWeights,
     ReleaseMemory,
     ResumeMemory,
+    SaveWeights,
     StageWeights,
+    WeightBytesReply,
     WeightChecksReply,
+    WeightImageReply,
     WeightsReply,
 )
 
@@ -201,6 +206,9 @@ ClientToNode: TypeAlias = (
     | DiscardWeights
     | GetWeights
     | CheckWeights
+    | OpenWeights
+    | ReadWeights
+    | SaveWeights
     | JoinUpdateGroup
     | LeaveUpdateGroup
     | ReleaseMemory
@@ -349,6 +357,8 @@ NodeToClient: TypeAlias = (
     | RequestStateReply
     | WeightsReply
     | WeightChecksReply
+    | WeightImageReply
+    | WeightBytesReply
     | InternalStateReply
     | ProfileReply
 )

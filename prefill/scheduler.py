@@ -91,9 +91,12 @@ from ..messages.weights import (
     JoinUpdateGroup,
     KeepWeights,
     LeaveUpdateGroup,
+    OpenWeights,
     PrepareWeights,
+    ReadWeights,
     ReleaseMemory,
     ResumeMemory,
+    SaveWeights,
     StageWeights,
 )
 from ..runtime.config import HIDDEN_STATES_FLAG
@@ -246,6 +249,9 @@ class PrefillScheduler:
                 | DiscardWeights()
                 | GetWeights()
                 | CheckWeights()
+                | OpenWeights()
+                | ReadWeights()
+                | SaveWeights()
                 | JoinUpdateGroup()
                 | LeaveUpdateGroup()
                 | ReleaseMemory()
