@@ -52,9 +52,12 @@ from ..messages.weights import (
     PrepareWeights,
     ReleaseMemory,
     ResumeMemory,
+    SaveWeights,
     StageWeights,
     UpdateGroupSpec,
+    WeightBytesReply,
     WeightChecksReply,
+    WeightImageReply,
     WeightSource,
     WeightsReply,
 )
@@ -72,6 +75,7 @@ Call: TypeAlias = (
     | DiscardWeights
     | GetWeights
     | CheckWeights
+    | SaveWeights
     | JoinUpdateGroup
     | LeaveUpdateGroup
     | ReleaseMemory
@@ -91,6 +95,8 @@ Reply: TypeAlias = (
     | ProfileReply
     | WeightsReply
     | WeightChecksReply
+    | WeightImageReply
+    | WeightBytesReply
 )
 R = TypeVar(
     "R",
@@ -238,6 +244,17 @@ class NodeCalls(abc.ABC):
     async def check_weights(self, timeout_s: float) -> WeightChecksReply:
         return await self._call(CheckWeights(call_id=next(self._call_ids)), WeightChecksReply, timeout_s)
 
+    async def save_weights(
+        self, target: str, *, is_remote: bool, max_shard_bytes: int, timeout_s: float
+    ) -> CallReply:
+        message = SaveWeights(
+            call_id=next(self._call_ids),
+            target=target,
+            is_remote=is_remote,
+            max_shard_bytes=max_shard_bytes,
+        )
+        return await self._call(message, CallReply, timeout_s)
+
     async def _call(self, message: Call, reply_type: type[R], timeout_s: float) -> R:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[message.call_id] = future
@@ -268,6 +285,8 @@ class NodeCalls(abc.ABC):
                 | RequestStateReply()
                 | WeightsReply()
                 | WeightChecksReply()
+                | WeightImageReply()
+                | WeightBytesReply()
                 | InternalStateReply()
                 | ProfileReply()
             ):

@@ -32,6 +32,7 @@ from ..messages.weights import (
     STAGE_PART_BYTES,
     FromDisk,
     FromGroup,
+    FromPeer,
     FromSharedMemory,
     FromTensors,
     MemoryTag,
@@ -61,6 +62,7 @@ from .admin import (
     request_not_found,
 )
 from .answers import json_response, outcome
+from .entry_lookup import EntryLookup, HttpEntryLookup
 from .generation import AdminReply, GroupReply, ModelCard, UpdateMode
 from .mounting import GET, POST, Operation, make_app
 from .native_types import CloseSessionRequest
@@ -317,9 +319,10 @@ def _card(model: ModelInfo) -> ModelCard:
 class NodeWeights:
     """The weights of the one node behind this front, for `WeightRoutes`."""
 
-    def __init__(self, link: SchedulerLink, url: str) -> None:
+    def __init__(self, link: SchedulerLink, url: str, lookup: EntryLookup) -> None:
         self._link = link
         self._url = url
+        self._lookup = lookup
 
     async def update_weights_from_disk(
         self, model_path: str, weight_version: str | None, mode: UpdateMode
@@ -350,6 +353,21 @@ class NodeWeights:
         self, name: str, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         return await self._update(uuid.uuid4().hex, FromSharedMemory(name=name), weight_version, mode)
+
+    async def update_weights_from_peer(
+        self, peer_url: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        entry = await self._lookup(peer_url)
+        if entry is None:
+            return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
+        version = weight_version or entry.weight_version
+        return await self._update(uuid.uuid4().hex, FromPeer(zmq_address=entry.zmq_address), version, mode)
+
+    async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
+        reply = await self._link.client.save_weights(
+            target, is_remote=is_remote, max_shard_bytes=max_shard_bytes, timeout_s=WEIGHTS_TIMEOUT_S
+        )
+        return AdminReply(reply.success, reply.message or f"{self._url} has saved {target}")
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         reply = await self._link.client.join_update_group(group, rank_offset)
@@ -467,7 +485,7 @@ async def serve_node_front(
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address)
     registrar = Registrar(url, router_urls, keys.first)
-    weights = WeightRoutes(NodeWeights(link, url), Limits(), is_node=True)
+    weights = WeightRoutes(NodeWeights(link, url, HttpEntryLookup(keys.first)), Limits(), is_node=True)
     operator = NodeOperator(link, url)
     app = build_node_app(NodeRoutes(link, url), operator, weights, keys, is_loopback(listener))
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))

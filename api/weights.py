@@ -39,6 +39,7 @@ _NO_HANDLES = (
     "and give its `name`."
 )
 _MAX_TRUNCATE = 1000
+DEFAULT_SHARD_BYTES = 5 << 30
 _MAX_TIMEOUT_S = 3600
 _MAX_NAMED = 8  # tensors that one message names
 
@@ -76,6 +77,16 @@ class IpcRequest(msgspec.Struct, kw_only=True):
     force: bool = False
 
 
+class PeerRequest(msgspec.Struct, kw_only=True):
+    """``peer``: URL of a node, of this cluster or of another one, that serves the weights wanted."""
+
+    peer: str
+    weight_version: str | None = None  # default: the peer's
+    mode: str = "wait"
+    abort_all_requests: bool = False  # the same as mode "abort"
+    force: bool = False
+
+
 class InitGroupRequest(msgspec.Struct, kw_only=True):
     """Nodes become ranks from ``rank_offset`` on of a process group whose rank 0 listens at the master's."""
 
@@ -102,6 +113,15 @@ class MemoryRequest(msgspec.Struct, kw_only=True):
     tags: list[MemoryTag] | None = None  # all
 
 
+class SaveShardedRequest(msgspec.Struct, kw_only=True):
+    path: str  # a new folder, on the host of the node that writes it
+    max_size: int = DEFAULT_SHARD_BYTES  # of a file
+
+
+class SaveRemoteRequest(msgspec.Struct, kw_only=True):
+    url: str  # as fsspec takes it: s3://bucket/folder
+
+
 class GetWeightsRequest(msgspec.Struct, kw_only=True):
     name: str
     truncate_size: int = 100
@@ -126,6 +146,7 @@ WEIGHT_RULES = FieldRules(
 )
 DISTRIBUTED_RULES = FieldRules(harmless=frozenset({"flush_cache", "torch_empty_cache"}))
 _NO_RULES = FieldRules(harmless=frozenset())
+_SHARDED_RULES = FieldRules(harmless=frozenset(), inert={"pattern": ("",)})
 _MODES: dict[str, UpdateMode] = {"wait": "wait", "abort": "abort", "retract": "retract", "keep": "retract"}
 _NO_MIX = " (`in_place` would go on with a KV cache that other weights computed.)"
 _FLAGS = {"": True, "1": True, "true": True, "0": False, "false": False}
@@ -151,6 +172,16 @@ class WeightAdmin(Protocol):
     async def update_weights_from_ipc(
         self, name: str, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply: ...
+
+    async def update_weights_from_peer(
+        self, peer_url: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        """From the weights that the node at this URL serves; without a version of its own with theirs."""
+        ...
+
+    async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
+        """The weights that serve as a checkpoint, by one node: into a new folder of its host, or to a URL."""
+        ...
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         """A node alone takes rank `rank_offset`; of a cluster each node takes one from there on."""
@@ -256,6 +287,35 @@ class WeightRoutes:
         )
         return outcome(reply.success, reply.message)
 
+    async def update_from_peer(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self._limits))
+        body = parse_request(raw, PeerRequest, _NO_RULES)
+        if not body.peer.startswith(("http://", "https://")):
+            raise bad_value("peer", "`peer` must be the URL of a node, such as http://host:8100.")
+        mode = _mode(body.mode, aborts=body.abort_all_requests)
+        if not self._may_update(force=body.force):
+            return _one_node()
+        reply = await self._admin.update_weights_from_peer(body.peer.rstrip("/"), body.weight_version, mode)
+        return outcome(reply.success, reply.message)
+
+    async def save_sharded(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self._limits))
+        body = parse_request(raw, SaveShardedRequest, _SHARDED_RULES)
+        if not body.path.startswith("/"):
+            raise bad_value("path", "`path` must be an absolute path of the node's host.")
+        if body.max_size < 1:
+            raise bad_value("max_size", "`max_size` must be 1 byte or more.")
+        reply = await self._admin.save_model(body.path, is_remote=False, max_shard_bytes=body.max_size)
+        return outcome(reply.success, reply.message)
+
+    async def save_remote(self, http: Request) -> Response:
+        raw = parse_object(await read_body(http, self._limits))
+        body = parse_request(raw, SaveRemoteRequest, _NO_RULES)
+        if "://" not in body.url:
+            raise bad_value("url", "`url` must have a scheme, such as s3://bucket/folder.")
+        reply = await self._admin.save_model(body.url, is_remote=True, max_shard_bytes=DEFAULT_SHARD_BYTES)
+        return outcome(reply.success, reply.message)
+
     async def release_memory(self, http: Request) -> Response:
         reply = await self._admin.release_memory_occupation(await self._tags(http))
         return outcome(reply.success, reply.message)
@@ -310,8 +370,11 @@ def weight_operations(routes: WeightRoutes) -> list[Operation]:
         ("/update_weights_from_tensor", routes.update_from_tensor, NO_BODIES),
         ("/update_weights_from_distributed", routes.update_from_distributed, Bodies(DistributedRequest)),
         ("/update_weights_from_ipc", routes.update_from_ipc, Bodies(IpcRequest)),
+        ("/update_weights_from_peer", routes.update_from_peer, Bodies(PeerRequest)),
         ("/init_weights_update_group", routes.init_group, Bodies(InitGroupRequest, InitGroupAnswer)),
         ("/destroy_weights_update_group", routes.destroy_group, Bodies(DestroyGroupRequest)),
+        ("/save_sharded_model", routes.save_sharded, Bodies(SaveShardedRequest)),
+        ("/save_remote_model", routes.save_remote, Bodies(SaveRemoteRequest)),
         ("/release_memory_occupation", routes.release_memory, Bodies(MemoryRequest)),
         ("/resume_memory_occupation", routes.resume_memory, Bodies(MemoryRequest)),
     ]

@@ -314,6 +314,24 @@ class AsyncEngine:
     async def destroy_weights_update_group(self, group_name: str = DEFAULT_GROUP) -> Outcome:
         return await self._outcome("/destroy_weights_update_group", {"group_name": group_name})
 
+    async def update_weights_from_peer(
+        self, peer: str, weight_version: str | None = None, mode: UpdateMode = "wait"
+    ) -> Outcome:
+        """From the weights that the node at this URL serves, of this cluster or of another one."""
+        body = {"peer": peer, "weight_version": weight_version, "mode": mode}
+        return await self._outcome("/update_weights_from_peer", body, None)
+
+    async def save_sharded_model(
+        self, path: str | Path, pattern: str | None = None, max_size: int | None = None
+    ) -> Outcome:
+        """The weights that serve as a checkpoint that `--model` loads, in a new folder on a node's host."""
+        body = {"path": str(path), "pattern": pattern, "max_size": max_size}
+        return await self._outcome("/save_sharded_model", body, None)
+
+    async def save_remote_model(self, url: str) -> Outcome:
+        """Likewise, to where fsspec reaches by this URL."""
+        return await self._outcome("/save_remote_model", {"url": url}, None)
+
     async def get_weights_by_name(self, name: str, truncate_size: int = 100) -> Any:  # noqa: ANN401  numbers, nested
         """The first rows of a tensor."""
         return await self._json(

@@ -301,6 +301,22 @@ class Engine:
         """See `AsyncEngine.destroy_weights_update_group`."""
         return self._connection.run(self.aio.destroy_weights_update_group(group_name))
 
+    def update_weights_from_peer(
+        self, peer: str, weight_version: str | None = None, mode: UpdateMode = "wait"
+    ) -> Outcome:
+        """See `AsyncEngine.update_weights_from_peer`."""
+        return self._connection.run(self.aio.update_weights_from_peer(peer, weight_version, mode))
+
+    def save_sharded_model(
+        self, path: str | Path, pattern: str | None = None, max_size: int | None = None
+    ) -> Outcome:
+        """See `AsyncEngine.save_sharded_model`."""
+        return self._connection.run(self.aio.save_sharded_model(path, pattern, max_size))
+
+    def save_remote_model(self, url: str) -> Outcome:
+        """See `AsyncEngine.save_remote_model`."""
+        return self._connection.run(self.aio.save_remote_model(url))
+
     def get_weights_by_name(self, name: str, truncate_size: int = 100) -> Any:  # noqa: ANN401  numbers, nested
         """See `AsyncEngine.get_weights_by_name`."""
         return self._connection.run(self.aio.get_weights_by_name(name, truncate_size))

@@ -11,7 +11,14 @@ from ..engine.kv_pool import TORCH_DTYPES
 from ..engine.model_config import ModelConfig
 from ..engine.named_weights import replace_tensors
 from ..engine.tensor_parallel import WHOLE, Shard
-from ..engine.weights import Weights, load_weights, read_update, tensor_shapes, weights_digest
+from ..engine.weights import (
+    Weights,
+    fingerprint_of,
+    load_weights,
+    read_update,
+    tensor_shapes,
+    weights_digest,
+)
 from ..runtime.errors import StartupError
 
 
@@ -32,7 +39,7 @@ def load_model(path: Path, config: ModelConfig, dtype: str, shard: Shard = WHOLE
         weights = load_weights(path, config, TORCH_DTYPES[dtype], torch.device("cpu"), shard)
     except RuntimeError as error:  # how torch reports that memory is out; the old weights can serve on
         raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return LoadedModel(path, config, weights, weights_digest(path, config))
+    return LoadedModel(path, config, weights, fingerprint_of(path, config, dtype))
 
 
 def load_replacement(path: Path, current: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:

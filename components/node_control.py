@@ -18,9 +18,12 @@ from ..messages.weights import (
     JoinUpdateGroup,
     KeepWeights,
     LeaveUpdateGroup,
+    OpenWeights,
     PrepareWeights,
+    ReadWeights,
     ReleaseMemory,
     ResumeMemory,
+    SaveWeights,
     StageWeights,
 )
 from ..runtime.errors import PdserveError
@@ -28,6 +31,7 @@ from .flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
 from .memory_occupation import Done, MemoryOccupation
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
+from .weight_images import WeightImages
 from .weight_updater import Answer, C, Prepared, WeightUpdater
 
 ControlMessage: TypeAlias = (
@@ -39,6 +43,9 @@ ControlMessage: TypeAlias = (
     | DiscardWeights
     | GetWeights
     | CheckWeights
+    | OpenWeights
+    | ReadWeights
+    | SaveWeights
     | JoinUpdateGroup
     | LeaveUpdateGroup
     | ReleaseMemory
@@ -66,6 +73,7 @@ class NodeControl(Generic[C]):
         status: NodeStatus,
         flush: FlushWrapper,
         weights: WeightUpdater[C],
+        images: WeightImages,
         memory: MemoryOccupation,
         metrics: MetricsReporter,
         drop_cache: Callable[[], bool],
@@ -73,6 +81,7 @@ class NodeControl(Generic[C]):
         self._status = status
         self._flush = flush
         self._weights = weights
+        self._images = images
         self._memory = memory
         self._metrics = metrics
         self._drop_cache = drop_cache
@@ -94,11 +103,18 @@ class NodeControl(Generic[C]):
             case LeaveUpdateGroup():
                 self._weights.leave(link, message)
             case ReleaseMemory():
+                self._images.drop()
                 self._take(self._memory.release(link, message, now), result)
             case ResumeMemory():
                 self._take(self._memory.resume(link, message), result)
             case CheckWeights():
                 self._weights.check(link, message)
+            case OpenWeights():
+                result.replies.append((link, self._images.open(message)))
+            case ReadWeights():
+                result.replies.append((link, self._images.read(message)))
+            case SaveWeights():
+                self._weights.save(link, message)
             case PrepareWeights():
                 self._answer(self._weights.prepare(link, message), result)
             case KeepWeights():
@@ -132,6 +148,7 @@ class NodeControl(Generic[C]):
         result: ControlResult[C] = ControlResult()
         self._decide(self._flush.poll(now, idle), result)
         result.swap = self._weights.poll(now, idle=idle)
+        self._images.poll(now)
         self._take(self._memory.poll(now, idle=idle and is_drained), result)
         return result
 
@@ -151,7 +168,7 @@ class NodeControl(Generic[C]):
 
     @property
     def deadline(self) -> float | None:
-        parts = (self._flush, self._weights, self._memory)
+        parts = (self._flush, self._weights, self._images, self._memory)
         return min((part.deadline for part in parts if part.deadline is not None), default=None)
 
     def _decide(self, decision: FlushDecision | None, result: ControlResult[C]) -> None:

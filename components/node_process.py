@@ -63,6 +63,8 @@ from .loop_times import TURN, LoopTimes
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus, announce
 from .rank_group import LostRankError, RankGroup
+from .saved_model import save_model, upload_model
+from .weight_images import WeightImage
 from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Prepared, Sums, TensorHead
 
 _log = logging.getLogger(__name__)
@@ -179,6 +181,28 @@ class Node:
             return TensorHead(str(named.data.dtype).removeprefix("torch."), named.shape, values)
 
         return job
+
+    def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> Callable[[], None]:
+        model = self.model
+
+        def job() -> None:
+            self._require_weights()
+            if self.ranks is not None:
+                raise StartupError(f"{self.shard.size} TP ranks hold the tensors: save from a node of one")
+            if is_remote:
+                upload_model(model, target, max_shard_bytes)
+            else:
+                save_model(model, Path(target), max_shard_bytes)
+
+        return job
+
+    def image(self) -> WeightImage:
+        """Of the weights that serve now. Raises StartupError."""
+        self._require_weights()
+        if self.ranks is not None:
+            raise StartupError(f"{self.shard.size} TP ranks hold the tensors: pull from a node of one")
+        parts = named_parts(self.model.weights, self.model.config, self.shard)
+        return WeightImage({name: part.data for name, part in parts.items()})
 
     def _load_share(self, order: LoadOrder, model: LoadedModel) -> LoadedModel:
         match order:

@@ -15,6 +15,18 @@ from torch import Tensor
 from ..messages.weights import TENSOR_DTYPES, TensorSpec
 
 
+def safetensors_header(specs: Sequence[TensorSpec]) -> tuple[bytes, int]:
+    """What a safetensors file of these tensors, one behind the other, begins with; how many bytes follow."""
+    header, end = {}, 0
+    for spec in specs:
+        code, item_bytes = TENSOR_DTYPES[spec.dtype]
+        start, end = end, end + item_bytes * math.prod(spec.shape)
+        header[spec.name] = {"dtype": code, "shape": spec.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, end
+
+
 class StagedFile:
     """Gone with its last user, even when this process is killed: it is in no folder."""
 
@@ -37,17 +49,11 @@ class StagedFile:
     def lay_out(self, specs: Sequence[TensorSpec], available_bytes: int) -> Tensor:
         """Make it the file of these tensors. Their values are to be written into what is returned: bytes, one
         tensor behind the other, ``[num_bytes]`` uint8. Raises OSError when they do not fit."""
-        header, end = {}, 0
-        for spec in specs:
-            code, item_bytes = TENSOR_DTYPES[spec.dtype]
-            start, end = end, end + item_bytes * math.prod(spec.shape)
-            header[spec.name] = {"dtype": code, "shape": spec.shape, "data_offsets": (start, end)}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        header, end = safetensors_header(specs)
         # Prepared weights are held beside the file.
         if available_bytes < 2 * end:
             raise OSError(f"this host has {available_bytes >> 20} MiB left for an update of {end >> 20} MiB")
-        self.append(len(text).to_bytes(8, "little") + text)
+        self.append(header)
         offset, self.num_bytes = self.num_bytes, self.num_bytes + end
         os.ftruncate(self._descriptor, self.num_bytes)
         if end == 0:

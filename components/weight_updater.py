@@ -22,6 +22,7 @@ from ..messages.weights import (
     DiscardWeights,
     FromDisk,
     FromGroup,
+    FromPeer,
     FromSharedMemory,
     FromTensors,
     GetWeights,
@@ -29,6 +30,7 @@ from ..messages.weights import (
     KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
+    SaveWeights,
     StageWeights,
     WeightChecksReply,
     WeightsReply,
@@ -101,6 +103,9 @@ class WeightStore(Protocol[C_co]):
     def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
         """Of the weights that serve now."""
 
+    def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> Callable[[], None]:
+        """As a checkpoint, those that serve now: into a new folder, or to a URL."""
+
 
 Reply: TypeAlias = CallReply | WeightsReply | WeightChecksReply
 
@@ -135,9 +140,9 @@ class _Job:
     """On the jobs' thread, and who waits for it."""
 
     link: bytes
-    message: PrepareWeights | GetWeights | CheckWeights | JoinUpdateGroup | LeaveUpdateGroup
+    message: PrepareWeights | GetWeights | CheckWeights | SaveWeights | JoinUpdateGroup | LeaveUpdateGroup
     weight_version: str = ""  # that a check is of
-    is_received: bool = True  # what is to be prepared: from a trainer's broadcast, else it was here
+    is_received: bool = True  # what is to be prepared: from a trainer or a peer, else it was here
     is_discarded: bool = False
 
 
@@ -153,7 +158,8 @@ class WeightUpdater(Generic[C]):
     Prepared weights are committed when the coordinator says so or another node is heard to serve them, and
     rolled back when neither happens and the coordinator falls silent for the lease.
 
-    `start_job(name, run)` runs jobs one by one; `weight_version` is that of the weights that serve.
+    `pull` reads what a peer serves, in a job. `start_job(name, run)` runs jobs one by one. `weight_version`
+    is that of the weights that serve.
     """
 
     def __init__(
@@ -163,12 +169,14 @@ class WeightUpdater(Generic[C]):
         weight_version: Callable[[], str],
         available_bytes: Callable[[], int],
         groups: UpdateGroups,
+        pull: Callable[[FromPeer], StagedFile],
     ) -> None:
         self._store = store
         self._start_job = start_job
         self._weight_version = weight_version
         self._available_bytes = available_bytes
         self._groups = groups
+        self._pull = pull
         self._jobs: deque[_Job] = deque()  # in order
         self._staged: _Staged | None = None
         self._waiting: _Waiting[C] | None = None
@@ -216,17 +224,23 @@ class WeightUpdater(Generic[C]):
                 if not file.is_file():
                     return _no(link, message, f"there is no file {file} on this node's host")
                 order = LoadTensors(file)
-            case FromGroup() as source:
-                self._drop_staged()
-                self._waiting = None
-                job = _Job(link, message, is_received=False)
-                self._submit("receive weights", job, lambda: self._groups.receive(source))
+            case FromGroup() as group:
+                self._receive(link, message, lambda: self._groups.receive(group))
+                return None
+            case FromPeer() as peer:
+                self._receive(link, message, lambda: self._pull(peer))
                 return None
             case _:
                 assert_never(message.source)
         self._waiting = None
         self._submit("load weights", _Job(link, message), self._store.load(order))
         return None
+
+    def _receive(self, link: bytes, message: PrepareWeights, run: Callable[[], StagedFile]) -> None:
+        """Its file is loaded when it is here."""
+        self._drop_staged()
+        self._waiting = None
+        self._submit("receive weights", _Job(link, message, is_received=False), run)
 
     def keep(self, message: KeepWeights, now: float) -> None:
         waiting = self._waiting
@@ -303,6 +317,13 @@ class WeightUpdater(Generic[C]):
         job = self._store.head(message.name, message.truncate_size)
         self._submit("read weights", _Job(link, message), job)
 
+    def save(self, link: bytes, message: SaveWeights) -> None:
+        """The answer comes from `finish`: every bit is written."""
+        job = self._store.save(
+            message.target, is_remote=message.is_remote, max_shard_bytes=message.max_shard_bytes
+        )
+        self._submit("save weights", _Job(link, message), job)
+
     # ---- groups that trainers send over -------------------------------------------------------------
 
     def join(self, link: bytes, message: JoinUpdateGroup) -> None:
@@ -327,7 +348,7 @@ class WeightUpdater(Generic[C]):
                 if not job.is_received and error is None:
                     return self._received(job, job.message, value)
                 return self._loaded(job, job.message, value, error)
-            case JoinUpdateGroup() | LeaveUpdateGroup():
+            case JoinUpdateGroup() | LeaveUpdateGroup() | SaveWeights():
                 if error is not None:
                     return _no(job.link, job.message, str(error))
                 return _yes(job.link, job.message)
@@ -406,7 +427,13 @@ class WeightUpdater(Generic[C]):
 
 
 _Call: TypeAlias = (
-    StageWeights | PrepareWeights | CommitWeights | DiscardWeights | JoinUpdateGroup | LeaveUpdateGroup
+    StageWeights
+    | PrepareWeights
+    | CommitWeights
+    | DiscardWeights
+    | JoinUpdateGroup
+    | LeaveUpdateGroup
+    | SaveWeights
 )
 
 

@@ -17,9 +17,11 @@ from ..components.node_operations import NodeOperations
 from ..components.node_process import run, start_node
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
+from ..components.peer_weights import pull_weights
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..components.update_groups import UpdateGroups
+from ..components.weight_images import WeightImages
 from ..components.weight_updater import WeightUpdater
 from ..engine.update_group import join_update_group
 from ..messages.channel import ServerChannel
@@ -63,11 +65,13 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         lambda: node.status.weight_version,
         available_memory_bytes,
         UpdateGroups(join_update_group, available_memory_bytes),
+        lambda source: pull_weights(source, available_memory_bytes),
     )
     control = NodeControl(
         status=node.status,
         flush=FlushWrapper(),
         weights=weights,
+        images=WeightImages(node.image),
         memory=MemoryOccupation(node, node.jobs.submit),
         metrics=node.metrics,
         drop_cache=pages.drop_cache,

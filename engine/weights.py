@@ -20,6 +20,9 @@ from .tensor_parallel import WHOLE, Shard
 
 _FLOATS = ("F32", "BF16", "F16", "F64")  # a quantized tensor is no number without its scale
 
+# Beside saved weights: which fingerprint they had where they served, for who loads them in the same type.
+FINGERPRINT_FILE = "pdserve_fingerprint.json"
+
 _MAX_NAMED = 8  # tensors that one error names
 
 # What a tensor contributes to the digest: this many blocks, evenly spaced, first and last included.
@@ -171,6 +174,19 @@ def weights_digest(path: Path, config: ModelConfig, base: str = "") -> str:
             for block in _sample(tensor):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint_of(path: Path, config: ModelConfig, dtype: str) -> str:
+    """Of a checkpoint that is loaded as `dtype`: the digest of its bytes, or of weights that a node has saved
+    the one that they served under, as long as nobody has changed them since."""
+    digest = weights_digest(path, config)
+    try:
+        known = json.loads((path / FINGERPRINT_FILE).read_text(encoding="utf-8"))
+        if known["digest"] == digest and known["dtype"] == dtype:
+            return str(known["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return digest
 
 
 def read_update(path: Path, config: ModelConfig) -> dict[str, Tensor]:

@@ -22,11 +22,16 @@ from .weights import (
     JoinUpdateGroup,
     KeepWeights,
     LeaveUpdateGroup,
+    OpenWeights,
     PrepareWeights,
+    ReadWeights,
     ReleaseMemory,
     ResumeMemory,
+    SaveWeights,
     StageWeights,
+    WeightBytesReply,
     WeightChecksReply,
+    WeightImageReply,
     WeightsReply,
 )
 
@@ -202,6 +207,9 @@ ClientToNode: TypeAlias = (
     | DiscardWeights
     | GetWeights
     | CheckWeights
+    | OpenWeights
+    | ReadWeights
+    | SaveWeights
     | JoinUpdateGroup
     | LeaveUpdateGroup
     | ReleaseMemory
@@ -350,6 +358,8 @@ NodeToClient: TypeAlias = (
     | RequestStateReply
     | WeightsReply
     | WeightChecksReply
+    | WeightImageReply
+    | WeightBytesReply
     | InternalStateReply
     | ProfileReply
 )

@@ -66,7 +66,13 @@ class FromSharedMemory(msgspec.Struct, frozen=True, kw_only=True, tag="shared_me
     name: str
 
 
-WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup | FromSharedMemory
+class FromPeer(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
+    """The weights that another node serves, read over a connection to its scheduler."""
+
+    zmq_address: str
+
+
+WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup | FromSharedMemory | FromPeer
 
 
 class UpdateGroupSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,6 +164,21 @@ class ResumeMemory(msgspec.Struct, frozen=True, kw_only=True, tag="resume_memory
     tags: tuple[MemoryTag, ...]
 
 
+class OpenWeights(msgspec.Struct, frozen=True, kw_only=True, tag="open_weights"):
+    """Let me read the weights that serve now, as a safetensors file."""
+
+    call_id: int
+
+
+class ReadWeights(msgspec.Struct, frozen=True, kw_only=True, tag="read_weights"):
+    """Bytes of an image that was opened, at most STAGE_PART_BYTES."""
+
+    call_id: int
+    image: int
+    offset: int
+    num_bytes: int
+
+
 class GetWeights(msgspec.Struct, frozen=True, kw_only=True, tag="get_weights"):
     """The first rows of one tensor, by its name in the checkpoint."""
 
@@ -172,6 +193,15 @@ class CheckWeights(msgspec.Struct, frozen=True, kw_only=True, tag="check_weights
     call_id: int
 
 
+class SaveWeights(msgspec.Struct, frozen=True, kw_only=True, tag="save_weights"):
+    """Write the weights that serve as a checkpoint: into a new folder of the node's host, or to a URL."""
+
+    call_id: int
+    target: str
+    is_remote: bool
+    max_shard_bytes: int
+
+
 class WeightsReply(msgspec.Struct, frozen=True, kw_only=True, tag="weights"):
     """The first rows of a tensor, as numbers. ``success`` false: why not, in ``message``."""
 
@@ -181,6 +211,23 @@ class WeightsReply(msgspec.Struct, frozen=True, kw_only=True, tag="weights"):
     dtype: str = ""  # as the node holds it
     shape: tuple[int, ...] = ()  # of the whole tensor
     values: list[float | list[float]] = []
+
+
+class WeightImageReply(msgspec.Struct, frozen=True, kw_only=True, tag="weight_image"):
+    """Names an image of weights, until its last byte is read or nobody reads it for a minute."""
+
+    call_id: int
+    success: bool
+    message: str = ""
+    image: int = 0
+    num_bytes: int = 0
+
+
+class WeightBytesReply(msgspec.Struct, frozen=True, kw_only=True, tag="weight_bytes"):
+    call_id: int
+    success: bool
+    message: str = ""
+    data: bytes = b""
 
 
 class WeightChecksReply(msgspec.Struct, frozen=True, kw_only=True, tag="weight_checks"):

@@ -11,10 +11,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..api.entry_lookup import EntryLookup
 from ..api.generation import AdminReply
 from ..api.node_calls import NodeUnavailableError, StreamMessage
 from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
-from .links import Connector, EntryLookup, NodeLink
+from .links import Connector, NodeLink
 from .options import RouterOptions
 from .registry import (
     NodeChanged,

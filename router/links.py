@@ -1,4 +1,4 @@
-"""The narrow view that the router has of the outside: connections to nodes, and what a URL says it is.
+"""The narrow view that the router has of the outside: connections to nodes.
 
 `pdserve.api.node_client.NodeClient` is a NodeLink; tests bring their own.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import aiohttp
-import msgspec
 import zmq.asyncio
 
 from ..api.node_calls import NodeUnavailableError, StreamMessage
 from ..api.node_client import NodeClient
-from ..messages.node import CallReply, ClientToNode, NodeEntry, Pong, RequestStateReply, ServerInfoReply
+from ..messages.node import CallReply, ClientToNode, Pong, RequestStateReply, ServerInfoReply
 from ..messages.operation import ClusterOperation, InternalState, ProfileReply
 from ..messages.weights import MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightSource, WeightsReply
 
@@ -75,6 +73,10 @@ class NodeLink(Protocol):
 
     async def check_weights(self, timeout_s: float) -> WeightChecksReply: ...
 
+    async def save_weights(
+        self, target: str, *, is_remote: bool, max_shard_bytes: int, timeout_s: float
+    ) -> CallReply: ...
+
     async def close(self) -> None: ...
 
 
@@ -89,12 +91,6 @@ class Connector(Protocol):
     ) -> NodeLink: ...
 
 
-class EntryLookup(Protocol):
-    """Asks a URL which node it is; None when it does not answer, or not as a node."""
-
-    async def __call__(self, url: str) -> NodeEntry | None: ...
-
-
 class ZmqConnector:
     def __init__(self, context: zmq.asyncio.Context) -> None:
         self._context = context
@@ -106,31 +102,3 @@ class ZmqConnector:
             return NodeClient(self._context, address, on_stream=on_stream, on_lost=on_lost)
         except zmq.ZMQError as error:
             raise NodeUnavailableError(f"cannot connect to {address!r}: {error}") from error
-
-
-class _ServerInfo(msgspec.Struct):
-    """The part of a node's /server_info that is read here."""
-
-    entry: NodeEntry
-
-
-class HttpEntryLookup:
-    """``GET {url}/server_info``, whose answer holds the node's ``entry``."""
-
-    def __init__(self, api_key: str = "", timeout_s: float = 2.0) -> None:
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
-
-    async def __call__(self, url: str) -> NodeEntry | None:
-        try:
-            async with (
-                aiohttp.ClientSession(headers=self._headers, timeout=self._timeout) as session,
-                session.get(f"{url.rstrip('/')}/server_info") as response,
-            ):
-                if response.status != 200:
-                    return None
-                return msgspec.json.decode(await response.read(), type=_ServerInfo).entry
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
-            return None
-        except UnicodeError:  # the host is no name
-            return None

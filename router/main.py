@@ -13,6 +13,7 @@ import zmq.asyncio
 from prometheus_client import CollectorRegistry
 
 from ..api.app import build_router_app
+from ..api.entry_lookup import HttpEntryLookup
 from ..api.generation import ModelCard
 from ..api.in_flight import InFlightRequests
 from ..api.request_log import RequestLog
@@ -25,7 +26,7 @@ from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
 from ..runtime.listen import http_url, is_loopback
-from .links import HttpEntryLookup, ZmqConnector
+from .links import ZmqConnector
 from .options import RouterOptions
 from .service import RouterService
 from .trace_export import TraceExporter

@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
+from ..api.entry_lookup import EntryLookup
 from ..api.generation import (
     AdminReply,
     GenerateSpec,
@@ -54,6 +55,7 @@ from ..messages.timeline import SpanClock
 from ..messages.weights import (
     FromDisk,
     FromGroup,
+    FromPeer,
     FromSharedMemory,
     MemoryTag,
     UpdateGroupSpec,
@@ -68,7 +70,7 @@ from .attempts import COST_NO_ATTEMPT, RequestRecord, Retry
 from .cluster import Cluster
 from .generation import RoutedGeneration
 from .ledger import Attempt, Ledger
-from .links import Connector, EntryLookup, NodeLink
+from .links import Connector, NodeLink
 from .metrics import RouterCollector, RouterCounters, RouterGauges
 from .operator import ClusterOperator
 from .options import RouterOptions
@@ -116,6 +118,7 @@ class RouterService:
         self.counters = RouterCounters()
         self._options = options
         self._model = model
+        self._lookup = lookup
         self._clock = clock
         self._span_clock = SpanClock(clock, unix_minus_monotonic_s)
         self._node_clocks = PeerClocks()  # by incarnation
@@ -795,6 +798,19 @@ class RouterService:
     ) -> AdminReply:
         version = weight_version or f"{name}@{uuid.uuid4().hex[:8]}"
         return await self._weights.update(FromSharedMemory(name=name), version, mode)
+
+    async def update_weights_from_peer(
+        self, peer_url: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        known = self._nodes.at_url(peer_url)
+        entry = await self._lookup(peer_url) if known is None else known.entry
+        if entry is None:
+            return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
+        version = weight_version or entry.weight_version
+        return await self._weights.update(FromPeer(zmq_address=entry.zmq_address), version, mode)
+
+    async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
+        return await self._weights.save(target, is_remote=is_remote, max_shard_bytes=max_shard_bytes)
 
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         return await self._weights.init_group(group, rank_offset)

@@ -142,6 +142,24 @@ class WeightUpdates:
         replies = await asyncio.gather(*(ask(link) for link in links.values()))
         return dict(zip(links, replies, strict=True))
 
+    async def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
+        """By one node, the first prefill node by URL: all hold the same."""
+        links = self._links()
+        nodes = sorted(self._registry, key=lambda node: (node.entry.role != "prefill", node.entry.url))
+        for url in (node.entry.url for node in nodes if node.entry.url in links):
+            answer = await ask_one(
+                url,
+                links[url],
+                lambda link: link.save_weights(
+                    target,
+                    is_remote=is_remote,
+                    max_shard_bytes=max_shard_bytes,
+                    timeout_s=self._options.weight_update_s,
+                ),
+            )
+            return AdminReply(answer.success, f"{url} has saved {target}" if answer.success else str(answer))
+        return AdminReply(False, "no node is connected")
+
     async def init_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         """Every node takes one rank from `rank_offset` on, prefill nodes first, in the order of their URLs.
         All have joined, or none is left in it."""

@@ -25,7 +25,9 @@ from ...components.output_streamer import OutputStreamer
 from ...components.page_allocator import PageAllocator
 from ...components.prefix_cache import PrefixCache
 from ...components.request_receiver import RequestReceiver
+from ...components.staged_weights import StagedFile
 from ...components.update_groups import Group, UpdateGroups
+from ...components.weight_images import WeightImage, WeightImages
 from ...components.weight_updater import LoadFolder, LoadOrder, Prepared, Sums, TensorHead, WeightUpdater
 from ...decode.batching import DecodeRow
 from ...decode.death_probe import DeathProbe
@@ -44,7 +46,7 @@ from ...engine.schedule_batch import ScheduleBatch
 from ...messages.channel import ServerChannel
 from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
 from ...messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity, PeerToDecode, PeerToPrefill
-from ...messages.weights import JoinUpdateGroup, MemoryTag
+from ...messages.weights import FromPeer, JoinUpdateGroup, MemoryTag
 from ...prefill.job import JobState
 from ...prefill.limits import PrefillLimits
 from ...prefill.scheduler import PrefillScheduler, ToPrefill
@@ -75,6 +77,10 @@ def _no_group(message: JoinUpdateGroup) -> Group:
     raise StartupError(f"group {message.group_name!r} was not joined: there is no trainer here")
 
 
+def _no_peer(source: FromPeer) -> StagedFile:
+    raise StartupError(f"{source.zmq_address} is no address of a node")
+
+
 class FakeStore:
     """Weights are a name: the folder's, or what a file of tensors holds."""
 
@@ -102,6 +108,13 @@ class FakeStore:
             if name != "tensor":
                 raise StartupError(f"the model has no tensor {name!r}")
             return TensorHead("float32", (8,), [0.5] * num_rows)
+
+        return job
+
+    def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> Callable[[], None]:
+        def job() -> None:
+            if is_remote:
+                raise StartupError(f"{target} cannot be written")
 
         return job
 
@@ -242,6 +255,7 @@ class _Base(Generic[T]):
             lambda: self.status.weight_version,
             lambda: 1 << 40,
             UpdateGroups(_no_group, lambda: 1 << 40),
+            _no_peer,
         )
         self.metrics = metrics or MetricsReporter("model", role)
         self.digests = FakeDigests(self.pool, on_digest)
@@ -254,6 +268,7 @@ class _Base(Generic[T]):
             status=self.status,
             flush=FlushWrapper(),
             weights=self.weights,
+            images=WeightImages(lambda: WeightImage({})),
             memory=MemoryOccupation(self, self.engine.jobs.submit),
             metrics=self.metrics,
             drop_cache=drop_cache,

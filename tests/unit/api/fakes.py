@@ -206,6 +206,16 @@ class FakeAdmin:
         self.calls.append(("update ipc", name, weight_version, mode))
         return self.reply
 
+    async def update_weights_from_peer(
+        self, peer_url: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        self.calls.append(("update peer", peer_url, weight_version, mode))
+        return self.reply
+
+    async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
+        self.calls.append(("save", target, is_remote, max_shard_bytes))
+        return self.reply
+
     async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         self.calls.append(("init group", group, rank_offset))
         return GroupReply(self.reply.success, self.reply.message, {"http://d": rank_offset})

@@ -55,11 +55,16 @@ from pdserve.messages.weights import (
     GetWeights,
     JoinUpdateGroup,
     LeaveUpdateGroup,
+    OpenWeights,
     PrepareWeights,
+    ReadWeights,
     ReleaseMemory,
     ResumeMemory,
+    SaveWeights,
     StageWeights,
+    WeightBytesReply,
     WeightChecksReply,
+    WeightImageReply,
     WeightsReply,
 )
 
@@ -182,6 +187,7 @@ class FakeScheduler:
                 | LeaveUpdateGroup()
                 | ReleaseMemory()
                 | ResumeMemory()
+                | SaveWeights()
             ):
                 success, text = self.outcome(message)
                 return CallReply(call_id=message.call_id, success=success, message=text)
@@ -189,5 +195,9 @@ class FakeScheduler:
                 return WeightsReply(call_id=call_id, success=True, values=[0.5] * size)
             case CheckWeights(call_id=call_id):
                 return WeightChecksReply(call_id=call_id, success=True, tensors={"t": "ab"}, whole="cd")
+            case OpenWeights(call_id=call_id):
+                return WeightImageReply(call_id=call_id, success=False, message="no weights here")
+            case ReadWeights(call_id=call_id):
+                return WeightBytesReply(call_id=call_id, success=False, message="no weights here")
             case GenerateRequest() | CancelRequest() | ResendFrom() | Roster():
                 return None

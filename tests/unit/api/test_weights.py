@@ -191,3 +191,32 @@ async def test_a_check_compares_all_nodes(api: Api) -> None:
     api.admin.weight_checks["http://d"] = WeightChecksReply(call_id=1, success=False, message="lost")
     assert (await api.post("/check_weights", {}))[1]["message"] == "http://d: lost"
     assert (await api.post("/check_weights", {"action": "reset_tensors"}))[0] == 400
+
+
+async def test_saving(api: Api) -> None:
+    assert (await api.post("/save_sharded_model", {"path": "/new", "max_size": 9, "pattern": None}))[0] == 200
+    assert (await api.post("/save_sharded_model", {"path": "/new"}))[0] == 200
+    assert (await api.post("/save_remote_model", {"url": "s3://b/m"}))[0] == 200
+    for wrong in ({"path": "new"}, {"path": "/new", "max_size": 0}, {"path": "/new", "pattern": "x"}, {}):
+        assert (await api.post("/save_sharded_model", wrong))[0] == 400, wrong
+    for url in ("/new", ""):
+        status, answer = await api.post("/save_remote_model", {"url": url})
+        assert (status, answer["error"]["param"]) == (400, "url")
+    assert api.admin.calls == [
+        ("save", "/new", False, 9),
+        ("save", "/new", False, 5 << 30),
+        ("save", "s3://b/m", True, 5 << 30),
+    ]
+    api.admin.reply = AdminReply(False, "the disk is full")
+    assert await api.post("/save_remote_model", {"url": "s3://b/m"}) == (
+        400,
+        {"success": False, "message": "the disk is full"},
+    )
+
+
+async def test_an_update_from_a_peer(api: Api) -> None:
+    body = {"peer": "http://p:8100/", "mode": "keep"}
+    assert (await api.post("/update_weights_from_peer", body))[0] == 200
+    for wrong in ({"peer": "tcp://p:1"}, {}, {**body, "mode": "in_place"}):
+        assert (await api.post("/update_weights_from_peer", wrong))[0] == 400, wrong
+    assert api.admin.calls == [("update peer", "http://p:8100", None, "retract")]

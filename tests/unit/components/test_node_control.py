@@ -9,13 +9,16 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from pdserve.components.flush_wrapper import FlushWrapper
 from pdserve.components.memory_occupation import MemoryOccupation
 from pdserve.components.metrics_reporter import MetricsReporter
 from pdserve.components.node_control import ControlMessage, ControlResult, NodeControl
 from pdserve.components.node_status import NodeStatus
+from pdserve.components.staged_weights import StagedFile
 from pdserve.components.update_groups import Group, UpdateGroups
+from pdserve.components.weight_images import WeightImage, WeightImages
 from pdserve.components.weight_updater import LoadFolder, LoadOrder, Sums, TensorHead, WeightUpdater
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.node import (
@@ -34,6 +37,7 @@ from pdserve.messages.weights import (
     CommitWeights,
     DiscardWeights,
     FromDisk,
+    FromPeer,
     JoinUpdateGroup,
     MemoryTag,
     PrepareWeights,
@@ -49,6 +53,10 @@ LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype=
 class FakeCheckpoint:
     path: Path
     fingerprint: str = "new digest"
+
+
+def no_peer(source: FromPeer) -> StagedFile:
+    raise StartupError(source.zmq_address)
 
 
 def no_group(message: JoinUpdateGroup) -> Group:
@@ -82,6 +90,9 @@ class FakeStore:
 
     def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
         return lambda: TensorHead("float32", (1,), [0.0])
+
+    def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> Callable[[], None]:
+        return lambda: None
 
 
 def make_status() -> NodeStatus:
@@ -122,11 +133,13 @@ class Bench:
             lambda: "w1",
             lambda: 1 << 30,
             UpdateGroups(no_group, lambda: 1 << 30),
+            no_peer,
         )
         self.control = NodeControl(
             status=make_status(),
             flush=FlushWrapper(),
             weights=self.weights,
+            images=WeightImages(lambda: WeightImage({"t": torch.arange(4.0)})),
             memory=MemoryOccupation(FakeMemory(), lambda _, run: self.jobs.append(run)),
             metrics=MetricsReporter("tiny", "decode"),
             drop_cache=self.drop_cache,

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
+from pdserve.components.staged_weights import StagedFile
 from pdserve.components.update_groups import UpdateGroups
 from pdserve.components.weight_updater import (
     Answer,
@@ -30,12 +31,14 @@ from pdserve.messages.weights import (
     DiscardWeights,
     FromDisk,
     FromGroup,
+    FromPeer,
     FromTensors,
     GetWeights,
     JoinUpdateGroup,
     KeepWeights,
     LeaveUpdateGroup,
     PrepareWeights,
+    SaveWeights,
     StageWeights,
     TensorSpec,
     WeightChecksReply,
@@ -87,6 +90,14 @@ class FakeStore:
     def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
         return lambda: TensorHead("float32", (9,), [1.0] * num_rows)
 
+    def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> Callable[[], None]:
+        def job() -> None:
+            if is_remote:
+                raise StartupError(f"{target} cannot be written")
+            self.told.append(f"save {target} in files of {max_shard_bytes}")
+
+        return job
+
 
 class FakeGroup:
     """Sends bytes 0, 1, 2 and so on, in each buffer."""
@@ -111,12 +122,20 @@ class Bench:
             lambda: f"version of {self.store.served}",
             lambda: self.available_bytes,
             UpdateGroups(self.join, lambda: self.available_bytes),
+            self.pull,
         )
 
     def join(self, message: JoinUpdateGroup) -> FakeGroup:
         if message.master_port == 1:
             raise StartupError("nobody listens there")
         return FakeGroup()
+
+    def pull(self, source: FromPeer) -> StagedFile:
+        if source.zmq_address == "tcp://nobody:1":
+            raise StartupError("the connection is lost")
+        file = StagedFile()
+        file.append(save({"t": torch.ones(3)}))
+        return file
 
     def start_job(self, name: str, run: Callable[[], Any]) -> None:
         self.jobs.append((name, run))
@@ -531,3 +550,40 @@ def succeeds(answer: Answer) -> bool:
 def reason(answer: Answer) -> str:
     assert not answer.reply.success
     return answer.reply.message
+
+
+def test_saving_is_a_job_whose_end_is_answered(bench: Bench) -> None:
+    def save(call_id: int, target: str, *, is_remote: bool) -> CallReply:
+        message = SaveWeights(call_id=call_id, target=target, is_remote=is_remote, max_shard_bytes=9)
+        bench.updater.save(b"router", message)
+        answer = bench.run_job()
+        assert answer is not None
+        assert isinstance(answer.reply, CallReply)
+        return answer.reply
+
+    assert save(1, "/new", is_remote=False) == CallReply(call_id=1, success=True)
+    assert bench.store.told[-1] == "save /new in files of 9"
+    assert save(2, "s3://b", is_remote=True) == CallReply(
+        call_id=2, success=False, message="s3://b cannot be written"
+    )
+    assert bench.updater.is_idle
+
+
+def test_what_a_peer_serves_is_received_and_then_loaded(bench: Bench) -> None:
+    bench.store.reads_tensors = True
+
+    def prepare(update_id: str, address: str) -> Answer | None:
+        source = FromPeer(zmq_address=address)
+        message = PrepareWeights(call_id=6, update_id=update_id, source=source, weight_version="v")
+        return bench.updater.prepare(b"router", message)
+
+    assert prepare("u1", "tcp://nobody:1") is None
+    assert bench.run_job() == Answer(
+        b"router", CallReply(call_id=6, success=False, message="the connection is lost")
+    )
+    assert prepare("u2", "tcp://peer:1") is None
+    assert bench.run_job() is None
+    assert [name for name, _ in bench.jobs] == ["load weights"]
+    assert bench.run_job() == Answer(b"router", CallReply(call_id=6, success=True, message="prepared"))
+    assert bench.store.read["t"].tolist() == [1.0, 1.0, 1.0]
+    assert bench.commit("u2")[1] is not None

@@ -42,6 +42,7 @@ from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import (
     FromDisk,
     FromGroup,
+    FromPeer,
     FromSharedMemory,
     FromTensors,
     MemoryTag,
@@ -339,6 +340,8 @@ class FakeLink:
                 path = self.staged.decode()
             case FromGroup(group_name=path) | FromSharedMemory(name=path):
                 pass
+            case FromPeer(zmq_address=path):
+                pass
         await self._answer(f"prepare {path} {weight_version}")
         self.prepared = weight_version
         refused = self.node.prepare_reply
@@ -369,6 +372,12 @@ class FakeLink:
     async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
         await self._answer(f"get {name} {truncate_size}")
         return WeightsReply(call_id=1, success=True, values=[0.5])
+
+    async def save_weights(
+        self, target: str, *, is_remote: bool, max_shard_bytes: int, timeout_s: float
+    ) -> CallReply:
+        await self._answer(f"save {target} {is_remote} {max_shard_bytes}")
+        return CallReply(call_id=1, success=not self.node.stage_reply, message=self.node.stage_reply)
 
     async def check_weights(self, timeout_s: float) -> WeightChecksReply:
         await self._answer("check")

@@ -11,6 +11,7 @@ import zmq
 import zmq.asyncio
 from aiohttp import web
 
+from pdserve.api.entry_lookup import HttpEntryLookup
 from pdserve.api.generation import GenerateSpec, ModelCard
 from pdserve.api.node_calls import NodeUnavailableError
 from pdserve.messages.codec import Codec
@@ -25,7 +26,7 @@ from pdserve.messages.node import (
     TokenOutput,
     TokenOutputs,
 )
-from pdserve.router.links import HttpEntryLookup, ZmqConnector
+from pdserve.router.links import ZmqConnector
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
 

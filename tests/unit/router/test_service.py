@@ -1084,6 +1084,37 @@ async def test_unstreamed_requests_come_in_larger_pieces(bench: Bench) -> None:
     assert request.stream_interval == 16
 
 
+async def test_nodes_pull_from_a_node_of_theirs_or_another(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    prefill.entry = msgspec.structs.replace(prefill.entry, weight_version="v2")
+    await bench.until(lambda: bench.service.workers()[0].entry.weight_version == "v2")
+    reply = await bench.service.update_weights_from_peer("http://p", None, "wait")
+    assert reply.success, reply.message
+    assert decode.entry.weight_version == "v2"
+    bench.prefill("far")  # it is in no roster
+    reply = await bench.service.update_weights_from_peer("http://far", "v4", "wait")
+    assert reply.success, reply.message
+    pulls = [call for call in decode.calls if call.startswith("prepare")]
+    assert pulls == ["prepare tcp://p v2", "prepare tcp://far v4"]
+    reply = await bench.service.update_weights_from_peer("http://nobody", None, "wait")
+    assert (reply.success, reply.message) == (
+        False,
+        "http://nobody/server_info does not answer as a node",
+    )
+
+
+async def test_one_node_saves_what_all_hold(bench: Bench) -> None:
+    p, q, d, e = await large_cluster(bench)
+    reply = await bench.service.save_model("/new", is_remote=False, max_shard_bytes=9)
+    assert (reply.success, reply.message) == (True, "http://p has saved /new")
+    p.stage_reply = "the disk is full"
+    reply = await bench.service.save_model("s3://b", is_remote=True, max_shard_bytes=9)
+    assert not reply.success
+    assert "the disk is full" in reply.message
+    saves = [call for node in (p, q, d, e) for call in node.calls if call.startswith("save")]
+    assert saves == ["save /new False 9", "save s3://b True 9"]
+
+
 # ---- sessions -------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,116 @@
+"""The weights that serve, for other nodes to read: as the safetensors file that they would make.
+
+Nothing is copied: an image holds on to the tensors as they are, which a later update leaves alone. So who
+reads it gets the weights of one moment, whatever this node serves meanwhile.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..messages.weights import (
+    STAGE_PART_BYTES,
+    OpenWeights,
+    ReadWeights,
+    TensorSpec,
+    WeightBytesReply,
+    WeightImageReply,
+)
+from ..runtime.errors import StartupError
+from .staged_weights import safetensors_header
+
+IDLE_S = 60.0  # an image that nobody reads is let go of
+
+
+class WeightImage:
+    """A safetensors file of tensors by name, that is nowhere but in them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        specs = [
+            TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
+        header, _ = safetensors_header(specs)
+        rows = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors.values()]
+        self._pieces = [memoryview(header), *rows]
+        self._ends = list(itertools.accumulate(piece.nbytes for piece in self._pieces))
+
+    @property
+    def num_bytes(self) -> int:
+        return self._ends[-1]
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """What is there of these bytes."""
+        found = []
+        end = min(offset + num_bytes, self.num_bytes)
+        index = bisect.bisect_right(self._ends, offset)
+        while offset < end:
+            piece = self._pieces[index]
+            start = offset - (self._ends[index] - piece.nbytes)
+            part = piece[start : start + end - offset]
+            found.append(part)
+            offset += part.nbytes
+            index += 1
+        return b"".join(found)
+
+
+@dataclass(slots=True)
+class _Held:
+    image: WeightImage
+    idle_until: float | None = None  # None: from the next turn of the loop on
+
+
+class WeightImages:
+    """Of the weights that served when each was asked for. `make` raises StartupError."""
+
+    def __init__(self, make: Callable[[], WeightImage]) -> None:
+        self._make = make
+        self._numbers = itertools.count(1)
+        self._held: dict[int, _Held] = {}
+
+    def open(self, message: OpenWeights) -> WeightImageReply:
+        try:
+            image = self._make()
+        except StartupError as error:
+            return WeightImageReply(call_id=message.call_id, success=False, message=str(error))
+        number = next(self._numbers)
+        self._held[number] = _Held(image)
+        return WeightImageReply(
+            call_id=message.call_id, success=True, image=number, num_bytes=image.num_bytes
+        )
+
+    def read(self, message: ReadWeights) -> WeightBytesReply:
+        """The end of the image lets go of it."""
+        call_id, held = message.call_id, self._held.get(message.image)
+        if held is None:
+            return WeightBytesReply(call_id=call_id, success=False, message="these weights are let go of")
+        if message.offset < 0 or not 0 < message.num_bytes <= STAGE_PART_BYTES:
+            return WeightBytesReply(call_id=call_id, success=False, message="no such bytes")
+        held.idle_until = None
+        data = held.image.read(message.offset, message.num_bytes)
+        if message.offset + len(data) == held.image.num_bytes:
+            del self._held[message.image]
+        return WeightBytesReply(call_id=call_id, success=True, data=data)
+
+    def poll(self, now: float) -> None:
+        for number, held in list(self._held.items()):
+            if held.idle_until is None:
+                held.idle_until = now + IDLE_S
+            elif now >= held.idle_until:
+                del self._held[number]
+
+    @property
+    def deadline(self) -> float | None:
+        """When `poll` has something to do by time alone."""
+        times = [held.idle_until for held in self._held.values() if held.idle_until is not None]
+        return min(times, default=None)
+
+    def drop(self) -> None:
+        """The memory is wanted back."""
+        self._held.clear()
