@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,6 +93,9 @@ CONTINUE = Ask("/continue_generation", {})
 RELEASE = Ask("/release_memory_occupation", {"tags": ["kv_cache"]})
 RESUME = Ask("/resume_memory_occupation", {"tags": ["kv_cache"]})
 STOP_PROFILE = Ask("/stop_profile", {})
+PULL = Ask("/update_weights_from_peer")  # its body names the other node
+SAVE = Ask("/save_sharded_model")  # the body of both names a new folder
+SAVE_REMOTE = Ask("/save_remote_model")
 
 
 def _pause(mode: str) -> Call:
@@ -152,6 +156,9 @@ CALLS = (
         Ask("/update_weights_from_ipc", {"name": "../etc/passwd", "force": True}),
         restores_weights=True,
     ),
+    Call(PULL, Ask(PULL.path, {"peer": "nowhere", "force": True}), restores_weights=True),
+    Call(SAVE, Ask(SAVE.path, {"path": "not/absolute"})),
+    Call(SAVE_REMOTE, Ask(SAVE_REMOTE.path, {"url": "no-such-scheme://folder"})),
     Call(INIT, Ask(INIT.path, {"master_address": "nowhere"}), after=(LEAVE,), trains="join"),
     Call(
         ONE_NORM,
@@ -189,9 +196,12 @@ class Bench:
         self._thread = ThreadPoolExecutor(1)
         self._trainer: Future[TrainerGroup] | None = None
         self._port = 0
+        self._folder = TemporaryDirectory()
+        self._num_saved = 0
 
     def run(self, call: Call, role: str, state: str, row: Row) -> None:
         url = self.urls[role]
+        self._num_saved += 1
         with self._in_state(role, state):
             for ask in call.before if state != "wrong" else ():
                 self.ask(url, ask, trains=ask is INIT)
@@ -232,6 +242,13 @@ class Bench:
             status = self._send(url, ask.path, body)
             self._thread.submit(lambda: trainer.result().close()).result(timeout=60)
             return status
+        elif ask is PULL:
+            other = "prefill" if url == self.urls["decode"] else "decode"
+            body = {"peer": self.urls[other], "force": True}
+        elif ask is SAVE:
+            body = {"path": f"{self._folder.name}/{self._num_saved}"}
+        elif ask is SAVE_REMOTE:
+            body = {"url": f"file://{self._folder.name}/{self._num_saved}"}
         elif body == b"norm":
             body = save(self.tensors)
         return self._send(url, ask.path, body)
