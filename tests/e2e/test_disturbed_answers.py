@@ -86,6 +86,7 @@ def test_corrupt_pages_are_found_and_sent_again(
     assert "is lost" not in log, "a corrupt page fails its room, not the pair"
 
 
+@pytest.mark.slow
 def test_a_third_of_the_clients_leaves_while_writes_fail(
     script: ModuleType, bodies: list[dict[str, Any]], expected: list[Any], tmp_path: Path
 ) -> None:

@@ -140,7 +140,10 @@ def test_prefill_frozen_in_mid_write(tmp_path: Path, undisturbed: list[dict[int,
         cluster.flush()
 
 
-@pytest.mark.parametrize("supervised", [True, False], ids=["reaped", "refused"])
+@pytest.mark.parametrize(
+    "supervised",
+    [pytest.param(True, id="reaped"), pytest.param(False, id="refused", marks=pytest.mark.slow)],
+)
 def test_decode_frozen_and_the_sender_killed(
     tmp_path: Path, undisturbed: list[dict[int, list[int]]], supervised: bool
 ) -> None:
@@ -169,6 +172,7 @@ def test_decode_frozen_and_the_sender_killed(
         cluster.flush()
 
 
+@pytest.mark.slow
 def test_frozen_newcomers_hold_nobody_up(tmp_path: Path) -> None:
     """Of either role, frozen as soon as the router knows them: hand-offs of the others go on meanwhile."""
     with started(tmp_path / "log") as cluster:

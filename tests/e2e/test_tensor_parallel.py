@@ -51,7 +51,9 @@ def same_answers() -> ModuleType:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("prefill", "decode", "backend"), [(1, 2, "mooncake"), (2, 1, "shm")])
+@pytest.mark.parametrize(
+    ("prefill", "decode", "backend"), [(1, 2, "mooncake"), pytest.param(2, 1, "shm", marks=pytest.mark.slow)]
+)
 def test_sizes_that_differ_answer_as_transformers_does(
     same_answers: ModuleType, prefill: int, decode: int, backend: str, tmp_path: Path
 ) -> None:
