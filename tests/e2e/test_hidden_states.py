@@ -53,7 +53,8 @@ def test_an_embedding_is_the_last_tokens_state(
 def test_streams_survive_a_crash_after_n_outputs(cluster: LocalCluster, log_path: Path) -> None:
     prompts = [random_ids(92 + seed, 20) for seed in range(3)]
     expected = [greedy_ids(cluster.url, prompt, 24) for prompt in prompts]
-    flags = [str(SHIPPED_MODEL), *FLAGS, "--num-decode", "2", "--crash-after-outputs", "30"]
+    # Of 72 outputs one of the two nodes gives 40 and ends, and never both.
+    flags = [str(SHIPPED_MODEL), *FLAGS, "--num-decode", "2", "--crash-after-outputs", "40"]
     flags += ["--force-stream-interval", "1"]
     with LocalCluster(flags, log_path=log_path) as crashing:
         before = {worker["incarnation"] for worker in crashing.workers()}

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,21 @@ def binary(name: str) -> str:
 ORDERS = list(itertools.permutations(("router", "prefill", "decode")))
 
 
-@pytest.mark.parametrize("order", [ORDERS[0], ORDERS[3], ORDERS[5]], ids="-".join)
-@pytest.mark.parametrize("told", ["nodes", "router"])
+def launch(order: int, told: str, *marks: pytest.MarkDecorator) -> Any:  # noqa: ANN401, a set of parameters, whose type pytest keeps to itself
+    return pytest.param(ORDERS[order], told, id="-".join((told, *ORDERS[order])), marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("order", "told"),
+    [
+        launch(0, "nodes"),
+        launch(3, "router"),
+        launch(5, "nodes"),
+        launch(0, "router", pytest.mark.slow),
+        launch(3, "nodes", pytest.mark.slow),
+        launch(5, "router", pytest.mark.slow),
+    ],
+)
 def test_three_binaries_in_any_order(order: tuple[str, ...], told: str, tmp_path: Path) -> None:
     ports = {role: free_port() for role in order}
     urls = {role: f"http://127.0.0.1:{port}" for role, port in ports.items()}

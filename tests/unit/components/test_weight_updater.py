@@ -584,6 +584,8 @@ def test_what_a_peer_serves_is_received_and_then_loaded(bench: Bench) -> None:
     assert prepare("u2", "tcp://peer:1") is None
     assert bench.run_job() is None
     assert [name for name, _ in bench.jobs] == ["load weights"]
-    assert bench.run_job() == Answer(b"router", CallReply(call_id=6, success=True, message="prepared"))
+    assert bench.run_job() == Answer(
+        b"router", CallReply(call_id=6, success=True, message="digest of /received")
+    )
     assert bench.store.read["t"].tolist() == [1.0, 1.0, 1.0]
     assert bench.commit("u2")[1] is not None
