@@ -344,6 +344,8 @@ def run_cluster(
     with two_checkpoints() as folders, LocalCluster(arguments, log_path=log_path) as cluster:
         updates, traffic = Updates(cluster, folders), Traffic(cluster)
         try:
+            # A node that joins after an update is one that was started again: refused until the next.
+            wait_until(lambda: all_paired(cluster, NUM_PREFILL, NUM_DECODE), BOUND_S, "all nodes, all paired")
             state = State("first", update(updates, "before any kill", "first"))
             for victim, source in plan:
                 disturb(cluster, updates, tally, rng, state, victim, source)
