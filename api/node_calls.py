@@ -140,6 +140,10 @@ class NodeCalls(abc.ABC):
     def send(self, message: ClientToNode) -> None:
         """Send without waiting. Raises NodeUnavailableError when the connection has ended."""
 
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Without a word to anybody."""
+
     async def ping(self, timeout_s: float = 2.0) -> Pong:
         """The answer comes from the scheduler's own loop, so it proves that the loop turns."""
         return await self._call(Ping(call_id=next(self._call_ids)), Pong, timeout_s)

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from ..runtime.errors import UnreachableError
-from .connection import Connection
+from .connection import Connection, close_stream, next_event
 
 T = TypeVar("T")
 
@@ -421,10 +421,10 @@ class AsyncEngine:
         """Pulled from the connection's loop one by one; what ends this generator ends the request."""
         events = self._connection.stream("/generate", body)
         try:
-            while (event := await self._connection.bring(anext(events, None))) is not None:
+            while (event := await self._connection.bring(next_event(events))) is not None:
                 yield event
         finally:
-            self._connection.begin(events.aclose())
+            self._connection.begin(close_stream(events))
 
     async def _json(
         self, method: str, path: str, body: object = None, timeout_s: float | None = _CALL_TIMEOUT_S

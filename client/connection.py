@@ -174,6 +174,20 @@ class Connection:
         self._loop.run_forever()
 
 
+async def next_event(events: AsyncGenerator[T, None]) -> T | None:
+    """The next event of a stream, None at its end; to be run in the connection's loop.
+
+    A coroutine of its own, because a generator belongs to the loop in whose thread `anext` is called: that
+    loop closes it when it ends, and would do so from a foreign thread, beside ours.
+    """
+    return await anext(events, None)
+
+
+async def close_stream(events: AsyncGenerator[object, None]) -> None:
+    """Likewise, for the end of a stream that is left."""
+    await events.aclose()
+
+
 def _event(event: bytes) -> Any:  # noqa: ANN401  JSON is what it is
     value = msgspec.json.decode(event)
     if isinstance(value, dict) and "error" in value:

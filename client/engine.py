@@ -35,7 +35,7 @@ from .async_engine import (
     TokenIds,
     UpdateMode,
 )
-from .connection import Connection
+from .connection import Connection, close_stream, next_event
 
 _ROLES = frozenset({"up", "router", "prefill", "decode"})
 
@@ -192,10 +192,10 @@ class Engine:
 
     def _pulled(self, events: AsyncGenerator[Answer, None]) -> Generator[Answer, None, None]:
         try:
-            while (event := self._connection.run(anext(events, None))) is not None:
+            while (event := self._connection.run(next_event(events))) is not None:
                 yield event
         finally:
-            self._connection.begin(events.aclose())
+            self._connection.begin(close_stream(events))
 
     # ---- sessions -----------------------------------------------------------------------------------
 

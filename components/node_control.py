@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, assert_never
+from typing import Generic, assert_never
 
 import msgspec
 
-from ..messages.node import FlushCache, GetMetrics, GetServerInfo, MetricsReply, NodeLoad, Roster
+from ..messages.node import (
+    ControlMessage,
+    FlushCache,
+    GetMetrics,
+    GetServerInfo,
+    MetricsReply,
+    NodeLoad,
+    Roster,
+)
 from ..messages.peer import PeerIdentity
 from ..messages.weights import (
     CheckWeights,
@@ -33,26 +41,6 @@ from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
 from .weight_images import WeightImages
 from .weight_updater import Answer, C, Prepared, WeightUpdater
-
-ControlMessage: TypeAlias = (
-    FlushCache
-    | StageWeights
-    | PrepareWeights
-    | KeepWeights
-    | CommitWeights
-    | DiscardWeights
-    | GetWeights
-    | CheckWeights
-    | OpenWeights
-    | ReadWeights
-    | SaveWeights
-    | JoinUpdateGroup
-    | LeaveUpdateGroup
-    | ReleaseMemory
-    | ResumeMemory
-    | GetServerInfo
-    | GetMetrics
-)
 
 
 @dataclass(slots=True)

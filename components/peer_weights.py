@@ -22,7 +22,7 @@ from ..messages.weights import (
     WeightImageReply,
 )
 from ..runtime.errors import StartupError
-from .staged_weights import StagedFile
+from .staged_weights import StagedFile, require_room, staged_file
 
 _MAX_READS = 4  # asked for at once: the connection is never idle, and the peer's loop never long at it
 _SILENCE_S = 30.0
@@ -47,16 +47,11 @@ def pull_weights(source: FromPeer, available_bytes: Callable[[], int]) -> Staged
 def _pull(link: _PeerLink, available_bytes: Callable[[], int]) -> StagedFile:
     link.send(OpenWeights(call_id=0))
     image = link.wait(WeightImageReply)
-    # Prepared weights are held beside the file.
-    if (left := available_bytes()) < 2 * image.num_bytes:
-        raise StartupError(
-            f"this host has {left >> 20} MiB left for an update of {image.num_bytes >> 20} MiB"
-        )
     offsets = deque(range(0, image.num_bytes, STAGE_PART_BYTES))
     calls = itertools.count(1)
     num_asked = 0
-    file = StagedFile()
-    try:
+    with staged_file() as file:
+        require_room(image.num_bytes, available_bytes())
         while file.num_bytes < image.num_bytes:
             while offsets and num_asked < _MAX_READS:
                 read = ReadWeights(
@@ -70,12 +65,6 @@ def _pull(link: _PeerLink, available_bytes: Callable[[], int]) -> StagedFile:
             part = link.wait(WeightBytesReply)  # answered in order
             num_asked -= 1
             file.append(part.data)
-    except OSError as error:
-        file.close()
-        raise StartupError(f"the update does not fit: {error}") from error
-    except StartupError:
-        file.close()
-        raise
     return file
 
 

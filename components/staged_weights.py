@@ -6,13 +6,15 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..messages.weights import TENSOR_DTYPES, TensorSpec
+from ..runtime.errors import StartupError
 
 
 def safetensors_header(specs: Sequence[TensorSpec]) -> tuple[bytes, int]:
@@ -25,6 +27,14 @@ def safetensors_header(specs: Sequence[TensorSpec]) -> tuple[bytes, int]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, end
+
+
+def require_room(num_bytes: int, available_bytes: int) -> None:
+    """Raises OSError. Prepared weights are held beside the file."""
+    if available_bytes < 2 * num_bytes:
+        raise OSError(
+            f"this host has {available_bytes >> 20} MiB left for an update of {num_bytes >> 20} MiB"
+        )
 
 
 class StagedFile:
@@ -50,9 +60,7 @@ class StagedFile:
         """Make it the file of these tensors. Their values are to be written into what is returned: bytes, one
         tensor behind the other, ``[num_bytes]`` uint8. Raises OSError when they do not fit."""
         header, end = safetensors_header(specs)
-        # Prepared weights are held beside the file.
-        if available_bytes < 2 * end:
-            raise OSError(f"this host has {available_bytes >> 20} MiB left for an update of {end >> 20} MiB")
+        require_room(end, available_bytes)
         self.append(header)
         offset, self.num_bytes = self.num_bytes, self.num_bytes + end
         os.ftruncate(self._descriptor, self.num_bytes)
@@ -62,3 +70,20 @@ class StagedFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+@contextmanager
+def staged_file() -> Iterator[StagedFile]:
+    """A new one, to be filled in the body and to be closed by whoever gets it; by this when the body fails.
+
+    Raises StartupError when it does not fit.
+    """
+    file = StagedFile()
+    try:
+        yield file
+    except OSError as error:
+        file.close()
+        raise StartupError(f"the update does not fit: {error}") from error
+    except BaseException:
+        file.close()
+        raise

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..messages.weights import TENSOR_DTYPES, FromGroup, JoinUpdateGroup
 from ..runtime.errors import StartupError
-from .staged_weights import StagedFile
+from .staged_weights import StagedFile, staged_file
 
 
 class Group(Protocol):
@@ -51,18 +51,11 @@ class UpdateGroups:
                 f"there is no group {source.group_name!r}: init_weights_update_group comes first"
             )
         deadline = time.monotonic() + source.timeout_s
-        file = StagedFile()
-        try:
+        with staged_file() as file:
             data = file.lay_out(source.tensors, self._available_bytes())
             sizes = [TENSOR_DTYPES[spec.dtype][1] * math.prod(spec.shape) for spec in source.tensors]
             ends = list(itertools.accumulate(sizes))
             buffers = [data[end - size : end] for size, end in zip(sizes, ends, strict=True)]
             for buffer in [data] if source.is_one_bucket else buffers:
                 group.receive([buffer], max(0.001, deadline - time.monotonic()))
-        except OSError as error:
-            file.close()
-            raise StartupError(f"the update does not fit: {error}") from error
-        except StartupError:
-            file.close()
-            raise
         return file

@@ -34,7 +34,7 @@ from ..components.loaded_model import LoadedModel
 from ..components.loop_times import LoopTimes
 from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter, StepKind
-from ..components.node_control import ControlMessage, ControlResult, NodeControl
+from ..components.node_control import ControlResult, NodeControl
 from ..components.node_operations import NodeOperations, OperationReply, ToNodeOperations
 from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
@@ -54,6 +54,7 @@ from ..messages.node import (
     CallReply,
     CancelRequest,
     ClientToNode,
+    ControlMessage,
     FailureCode,
     Finish,
     GenerateRequest,

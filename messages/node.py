@@ -191,15 +191,9 @@ class GetRequestState(msgspec.Struct, frozen=True, kw_only=True, tag="get_reques
     request_id: str
 
 
-ClientToNode: TypeAlias = (
-    GenerateRequest
-    | CancelRequest
-    | ResendFrom
-    | AbortRequests
-    | AssertPeerDeath
-    | Roster
-    | Ping
-    | FlushCache
+# What prefill and decode nodes answer alike (`components/node_control.py`).
+ControlMessage: TypeAlias = (
+    FlushCache
     | StageWeights
     | PrepareWeights
     | KeepWeights
@@ -216,6 +210,16 @@ ClientToNode: TypeAlias = (
     | ResumeMemory
     | GetServerInfo
     | GetMetrics
+)
+ClientToNode: TypeAlias = (
+    GenerateRequest
+    | CancelRequest
+    | ResendFrom
+    | AbortRequests
+    | AssertPeerDeath
+    | Roster
+    | Ping
+    | ControlMessage
     | GetRequestState
     | NodeOperation
 )

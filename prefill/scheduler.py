@@ -28,7 +28,7 @@ from ..components.loaded_model import LoadedModel
 from ..components.loop_times import LoopTimes
 from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter
-from ..components.node_control import ControlMessage, ControlResult, NodeControl
+from ..components.node_control import ControlResult, NodeControl
 from ..components.node_operations import NodeOperations, OperationReply, ToNodeOperations
 from ..components.node_status import NodeStatus
 from ..components.page_allocator import PageAllocator
@@ -46,6 +46,7 @@ from ..messages.node import (
     CallReply,
     CancelRequest,
     ClientToNode,
+    ControlMessage,
     GenerateRequest,
     GetRequestState,
     NodeLoad,

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from ..api.entry_lookup import EntryLookup
 from ..api.generation import AdminReply
-from ..api.node_calls import NodeUnavailableError, StreamMessage
+from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
-from .links import Connector, NodeLink
+from .links import Connector
 from .options import RouterOptions
 from .registry import (
     NodeChanged,
@@ -46,7 +46,7 @@ class ClusterHandler(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Connection:
-    link: NodeLink
+    link: NodeCalls
     heartbeat: asyncio.Task[None] | None = None
 
 
@@ -121,7 +121,7 @@ class Cluster:
             return False
         return True
 
-    def links(self) -> Mapping[str, NodeLink]:
+    def links(self) -> Mapping[str, NodeCalls]:
         """url -> link of every node that is connected."""
         return {
             node.entry.url: self._connections[node.incarnation].link
@@ -225,7 +225,7 @@ class Cluster:
             connection.heartbeat.cancel()
         self.spawn(connection.link.close(), name=f"close {incarnation}")
 
-    async def _heartbeat(self, incarnation: str, link: NodeLink) -> None:
+    async def _heartbeat(self, incarnation: str, link: NodeCalls) -> None:
         """Until the link ends. A ping may be answered late; the registry judges silence meanwhile.
 
         When none comes for a whole lease, the connection itself may be dead though the node is well: a

@@ -1,6 +1,6 @@
 """The narrow view that the router has of the outside: connections to nodes.
 
-`pdserve.api.node_client.NodeClient` is a NodeLink; tests bring their own.
+`pdserve.api.node_client.NodeClient` is the link of real processes; tests and the simulation bring their own.
 """
 
 from __future__ import annotations
@@ -10,74 +10,8 @@ from typing import Protocol
 
 import zmq.asyncio
 
-from ..api.node_calls import NodeUnavailableError, StreamMessage
+from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..api.node_client import NodeClient
-from ..messages.node import CallReply, ClientToNode, Pong, RequestStateReply, ServerInfoReply
-from ..messages.operation import ClusterOperation, InternalState, ProfileReply
-from ..messages.weights import MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightSource, WeightsReply
-
-
-class NodeLink(Protocol):
-    """One connection to one scheduler. When it ends it is lost for good; the router then makes another.
-
-    Every call raises NodeUnavailableError when the connection has ended or no answer came in time.
-    """
-
-    def send(self, message: ClientToNode) -> None: ...
-
-    async def ping(self, timeout_s: float) -> Pong: ...
-
-    async def server_info(self, timeout_s: float) -> ServerInfoReply: ...
-
-    async def flush_cache(self, flush_timeout_s: float) -> CallReply: ...
-
-    async def abort(self, request_id: str, *, all_requests: bool) -> CallReply: ...
-
-    async def assert_peer_death(self, incarnation: str, timeout_s: float) -> CallReply: ...
-
-    async def request_state(self, request_id: str, timeout_s: float) -> RequestStateReply: ...
-
-    async def stage_weights(
-        self, update_id: str, offset: int, data: bytes, timeout_s: float
-    ) -> CallReply: ...
-    async def operate(self, operation: ClusterOperation, timeout_s: float) -> CallReply: ...
-
-    async def internal_state(self, timeout_s: float) -> InternalState: ...
-
-    async def stop_profile(self, timeout_s: float) -> ProfileReply: ...
-
-    async def prepare_weights(
-        self,
-        update_id: str,
-        source: WeightSource,
-        weight_version: str,
-        timeout_s: float,
-        lease_s: float,
-    ) -> CallReply: ...
-
-    async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply: ...
-
-    async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply: ...
-
-    async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply: ...
-
-    async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply: ...
-
-    async def release_memory(
-        self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float
-    ) -> CallReply: ...
-
-    async def resume_memory(self, tags: tuple[MemoryTag, ...], timeout_s: float) -> CallReply: ...
-
-    async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply: ...
-
-    async def check_weights(self, timeout_s: float) -> WeightChecksReply: ...
-
-    async def save_weights(
-        self, target: str, *, is_remote: bool, max_shard_bytes: int, timeout_s: float
-    ) -> CallReply: ...
-
-    async def close(self) -> None: ...
 
 
 class Connector(Protocol):
@@ -88,7 +22,7 @@ class Connector(Protocol):
 
     def __call__(
         self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
-    ) -> NodeLink: ...
+    ) -> NodeCalls: ...
 
 
 class ZmqConnector:
@@ -97,7 +31,7 @@ class ZmqConnector:
 
     def __call__(
         self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
-    ) -> NodeLink:
+    ) -> NodeCalls:
         try:
             return NodeClient(self._context, address, on_stream=on_stream, on_lost=on_lost)
         except zmq.ZMQError as error:

@@ -10,14 +10,13 @@ from typing import Any
 import msgspec
 
 from ..api.generation import AdminReply
-from ..api.node_calls import NodeUnavailableError
+from ..api.node_calls import NodeCalls, NodeUnavailableError
 from ..api.operations import ProfileOutcome
 from ..messages.node import CallReply
 from ..messages.operation import SETTINGS, ClusterOperation, ProfileReply, SetInternalState, StartProfile
 from ..runtime.chrome_trace import NodeTrace, merge_traces
 from ..runtime.errors import RequestError
 from .cluster import Cluster
-from .links import NodeLink
 from .registry import NodeRecord
 from .weight_rollout import ask_all
 
@@ -47,13 +46,13 @@ class ClusterOperator:
             self._profile = operation
         return await _all(links, lambda link: link.operate(operation, timeout_s))
 
-    async def _set(self, wanted: SetInternalState, links: Mapping[str, NodeLink]) -> AdminReply:
+    async def _set(self, wanted: SetInternalState, links: Mapping[str, NodeCalls]) -> AdminReply:
         for name in wanted.settings:
             if name not in SETTINGS:
                 text = f"`{name}` cannot be changed while nodes run; these can: {', '.join(SETTINGS)}."
                 raise RequestError(text, param=f"server_args.{name}", code="invalid_value")
-        calls: dict[NodeLink, SetInternalState] = {}
-        asked: dict[str, NodeLink] = {}
+        calls: dict[NodeCalls, SetInternalState] = {}
+        asked: dict[str, NodeCalls] = {}
         for url, node in self._nodes().items():
             own = {
                 name: value for name, value in wanted.settings.items() if node.entry.role in SETTINGS[name]
@@ -86,7 +85,7 @@ class ClusterOperator:
         nodes = self._nodes()
         links = self._cluster.links()
 
-        async def one(link: NodeLink) -> ProfileReply:
+        async def one(link: NodeCalls) -> ProfileReply:
             try:
                 return await link.stop_profile(_STOP_PROFILE_TIMEOUT_S)
             except NodeUnavailableError as error:
@@ -123,6 +122,8 @@ class ClusterOperator:
         return {node.entry.url: node for node in self._cluster.registry}
 
 
-async def _all(links: Mapping[str, NodeLink], ask: Callable[[NodeLink], Awaitable[CallReply]]) -> AdminReply:
+async def _all(
+    links: Mapping[str, NodeCalls], ask: Callable[[NodeCalls], Awaitable[CallReply]]
+) -> AdminReply:
     answers = await ask_all(links, ask)
     return AdminReply(all(answer.success for answer in answers), "; ".join(map(str, answers)))

@@ -40,7 +40,7 @@ from ..api.generation import (
     UpdateMode,
     WorkerStatus,
 )
-from ..api.node_calls import NodeUnavailableError, StreamMessage
+from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..messages.node import (
     AttemptFailed,
     CancelRequest,
@@ -70,7 +70,7 @@ from .attempts import COST_NO_ATTEMPT, RequestRecord, Retry
 from .cluster import Cluster
 from .generation import RoutedGeneration
 from .ledger import Attempt, Ledger
-from .links import Connector, NodeLink
+from .links import Connector
 from .metrics import RouterCollector, RouterCounters, RouterGauges
 from .operator import ClusterOperator
 from .options import RouterOptions
@@ -883,7 +883,7 @@ class RouterService:
         own = self._own_state(request_id)
         nodes: dict[str, Any] = {}
 
-        async def ask(url: str, link: NodeLink) -> None:
+        async def ask(url: str, link: NodeCalls) -> None:
             with contextlib.suppress(NodeUnavailableError):
                 reply = await link.request_state(request_id, NODE_CALL_TIMEOUT_S)
                 if reply.state:
@@ -960,7 +960,7 @@ class RouterService:
             **by_role,
         }
 
-    async def _node_info(self, node: NodeRecord, link: NodeLink | None) -> dict[str, Any]:
+    async def _node_info(self, node: NodeRecord, link: NodeCalls | None) -> dict[str, Any]:
         load = msgspec.to_builtins(node.load)
         info = {"url": node.entry.url, "entry": msgspec.to_builtins(node.entry), "internal_states": [load]}
         if link is None:

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from ..api.node_calls import NodeUnavailableError
+from ..api.node_calls import NodeCalls, NodeUnavailableError
 from ..messages.node import CallReply
 from ..messages.weights import WeightSource
-from .links import NodeLink
 
 DISCARD_TIMEOUT_S = 10.0
 COMMIT_AGAIN_S = 0.1
@@ -27,13 +26,13 @@ class NodeAnswer:
 
 
 async def ask_all(
-    links: Mapping[str, NodeLink], ask: Callable[[NodeLink], Awaitable[CallReply]]
+    links: Mapping[str, NodeCalls], ask: Callable[[NodeCalls], Awaitable[CallReply]]
 ) -> list[NodeAnswer]:
     """Ask every node (url -> link) the same at once. A node that does not answer has failed."""
     return list(await asyncio.gather(*(ask_one(url, link, ask) for url, link in links.items())))
 
 
-async def ask_one(url: str, link: NodeLink, ask: Callable[[NodeLink], Awaitable[CallReply]]) -> NodeAnswer:
+async def ask_one(url: str, link: NodeCalls, ask: Callable[[NodeCalls], Awaitable[CallReply]]) -> NodeAnswer:
     try:
         reply = await ask(link)
     except NodeUnavailableError as error:
@@ -46,7 +45,7 @@ def failures(answers: list[NodeAnswer]) -> str:
 
 
 async def prepare_all(
-    links: Mapping[str, NodeLink],
+    links: Mapping[str, NodeCalls],
     update_id: str,
     source: WeightSource,
     weight_version: str,
@@ -59,13 +58,13 @@ async def prepare_all(
     )
 
 
-async def discard_all(links: Mapping[str, NodeLink], update_id: str) -> None:
+async def discard_all(links: Mapping[str, NodeCalls], update_id: str) -> None:
     """A node that does not hear it rolls back when its lease ends."""
     await ask_all(links, lambda link: link.discard_weights(update_id, DISCARD_TIMEOUT_S))
 
 
 async def commit_all(
-    links: Mapping[str, NodeLink], update_id: str, *, timeout_s: float, patience_s: float
+    links: Mapping[str, NodeCalls], update_id: str, *, timeout_s: float, patience_s: float
 ) -> list[NodeAnswer]:
     """A node that is not idle yet says no and keeps the update: it is asked again for `patience_s`.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..api.generation import AdminReply, GroupReply, UpdateMode
-from ..api.node_calls import NodeUnavailableError
+from ..api.node_calls import NodeCalls, NodeUnavailableError
 from ..api.weights import in_parts
 from ..messages.node import CallReply
 from ..messages.weights import (
@@ -30,7 +30,6 @@ from ..messages.weights import (
     WeightSource,
     WeightsReply,
 )
-from .links import NodeLink
 from .options import RouterOptions
 from .registry import NodeRegistry
 from .weight_rollout import NodeAnswer, ask_all, ask_one, commit_all, discard_all, failures, prepare_all
@@ -55,7 +54,7 @@ class _Update:
     source: WeightSource
     weight_version: str
     mode: UpdateMode
-    links: Mapping[str, NodeLink]  # of all nodes, by URL
+    links: Mapping[str, NodeCalls]  # of all nodes, by URL
 
 
 class WeightUpdates:
@@ -67,7 +66,7 @@ class WeightUpdates:
         options: RouterOptions,
         *,
         registry: NodeRegistry,
-        links: Callable[[], Mapping[str, NodeLink]],
+        links: Callable[[], Mapping[str, NodeCalls]],
         traffic: Traffic,
         clock: Callable[[], float],
     ) -> None:
@@ -118,7 +117,7 @@ class WeightUpdates:
         """What every node (by URL) answers; one that does not answer is a reply without success."""
         timeout_s = self._options.weight_update_s
 
-        async def ask(link: NodeLink) -> WeightsReply:
+        async def ask(link: NodeCalls) -> WeightsReply:
             try:
                 return await link.get_weights(name, truncate_size, timeout_s)
             except NodeUnavailableError as error:
@@ -132,7 +131,7 @@ class WeightUpdates:
         """Likewise."""
         timeout_s = self._options.weight_update_s
 
-        async def ask(link: NodeLink) -> WeightChecksReply:
+        async def ask(link: NodeCalls) -> WeightChecksReply:
             try:
                 return await link.check_weights(timeout_s)
             except NodeUnavailableError as error:
@@ -186,7 +185,7 @@ class WeightUpdates:
             return AdminReply(False, "no node is connected")
         return AdminReply(not failures(answers), failures(answers) or f"group {name!r} is gone")
 
-    async def _leave(self, links: Mapping[str, NodeLink], name: str) -> list[NodeAnswer]:
+    async def _leave(self, links: Mapping[str, NodeCalls], name: str) -> list[NodeAnswer]:
         timeout_s = self._options.weight_update_s
         return await ask_all(links, lambda link: link.leave_update_group(name, timeout_s))
 
@@ -309,7 +308,7 @@ class WeightUpdates:
             if not self._released:
                 self._traffic.release()
 
-    def _why_not(self, links: Mapping[str, NodeLink]) -> str:
+    def _why_not(self, links: Mapping[str, NodeCalls]) -> str:
         if not len(self._registry):
             return "no node is registered"
         silent = [
@@ -337,7 +336,7 @@ class WeightUpdates:
         return True
 
 
-def _join(group: UpdateGroupSpec, rank: int, link: NodeLink) -> Awaitable[CallReply]:
+def _join(group: UpdateGroupSpec, rank: int, link: NodeCalls) -> Awaitable[CallReply]:
     return link.join_update_group(group, rank)
 
 

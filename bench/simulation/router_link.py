@@ -10,7 +10,7 @@ from .network import Network
 
 
 class SimulatedLink(NodeCalls):
-    """A `NodeLink`."""
+    """The router's link to a node of the simulation."""
 
     def __init__(
         self,
