@@ -40,6 +40,7 @@ from ..messages.weights import (
     WeightChecksReply,
     WeightSource,
     WeightsReply,
+    of_one_node,
 )
 from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
@@ -327,12 +328,12 @@ class NodeWeights:
     async def update_weights_from_disk(
         self, model_path: str, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        return await self._update(uuid.uuid4().hex, FromDisk(model_path=model_path), weight_version, mode)
+        return await self._update(_new_update(), FromDisk(model_path=model_path), weight_version, mode)
 
     async def update_weights_from_tensor(
         self, body: AsyncIterator[bytes], weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        update_id, offset, refusal = uuid.uuid4().hex, 0, ""
+        update_id, offset, refusal = _new_update(), 0, ""
         client = self._link.client
         async for part in in_parts(body, STAGE_PART_BYTES):
             if not refusal:  # otherwise read to its end, so that the caller hears the reason
@@ -347,12 +348,12 @@ class NodeWeights:
     async def update_weights_from_distributed(
         self, source: FromGroup, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        return await self._update(uuid.uuid4().hex, source, weight_version, mode)
+        return await self._update(_new_update(), source, weight_version, mode)
 
     async def update_weights_from_ipc(
         self, name: str, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        return await self._update(uuid.uuid4().hex, FromSharedMemory(name=name), weight_version, mode)
+        return await self._update(_new_update(), FromSharedMemory(name=name), weight_version, mode)
 
     async def update_weights_from_peer(
         self, peer_url: str, weight_version: str | None, mode: UpdateMode
@@ -361,7 +362,7 @@ class NodeWeights:
         if entry is None:
             return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
         version = weight_version or entry.weight_version
-        return await self._update(uuid.uuid4().hex, FromPeer(zmq_address=entry.zmq_address), version, mode)
+        return await self._update(_new_update(), FromPeer(zmq_address=entry.zmq_address), version, mode)
 
     async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
         reply = await self._link.client.save_weights(
@@ -407,6 +408,11 @@ class NodeWeights:
         if not committed.success:
             await client.discard_weights(update_id)
         return AdminReply(committed.success, committed.message)
+
+
+def _new_update() -> str:
+    """Nobody but this node has it."""
+    return of_one_node(uuid.uuid4().hex)
 
 
 class NodeOperator:

@@ -51,15 +51,16 @@ def load_replacement(path: Path, current: ModelConfig, dtype: str, shard: Shard 
     return load_model(path, config, dtype, shard)
 
 
-def updated_model(file: Path, base: LoadedModel, shard: Shard = WHOLE) -> LoadedModel:
+def updated_model(file: Path, base: LoadedModel, shard: Shard = WHOLE, fingerprint: str = "") -> LoadedModel:
     """`base` with the tensors of a safetensors file in place of its own. Raises StartupError.
 
-    The fingerprint follows from what `base` has and from the file. When the file holds every tensor it is
-    that of a checkpoint of these tensors.
+    Without `fingerprint` it follows from what `base` has and from the file. When the file holds every tensor
+    it is that of a checkpoint of these tensors.
     """
     weights = updated_weights(file, base.weights, base.config, shard)
-    covers_all = tensor_shapes(base.config).keys() <= read_update(file, base.config).keys()
-    fingerprint = weights_digest(file, base.config, "" if covers_all else base.fingerprint)
+    if not fingerprint:
+        covers_all = tensor_shapes(base.config).keys() <= read_update(file, base.config).keys()
+        fingerprint = weights_digest(file, base.config, "" if covers_all else base.fingerprint)
     return replace(base, weights=weights, fingerprint=fingerprint)
 
 

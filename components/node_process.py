@@ -202,14 +202,15 @@ class Node:
         if self.ranks is not None:
             raise StartupError(f"{self.shard.size} TP ranks hold the tensors: pull from a node of one")
         parts = named_parts(self.model.weights, self.model.config, self.shard)
-        return WeightImage({name: part.data for name, part in parts.items()})
+        tensors = {name: part.data for name, part in parts.items()}
+        return WeightImage(tensors, self.identity.update_id, self.model.fingerprint)
 
     def _load_share(self, order: LoadOrder, model: LoadedModel) -> LoadedModel:
         match order:
             case LoadFolder(path):
                 return load_replacement(path, model.config, self.layout.dtype, self.shard)
-            case LoadTensors(file):
-                return updated_model(file, model, self.shard)
+            case LoadTensors(file, fingerprint):
+                return updated_model(file, model, self.shard, fingerprint)
             case _:
                 assert_never(order)
 

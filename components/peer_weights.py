@@ -30,7 +30,8 @@ _T = TypeVar("_T", WeightImageReply, WeightBytesReply)
 
 
 def pull_weights(source: FromPeer, available_bytes: Callable[[], int]) -> StagedFile:
-    """The weights that the peer serves now, as a safetensors file. Blocks. Raises StartupError."""
+    """The weights that the peer serves now, as a safetensors file. Blocks. Raises StartupError, also when
+    they are those of another update than the one that `source` names."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         link = _PeerLink(context, source.zmq_address)
@@ -38,15 +39,17 @@ def pull_weights(source: FromPeer, available_bytes: Callable[[], int]) -> Staged
         context.term()
         raise StartupError(f"{source.zmq_address} is no address of a node: {error}") from error
     try:
-        return _pull(link, available_bytes)
+        return _pull(link, source, available_bytes)
     finally:
         link.close()
         context.term()
 
 
-def _pull(link: _PeerLink, available_bytes: Callable[[], int]) -> StagedFile:
+def _pull(link: _PeerLink, source: FromPeer, available_bytes: Callable[[], int]) -> StagedFile:
     link.send(OpenWeights(call_id=0))
     image = link.wait(WeightImageReply)
+    if source.update_id and (image.update_id, image.fingerprint) != (source.update_id, source.fingerprint):
+        raise StartupError(f"{source.zmq_address} serves other weights by now")
     offsets = deque(range(0, image.num_bytes, STAGE_PART_BYTES))
     calls = itertools.count(1)
     num_asked = 0

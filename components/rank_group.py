@@ -187,7 +187,7 @@ class RankGroup:
         match order:
             case LoadFolder(path):
                 call = self._call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
-            case LoadTensors(file):
+            case LoadTensors(file=file):
                 call = self._call(lambda call_id: UpdateShard(call_id=call_id, file=str(file)))
             case _:
                 assert_never(order)

@@ -29,9 +29,11 @@ IDLE_S = 60.0  # an image that nobody reads is let go of
 
 
 class WeightImage:
-    """A safetensors file of tensors by name, that is nowhere but in them."""
+    """A safetensors file of tensors by name, that is nowhere but in them; and whose weights they are."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], update_id: str = "", fingerprint: str = "") -> None:
+        self.update_id = update_id
+        self.fingerprint = fingerprint
         specs = [
             TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             for name, tensor in tensors.items()
@@ -82,7 +84,12 @@ class WeightImages:
         number = next(self._numbers)
         self._held[number] = _Held(image)
         return WeightImageReply(
-            call_id=message.call_id, success=True, image=number, num_bytes=image.num_bytes
+            call_id=message.call_id,
+            success=True,
+            image=number,
+            num_bytes=image.num_bytes,
+            update_id=image.update_id,
+            fingerprint=image.fingerprint,
         )
 
     def read(self, message: ReadWeights) -> WeightBytesReply:

@@ -65,6 +65,7 @@ class LoadTensors:
     """The tensors of a safetensors file in place of those that serve."""
 
     file: Path
+    fingerprint: str = ""  # of them, where it does not follow from the file
 
 
 LoadOrder: TypeAlias = LoadFolder | LoadTensors
@@ -209,6 +210,8 @@ class WeightUpdater(Generic[C]):
         """Start loading; the answer comes from `finish`, or now when it cannot begin."""
         if self._loading is not None:
             return _no(link, message, f"update {self._loading.update_id} is being prepared")
+        if self._waiting is not None and self._waiting.prepared.update_id == message.update_id:
+            return _yes(link, message, self._waiting.prepared.checkpoint.fingerprint)
         match message.source:
             case FromDisk(model_path=path):
                 order: LoadOrder = LoadFolder(Path(path))
@@ -391,7 +394,8 @@ class WeightUpdater(Generic[C]):
             return _no(job.link, message, f"update {message.update_id} was discarded")
         self._staged = _Staged(message.update_id, file)
         job.is_received = True
-        self._submit("load weights", job, self._store.load(LoadTensors(file.path)))
+        fingerprint = message.source.fingerprint if isinstance(message.source, FromPeer) else ""
+        self._submit("load weights", job, self._store.load(LoadTensors(file.path, fingerprint)))
         return None
 
     def _loaded(

@@ -67,12 +67,29 @@ class FromSharedMemory(msgspec.Struct, frozen=True, kw_only=True, tag="shared_me
 
 
 class FromPeer(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
-    """The weights that another node serves, read over a connection to its scheduler."""
+    """The weights that another node serves, read over a connection to its scheduler.
+
+    With `update_id` they must be those of this update still, and serve under their fingerprint.
+    """
 
     zmq_address: str
+    update_id: str = ""
+    fingerprint: str = ""
 
 
 WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup | FromSharedMemory | FromPeer
+
+
+_OF_ONE_NODE = "node-"
+
+
+def of_one_node(update_id: str) -> str:
+    """The id of an update that somebody forces on one node: the cluster does not follow it."""
+    return _OF_ONE_NODE + update_id
+
+
+def is_of_cluster(update_id: str) -> bool:
+    return bool(update_id) and not update_id.startswith(_OF_ONE_NODE)
 
 
 class UpdateGroupSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +238,8 @@ class WeightImageReply(msgspec.Struct, frozen=True, kw_only=True, tag="weight_im
     message: str = ""
     image: int = 0
     num_bytes: int = 0
+    update_id: str = ""  # of what is read
+    fingerprint: str = ""
 
 
 class WeightBytesReply(msgspec.Struct, frozen=True, kw_only=True, tag="weight_bytes"):

@@ -36,4 +36,5 @@ class RouterOptions:
     weight_update_s: float = 600.0  # for each node to load, and to swap
     weight_lease_s: float = 30.0  # nodes roll an update back whose coordinator is silent for so long
     weight_commit_s: float = 10.0  # for what clients left behind to end on every node, before it swaps
+    weight_rejoin_s: float = 1.0  # that a node serves other weights, before it is brought to the cluster's
     weight_ready_s: float = 30.0  # for nodes that have swapped to be pairs again

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import msgspec
 
 from ..messages.node import NodeEntry, NodeLoad, Pong, is_same_process
+from ..messages.weights import is_of_cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,9 @@ class NodeRegistry:
         usable = self.usable()
         prefills = [node for node in usable if node.entry.role == "prefill"]
         is_decode_alone = not prefills and not self._is_prefill_awaited
-        updated = {_weights(node.entry) for node in self._nodes.values() if node.entry.update_id}
+        updated = {
+            _weights(node.entry) for node in self._nodes.values() if is_of_cluster(node.entry.update_id)
+        }
         pairs = []
         for decode in usable:
             if decode.entry.role != "decode":

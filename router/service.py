@@ -147,6 +147,7 @@ class RouterService:
             options,
             registry=self._nodes,
             links=self._cluster.links,
+            spawn=self._cluster.spawn,
             traffic=Traffic(
                 hold=self._hold_for_weights,
                 release=self._release_held,
@@ -195,6 +196,7 @@ class RouterService:
             self._nodes.excuse(late_s, now)
         self._move_deadlines(now)
         self._cluster.tick(now, expire=not self._weights.is_rolling_out)
+        self._weights.tick(now)
         self._expire_requests(now)
         self._expire_sessions(now)
         self._dispatch(now)

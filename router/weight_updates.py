@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from ..api.generation import AdminReply, GroupReply, UpdateMode
 from ..api.node_calls import NodeCalls, NodeUnavailableError
@@ -32,6 +33,7 @@ from ..messages.weights import (
 )
 from .options import RouterOptions
 from .registry import NodeRegistry
+from .weight_rejoin import WeightRejoin
 from .weight_rollout import NodeAnswer, ask_all, ask_one, commit_all, discard_all, failures, prepare_all
 
 STAGE_TIMEOUT_S = 30.0
@@ -67,6 +69,7 @@ class WeightUpdates:
         *,
         registry: NodeRegistry,
         links: Callable[[], Mapping[str, NodeCalls]],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         traffic: Traffic,
         clock: Callable[[], float],
     ) -> None:
@@ -76,6 +79,8 @@ class WeightUpdates:
         self._traffic = traffic
         self._clock = clock
         self._released: set[MemoryTag] = set()  # requests are held meanwhile
+        self._rejoin = WeightRejoin(options, registry=registry, links=links, spawn=spawn)
+        self._num_alone = 0  # calls that bear no other update beside them
         self._update: asyncio.Task[AdminReply] | None = None
         self.is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
 
@@ -83,7 +88,8 @@ class WeightUpdates:
         """From what every node can reach by itself."""
         if self.is_running():
             return _ANOTHER
-        return await self._run(_Update(uuid.uuid4().hex, source, weight_version, mode, self._links()))
+        async with self._alone():
+            return await self._run(_Update(uuid.uuid4().hex, source, weight_version, mode, self._links()))
 
     async def update_from_tensors(
         self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
@@ -91,6 +97,12 @@ class WeightUpdates:
         """From the bytes of a safetensors file, which are passed on as they come."""
         if self.is_running():
             return _ANOTHER
+        async with self._alone():
+            return await self._update_from_tensors(body, weight_version, mode)
+
+    async def _update_from_tensors(
+        self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
+    ) -> AdminReply:
         update_id, links = uuid.uuid4().hex, self._links()
         offset, reasons = 0, self._why_not(links)
         async for part in in_parts(body, STAGE_PART_BYTES):
@@ -191,9 +203,14 @@ class WeightUpdates:
 
     async def release_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
         """On all nodes or on none. Running requests end first, and new ones wait until all is resumed."""
-        links = self._links()
         if self.is_running():
             return _ANOTHER
+        async with self._alone():
+            return await self._release_memory(tags, self._links())
+
+    async def _release_memory(
+        self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]
+    ) -> AdminReply:
         if reason := self._why_not(links):
             return AdminReply(False, reason)
         self._traffic.hold("wait")
@@ -232,7 +249,22 @@ class WeightUpdates:
             return AdminReply(False, f"memory is resumed, but {self._registry.explain_no_pair()}")
         return AdminReply(True, f"{len(answers)} nodes have {', '.join(tags)} again")
 
+    def tick(self, now: float) -> None:
+        """Nodes that were started again come to the weights of the others, while nothing else is done."""
+        if not self._num_alone and not self._released and not self.is_running():
+            self._rejoin.tick(now)
+
     # ---- inside -------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """A node loads one update at a time: none is on its way to the weights of the others meanwhile."""
+        self._num_alone += 1
+        try:
+            await self._rejoin.settled()
+            yield
+        finally:
+            self._num_alone -= 1
 
     def is_running(self) -> bool:
         return self._update is not None and not self._update.done()
@@ -288,6 +320,7 @@ class WeightUpdates:
                 await discard_all(update.links, update.update_id)
                 num_running = self._traffic.num_running()
                 return AdminReply(False, f"{num_running} requests were still running; nothing was changed")
+            self._rejoin.committed(update.update_id)
             committed = await commit_all(
                 update.links,
                 update.update_id,

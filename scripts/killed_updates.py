@@ -9,10 +9,9 @@ router (the coordinator), a prefill or a decode node, the trainer. `pdserve up` 
 Then
 
 * whoever asked for the update, and every request, must get an answer or an error: else it hangs;
-* the nodes that lived must serve one version, the old or the new one. A killed node has the weights that it
-  starts with: peers must refuse it for its version, in words, or not need it;
-* the next update must bring every node to its version, with the same checksum, and a request must be answered
-  under it.
+* all nodes must come to serve one version, the old or the new one, with the same checksum, and a request must
+  be answered under it. A killed node starts with other weights and reads those of the others by itself;
+* the next update must bring every node to its version, and likewise.
 
 Exit code 1 when anything of this does not hold.
 """
@@ -197,8 +196,7 @@ def trainer_main(port: int, world_size: int, file: Path) -> None:
 # ---- one kill ---------------------------------------------------------------------------------------
 
 
-def kill(cluster: LocalCluster, updates: Updates, victim: Victim, rng: random.Random) -> str:
-    """Returns the incarnation of a node that was killed, else nothing."""
+def kill(cluster: LocalCluster, updates: Updates, victim: Victim, rng: random.Random) -> None:
     match victim:
         case "router":
             router_process(cluster).send_signal(signal.SIGKILL)
@@ -207,8 +205,6 @@ def kill(cluster: LocalCluster, updates: Updates, victim: Victim, rng: random.Ra
         case "prefill" | "decode":
             node = rng.choice(cluster.workers(victim))
             kill_nodes(cluster, [node["url"]], with_fronts=True)
-            return str(node["incarnation"])
-    return ""
 
 
 def versions(cluster: LocalCluster) -> dict[str, str]:
@@ -226,21 +222,6 @@ def settled(cluster: LocalCluster, allowed: set[str]) -> str:
     return ""
 
 
-def survivors_settled(cluster: LocalCluster, survivors: set[str], allowed: set[str]) -> str:
-    """The one version of those that lived, when the killed one is back and refused; else nothing."""
-    with suppress(OSError, HTTPException):
-        workers = cluster.workers()
-        serving = {w["weight_version"] for w in workers if w["incarnation"] in survivors}
-        newcomers = [w for w in workers if w["incarnation"] not in survivors]
-        if len(workers) == NUM_PREFILL + NUM_DECODE and len(newcomers) == 1 and len(serving) == 1:
-            version = serving.pop()
-            refusals = [reason for w in workers for reason in w["refused_peers"].values()]
-            is_told = any("weight version differs" in reason for reason in refusals)
-            if version in allowed and (version == newcomers[0]["weight_version"] or is_told):
-                return version
-    return ""
-
-
 def disturb(
     cluster: LocalCluster,
     updates: Updates,
@@ -254,7 +235,6 @@ def disturb(
     tally.num_kills += 1
     new, last = f"killed-{tally.num_kills}", f"whole-{tally.num_kills}"
     what = f"kill {tally.num_kills} ({victim}, update from {source})"
-    before = versions(cluster)
     is_over, answer = updates.begin(source, new)
     delay_s = rng.uniform(0.0, state.typical_s)
     time.sleep(delay_s)
@@ -264,18 +244,11 @@ def disturb(
         is_over, answer = updates.begin(source, new)
         delay_s *= rng.random()
         time.sleep(delay_s)
-    killed = kill(cluster, updates, victim, rng)
+    kill(cluster, updates, victim, rng)
     wait_until(is_over, BOUND_S, f"{what}: an answer to the update")
     updates.end_trainer()
     allowed = {state.version, new}
-    if killed:
-        survivors = set(before) - {killed}
-        version = wait_until(
-            lambda: survivors_settled(cluster, survivors, allowed), BOUND_S, f"{what}: one version"
-        )
-    else:
-        version = wait_until(lambda: settled(cluster, allowed), BOUND_S, f"{what}: one version")
-        check_answer(cluster, what, version)
+    version = check_settled(cluster, allowed, f"{what}: one version")
     said, says = answer(), "new" if version == new else "old"
     tally.ends[f"{victim}: {says}"] += 1
     after = f"{what} after {delay_s:.2f} s"
@@ -283,10 +256,7 @@ def disturb(
 
     state.typical_s = update(updates, what, last)
     state.version = last
-    wait_until(lambda: settled(cluster, {last}), BOUND_S, f"{what}: all nodes on the next version")
-    reply = request(cluster.url, "/check_weights", {}, timeout_s=BOUND_S)
-    accept("" if reply.status == 200 else reply.text, what)
-    check_answer(cluster, what, last)
+    check_settled(cluster, {last}, f"{what}: all nodes on the next version")
     tally.num_one_version += 1
 
 
@@ -304,11 +274,16 @@ def accept(reason: str, what: str) -> None:
         raise AssertionError(f"{what} failed: {reason}")
 
 
-def check_answer(cluster: LocalCluster, what: str, version: str) -> None:
+def check_settled(cluster: LocalCluster, allowed: set[str], what: str) -> str:
+    """Waits for all nodes to serve one of these versions, and returns which."""
+    version = wait_until(lambda: settled(cluster, allowed), BOUND_S, what)
+    reply = request(cluster.url, "/check_weights", {}, timeout_s=BOUND_S)
+    accept("" if reply.status == 200 else reply.text, what)
     body = {"prompt": random_ids(0, 40), "max_tokens": 4, "ignore_eos": True}
     reply = request(cluster.url, "/v1/completions", body, timeout_s=BOUND_S)
     if reply.status != 200 or reply.json["weight_version"] != version:
         raise AssertionError(f"{what}: nodes serve {version}, but the answer is {reply.text[:500]}")
+    return version
 
 
 # ---- the run ----------------------------------------------------------------------------------------
@@ -344,7 +319,7 @@ def run_cluster(
     with two_checkpoints() as folders, LocalCluster(arguments, log_path=log_path) as cluster:
         updates, traffic = Updates(cluster, folders), Traffic(cluster)
         try:
-            # A node that joins after an update is one that was started again: refused until the next.
+            # An update goes without a node that has not joined.
             wait_until(lambda: all_paired(cluster, NUM_PREFILL, NUM_DECODE), BOUND_S, "all nodes, all paired")
             state = State("first", update(updates, "before any kill", "first"))
             for victim, source in plan:

@@ -27,7 +27,7 @@ from ...decode.sequence import RequestState
 from ...messages.node import CancelRequest, GenerateRequest, NodeEntry, Role
 from ...messages.peer import AbortRoom
 from ...messages.sampling import SamplingParams
-from ...messages.weights import FromDisk
+from ...messages.weights import FromDisk, of_one_node
 from ...prefill.job import JobState
 from ...router.options import RouterOptions
 from ...router.service import RouterService
@@ -533,7 +533,7 @@ class SimulatedCluster:
                 on_lost=_ignore_loss,
             )
             try:
-                update_id = f"update of {life.process.name}"
+                update_id = of_one_node(f"update of {life.process.name}")
                 prepared = await link.prepare_weights(
                     update_id, FromDisk(model_path=self.weights), self.weights, 2.0
                 )

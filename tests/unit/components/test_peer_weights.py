@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 import torch
 import zmq
@@ -86,6 +87,23 @@ def test_every_bit_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         pulled.close()
     images.poll(0.0)
     assert images.deadline is None, "who has read to the end holds nothing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [({}, False), ({"update_id": "v"}, True), ({"fingerprint": "other"}, True)],
+)
+def test_other_weights_than_those_that_are_wanted_are_refused(
+    changes: dict[str, str], *, is_refused: bool
+) -> None:
+    images = WeightImages(lambda: WeightImage(tensors(), "u", "print"))
+    with peer(images) as source:
+        wanted = msgspec.structs.replace(source, **{"update_id": "u", "fingerprint": "print", **changes})
+        if is_refused:
+            with pytest.raises(StartupError, match="serves other weights by now"):
+                pull_weights(wanted, lambda: PLENTY)
+        else:
+            pull_weights(wanted, lambda: PLENTY).close()
 
 
 def test_the_weights_are_those_of_the_moment_that_the_pull_began() -> None:

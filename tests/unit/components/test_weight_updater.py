@@ -50,10 +50,11 @@ from pdserve.runtime.errors import StartupError
 @dataclass(frozen=True)
 class FakeCheckpoint:
     path: Path
+    given_fingerprint: str = ""
 
     @property
     def fingerprint(self) -> str:
-        return f"digest of {self.path}"
+        return self.given_fingerprint or f"digest of {self.path}"
 
 
 @dataclass
@@ -74,7 +75,7 @@ class FakeStore:
                     return FakeCheckpoint(path)
                 case LoadTensors(file) if self.reads_tensors:
                     self.read = load_file(file)
-                    return FakeCheckpoint(Path("/received"))
+                    return FakeCheckpoint(Path("/received"), order.fingerprint)
                 case LoadTensors(file):
                     return FakeCheckpoint(Path(file.read_text()))
 
@@ -567,6 +568,26 @@ def test_saving_is_a_job_whose_end_is_answered(bench: Bench) -> None:
         call_id=2, success=False, message="s3://b cannot be written"
     )
     assert bench.updater.is_idle
+
+
+def test_what_is_prepared_already_is_not_loaded_again(bench: Bench) -> None:
+    bench.prepare("u1")
+    bench.finish_loading()
+    assert bench.prepare("u1", call_id=9) == Answer(
+        b"router", CallReply(call_id=9, success=True, message="digest of /models/u1")
+    )
+    assert not bench.jobs
+    assert bench.commit("u1")[1] is not None
+
+
+def test_a_node_that_rejoins_serves_under_the_fingerprint_of_its_peer(bench: Bench) -> None:
+    bench.store.reads_tensors = True
+    source = FromPeer(zmq_address="tcp://peer:1", update_id="u", fingerprint="the peer's")
+    message = PrepareWeights(call_id=6, update_id="u", source=source, weight_version="v")
+    assert bench.updater.prepare(b"router", message) is None
+    assert bench.run_job() is None
+    answer = bench.run_job()
+    assert answer == Answer(b"router", CallReply(call_id=6, success=True, message="the peer's"))
 
 
 def test_what_a_peer_serves_is_received_and_then_loaded(bench: Bench) -> None:

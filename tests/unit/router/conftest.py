@@ -136,6 +136,7 @@ class FakeNode:
     hangs_in: str = "no call"  # until its link is lost
     received: list[ClientToNode] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
+    sources: list[WeightSource] = field(default_factory=list)  # of weights that it was to prepare
     links: list[FakeLink] = field(default_factory=list)
 
     def requests(self) -> list[GenerateRequest]:
@@ -171,6 +172,7 @@ class FakeLink:
         self.lost = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
         self.staged = b""
+        self.prepared: dict[str, str] = {}
         node.links.append(self)
         if not node.alive:
             asyncio.get_running_loop().call_soon(self.reset, "cannot connect")
@@ -342,8 +344,11 @@ class FakeLink:
                 pass
             case FromPeer(zmq_address=path):
                 pass
+        self.node.sources.append(source)
         await self._answer(f"prepare {path} {weight_version}")
-        self.prepared = weight_version
+        self.prepared = {"weight_version": weight_version, "update_id": update_id}
+        if isinstance(source, FromPeer) and source.fingerprint:
+            self.prepared["model_fingerprint"] = source.fingerprint
         refused = self.node.prepare_reply
         return CallReply(call_id=1, success=not refused, message=refused or self.node.prepared_fingerprint)
 
@@ -387,7 +392,7 @@ class FakeLink:
         await self._answer("commit")
         if self.node.commit_reply:
             return CallReply(call_id=1, success=False, message=self.node.commit_reply)
-        self.node.entry = msgspec.structs.replace(self.node.entry, weight_version=self.prepared)
+        self.node.entry = msgspec.structs.replace(self.node.entry, **self.prepared)
         return CallReply(call_id=1, success=True)
 
     async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from pdserve.messages.node import NodeEntry, NodeLoad, Pong
+from pdserve.messages.weights import of_one_node
 from pdserve.router.registry import (
     NodeChanged,
     NodeJoined,
@@ -214,6 +215,15 @@ def test_nodes_that_were_started_again_wait_for_the_update_that_others_serve(
     assert registry.ready_pairs() == [], "two nodes with their first weights would be a second version"
     registry.pong("e-1", pong(entry(name="e", update_id="u")), 0.5)
     assert len(registry.ready_pairs()) == 1, "an update brought the weights that the others started with"
+
+
+def test_an_update_that_was_forced_on_one_node_keeps_nobody_waiting(
+    registry: NodeRegistry, entry: Entry
+) -> None:
+    join(registry, entry("prefill", "p"), 0.0)
+    join(registry, entry(), 0.0, "p-1")
+    join(registry, entry(name="e", model_fingerprint="other", update_id=of_one_node("x")), 0.0, "p-1")
+    assert [decode.incarnation for _, decode in registry.ready_pairs()] == ["d-1"]
 
 
 def test_a_draining_node_gets_no_new_work(registry: NodeRegistry, entry: Entry) -> None:
