@@ -11,7 +11,10 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.tests.e2e.helpers import (
@@ -203,3 +206,29 @@ def test_no_node_of_a_role_is_left(nodes: LocalCluster) -> None:
         assert not cut.finish_reasons
     wait_until(lambda: all_paired(nodes, 2, 2), RESTART_S, "all nodes to be back")
     assert greedy_ids(nodes.url, new["prompt"], 8) == expected
+
+
+def test_nodes_that_died_after_an_update_read_the_weights_of_those_that_lived(nodes: LocalCluster) -> None:
+    """Only some tensors were sent, so nobody but a node that serves has all of them."""
+    prompt = random_ids(40, 40)
+    norm = load_file(SHIPPED_MODEL / "model.safetensors")["model.norm.weight"]
+    by = torch.linspace(-1, 1, len(norm)).to(norm.dtype)
+    with Engine(url=nodes.url) as engine:
+        updated = engine.update_weights_from_tensor({"model.norm.weight": norm * by}, weight_version="step-1")
+        assert updated.success, updated.message
+        expected, checksums = greedy_ids(nodes.url, prompt, 12), engine.check_weights()["message"]
+        fingerprints = {worker["model_fingerprint"] for worker in nodes.workers()}
+        died = [nodes.workers(role)[0]["url"] for role in ("prefill", "decode")]
+        before = {worker["incarnation"] for worker in nodes.workers()}
+        kill_nodes(nodes, died, with_fronts=True)
+
+        def are_back() -> bool:
+            lived = before & {worker["incarnation"] for worker in nodes.workers()}
+            return len(lived) == 2 and all_paired(nodes, 2, 2)
+
+        wait_until(are_back, RESTART_S, "four nodes, all paired, two of them started again")
+        assert {worker["weight_version"] for worker in nodes.workers()} == {"step-1"}
+        assert {worker["model_fingerprint"] for worker in nodes.workers()} == fingerprints
+        again = engine.check_weights()
+        assert (again["success"], again["message"]) == (True, checksums)
+    assert all(greedy_ids(nodes.url, prompt, 12) == expected for _ in range(4)), "whichever pair it is"
