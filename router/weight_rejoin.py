@@ -17,7 +17,7 @@ from ..messages.node import NodeEntry
 from ..messages.weights import FromPeer, is_of_cluster
 from .options import RouterOptions
 from .registry import NodeRecord, NodeRegistry
-from .weight_rollout import commit_all, discard_all, failures, prepare_all
+from .weight_rollout import commit_all, failures, prepare_all
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ AGAIN_S = 5.0  # before the same node is brought once more: it failed, or has ye
 
 
 class WeightRejoin:
-    """One node at a time. Two routers may do the same: nodes take part in one update at a time."""
+    """One node at a time. Two routers may try the same one: the node refuses the second."""
 
     def __init__(
         self,
@@ -104,8 +104,8 @@ class WeightRejoin:
                 timeout_s=self._options.weight_update_s,
                 patience_s=self._options.weight_commit_s,
             )
+        # Nothing is discarded: it may be another router's, and what nobody commits ends with its lease.
         if reasons := failures(answers):
-            await discard_all(links, source.update_id)
             log.warning("weights %s: not yet on %s", source.weight_version, reasons)
         else:
             log.info("%s has read weights %s from %s", late.url, source.weight_version, source.url)

@@ -66,7 +66,7 @@ async def test_what_fails_is_tried_again(bench: Bench, caplog: pytest.LogCapture
     assert "weights v2: not yet on http://e: this host has 3 MiB left" in caplog.text
     late.prepare_reply = ""
     await bench.ready(3)
-    assert changes(late)[1] == "discard"
+    assert "discard" not in changes(late), "it may be another router's"
 
 
 async def test_an_update_waits_for_it(bench: Bench) -> None:
