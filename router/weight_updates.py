@@ -32,7 +32,7 @@ from ..messages.weights import (
     WeightsReply,
 )
 from .options import RouterOptions
-from .registry import NodeRegistry
+from .registry import NodeRecord, NodeRegistry
 from .weight_rejoin import WeightRejoin
 from .weight_rollout import NodeAnswer, ask_all, ask_one, commit_all, discard_all, failures, prepare_all
 
@@ -57,6 +57,7 @@ class _Update:
     weight_version: str
     mode: UpdateMode
     links: Mapping[str, NodeCalls]  # of all nodes, by URL
+    nodes: frozenset[str]  # their incarnations: one that is started again meanwhile takes no part
 
 
 class WeightUpdates:
@@ -81,6 +82,7 @@ class WeightUpdates:
         self._released: set[MemoryTag] = set()  # requests are held meanwhile
         self._rejoin = WeightRejoin(options, registry=registry, links=links, spawn=spawn)
         self._num_alone = 0  # calls that bear no other update beside them
+        self._is_committed = False  # the update that runs: it waits for nodes, and needs nothing of them
         self._update: asyncio.Task[AdminReply] | None = None
         self.is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
 
@@ -89,7 +91,7 @@ class WeightUpdates:
         if self.is_running():
             return _ANOTHER
         async with self._alone():
-            return await self._run(_Update(uuid.uuid4().hex, source, weight_version, mode, self._links()))
+            return await self._run(uuid.uuid4().hex, source, weight_version, mode, self._links())
 
     async def update_from_tensors(
         self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
@@ -123,7 +125,7 @@ class WeightUpdates:
             await discard_all(links, update_id)
             return _ANOTHER
         source = FromTensors(num_bytes=offset)
-        return await self._run(_Update(update_id, source, weight_version, mode, links))
+        return await self._run(update_id, source, weight_version, mode, links)
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         """What every node (by URL) answers; one that does not answer is a reply without success."""
@@ -250,8 +252,8 @@ class WeightUpdates:
         return AdminReply(True, f"{len(answers)} nodes have {', '.join(tags)} again")
 
     def tick(self, now: float) -> None:
-        """Nodes that were started again come to the weights of the others, while nothing else is done."""
-        if not self._num_alone and not self._released and not self.is_running():
+        """Nodes that were started again come to the weights of the others, unless an update needs them."""
+        if self._num_alone == int(self._is_committed) and not self._released:
             self._rejoin.tick(now)
 
     # ---- inside -------------------------------------------------------------------------------------
@@ -269,7 +271,16 @@ class WeightUpdates:
     def is_running(self) -> bool:
         return self._update is not None and not self._update.done()
 
-    async def _run(self, update: _Update) -> AdminReply:
+    async def _run(
+        self,
+        update_id: str,
+        source: WeightSource,
+        weight_version: str,
+        mode: UpdateMode,
+        links: Mapping[str, NodeCalls],
+    ) -> AdminReply:
+        nodes = frozenset(node.incarnation for node in self._registry if node.entry.url in links)
+        update = _Update(update_id, source, weight_version, mode, links, nodes)
         self._update = asyncio.create_task(self._roll_out(update))
         return await asyncio.shield(self._update)
 
@@ -328,16 +339,15 @@ class WeightUpdates:
                 patience_s=self._options.weight_commit_s,
             )
             self._traffic.forget_prefixes()
+            self._is_committed = True
             # A node that was not idle in time swaps by itself when it is.
-            version = update.weight_version
-            if await self._until(lambda: self._serves(version), self._options.weight_ready_s):
-                return AdminReply(True, f"{len(update.links)} nodes serve weight version {version}")
+            if await self._until(lambda: self._serve(update), self._options.weight_ready_s):
+                return AdminReply(True, self._outcome(update))
             if reasons := failures(committed):
-                return AdminReply(
-                    False, f"some nodes have the old weights still and pair only with one another; {reasons}"
-                )
+                return AdminReply(False, f"{self._outcome(update)}; the update is decided, but {reasons}")
             return AdminReply(False, f"new weights are loaded, but {self._registry.explain_no_pair()}")
         finally:
+            self._is_committed = False
             if not self._released:
                 self._traffic.release()
 
@@ -356,9 +366,22 @@ class WeightUpdates:
         nodes = list(self._registry)
         return all(self._registry.healthy(node) and node.incarnation not in before for node in nodes)
 
-    def _serves(self, weight_version: str) -> bool:
-        everywhere = all(node.entry.weight_version == weight_version for node in self._registry)
-        return everywhere and bool(self._registry.ready_pairs() or self._released)
+    def _left(self, update: _Update) -> list[NodeRecord]:
+        return [node for node in self._registry if node.incarnation in update.nodes]
+
+    def _serve(self, update: _Update) -> bool:
+        """All that took part and live do, and requests can go on."""
+        left = self._left(update)
+        everywhere = all(node.entry.weight_version == update.weight_version for node in left)
+        return bool(left) and everywhere and bool(self._registry.ready_pairs() or self._released)
+
+    def _outcome(self, update: _Update) -> str:
+        left = self._left(update)
+        num_serving = sum(node.entry.weight_version == update.weight_version for node in left)
+        text = f"{num_serving} nodes serve weight version {update.weight_version}"
+        if num_lost := len(update.nodes) - len(left):
+            text += f", {num_lost} died and read it when started again"
+        return text
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         deadline = self._clock() + timeout_s

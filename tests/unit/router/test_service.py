@@ -812,6 +812,46 @@ async def test_a_node_that_dies_after_the_update_does_not_hold_requests_for_long
     assert not bench.service._queue.held
 
 
+async def test_a_node_that_is_started_again_in_the_commit_does_not_fail_the_update(bench: Bench) -> None:
+    nodes = await large_cluster(bench)
+    died = nodes[-1]
+    died.hangs_in = "commit"
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    await bench.until(lambda: "commit" in died.calls)
+    died.die()
+    died.hangs_in, died.alive = "no call", True
+    died.entry = msgspec.structs.replace(died.entry, incarnation="e-2")
+    await bench.service.register_worker(died.entry.url, died.entry)
+    reply = await update
+    expected = "3 nodes serve weight version v2, 1 died and read it when started again"
+    assert (reply.success, reply.message) == (True, expected)
+    await bench.until(lambda: died.entry.weight_version == "v2")
+
+
+async def test_an_update_whose_only_prefill_node_died_ends_when_it_is_back(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench, weight_rejoin_s=0.02)
+    prefill.hangs_in = "commit"
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    await bench.until(lambda: "commit" in prefill.calls)
+    prefill.die()
+    prefill.hangs_in, prefill.alive = "no call", True
+    prefill.entry = msgspec.structs.replace(prefill.entry, incarnation="p-2")
+    decode.peers = ("p-2",)
+    await bench.service.register_worker(prefill.entry.url, prefill.entry)
+    reply = await update
+    expected = "1 nodes serve weight version v2, 1 died and read it when started again"
+    assert (reply.success, reply.message) == (True, expected)
+    assert prefill.entry.weight_version == "v2"
+
+
+async def test_a_node_that_does_not_swap_fails_the_update(bench: Bench) -> None:
+    _, decode = await small_cluster(bench, weight_commit_s=0.01, weight_ready_s=0.05)
+    decode.commit_reply = "the node is not idle"
+    reply = await bench.service.update_weights_from_disk("/new", "v2", "wait")
+    expected = "1 nodes serve weight version v2; the update is decided, but http://d: the node is not idle"
+    assert (reply.success, reply.message) == (False, expected)
+
+
 async def test_weights_have_a_version_of_their_own_each_time(bench: Bench) -> None:
     await small_cluster(bench)
     versions = []
