@@ -307,12 +307,10 @@ class WeightUpdates:
                 prints = "; ".join(map(str, prepared))
                 reason = f"nodes would serve different weights ({prints}): update every tensor"
                 return AdminReply(False, f"the old weights serve on; {reason}")
-            return await self._swap(update)
+            return await self._swap(update, started)
         finally:
             keeper.cancel()
-            self.is_rolling_out = False
-            now = self._clock()
-            self._registry.excuse(now - started, now)
+            self._expire_again(started)
 
     async def _keep(self, update: _Update) -> None:
         """Nodes roll back what they prepared when nobody says for a while that the update goes on."""
@@ -324,7 +322,14 @@ class WeightUpdates:
                     link.send(message)
             await asyncio.sleep(lease_s / 6)
 
-    async def _swap(self, update: _Update) -> AdminReply:
+    def _expire_again(self, started: float) -> None:
+        """No node stands still for the update any more: one that is silent from here on is lost."""
+        if self.is_rolling_out:
+            self.is_rolling_out = False
+            now = self._clock()
+            self._registry.excuse(now - started, now)
+
+    async def _swap(self, update: _Update, started: float) -> AdminReply:
         self._traffic.hold(update.mode)
         try:
             if not await self._until(lambda: self._traffic.num_running() == 0, self._options.weight_drain_s):
@@ -340,6 +345,7 @@ class WeightUpdates:
             )
             self._traffic.forget_prefixes()
             self._is_committed = True
+            self._expire_again(started)
             # A node that was not idle in time swaps by itself when it is.
             if await self._until(lambda: self._serve(update), self._options.weight_ready_s):
                 return AdminReply(True, self._outcome(update))

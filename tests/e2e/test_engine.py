@@ -135,7 +135,7 @@ def test_a_profile_shows_both_nodes_on_one_clock(engine: Engine, tmp_path: Path)
 def test_streams_go_on_after_a_pause_as_if_there_had_been_none(
     engine: Engine, mode: Literal["in_place", "retract"]
 ) -> None:
-    sampling = {"max_new_tokens": 100, **GREEDY}
+    sampling = {"max_new_tokens": 48, **GREEDY}
     prompts = [random_ids(73 + number, 30) for number in range(3)]
     expected = [
         answer["output_ids"] for answer in engine.generate(input_ids=prompts, sampling_params=sampling)

@@ -547,7 +547,7 @@ async def test_every_node_is_told_of_every_node(bench: Bench) -> None:
 
 
 async def test_a_dead_node_leaves_the_workers(bench: Bench) -> None:
-    _, decode = await small_cluster(bench, lease_s=0.1, pong_timeout_s=0.05)
+    _, decode = await small_cluster(bench, lease_s=1.0, pong_timeout_s=0.5)
     decode.die()
     worker = next(w for w in bench.service.workers() if w.entry.role == "decode")
     assert not worker.healthy
@@ -826,6 +826,17 @@ async def test_a_node_that_is_started_again_in_the_commit_does_not_fail_the_upda
     expected = "3 nodes serve weight version v2, 1 died and read it when started again"
     assert (reply.success, reply.message) == (True, expected)
     await bench.until(lambda: died.entry.weight_version == "v2")
+
+
+async def test_an_update_ends_when_the_lease_of_a_node_that_died_in_the_commit_does(bench: Bench) -> None:
+    *_, died = await large_cluster(bench, lease_s=1.0, pong_timeout_s=0.5)
+    died.hangs_in = "commit"
+    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    await bench.until(lambda: "commit" in died.calls)
+    died.die()
+    reply = await update
+    expected = "3 nodes serve weight version v2, 1 died and read it when started again"
+    assert (reply.success, reply.message) == (True, expected)
 
 
 async def test_an_update_whose_only_prefill_node_died_ends_when_it_is_back(bench: Bench) -> None:
