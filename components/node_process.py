@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import uuid
@@ -36,12 +35,11 @@ from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
 from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import Shard, check_divides
-from ..engine.weight_file import read_weights, save_weights, without_memory
-from ..engine.weights import Weights
+from ..engine.weight_file import require_memory
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
 from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
-from ..messages.ranks import RankStart
+from ..messages.ranks import RankChecked, RankStart
 from ..messages.weights import MemoryTag
 from ..runtime.config import NodeConfig
 from ..runtime.cpu_features import native_dtypes
@@ -60,9 +58,11 @@ from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
 from .loaded_model import LoadedModel, load_model, load_replacement, updated_model
 from .loop_times import TURN, LoopTimes
+from .memory_occupation import Announced
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus, announce
-from .rank_group import LostRankError, RankGroup
+from .rank_group import LostRankError, RankGroup, alongside
+from .rank_memory import RankMemory
 from .saved_model import save_model, upload_model
 from .weight_images import WeightImage
 from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Prepared, Sums, TensorHead
@@ -92,7 +92,7 @@ class Node:
     jobs: JobThread
     profiler: StepProfiler
     backend: TransferBackend
-    regions: tuple[MemoryRegion, ...]  # of each rank
+    rank_memory: RankMemory  # this rank's
     ranks: RankGroup | None  # the further ones; None: this one is alone
     identity: PeerIdentity
     status: NodeStatus
@@ -102,7 +102,6 @@ class Node:
     unix_minus_monotonic_s: float
     loop_times: LoopTimes = field(default_factory=LoopTimes)
     num_steps: int = 0
-    released_weights: tempfile.TemporaryDirectory[str] | None = None  # where they are meanwhile
 
     def build(self, batch: ScheduleBatch) -> ForwardBatch:
         self.num_steps += 1
@@ -116,6 +115,11 @@ class Node:
     def movers(self) -> tuple[Mover, ...]:
         """Of each rank."""
         return (self.backend,) if self.ranks is None else (self.backend, *self.ranks.movers)
+
+    @property
+    def regions(self) -> tuple[MemoryRegion, ...]:
+        """The pool of each rank, as it was registered last."""
+        return (self.rank_memory.region, *(() if self.ranks is None else self.ranks.regions))
 
     def copy_page(self, source: int, dest: int) -> None:
         self.pool.copy_pages([source], [dest])
@@ -131,36 +135,33 @@ class Node:
 
     def load(self, order: LoadOrder) -> Callable[[], LoadedModel]:
         """Weights that can serve instead of the current ones, on every rank."""
-        model, ranks = self.model, self.ranks
-        if ranks is not None:
-            ranks.load_shards(order)
+        model = self.model
+        others = None if self.ranks is None else self.ranks.load_shards(order)
 
-        def job() -> LoadedModel:
-            try:
-                self._require_weights()
-                loaded = self._load_share(order, model)
-            finally:
-                errors = [] if ranks is None else ranks.finish_load()
-            if errors:
-                raise StartupError(errors[0])
-            return loaded
+        def own() -> LoadedModel:
+            require_memory(model.weights)
+            return self._load_share(order, model)
 
-        return job
+        return lambda: alongside(others, own)[0]
 
     def drop(self) -> None:
         if self.ranks is not None:
             self.ranks.drop_shards()
 
     def check(self) -> Callable[[], Sums]:
-        model, ranks = self.model, self.ranks
-        if ranks is not None:
-            ranks.start_check()
+        model = self.model
+        others = None if self.ranks is None else self.ranks.check_shards()
+
+        def own() -> dict[str, int]:
+            require_memory(model.weights)
+            return part_checksums(model.weights, model.config, self.shard)
 
         def job() -> Sums:
-            self._require_weights()
-            own = part_checksums(model.weights, model.config, self.shard)
-            of_ranks = [own] if ranks is None else [own, *ranks.finish_check()]
-            tensors = merge_checksums(of_ranks)
+            sums, answers = alongside(others, own)
+            of_others = [answer.sums for answer in answers if isinstance(answer, RankChecked)]
+            tensors = merge_checksums(
+                [sums, *({name: int(x, 16) for name, x in other.items()} for other in of_others)]
+            )
             return Sums(tensors, whole_checksum(tensors))
 
         return job
@@ -169,7 +170,7 @@ class Node:
         model = self.model
 
         def job() -> TensorHead:
-            self._require_weights()
+            require_memory(model.weights)
             named = named_parts(model.weights, model.config, self.shard).get(name)
             if named is None:
                 raise StartupError(f"the model has no tensor {name!r}")
@@ -186,7 +187,7 @@ class Node:
         model = self.model
 
         def job() -> None:
-            self._require_weights()
+            require_memory(model.weights)
             if self.ranks is not None:
                 raise StartupError(f"{self.shard.size} TP ranks hold the tensors: save from a node of one")
             if is_remote:
@@ -198,7 +199,7 @@ class Node:
 
     def image(self) -> WeightImage:
         """Of the weights that serve now. Raises StartupError."""
-        self._require_weights()
+        require_memory(self.model.weights)
         if self.ranks is not None:
             raise StartupError(f"{self.shard.size} TP ranks hold the tensors: pull from a node of one")
         parts = named_parts(self.model.weights, self.model.config, self.shard)
@@ -232,62 +233,48 @@ class Node:
 
     # ---- memory, see components/memory_occupation.py ----
 
-    def refusal(self) -> str:
-        if self.ranks is not None:
-            return f"a node of {self.shard.size} TP ranks cannot release memory"
-        return ""
+    def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
+        ranks = self.ranks
+        others = None if ranks is None else ranks.move_memory(after)
 
-    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
         def job() -> None:
-            if "weights" in tags:
-                self._put_weights_away()
-            if "kv_cache" in tags:
-                self.backend.release()
-            return_free_memory()
+            try:
+                alongside(others, lambda: self._move(after))
+            except StartupError:
+                if ranks is not None:
+                    self._move_back(ranks, before)
+                raise
 
         return job
 
-    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
-        def job() -> None:
-            if "weights" in tags:
-                self._take_weights_back()
-            if "kv_cache" in tags:
-                self.backend.register()
-
-        return job
-
-    def announce(self, *, is_released: bool) -> PeerIdentity:
+    def announce(self, *, is_released: bool) -> Announced:
         self.identity = announce(self.status, self.identity, is_released=is_released)
-        return self.status.shown(self.identity)
+        self.status.set_regions(self.regions)
+        return Announced(self.status.shown(self.identity), self.regions)
 
-    def _put_weights_away(self) -> None:
-        """Nothing runs, so nobody reads them."""
-        folder = tempfile.TemporaryDirectory(prefix="pdserve-released-")
-        save_weights(self.model.weights, Path(folder.name) / "weights.safetensors")
-        self._set_weights(without_memory(self.model.weights))
-        self.released_weights = folder
-
-    def _take_weights_back(self) -> None:
-        assert self.released_weights is not None, "they were put away"
-        path = Path(self.released_weights.name) / "weights.safetensors"
-        self._set_weights(read_weights(path, self.model.weights))
-        self.released_weights.cleanup()
-        self.released_weights = None
-
-    def _set_weights(self, weights: Weights) -> None:
+    def _move(self, released: frozenset[MemoryTag]) -> None:
+        """Nothing runs, so nobody reads the weights."""
+        weights = self.rank_memory.move(released, self.model.weights)
         self.model = replace(self.model, weights=weights)
         self.runner.swap_weights(weights)
+        del weights
+        return_free_memory()
 
-    def _require_weights(self) -> None:
-        if self.released_weights is not None:
-            raise StartupError("the memory of the weights is released: resume it first")
+    def _move_back(self, ranks: RankGroup, before: frozenset[MemoryTag]) -> None:
+        """A rank could not follow the others."""
+        try:
+            alongside(ranks.move_memory(before), lambda: self._move(before))
+        except StartupError as error:
+            if before:  # some rank keeps what counts as released
+                _log.warning("the ranks differ in what they have released: %s", error)
+                return
+            # A node of which one part has its memory cannot serve: it ends, loudly.
+            raise RuntimeError(f"a rank cannot have its memory back: {error}") from error
 
     def close(self) -> None:
         end(self.front, grace_s=5.0)
         self.engine.close()
         self.jobs.close()
-        if self.released_weights is not None:
-            self.released_weights.cleanup()
         if self.ranks is not None:
             self.ranks.close()
         self.backend.close()
@@ -349,11 +336,11 @@ def start_node(
         undo.callback(backend.close)
         memory = backend.allocate(num_pages * layout.of_rank(size).stride_bytes)
         pool = KVPool(layout.of_rank(size), num_pages, torch.device("cpu"), memory=memory)
-        regions: tuple[MemoryRegion, ...] = (backend.register(),)
+        rank_memory = RankMemory(backend, backend.register())
         model = load_model(path, model_config, dtype, shard)
         collective = None
         if ranks is not None:
-            regions += ranks.wait_ready()
+            ranks.wait_ready()
             collective = ranks.join()
         rank_config = shard.config(model.config)
         operators, arithmetic = EAGER, ""
@@ -394,6 +381,7 @@ def start_node(
         colocated=config.colocated,
     )
     pids = (os.getpid(), *(() if ranks is None else ranks.pids))
+    regions = (rank_memory.region, *(() if ranks is None else ranks.regions))
     rank_infos = tuple(
         RankInfo(rank=rank, pid=pid, session=region.session)
         for rank, (pid, region) in enumerate(zip(pids, regions, strict=True))
@@ -435,7 +423,7 @@ def start_node(
         jobs=jobs,
         profiler=profiler,
         backend=backend,
-        regions=regions,
+        rank_memory=rank_memory,
         ranks=ranks,
         identity=identity,
         status=status,

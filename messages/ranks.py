@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from .peer import MemoryRegion
+from .weights import MemoryTag
 
 # ---- rank 0 to a further rank -----------------------------------------------------------------------
 
@@ -82,6 +83,13 @@ class DropShard(msgspec.Struct, frozen=True, kw_only=True, tag="drop_shard"):
     """What was loaded last is not wanted."""
 
 
+class MoveMemory(msgspec.Struct, frozen=True, kw_only=True, tag="move_memory"):
+    """Release the memory that is named here and take the other back; answered by RankMoved."""
+
+    call_id: int
+    released: tuple[MemoryTag, ...]
+
+
 class MeetRegion(msgspec.Struct, frozen=True, kw_only=True, tag="meet"):
     """A first contact with a rank of a peer. Its handle is reported by WritesEnded, as a write's is."""
 
@@ -117,6 +125,7 @@ ToRank: TypeAlias = (
     | CheckShard
     | SwapShard
     | DropShard
+    | MoveMemory
     | MeetRegion
     | WriteRun
     | CancelRuns
@@ -139,6 +148,8 @@ class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class RankDone(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """With an error it answers any call."""
+
     call_id: int
     error: str = ""
 
@@ -148,6 +159,13 @@ class RankChecked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
 
     call_id: int
     sums: dict[str, str]
+
+
+class RankMoved(msgspec.Struct, frozen=True, kw_only=True, tag="moved"):
+    """The memory is as it was asked for."""
+
+    call_id: int
+    region: MemoryRegion  # of the pool, as it was registered last
 
 
 class WriteEnd(msgspec.Struct, frozen=True, array_like=True):
@@ -160,4 +178,5 @@ class WritesEnded(msgspec.Struct, frozen=True, kw_only=True, tag="writes_ended")
     ends: tuple[WriteEnd, ...]
 
 
-FromRank: TypeAlias = RankReady | RankFailed | RankDone | RankChecked | WritesEnded
+RankAnswer: TypeAlias = RankDone | RankChecked | RankMoved
+FromRank: TypeAlias = RankReady | RankFailed | RankAnswer | WritesEnded

@@ -124,6 +124,47 @@ def test_new_weights_are_on_every_rank_or_on_none(nodes: LocalCluster, tmp_path:
     assert ids() == old
 
 
+def check(cluster: LocalCluster) -> str:
+    """One checksum, of all nodes."""
+    reply = request(cluster.url, "/check_weights", {})
+    assert reply.status == 200, reply.text
+    message: str = reply.json["message"]
+    return message
+
+
+def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> None:
+    ids, sums = greedy_ids(nodes.url, PROMPT, 8), check(nodes)
+    processes = [process for worker in nodes.workers() for process in ranks(worker["url"])]
+    assert len(processes) == 6
+
+    before = [process.memory_info().rss for process in processes]
+    rank1 = processes[-1]
+    limit = rank1.rlimit(psutil.RLIMIT_FSIZE)
+    rank1.rlimit(psutil.RLIMIT_FSIZE, (4096, limit[1]))  # as good as a full disk
+    refused = request(nodes.url, "/release_memory_occupation", {})
+    rank1.rlimit(psutil.RLIMIT_FSIZE, limit)
+    assert refused.status == 400, refused.text
+    assert "TP rank 1: weights cannot be kept" in refused.text
+    wait_until(lambda: all_paired(nodes, 1, 2), 20.0, "all nodes to have their memory again")
+    assert (greedy_ids(nodes.url, PROMPT, 8), check(nodes)) == (ids, sums)
+
+    released = request(nodes.url, "/release_memory_occupation", {})
+    assert released.status == 200, released.text
+    num_weight_bytes = (SHIPPED_MODEL / "model.safetensors").stat().st_size
+    for process, rss in zip(processes, before, strict=True):
+        now = process.memory_info().rss
+        assert now < rss - num_weight_bytes / 2, f"{process}: {rss} bytes before, {now} now"
+    for worker in nodes.workers():
+        reply = request(worker["url"], "/check_weights", {})
+        assert (reply.status, "the memory of the weights is released" in reply.text) == (400, True)
+    assert request(nodes.url, "/resume_memory_occupation", {"tags": ["kv_cache"]}).status == 200
+    incarnations = {worker["incarnation"] for worker in nodes.workers()}
+    resumed = request(nodes.url, "/resume_memory_occupation", {"tags": ["weights"]})
+    assert resumed.status == 200, resumed.text
+    assert not incarnations & {worker["incarnation"] for worker in nodes.workers()}
+    assert (greedy_ids(nodes.url, PROMPT, 8), check(nodes)) == (ids, sums)
+
+
 @pytest.mark.timeout(600)
 def test_a_rank_that_is_killed_ends_its_node_and_the_answer_goes_on_elsewhere(
     started: tuple[LocalCluster, Path], nodes: LocalCluster

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pdserve.components.flush_wrapper import FlushWrapper
-from pdserve.components.memory_occupation import MemoryOccupation
+from pdserve.components.memory_occupation import Announced, MemoryOccupation
 from pdserve.components.metrics_reporter import MetricsReporter
 from pdserve.components.node_control import ControlMessage, ControlResult, NodeControl
 from pdserve.components.node_status import NodeStatus
@@ -32,7 +32,6 @@ from pdserve.messages.node import (
     NodeLoad,
     ServerInfoReply,
 )
-from pdserve.messages.peer import PeerIdentity
 from pdserve.messages.weights import (
     CommitWeights,
     DiscardWeights,
@@ -64,16 +63,10 @@ def no_group(message: JoinUpdateGroup) -> Group:
 
 
 class FakeMemory:
-    def refusal(self) -> str:
-        return "it cannot"
-
-    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+    def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
         raise NotImplementedError
 
-    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
-        raise NotImplementedError
-
-    def announce(self, *, is_released: bool) -> PeerIdentity:
+    def announce(self, *, is_released: bool) -> Announced:
         raise NotImplementedError
 
 

@@ -32,10 +32,12 @@ from pdserve.messages.ranks import (
     LeaveRegion,
     LoadShard,
     MeetRegion,
+    MoveMemory,
     PoisonPages,
     RankChecked,
     RankDone,
     RankFailed,
+    RankMoved,
     RankReady,
     RankStart,
     RunForward,
@@ -208,6 +210,20 @@ def test_a_rank_computes_copies_moves_and_swaps(
     assert after.sums == before.sums, "rank 0 counts what every rank has"
     refused = call(UpdateShard(call_id=10, file=str(tmp_path / "none")))
     assert refused.error
+
+    # Its memory goes and comes back; what it computed is gone, what it computes with is the same.
+    rank0.pipe.send(MoveMemory(call_id=11, released=("kv_cache", "weights")))
+    assert rank0.next() == RankMoved(call_id=11, region=ready.region)
+    assert call(CheckShard(call_id=12)).error == "the memory of the weights is released: resume it first"
+    assert call(UpdateShard(call_id=13, file=str(file))).error
+    assert call(LoadShard(call_id=14, model_path=str(SHIPPED_MODEL))).error
+    rank0.pipe.send(MoveMemory(call_id=15, released=()))
+    assert rank0.next() == RankMoved(call_id=15, region=ready.region)
+    rank0.pipe.send(CheckShard(call_id=16))
+    assert rank0.next() == RankChecked(call_id=16, sums=before.sums)
+    rank0.pipe.send(MeetRegion(handle=1, region=region))
+    assert rank0.next() == WritesEnded(ends=(WriteEnd(1, "done"),))
+    assert not np.any(page(1))
     peer.close()
 
 

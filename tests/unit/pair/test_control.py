@@ -355,6 +355,7 @@ def test_a_node_without_its_memory_pairs_with_nobody_and_comes_back_as_another_i
     pair.advance(10.0)
     prefill = pair.prefill.status.entry.incarnation
     assert pair.decode.rooms.ready_peers() == {prefill: ADDRESS}
+    assert pair.backend.connected == {pair.decode.status.entry.incarnation}, "where its memory is now"
     pair.start("c", prompt_of(9), prefill=prefill)
     pair.finish()
     pair.check_answer("c", prompt_of(9), 4)
