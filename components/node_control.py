@@ -97,7 +97,8 @@ class NodeControl(Generic[C]):
             case CheckWeights():
                 self._weights.check(link, message)
             case OpenWeights():
-                result.replies.append((link, self._images.open(message)))
+                if (opened := self._images.open(link, message)) is not None:
+                    result.replies.append((link, opened))
             case ReadWeights():
                 result.replies.append((link, self._images.read(message)))
             case SaveWeights():
@@ -135,7 +136,7 @@ class NodeControl(Generic[C]):
         result: ControlResult[C] = ControlResult()
         self._decide(self._flush.poll(now, idle), result)
         result.swap = self._weights.poll(now, idle=idle)
-        self._images.poll(now)
+        result.replies += self._images.poll(now)
         self._take(self._memory.poll(now, idle=idle and is_drained), result)
         return result
 

@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, assert_never
@@ -23,6 +23,7 @@ from typing import Protocol, assert_never
 import msgspec
 import torch
 import zmq
+from torch import Tensor
 
 from ..engine.engine_thread import EngineThread
 from ..engine.forward_batch import ForwardBatch
@@ -30,12 +31,13 @@ from ..engine.job_thread import JobThread
 from ..engine.kv_pool import KVPool
 from ..engine.model_config import ModelConfig, kv_layout, resolve_dtype
 from ..engine.model_runner import ModelRunner
-from ..engine.named_weights import merge_checksums, named_parts, part_checksums, whole_checksum
+from ..engine.named_weights import merge_checksums, part_checksums, whole_checksum
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
 from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import Shard, check_divides
 from ..engine.weight_file import require_memory
+from ..engine.weights import tensor_shapes
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
 from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
@@ -66,6 +68,7 @@ from .rank_memory import RankMemory
 from .saved_model import save_model, upload_model
 from .weight_images import WeightImage
 from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Prepared, Sums, TensorHead
+from .whole_tensors import gather_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +93,7 @@ class Node:
     runner: ModelRunner
     engine: EngineThread
     jobs: JobThread
+    image_jobs: JobThread  # of weights for others to read: `jobs` may itself wait for another node's
     profiler: StepProfiler
     backend: TransferBackend
     rank_memory: RankMemory  # this rank's
@@ -168,43 +172,48 @@ class Node:
 
     def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
         model = self.model
+        gather = self._gather(head=(name, num_rows))
 
         def job() -> TensorHead:
-            require_memory(model.weights)
-            named = named_parts(model.weights, model.config, self.shard).get(name)
-            if named is None:
-                raise StartupError(f"the model has no tensor {name!r}")
-            if named.part and self.shard.size > 1:
-                raise StartupError(
-                    f"{name} is split over {self.shard.size} ranks: compare it by its checksum"
-                )
-            values = named.data[:num_rows].float().tolist()
-            return TensorHead(str(named.data.dtype).removeprefix("torch."), named.shape, values)
+            rows = gather()[name][:num_rows]
+            shape = tensor_shapes(model.config)[name]
+            return TensorHead(str(rows.dtype).removeprefix("torch."), shape, rows.float().tolist())
 
         return job
 
     def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> Callable[[], None]:
         model = self.model
+        gather = self._gather(spare_bytes=max_shard_bytes)  # a file's tensors are copied on their way out
 
         def job() -> None:
-            require_memory(model.weights)
-            if self.ranks is not None:
-                raise StartupError(f"{self.shard.size} TP ranks hold the tensors: save from a node of one")
             if is_remote:
-                upload_model(model, target, max_shard_bytes)
+                upload_model(model, gather(), target, max_shard_bytes)
             else:
-                save_model(model, Path(target), max_shard_bytes)
+                save_model(model, gather(), Path(target), max_shard_bytes)
 
         return job
 
-    def image(self) -> WeightImage:
-        """Of the weights that serve now. Raises StartupError."""
-        require_memory(self.model.weights)
-        if self.ranks is not None:
-            raise StartupError(f"{self.shard.size} TP ranks hold the tensors: pull from a node of one")
-        parts = named_parts(self.model.weights, self.model.config, self.shard)
-        tensors = {name: part.data for name, part in parts.items()}
-        return WeightImage(tensors, self.identity.update_id, self.model.fingerprint)
+    def image(self) -> Callable[[], WeightImage]:
+        """A job, for others to read the weights that serve now. It raises StartupError."""
+        update_id, fingerprint, gather = self.identity.update_id, self.model.fingerprint, self._gather()
+        return lambda: WeightImage(gather(), update_id, fingerprint)
+
+    def served_update(self) -> str:
+        """Its id, the same as long as the same weights serve."""
+        return self.identity.update_id
+
+    def _gather(
+        self, *, spare_bytes: int = 0, head: tuple[str, int] | None = None
+    ) -> Callable[[], Mapping[str, Tensor]]:
+        return gather_tensors(
+            self.model.weights,
+            self.model.config,
+            self.shard,
+            self.ranks,
+            available_memory_bytes,
+            spare_bytes=spare_bytes,
+            head=head,
+        )
 
     def _load_share(self, order: LoadOrder, model: LoadedModel) -> LoadedModel:
         match order:
@@ -275,6 +284,7 @@ class Node:
         end(self.front, grace_s=5.0)
         self.engine.close()
         self.jobs.close()
+        self.image_jobs.close()
         if self.ranks is not None:
             self.ranks.close()
         self.backend.close()
@@ -355,7 +365,7 @@ def start_node(
         profiler = StepProfiler(f"{config.role}-{incarnation[:8]}")
         share = None if ranks is None else ranks.forward
         engine = EngineThread(runner, rank_threads(config), share=share, profiler=profiler)
-        jobs = JobThread()
+        jobs, image_jobs = JobThread(), JobThread("image jobs")
         undo.pop_all()  # nothing below fails
 
     identity = PeerIdentity(
@@ -392,6 +402,7 @@ def start_node(
     waiter.add(server)
     waiter.add(engine.fileno())
     waiter.add(jobs.fileno())
+    waiter.add(image_jobs.fileno())
     waiter.add(backend.fileno())
     if config.dtype == "auto" and dtype != model_config.dtype:
         _log.info("computing in %s: this processor has no %s arithmetic", dtype, model_config.dtype)
@@ -421,6 +432,7 @@ def start_node(
         runner=runner,
         engine=engine,
         jobs=jobs,
+        image_jobs=image_jobs,
         profiler=profiler,
         backend=backend,
         rank_memory=rank_memory,

@@ -32,6 +32,7 @@ from ..messages.ranks import (
     CheckShard,
     CopyPages,
     DropShard,
+    FillTensors,
     FromRank,
     LoadShard,
     MoveMemory,
@@ -240,6 +241,10 @@ class RankGroup:
     def check_shards(self) -> RankCall:
         """Every rank computes checksums of its share."""
         return self._call(lambda call_id: CheckShard(call_id=call_id))
+
+    def fill_tensors(self, file: Path) -> RankCall:
+        """Every rank writes its parts of the tensors that the file was laid out for."""
+        return self._call(lambda call_id: FillTensors(call_id=call_id, file=str(file)))
 
     def move_memory(self, released: frozenset[MemoryTag]) -> RankCall:
         """Every rank releases this and takes back the other. Any thread may call it."""

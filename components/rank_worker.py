@@ -30,6 +30,7 @@ from ..messages.ranks import (
     CheckShard,
     CopyPages,
     DropShard,
+    FillTensors,
     LeaveRegion,
     LoadShard,
     MeetRegion,
@@ -58,6 +59,7 @@ from ..transfer.backends.base import TransferBackend
 from ..transfer.copy_plan import Run
 from .loaded_model import updated_weights
 from .rank_memory import RankMemory
+from .whole_tensors import write_parts
 
 _LONGEST_SLEEP_S = 10.0
 _CPU = torch.device("cpu")
@@ -171,6 +173,9 @@ class RankWorker:
             case CheckShard():
                 weights = self._weights
                 self._start(message.call_id, lambda: self._check(message.call_id, weights))
+            case FillTensors():
+                file, weights = Path(message.file), self._weights
+                self._start(message.call_id, lambda: self._fill(message.call_id, file, weights))
             case MoveMemory():
                 self._start(message.call_id, lambda: self._move(message))
             case SwapShard():
@@ -209,6 +214,10 @@ class RankWorker:
         require_memory(weights)
         sums = part_checksums(weights, self._config, self._shard)
         return RankChecked(call_id=call_id, sums={name: f"{value:x}" for name, value in sums.items()})
+
+    def _fill(self, call_id: int, file: Path, weights: Weights) -> RankDone:
+        write_parts(file, weights, self._config, self._shard)
+        return RankDone(call_id=call_id)
 
     def _move(self, message: MoveMemory) -> RankMoved:
         """Rank 0 has the results of all forwards, so nothing is read or written here any more."""

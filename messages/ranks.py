@@ -75,6 +75,13 @@ class CheckShard(msgspec.Struct, frozen=True, kw_only=True, tag="check_shard"):
     call_id: int
 
 
+class FillTensors(msgspec.Struct, frozen=True, kw_only=True, tag="fill_tensors"):
+    """Write the rank's parts of these tensors into the safetensors file that was laid out for them."""
+
+    call_id: int
+    file: str
+
+
 class SwapShard(msgspec.Struct, frozen=True, kw_only=True, tag="swap_shard"):
     """The next forward uses what was loaded last."""
 
@@ -123,6 +130,7 @@ ToRank: TypeAlias = (
     | LoadShard
     | UpdateShard
     | CheckShard
+    | FillTensors
     | SwapShard
     | DropShard
     | MoveMemory

@@ -58,7 +58,7 @@ from ...transfer.decode_rooms import DecodeRooms
 from ...transfer.page_digests import DigestWorker
 from ...transfer.prefill_rooms import PrefillRooms
 from .engine import FakeEngine
-from .side_work import FakeDeathProbe, FakeDigests, NoProfiler
+from .side_work import FakeDeathProbe, FakeDigests, NoImageJobs, NoProfiler
 from .tokens import EOS, LAYOUT, PAGE_SIZE, VOCAB_SIZE, Pool
 
 INITIAL_VERSION = "default"
@@ -79,6 +79,10 @@ def _no_group(message: JoinUpdateGroup) -> Group:
 
 def _no_peer(source: FromPeer) -> StagedFile:
     raise StartupError(f"{source.zmq_address} is no address of a node")
+
+
+def _no_image() -> Callable[[], WeightImage]:
+    raise NotImplementedError
 
 
 class FakeStore:
@@ -268,7 +272,7 @@ class _Base(Generic[T]):
             status=self.status,
             flush=FlushWrapper(),
             weights=self.weights,
-            images=WeightImages(lambda: WeightImage({})),
+            images=WeightImages(_no_image, lambda: "", NoImageJobs()),
             memory=MemoryOccupation(self, self.engine.jobs.submit),
             metrics=self.metrics,
             drop_cache=drop_cache,

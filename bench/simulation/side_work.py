@@ -1,4 +1,5 @@
-"""Stands for what a node does beside its forwards: page digests and the search for proofs of death."""
+"""Stands for what a node does beside its forwards: page digests, the search for proofs of death, weights that
+others read."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ...components.weight_images import WeightImage
+from ...engine.engine_thread import JobResult
 from ...messages.operation import StartProfile
 from ...transfer.page_digests import Digests
 from .tokens import Pool
@@ -59,3 +62,13 @@ class NoProfiler:
 
     def stop(self) -> tuple[Path, ...]:
         return ()
+
+
+class NoImageJobs:
+    """Nobody reads weights here."""
+
+    def submit(self, name: str, run: Callable[[], WeightImage]) -> None:
+        raise NotImplementedError(name)
+
+    def poll(self) -> list[JobResult]:
+        return []

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from pdserve.components.rank_worker import run_rank
+from pdserve.components.staged_weights import staged_file
+from pdserve.components.whole_tensors import mapped_tensors
 from pdserve.engine.batch_codec import encode_batch
 from pdserve.engine.forward_batch import ForwardBatch
 from pdserve.engine.kv_pool import KVPool
@@ -21,13 +23,14 @@ from pdserve.engine.model_config import ModelConfig, kv_layout
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.tensor_parallel import RankCollective, Shard
-from pdserve.engine.weights import load_weights
+from pdserve.engine.weights import Checkpoint, load_weights, tensor_shapes
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
     CancelRuns,
     CheckShard,
     CopyPages,
     DropShard,
+    FillTensors,
     FromRank,
     LeaveRegion,
     LoadShard,
@@ -48,11 +51,13 @@ from pdserve.messages.ranks import (
     WritesEnded,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.weights import TensorSpec
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.transfer.backends.shm import ShmBackend
 
 CPU = torch.device("cpu")
 NUM_PAGES = 8
+DOWN = "model.layers.1.mlp.down_proj.weight"
 CONFIG = ModelConfig.from_dir(SHIPPED_MODEL)
 LAYOUT = kv_layout(CONFIG, 16, "float32")
 RANK_LAYOUT = LAYOUT.of_rank(2)
@@ -210,6 +215,18 @@ def test_a_rank_computes_copies_moves_and_swaps(
     assert after.sums == before.sums, "rank 0 counts what every rank has"
     refused = call(UpdateShard(call_id=10, file=str(tmp_path / "none")))
     assert refused.error
+
+    with staged_file() as whole:
+        whole.lay_out([TensorSpec(DOWN, "float32", tensor_shapes(CONFIG)[DOWN])])
+    assert call(FillTensors(call_id=17, file=str(whole.path))) == RankDone(call_id=17)
+    half = tensor_shapes(CONFIG)[DOWN][1] // 2
+    with Checkpoint(SHIPPED_MODEL) as checkpoint:
+        expected_half = checkpoint.tensor(DOWN).float()[:, half:]
+    filled = mapped_tensors(whole.path)[DOWN]
+    assert torch.equal(filled[:, half:], expected_half)
+    assert not filled[:, :half].any(), "rank 0's part"
+    whole.close()
+    assert "cannot be opened" in call(FillTensors(call_id=18, file=str(tmp_path / "none"))).error
 
     # Its memory goes and comes back; what it computed is gone, what it computes with is the same.
     rank0.pipe.send(MoveMemory(call_id=11, released=("kv_cache", "weights")))
