@@ -157,7 +157,7 @@ def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> N
     for worker in nodes.workers():
         reply = request(worker["url"], "/check_weights", {})
         assert (reply.status, "the memory of the weights is released" in reply.text) == (400, True)
-    assert request(nodes.url, "/resume_memory_occupation", {"tags": ["kv_cache"]}).status == 200
+    assert request(nodes.url, "/resume_memory_occupation", {"tags": ["kv_cache", "graphs"]}).status == 200
     incarnations = {worker["incarnation"] for worker in nodes.workers()}
     resumed = request(nodes.url, "/resume_memory_occupation", {"tags": ["weights"]})
     assert resumed.status == 200, resumed.text

@@ -24,7 +24,7 @@ from pdserve.transfer.backends.shm import ShmBackend
 
 CONFIG = ModelConfig.from_dir(SHIPPED_MODEL)
 SHARD = Shard(1, 2)
-BOTH: frozenset[MemoryTag] = frozenset({"weights", "kv_cache"})
+ALL: frozenset[MemoryTag] = frozenset({"weights", "kv_cache", "graphs"})
 NONE: frozenset[MemoryTag] = frozenset()
 
 
@@ -69,10 +69,10 @@ def test_everything_goes_and_comes_back_twice(memory: RankMemory) -> None:
     weights = load()
     expected = sums(weights)
     for number in (2, 3):
-        away = memory.move(BOTH, weights)
+        away = memory.move(ALL, weights)
         assert not has_memory(away)
         assert not list(Path(tempfile.gettempdir()).iterdir()), "the file has no name"
-        assert memory.move(BOTH, away) is away, "it is so already"
+        assert memory.move(ALL, away) is away, "it is so already"
         half = memory.move(frozenset({"weights"}), away)
         assert memory.region.session == f"s{number}"
         assert not has_memory(half)
@@ -89,21 +89,21 @@ def test_a_full_disk_changes_nothing(memory: RankMemory, monkeypatch: pytest.Mon
     weights = load()
     expected = sums(weights)
     with pytest.raises(StartupError, match="no space left"):
-        memory.move(BOTH, weights)
+        memory.move(ALL, weights)
     assert sums(weights) == expected
     monkeypatch.setattr(rank_memory, "save_weights", save_weights)
     monkeypatch.setattr(tempfile, "tempdir", "/proc")
     with pytest.raises(StartupError, match="cannot be kept in /proc"):
-        memory.move(BOTH, weights)
+        memory.move(ALL, weights)
     monkeypatch.setattr(tempfile, "tempdir", None)
-    back = memory.move(NONE, memory.move(BOTH, weights))
+    back = memory.move(NONE, memory.move(ALL, weights))
     assert sums(back) == expected
 
 
 def test_a_pool_that_cannot_be_registered_leaves_all_released(memory: RankMemory, backend: Backend) -> None:
     weights = load()
     expected = sums(weights)
-    away = memory.move(BOTH, weights)
+    away = memory.move(ALL, weights)
     backend.refuses = True
     with pytest.raises(StartupError, match="locked memory"):
         memory.move(NONE, away)
@@ -113,8 +113,15 @@ def test_a_pool_that_cannot_be_registered_leaves_all_released(memory: RankMemory
     assert memory.region.session == "s2"
 
 
+def test_graphs_are_no_bytes(memory: RankMemory) -> None:
+    weights = load()
+    assert memory.move(frozenset({"graphs"}), weights) is weights
+    assert memory.move(NONE, weights) is weights
+    assert memory.region.session == "s1"
+
+
 def test_weights_that_came_meanwhile_stay(memory: RankMemory) -> None:
     """An update that was prepared before may be committed while the old weights are away."""
-    memory.move(BOTH, load())
+    memory.move(ALL, load())
     fresh = load()
     assert memory.move(NONE, fresh) is fresh
