@@ -62,6 +62,7 @@ from .loaded_model import LoadedModel, load_model, load_replacement, updated_mod
 from .loop_times import TURN, LoopTimes
 from .memory_occupation import Announced
 from .metrics_reporter import MetricsReporter
+from .node_profiler import NodeProfiler
 from .node_status import NodeStatus, announce
 from .rank_group import LostRankError, RankGroup, alongside
 from .rank_memory import RankMemory
@@ -94,7 +95,7 @@ class Node:
     engine: EngineThread
     jobs: JobThread
     image_jobs: JobThread  # of weights for others to read: `jobs` may itself wait for another node's
-    profiler: StepProfiler
+    profiler: NodeProfiler
     backend: TransferBackend
     rank_memory: RankMemory  # this rank's
     ranks: RankGroup | None  # the further ones; None: this one is alone
@@ -328,6 +329,7 @@ def start_node(
     max_model_len = _max_model_len(config, model_config)
     host = config.advertise_host or routable_host(config.host)
 
+    trace_name = f"{config.role}-{incarnation[:8]}"
     zmq_address = f"tcp://{host}:{server_port}"
     url = http_url(host, listener)
     with contextlib.ExitStack() as undo:
@@ -338,7 +340,7 @@ def start_node(
         num_pages = _num_pages(config, layout, max_model_len)
         ranks = None
         if size > 1:
-            ranks = _start_ranks(config, path, dtype, num_pages, host)
+            ranks = _start_ranks(config, path, dtype, num_pages, host, trace_name)
             undo.callback(ranks.close)
         backend = create_backend(
             config.transfer_backend, _transport(config), host, config.ib_device, config.faulty
@@ -362,9 +364,9 @@ def start_node(
         runner = ModelRunner(
             rank_config, model.weights, pool, torch.device("cpu"), operators=operators, collective=collective
         )
-        profiler = StepProfiler(f"{config.role}-{incarnation[:8]}")
+        own_profiler = StepProfiler(trace_name)
         share = None if ranks is None else ranks.forward
-        engine = EngineThread(runner, rank_threads(config), share=share, profiler=profiler)
+        engine = EngineThread(runner, rank_threads(config), share=share, profiler=own_profiler)
         jobs, image_jobs = JobThread(), JobThread("image jobs")
         undo.pop_all()  # nothing below fails
 
@@ -433,7 +435,7 @@ def start_node(
         engine=engine,
         jobs=jobs,
         image_jobs=image_jobs,
-        profiler=profiler,
+        profiler=NodeProfiler(own_profiler, ranks),
         backend=backend,
         rank_memory=rank_memory,
         ranks=ranks,
@@ -521,7 +523,9 @@ def _transport(config: NodeConfig) -> str:
     return "shm" if config.transfer_backend == "shm" else config.transport
 
 
-def _start_ranks(config: NodeConfig, path: Path, dtype: str, num_pages: int, host: str) -> RankGroup:
+def _start_ranks(
+    config: NodeConfig, path: Path, dtype: str, num_pages: int, host: str, trace_name: str
+) -> RankGroup:
     def told(rank: int, rendezvous: str) -> RankStart:
         return RankStart(
             rank=rank,
@@ -538,6 +542,7 @@ def _start_ranks(config: NodeConfig, path: Path, dtype: str, num_pages: int, hos
             deterministic=config.deterministic,
             num_threads=rank_threads(config),
             rendezvous=rendezvous,
+            trace_name=f"{trace_name}-rank{rank}",
         )
 
     arguments = ["--role", config.role, "--log-level", config.log_level, "--log-format", config.log_format]

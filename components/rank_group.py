@@ -26,6 +26,7 @@ from ..engine.batch_codec import encode_batch
 from ..engine.engine_thread import Progress
 from ..engine.forward_batch import ForwardBatch
 from ..engine.tensor_parallel import RankCollective, Shard
+from ..messages.operation import LogLevel, StartProfile
 from ..messages.peer import MemoryRegion
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
@@ -33,6 +34,7 @@ from ..messages.ranks import (
     CopyPages,
     DropShard,
     FillTensors,
+    FreezeRankGc,
     FromRank,
     LoadShard,
     MoveMemory,
@@ -44,7 +46,11 @@ from ..messages.ranks import (
     RankMoved,
     RankReady,
     RankStart,
+    RankTraced,
     RunForward,
+    SetRankLogLevel,
+    StartRankProfile,
+    StopRankProfile,
     SwapShard,
     UpdateShard,
     WritesEnded,
@@ -126,8 +132,8 @@ def alongside(call: RankCall | None, own: Callable[[], T]) -> tuple[T, list[Rank
 
 
 class RankGroup:
-    """Its methods belong to the loop's thread, but for `move_memory`. What they return is for jobs to wait
-    for."""
+    """Its methods belong to the loop's thread, where they do not say otherwise. The calls that they return
+    are for jobs to wait for."""
 
     def __init__(self, ranks: Sequence[RankProcess], rendezvous: tempfile.TemporaryDirectory[str]) -> None:
         self._ranks = list(ranks)
@@ -251,6 +257,20 @@ class RankGroup:
         tags = tuple(sorted(released))
         return self._call(lambda call_id: MoveMemory(call_id=call_id, released=tags))
 
+    def start_profile(self, plan: StartProfile) -> RankCall:
+        """Every rank records its forwards from the next one on."""
+        return self._call(lambda call_id: StartRankProfile(call_id=call_id, plan=plan))
+
+    def stop_profile(self) -> RankCall:
+        """Any thread may call it."""
+        return self._call(lambda call_id: StopRankProfile(call_id=call_id))
+
+    def set_log_level(self, level: LogLevel) -> None:
+        self._tell(SetRankLogLevel(level=level))
+
+    def freeze_gc(self) -> None:
+        self._tell(FreezeRankGc())
+
     @property
     def regions(self) -> tuple[MemoryRegion, ...]:
         """The pools of the further ranks, as they were registered last."""
@@ -305,7 +325,7 @@ class RankGroup:
             case RankMoved():
                 rank.region = message.region
                 self._answered(rank, message)
-            case RankDone() | RankChecked():
+            case RankDone() | RankChecked() | RankTraced():
                 self._answered(rank, message)
             case WritesEnded():
                 rank.mover.take(message)

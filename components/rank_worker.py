@@ -6,6 +6,7 @@ when its pipe does, and the kernel kills it when rank 0 is gone.
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import assert_never
 import torch
 
 from ..engine.batch_codec import decode_batch
-from ..engine.engine_thread import EngineThread
+from ..engine.engine_thread import EngineThread, JobResult
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_config import ModelConfig, kv_layout
 from ..engine.model_runner import ModelRunner
 from ..engine.named_weights import part_checksums
 from ..engine.operators import EAGER, deterministic, survey_with_threads
+from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import RankCollective, Shard
 from ..engine.weight_file import require_memory
 from ..engine.weights import Weights, load_weights
@@ -31,6 +33,7 @@ from ..messages.ranks import (
     CopyPages,
     DropShard,
     FillTensors,
+    FreezeRankGc,
     LeaveRegion,
     LoadShard,
     MeetRegion,
@@ -43,7 +46,11 @@ from ..messages.ranks import (
     RankMoved,
     RankReady,
     RankStart,
+    RankTraced,
     RunForward,
+    SetRankLogLevel,
+    StartRankProfile,
+    StopRankProfile,
     SwapShard,
     ToRank,
     UpdateShard,
@@ -51,7 +58,8 @@ from ..messages.ranks import (
     WriteRun,
     WritesEnded,
 )
-from ..runtime.errors import StartupError
+from ..runtime.errors import PdserveError, StartupError
+from ..runtime.logs import set_log_level
 from ..runtime.process import return_free_memory
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
@@ -121,7 +129,8 @@ class RankWorker:
         self._runner = ModelRunner(
             config, self._weights, self._pool, _CPU, operators=operators, collective=collective
         )
-        self._engine = EngineThread(self._runner, start.num_threads)
+        self._profiler = StepProfiler(start.trace_name)
+        self._engine = EngineThread(self._runner, start.num_threads, profiler=self._profiler)
         self._jobs = JobThread()
         self._loaded: Weights | None = None
 
@@ -137,10 +146,10 @@ class RankWorker:
         )
         if ends:
             self._pipe.send(WritesEnded(ends=ends))
-        self._engine.poll()
-        for finished in self._jobs.poll():
-            answer: RankAnswer = finished.value
-            self._pipe.send(answer)
+        for finished in (*self._engine.poll(), *self._jobs.poll()):
+            if isinstance(finished, JobResult):
+                answer: RankAnswer = finished.value
+                self._pipe.send(answer)
 
     def close(self) -> None:
         self._backend.close()
@@ -178,6 +187,16 @@ class RankWorker:
                 self._start(message.call_id, lambda: self._fill(message.call_id, file, weights))
             case MoveMemory():
                 self._start(message.call_id, lambda: self._move(message))
+            case StartRankProfile():
+                job = _answering(message.call_id, lambda: self._start_profile(message))
+                self._engine.submit_job("start profile", job)
+            case StopRankProfile():
+                job = _answering(message.call_id, lambda: self._stop_profile(message))
+                self._engine.submit_job("stop profile", job)
+            case SetRankLogLevel():
+                set_log_level(message.level)
+            case FreezeRankGc():
+                gc.freeze()
             case SwapShard():
                 assert self._loaded is not None, "rank 0 swaps what every rank has loaded"
                 self._weights, self._loaded = self._loaded, None
@@ -190,13 +209,17 @@ class RankWorker:
                 assert_never(message)
 
     def _start(self, call_id: int, run: Callable[[], RankAnswer]) -> None:
-        def job() -> RankAnswer:
-            try:
-                return run()
-            except StartupError as error:
-                return RankDone(call_id=call_id, error=str(error))
+        self._jobs.submit("rank 0's", _answering(call_id, run))
 
-        self._jobs.submit("rank 0's", job)
+    # ---- jobs of the engine's thread --------------------------------------------------------------------
+
+    def _start_profile(self, message: StartRankProfile) -> RankDone:
+        self._profiler.start(message.plan)
+        return RankDone(call_id=message.call_id)
+
+    def _stop_profile(self, message: StopRankProfile) -> RankTraced:
+        traces = tuple(str(path) for path in self._profiler.stop())
+        return RankTraced(call_id=message.call_id, rank=self._shard.rank, traces=traces)
 
     # ---- jobs: with the weights that served when rank 0 asked ------------------------------------------
 
@@ -231,3 +254,15 @@ class RankWorker:
             return load_weights(path, self._config, self._dtype, _CPU, self._shard)
         except RuntimeError as error:  # how torch reports that memory is out
             raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _answering(call_id: int, run: Callable[[], RankAnswer]) -> Callable[[], RankAnswer]:
+    """A job."""
+
+    def job() -> RankAnswer:
+        try:
+            return run()
+        except PdserveError as error:
+            return RankDone(call_id=call_id, error=str(error))
+
+    return job

@@ -118,8 +118,9 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         operations=NodeOperations(
             settings=decode_settings(growth, local_prefill),
             engine=node.engine,
-            step_profiler=node.profiler,
+            profiler=node.profiler,
             loop_times=node.loop_times,
+            ranks=node.ranks,
         ),
         weights=weights,
         swap=node.swap,

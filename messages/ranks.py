@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from .operation import LogLevel, StartProfile
 from .peer import MemoryRegion
 from .weights import MemoryTag
 
@@ -34,6 +35,7 @@ class RankStart(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     deterministic: bool
     num_threads: int
     rendezvous: str  # path of a file by which the ranks find one another
+    trace_name: str  # names the rank in the files of its profiles
 
 
 class RunForward(msgspec.Struct, frozen=True, kw_only=True, tag="forward"):
@@ -97,6 +99,27 @@ class MoveMemory(msgspec.Struct, frozen=True, kw_only=True, tag="move_memory"):
     released: tuple[MemoryTag, ...]
 
 
+class StartRankProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile"):
+    """From the next forward on."""
+
+    call_id: int
+    plan: StartProfile
+
+
+class StopRankProfile(msgspec.Struct, frozen=True, kw_only=True, tag="stop_profile"):
+    """Answered by RankTraced."""
+
+    call_id: int
+
+
+class SetRankLogLevel(msgspec.Struct, frozen=True, kw_only=True, tag="set_log_level"):
+    level: LogLevel
+
+
+class FreezeRankGc(msgspec.Struct, frozen=True, kw_only=True, tag="freeze_gc"):
+    """See FreezeGc."""
+
+
 class MeetRegion(msgspec.Struct, frozen=True, kw_only=True, tag="meet"):
     """A first contact with a rank of a peer. Its handle is reported by WritesEnded, as a write's is."""
 
@@ -134,6 +157,10 @@ ToRank: TypeAlias = (
     | SwapShard
     | DropShard
     | MoveMemory
+    | StartRankProfile
+    | StopRankProfile
+    | SetRankLogLevel
+    | FreezeRankGc
     | MeetRegion
     | WriteRun
     | CancelRuns
@@ -176,6 +203,14 @@ class RankMoved(msgspec.Struct, frozen=True, kw_only=True, tag="moved"):
     region: MemoryRegion  # of the pool, as it was registered last
 
 
+class RankTraced(msgspec.Struct, frozen=True, kw_only=True, tag="traced"):
+    """The files of the profile that has ended."""
+
+    call_id: int
+    rank: int
+    traces: tuple[str, ...]
+
+
 class WriteEnd(msgspec.Struct, frozen=True, array_like=True):
     handle: int
     state: Literal["done", "failed", "cancelled"]
@@ -186,5 +221,5 @@ class WritesEnded(msgspec.Struct, frozen=True, kw_only=True, tag="writes_ended")
     ends: tuple[WriteEnd, ...]
 
 
-RankAnswer: TypeAlias = RankDone | RankChecked | RankMoved
+RankAnswer: TypeAlias = RankDone | RankChecked | RankMoved | RankTraced
 FromRank: TypeAlias = RankReady | RankFailed | RankAnswer | WritesEnded

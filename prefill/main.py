@@ -97,8 +97,9 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         operations=NodeOperations(
             settings=prefill_settings(limits),
             engine=node.engine,
-            step_profiler=node.profiler,
+            profiler=node.profiler,
             loop_times=node.loop_times,
+            ranks=node.ranks,
         ),
         weights=weights,
         swap=node.swap,

@@ -315,7 +315,11 @@ class _Base(Generic[T]):
         loop_times = LoopTimes()
         return {
             "operations": NodeOperations(
-                settings=settings, engine=self.engine, step_profiler=NoProfiler(), loop_times=loop_times
+                settings=settings,
+                engine=self.engine,
+                profiler=NoProfiler(),
+                loop_times=loop_times,
+                ranks=None,
             ),
             "loop_times": loop_times,
             "receiver": self.receiver,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
+from ...components.node_profiler import Traces
 from ...components.weight_images import WeightImage
 from ...engine.engine_thread import JobResult
 from ...messages.operation import StartProfile
@@ -57,11 +57,12 @@ class FakeDigests:
 class NoProfiler:
     """In place of the engine's: there are no forwards to record."""
 
-    def start(self, plan: StartProfile) -> None:
+    def start(self, plan: StartProfile) -> Callable[[], None]:
         del plan
+        return lambda: None
 
-    def stop(self) -> tuple[Path, ...]:
-        return ()
+    def stop(self) -> Callable[[], Traces]:
+        return lambda: Traces(())
 
 
 class NoImageJobs:

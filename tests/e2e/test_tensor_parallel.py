@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -163,6 +165,31 @@ def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> N
     assert resumed.status == 200, resumed.text
     assert not incarnations & {worker["incarnation"] for worker in nodes.workers()}
     assert (greedy_ids(nodes.url, PROMPT, 8), check(nodes)) == (ids, sums)
+
+
+def test_a_profile_shows_every_rank(nodes: LocalCluster, tmp_path: Path) -> None:
+    begun = request(nodes.url, "/start_profile", {"output_dir": str(tmp_path), "activities": ["CPU"]})
+    assert begun.status == 200, begun.text
+    greedy_ids(nodes.url, random_ids(5, 70), 8)  # a prompt that is cached nowhere, so prefill computes
+    ended = request(nodes.url, "/stop_profile", {})
+    assert ended.status == 200, ended.text
+    (prefill,) = nodes.workers("prefill")
+    traces = ended.json["traces"]
+    assert traces.keys() == {worker["url"] for worker in nodes.workers()}
+    assert ["-rank1-" in path for path in traces[prefill["url"]]] == [False, True]
+    document = json.loads(gzip.decompress(Path(ended.json["merged"]).read_bytes()))
+    steps_of: dict[int, set[str]] = {}
+    for event in document["traceEvents"]:
+        if event.get("cat") == "user_annotation" and "step" in event["name"]:
+            steps_of.setdefault(event["pid"], set()).add(event["name"].partition(":")[0])
+    names = {
+        event["args"]["name"]: steps_of[event["pid"]]
+        for event in document["traceEvents"]
+        if event.get("name") == "process_name" and event["pid"] in steps_of
+    }
+    own = names[f"prefill {prefill['url']}"]
+    assert own == names[f"prefill {prefill['url']}, TP rank 1"], "every rank recorded the same forwards"
+    assert own
 
 
 @pytest.mark.timeout(600)

@@ -17,6 +17,7 @@ import pytest
 from pdserve.components.rank_group import LostRankError, RankCall, RankGroup, RankProcess, alongside
 from pdserve.components.weight_updater import LoadFolder, LoadTensors
 from pdserve.engine.engine_thread import Progress
+from pdserve.messages.operation import StartProfile
 from pdserve.messages.peer import MemoryRegion
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
@@ -24,6 +25,8 @@ from pdserve.messages.ranks import (
     CheckShard,
     CopyPages,
     DropShard,
+    FillTensors,
+    FreezeRankGc,
     FromRank,
     LoadShard,
     MeetRegion,
@@ -34,6 +37,10 @@ from pdserve.messages.ranks import (
     RankFailed,
     RankMoved,
     RankReady,
+    RankTraced,
+    SetRankLogLevel,
+    StartRankProfile,
+    StopRankProfile,
     SwapShard,
     ToRank,
     UpdateShard,
@@ -164,6 +171,26 @@ def test_a_rank_whose_memory_is_registered_again_has_a_new_region(group: RankGro
     other.end.send(moved)
     assert answers_of(group, call) == [moved]
     assert group.regions == (moved.region,)
+
+
+def test_what_an_operator_sets_is_set_on_every_rank(group: RankGroup, other: OtherRank) -> None:
+    group.set_log_level("debug")
+    assert other.next() == SetRankLogLevel(level="debug")
+    group.freeze_gc()
+    assert other.next() == FreezeRankGc()
+    plan = StartProfile(profile_id="p", output_dir="/d")
+    call = group.start_profile(plan)
+    assert other.next() == StartRankProfile(call_id=0, plan=plan)
+    other.end.send(RankDone(call_id=0))
+    assert answers_of(group, call) == [RankDone(call_id=0)]
+    call = group.stop_profile()
+    assert other.next() == StopRankProfile(call_id=1)
+    traced = RankTraced(call_id=1, rank=1, traces=("/d/p",))
+    other.end.send(traced)
+    assert answers_of(group, call) == [traced]
+    call = group.fill_tensors(Path("/proc/1/fd/2"))
+    assert other.next() == FillTensors(call_id=2, file="/proc/1/fd/2")
+    assert not call.is_over
 
 
 def test_what_rank_0_does_ends_with_the_others_and_the_first_reason_is_told() -> None:

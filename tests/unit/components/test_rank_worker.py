@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import select
 import socket
 import threading
@@ -24,6 +25,7 @@ from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.tensor_parallel import RankCollective, Shard
 from pdserve.engine.weights import Checkpoint, load_weights, tensor_shapes
+from pdserve.messages.operation import StartProfile
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
     CancelRuns,
@@ -31,6 +33,7 @@ from pdserve.messages.ranks import (
     CopyPages,
     DropShard,
     FillTensors,
+    FreezeRankGc,
     FromRank,
     LeaveRegion,
     LoadShard,
@@ -43,7 +46,11 @@ from pdserve.messages.ranks import (
     RankMoved,
     RankReady,
     RankStart,
+    RankTraced,
     RunForward,
+    SetRankLogLevel,
+    StartRankProfile,
+    StopRankProfile,
     SwapShard,
     UpdateShard,
     WriteEnd,
@@ -53,6 +60,7 @@ from pdserve.messages.ranks import (
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import TensorSpec
 from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.runtime.logs import log_level, set_log_level
 from pdserve.transfer.backends.shm import ShmBackend
 
 CPU = torch.device("cpu")
@@ -89,6 +97,7 @@ class Rank0:
             deterministic=False,
             num_threads=1,
             rendezvous=str(rendezvous),
+            trace_name="test-rank1",
         )
         self.pipe.send(start)
 
@@ -227,6 +236,22 @@ def test_a_rank_computes_copies_moves_and_swaps(
     assert not filled[:, :half].any(), "rank 0's part"
     whole.close()
     assert "cannot be opened" in call(FillTensors(call_id=18, file=str(tmp_path / "none"))).error
+
+    plan = StartProfile(profile_id="p", output_dir=str(tmp_path), activities=("CPU",))
+    assert call(StartRankProfile(call_id=19, plan=plan)) == RankDone(call_id=19)
+    assert call(StartRankProfile(call_id=20, plan=plan)).error == "a profile is running"
+    assert rank0.forward() == expected
+    rank0.pipe.send(StopRankProfile(call_id=21))
+    trace = tmp_path / "p-test-rank1-all.trace.json.gz"
+    assert rank0.next() == RankTraced(call_id=21, rank=1, traces=(str(trace),))
+    assert trace.stat().st_size > 1000
+    level = log_level()
+    rank0.pipe.send(SetRankLogLevel(level="error"))
+    rank0.pipe.send(FreezeRankGc())
+    assert call(PoisonPages(call_id=22, pages=(5,))) == RankDone(call_id=22)
+    assert (log_level(), gc.get_freeze_count() > 1000) == ("error", True)
+    set_log_level(level)
+    gc.unfreeze()
 
     # Its memory goes and comes back; what it computed is gone, what it computes with is the same.
     rank0.pipe.send(MoveMemory(call_id=11, released=("kv_cache", "weights")))
