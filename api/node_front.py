@@ -435,7 +435,7 @@ class NodeOperator:
         return ProfileOutcome(
             success=reply.success,
             message=reply.message,
-            traces={self._url: list(reply.traces)},
+            traces={self._url: reply.all_traces},
         )
 
 

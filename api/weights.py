@@ -110,7 +110,9 @@ class DestroyGroupRequest(msgspec.Struct, kw_only=True):
 
 
 class MemoryRequest(msgspec.Struct, kw_only=True):
-    tags: list[MemoryTag] | None = None  # all
+    """``cuda_graph``: SGLang's name of ``graphs``."""
+
+    tags: list[Literal["weights", "kv_cache", "graphs", "cuda_graph"]] | None = None  # all
 
 
 class SaveShardedRequest(msgspec.Struct, kw_only=True):
@@ -327,7 +329,9 @@ class WeightRoutes:
     async def _tags(self, http: Request) -> tuple[MemoryTag, ...]:
         raw = parse_object(await read_body(http, self._limits) or b"{}")
         tags = parse_request(raw, MemoryRequest, _NO_RULES).tags
-        return MEMORY_TAGS if not tags else tuple(dict.fromkeys(tags))
+        if not tags:
+            return MEMORY_TAGS
+        return tuple(dict.fromkeys("graphs" if tag == "cuda_graph" else tag for tag in tags))
 
     async def get_by_name(self, http: Request) -> Response:
         """A list of numbers, or of rows, that all nodes agree on."""

@@ -346,7 +346,7 @@ class AsyncEngine:
         return self._decoded(path, status, content, dict[str, Any])
 
     async def release_memory_occupation(self, tags: Sequence[str] | None = None) -> Outcome:
-        """Gives the memory of "weights", "kv_cache" or both back to the host, once nodes are idle."""
+        """Gives memory back to the host once nodes are idle: of "weights", "kv_cache", "graphs", or all."""
         return await self._outcome("/release_memory_occupation", {} if tags is None else {"tags": tags}, None)
 
     async def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> Outcome:

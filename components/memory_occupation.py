@@ -11,26 +11,29 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from ..messages.node import CallReply
-from ..messages.peer import PeerIdentity
+from ..messages.peer import MemoryRegion, PeerIdentity
 from ..messages.weights import MEMORY_TAGS, MemoryTag, ReleaseMemory, ResumeMemory
 from ..runtime.errors import PdserveError
 
 MEMORY_JOB = "memory"
 
 
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Who the node is from now on, and where peers find its memory, rank by rank."""
+
+    identity: PeerIdentity
+    regions: tuple[MemoryRegion, ...]
+
+
 class MemoryPort(Protocol):
-    """The memory of a node. The jobs raise StartupError when they cannot, and then have changed nothing."""
+    """The memory of a node, on all its ranks."""
 
-    def refusal(self) -> str:
-        """Why this node cannot release memory at all; empty: it can."""
+    def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
+        """A job: what was released `before` and what is so `after`. Nothing runs, and no peer can write any
+        more. It raises StartupError when a rank cannot, and then all of them are as they were."""
 
-    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
-        """A job. Nothing runs, and no peer can write any more."""
-
-    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
-        """A job."""
-
-    def announce(self, *, is_released: bool) -> PeerIdentity:
+    def announce(self, *, is_released: bool) -> Announced:
         """Who the node is from now on. One whose memory is back is a new incarnation."""
 
 
@@ -40,7 +43,7 @@ class Done:
 
     link: bytes | None = None
     reply: CallReply | None = None
-    identity: PeerIdentity | None = None
+    announced: Announced | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class MemoryOccupation:
     def release(self, link: bytes, message: ReleaseMemory, now: float) -> Done:
         """The answer comes from `poll` or `finish`, or now when it is a no."""
         tags = frozenset(message.tags)
-        if refusal := self._port.refusal() or self._busy():
+        if refusal := self._busy():
             return _no(link, message, refusal)
         if again := tags & self._released:
             return _no(link, message, f"released already: {_listed(again)}")
@@ -89,12 +92,12 @@ class MemoryOccupation:
     def resume(self, link: bytes, message: ResumeMemory) -> Done:
         """Likewise from `finish`."""
         tags = frozenset(message.tags)
-        if refusal := self._port.refusal() or self._busy():
+        if refusal := self._busy():
             return _no(link, message, refusal)
         if missing := tags - self._released:
             return _no(link, message, f"not released: {_listed(missing)}")
         self._running = (link, message)
-        self._start_job(MEMORY_JOB, self._port.resume(tags))
+        self._start_job(MEMORY_JOB, self._port.move(self._released, self._released - tags))
         return Done()
 
     def poll(self, now: float, *, idle: bool) -> Done:
@@ -107,9 +110,9 @@ class MemoryOccupation:
             return _no(pending.link, pending.message, "the node was not idle in time")
         tags = frozenset(pending.message.tags)
         self._running = (pending.link, pending.message)
-        identity = self._port.announce(is_released=True)
-        self._start_job(MEMORY_JOB, self._port.release(tags))
-        return Done(identity=identity)
+        announced = self._port.announce(is_released=True)
+        self._start_job(MEMORY_JOB, self._port.move(self._released, self._released | tags))
+        return Done(announced=announced)
 
     def finish(self, error: PdserveError | None) -> Done:
         """The job is done."""
@@ -121,11 +124,11 @@ class MemoryOccupation:
             self._released = (
                 self._released | tags if isinstance(message, ReleaseMemory) else self._released - tags
             )
-        identity = None if self._released else self._port.announce(is_released=False)
+        announced = None if self._released else self._port.announce(is_released=False)
         reply = CallReply(
             call_id=message.call_id, success=error is None, message=str(error) if error else _listed(tags)
         )
-        return Done(link, reply, identity)
+        return Done(link, reply, announced)
 
     def _busy(self) -> str:
         in_progress = self._pending is not None or self._running is not None

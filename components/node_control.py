@@ -17,7 +17,6 @@ from ..messages.node import (
     NodeLoad,
     Roster,
 )
-from ..messages.peer import PeerIdentity
 from ..messages.weights import (
     CheckWeights,
     CommitWeights,
@@ -36,7 +35,7 @@ from ..messages.weights import (
 )
 from ..runtime.errors import PdserveError
 from .flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
-from .memory_occupation import Done, MemoryOccupation
+from .memory_occupation import Announced, Done, MemoryOccupation
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
 from .weight_images import WeightImages
@@ -49,7 +48,7 @@ class ControlResult(Generic[C]):
 
     replies: list[tuple[bytes, msgspec.Struct]] = field(default_factory=list)
     swap: Prepared[C] | None = None
-    identity: PeerIdentity | None = None
+    announced: Announced | None = None
 
 
 class NodeControl(Generic[C]):
@@ -98,7 +97,8 @@ class NodeControl(Generic[C]):
             case CheckWeights():
                 self._weights.check(link, message)
             case OpenWeights():
-                result.replies.append((link, self._images.open(message)))
+                if (opened := self._images.open(link, message)) is not None:
+                    result.replies.append((link, opened))
             case ReadWeights():
                 result.replies.append((link, self._images.read(message)))
             case SaveWeights():
@@ -136,7 +136,7 @@ class NodeControl(Generic[C]):
         result: ControlResult[C] = ControlResult()
         self._decide(self._flush.poll(now, idle), result)
         result.swap = self._weights.poll(now, idle=idle)
-        self._images.poll(now)
+        result.replies += self._images.poll(now)
         self._take(self._memory.poll(now, idle=idle and is_drained), result)
         return result
 
@@ -174,7 +174,7 @@ class NodeControl(Generic[C]):
     def _take(done: Done, result: ControlResult[C]) -> None:
         if done.link is not None and done.reply is not None:
             result.replies.append((done.link, done.reply))
-        result.identity = done.identity or result.identity
+        result.announced = done.announced or result.announced
 
     @staticmethod
     def _answer(answer: Answer | None, result: ControlResult[C]) -> None:

@@ -6,7 +6,6 @@ import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias, assert_never
 
 import psutil
@@ -20,6 +19,7 @@ from ..messages.operation import (
     GetInternalState,
     InternalState,
     InternalStateReply,
+    LogLevel,
     ProfileReply,
     SetInternalState,
     SlowDown,
@@ -29,6 +29,7 @@ from ..messages.operation import (
 from ..runtime.logs import log_level, set_log_level
 from .live_settings import LiveSettings
 from .loop_times import LoopTimes
+from .node_profiler import Traces
 
 START_JOB = "start profile"
 STOP_JOB = "stop profile"
@@ -43,11 +44,19 @@ class SlowEngine(Protocol):
 
 
 class Profiler(Protocol):
-    """Lives on the engine's thread. Raises PdserveError."""
+    """Of all ranks, see NodeProfiler: what it returns is submitted at once. Jobs raise PdserveError."""
 
-    def start(self, plan: StartProfile) -> None: ...
+    def start(self, plan: StartProfile) -> Callable[[], None]: ...
 
-    def stop(self) -> tuple[Path, ...]: ...
+    def stop(self) -> Callable[[], Traces]: ...
+
+
+class FurtherRanks(Protocol):
+    """Of the replica, see RankGroup."""
+
+    def set_log_level(self, level: LogLevel) -> None: ...
+
+    def freeze_gc(self) -> None: ...
 
 
 ToNodeOperations: TypeAlias = (
@@ -73,15 +82,22 @@ class _Profile:
 
 
 class NodeOperations:
-    """`step_profiler` is used in jobs of the engine's thread only."""
+    """`ranks`: the further ones; None: there are none."""
 
     def __init__(
-        self, *, settings: LiveSettings, engine: SlowEngine, step_profiler: Profiler, loop_times: LoopTimes
+        self,
+        *,
+        settings: LiveSettings,
+        engine: SlowEngine,
+        profiler: Profiler,
+        loop_times: LoopTimes,
+        ranks: FurtherRanks | None,
     ) -> None:
         self._settings = settings
         self._loop_times = loop_times
         self._engine = engine
-        self._step_profiler = step_profiler
+        self._profiler = profiler
+        self._ranks = ranks
         self._profile = _Profile()
         self._is_gc_frozen = False
         self._process = psutil.Process()
@@ -99,17 +115,21 @@ class NodeOperations:
                 return _answer(link, message.call_id, not reason, reason or "set")
             case ConfigureLogging():
                 set_log_level(message.log_level)
+                if self._ranks is not None:
+                    self._ranks.set_log_level(message.log_level)
                 return _answer(link, message.call_id, True, f"log level {message.log_level}")
             case SlowDown():
                 return self._slow_down(link, message)
             case FreezeGc():
                 gc.freeze()  # counting what is frozen would take the loop 18 ms
+                if self._ranks is not None:
+                    self._ranks.freeze_gc()
                 self._is_gc_frozen = True
                 return _answer(link, message.call_id, True, "frozen")
             case StartProfile():
                 if self._profile.is_running or self._profile.waiting:
                     return _answer(link, message.call_id, False, "a profile is running")
-                self._submit(START_JOB, link, message.call_id, lambda: self._step_profiler.start(message))
+                self._submit(START_JOB, link, message.call_id, self._profiler.start(message))
                 return None
             case StopProfile():
                 if not self._profile.is_running or self._profile.waiting:
@@ -117,7 +137,7 @@ class NodeOperations:
                     return OperationReply(
                         link, ProfileReply(call_id=message.call_id, success=False, message=text)
                     )
-                self._submit(STOP_JOB, link, message.call_id, self._step_profiler.stop)
+                self._submit(STOP_JOB, link, message.call_id, self._profiler.stop())
                 return None
             case _:
                 assert_never(message)
@@ -132,10 +152,16 @@ class NodeOperations:
             self._profile.is_running = not error
             return _answer(link, call_id, not error, error or "profiling")
         self._profile.is_running = False
-        traces = () if error else tuple(str(path) for path in job.value)
-        return OperationReply(
-            link, ProfileReply(call_id=call_id, success=not error, message=error, traces=traces)
+        if error:
+            return OperationReply(link, ProfileReply(call_id=call_id, success=False, message=error))
+        traces: Traces = job.value
+        reply = ProfileReply(
+            call_id=call_id,
+            success=True,
+            traces=tuple(map(str, traces.own)),
+            rank_traces=traces.of_ranks,
         )
+        return OperationReply(link, reply)
 
     def _submit(self, job: str, link: bytes, call_id: int, run: Callable[[], Any]) -> None:
         self._profile.waiting[job] = (link, call_id)

@@ -12,11 +12,10 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, assert_never
@@ -24,6 +23,7 @@ from typing import Protocol, assert_never
 import msgspec
 import torch
 import zmq
+from torch import Tensor
 
 from ..engine.engine_thread import EngineThread
 from ..engine.forward_batch import ForwardBatch
@@ -31,17 +31,17 @@ from ..engine.job_thread import JobThread
 from ..engine.kv_pool import KVPool
 from ..engine.model_config import ModelConfig, kv_layout, resolve_dtype
 from ..engine.model_runner import ModelRunner
-from ..engine.named_weights import merge_checksums, named_parts, part_checksums, whole_checksum
+from ..engine.named_weights import merge_checksums, part_checksums, whole_checksum
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
 from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import Shard, check_divides
-from ..engine.weight_file import read_weights, save_weights, without_memory
-from ..engine.weights import Weights
+from ..engine.weight_file import require_memory
+from ..engine.weights import tensor_shapes
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
 from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
-from ..messages.ranks import RankStart
+from ..messages.ranks import RankChecked, RankStart
 from ..messages.weights import MemoryTag
 from ..runtime.config import NodeConfig
 from ..runtime.cpu_features import native_dtypes
@@ -60,12 +60,16 @@ from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
 from .loaded_model import LoadedModel, load_model, load_replacement, updated_model
 from .loop_times import TURN, LoopTimes
+from .memory_occupation import Announced
 from .metrics_reporter import MetricsReporter
+from .node_profiler import NodeProfiler
 from .node_status import NodeStatus, announce
-from .rank_group import LostRankError, RankGroup
+from .rank_group import LostRankError, RankGroup, alongside
+from .rank_memory import RankMemory
 from .saved_model import save_model, upload_model
 from .weight_images import WeightImage
 from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Prepared, Sums, TensorHead
+from .whole_tensors import gather_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -90,9 +94,10 @@ class Node:
     runner: ModelRunner
     engine: EngineThread
     jobs: JobThread
-    profiler: StepProfiler
+    image_jobs: JobThread  # of weights for others to read: `jobs` may itself wait for another node's
+    profiler: NodeProfiler
     backend: TransferBackend
-    regions: tuple[MemoryRegion, ...]  # of each rank
+    rank_memory: RankMemory  # this rank's
     ranks: RankGroup | None  # the further ones; None: this one is alone
     identity: PeerIdentity
     status: NodeStatus
@@ -102,7 +107,6 @@ class Node:
     unix_minus_monotonic_s: float
     loop_times: LoopTimes = field(default_factory=LoopTimes)
     num_steps: int = 0
-    released_weights: tempfile.TemporaryDirectory[str] | None = None  # where they are meanwhile
 
     def build(self, batch: ScheduleBatch) -> ForwardBatch:
         self.num_steps += 1
@@ -116,6 +120,11 @@ class Node:
     def movers(self) -> tuple[Mover, ...]:
         """Of each rank."""
         return (self.backend,) if self.ranks is None else (self.backend, *self.ranks.movers)
+
+    @property
+    def regions(self) -> tuple[MemoryRegion, ...]:
+        """The pool of each rank, as it was registered last."""
+        return (self.rank_memory.region, *(() if self.ranks is None else self.ranks.regions))
 
     def copy_page(self, source: int, dest: int) -> None:
         self.pool.copy_pages([source], [dest])
@@ -131,79 +140,81 @@ class Node:
 
     def load(self, order: LoadOrder) -> Callable[[], LoadedModel]:
         """Weights that can serve instead of the current ones, on every rank."""
-        model, ranks = self.model, self.ranks
-        if ranks is not None:
-            ranks.load_shards(order)
+        model = self.model
+        others = None if self.ranks is None else self.ranks.load_shards(order)
 
-        def job() -> LoadedModel:
-            try:
-                self._require_weights()
-                loaded = self._load_share(order, model)
-            finally:
-                errors = [] if ranks is None else ranks.finish_load()
-            if errors:
-                raise StartupError(errors[0])
-            return loaded
+        def own() -> LoadedModel:
+            require_memory(model.weights)
+            return self._load_share(order, model)
 
-        return job
+        return lambda: alongside(others, own)[0]
 
     def drop(self) -> None:
         if self.ranks is not None:
             self.ranks.drop_shards()
 
     def check(self) -> Callable[[], Sums]:
-        model, ranks = self.model, self.ranks
-        if ranks is not None:
-            ranks.start_check()
+        model = self.model
+        others = None if self.ranks is None else self.ranks.check_shards()
+
+        def own() -> dict[str, int]:
+            require_memory(model.weights)
+            return part_checksums(model.weights, model.config, self.shard)
 
         def job() -> Sums:
-            self._require_weights()
-            own = part_checksums(model.weights, model.config, self.shard)
-            of_ranks = [own] if ranks is None else [own, *ranks.finish_check()]
-            tensors = merge_checksums(of_ranks)
+            sums, answers = alongside(others, own)
+            of_others = [answer.sums for answer in answers if isinstance(answer, RankChecked)]
+            tensors = merge_checksums(
+                [sums, *({name: int(x, 16) for name, x in other.items()} for other in of_others)]
+            )
             return Sums(tensors, whole_checksum(tensors))
 
         return job
 
     def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
         model = self.model
+        gather = self._gather(head=(name, num_rows))
 
         def job() -> TensorHead:
-            self._require_weights()
-            named = named_parts(model.weights, model.config, self.shard).get(name)
-            if named is None:
-                raise StartupError(f"the model has no tensor {name!r}")
-            if named.part and self.shard.size > 1:
-                raise StartupError(
-                    f"{name} is split over {self.shard.size} ranks: compare it by its checksum"
-                )
-            values = named.data[:num_rows].float().tolist()
-            return TensorHead(str(named.data.dtype).removeprefix("torch."), named.shape, values)
+            rows = gather()[name][:num_rows]
+            shape = tensor_shapes(model.config)[name]
+            return TensorHead(str(rows.dtype).removeprefix("torch."), shape, rows.float().tolist())
 
         return job
 
     def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> Callable[[], None]:
         model = self.model
+        gather = self._gather(spare_bytes=max_shard_bytes)  # a file's tensors are copied on their way out
 
         def job() -> None:
-            self._require_weights()
-            if self.ranks is not None:
-                raise StartupError(f"{self.shard.size} TP ranks hold the tensors: save from a node of one")
             if is_remote:
-                upload_model(model, target, max_shard_bytes)
+                upload_model(model, gather(), target, max_shard_bytes)
             else:
-                save_model(model, Path(target), max_shard_bytes)
+                save_model(model, gather(), Path(target), max_shard_bytes)
 
         return job
 
-    def image(self) -> WeightImage:
-        """Of the weights that serve now. Raises StartupError."""
-        self._require_weights()
-        if self.ranks is not None:
-            raise StartupError(f"{self.shard.size} TP ranks hold the tensors: pull from a node of one")
-        parts = named_parts(self.model.weights, self.model.config, self.shard)
-        tensors = {name: part.data for name, part in parts.items()}
-        return WeightImage(tensors, self.identity.update_id, self.model.fingerprint)
+    def image(self) -> Callable[[], WeightImage]:
+        """A job, for others to read the weights that serve now. It raises StartupError."""
+        update_id, fingerprint, gather = self.identity.update_id, self.model.fingerprint, self._gather()
+        return lambda: WeightImage(gather(), update_id, fingerprint)
+
+    def served_update(self) -> str:
+        """Its id, the same as long as the same weights serve."""
+        return self.identity.update_id
+
+    def _gather(
+        self, *, spare_bytes: int = 0, head: tuple[str, int] | None = None
+    ) -> Callable[[], Mapping[str, Tensor]]:
+        return gather_tensors(
+            self.model.weights,
+            self.model.config,
+            self.shard,
+            self.ranks,
+            available_memory_bytes,
+            spare_bytes=spare_bytes,
+            head=head,
+        )
 
     def _load_share(self, order: LoadOrder, model: LoadedModel) -> LoadedModel:
         match order:
@@ -232,62 +243,49 @@ class Node:
 
     # ---- memory, see components/memory_occupation.py ----
 
-    def refusal(self) -> str:
-        if self.ranks is not None:
-            return f"a node of {self.shard.size} TP ranks cannot release memory"
-        return ""
+    def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
+        ranks = self.ranks
+        others = None if ranks is None else ranks.move_memory(after)
 
-    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
         def job() -> None:
-            if "weights" in tags:
-                self._put_weights_away()
-            if "kv_cache" in tags:
-                self.backend.release()
-            return_free_memory()
+            try:
+                alongside(others, lambda: self._move(after))
+            except StartupError:
+                if ranks is not None:
+                    self._move_back(ranks, before)
+                raise
 
         return job
 
-    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
-        def job() -> None:
-            if "weights" in tags:
-                self._take_weights_back()
-            if "kv_cache" in tags:
-                self.backend.register()
-
-        return job
-
-    def announce(self, *, is_released: bool) -> PeerIdentity:
+    def announce(self, *, is_released: bool) -> Announced:
         self.identity = announce(self.status, self.identity, is_released=is_released)
-        return self.status.shown(self.identity)
+        self.status.set_regions(self.regions)
+        return Announced(self.status.shown(self.identity), self.regions)
 
-    def _put_weights_away(self) -> None:
-        """Nothing runs, so nobody reads them."""
-        folder = tempfile.TemporaryDirectory(prefix="pdserve-released-")
-        save_weights(self.model.weights, Path(folder.name) / "weights.safetensors")
-        self._set_weights(without_memory(self.model.weights))
-        self.released_weights = folder
-
-    def _take_weights_back(self) -> None:
-        assert self.released_weights is not None, "they were put away"
-        path = Path(self.released_weights.name) / "weights.safetensors"
-        self._set_weights(read_weights(path, self.model.weights))
-        self.released_weights.cleanup()
-        self.released_weights = None
-
-    def _set_weights(self, weights: Weights) -> None:
+    def _move(self, released: frozenset[MemoryTag]) -> None:
+        """Nothing runs, so nobody reads the weights."""
+        weights = self.rank_memory.move(released, self.model.weights)
         self.model = replace(self.model, weights=weights)
         self.runner.swap_weights(weights)
+        del weights
+        return_free_memory()
 
-    def _require_weights(self) -> None:
-        if self.released_weights is not None:
-            raise StartupError("the memory of the weights is released: resume it first")
+    def _move_back(self, ranks: RankGroup, before: frozenset[MemoryTag]) -> None:
+        """A rank could not follow the others."""
+        try:
+            alongside(ranks.move_memory(before), lambda: self._move(before))
+        except StartupError as error:
+            if before:  # some rank keeps what counts as released
+                _log.warning("the ranks differ in what they have released: %s", error)
+                return
+            # A node of which one part has its memory cannot serve: it ends, loudly.
+            raise RuntimeError(f"a rank cannot have its memory back: {error}") from error
 
     def close(self) -> None:
         end(self.front, grace_s=5.0)
         self.engine.close()
         self.jobs.close()
-        if self.released_weights is not None:
-            self.released_weights.cleanup()
+        self.image_jobs.close()
         if self.ranks is not None:
             self.ranks.close()
         self.backend.close()
@@ -331,6 +329,7 @@ def start_node(
     max_model_len = _max_model_len(config, model_config)
     host = config.advertise_host or routable_host(config.host)
 
+    trace_name = f"{config.role}-{incarnation[:8]}"
     zmq_address = f"tcp://{host}:{server_port}"
     url = http_url(host, listener)
     with contextlib.ExitStack() as undo:
@@ -341,7 +340,7 @@ def start_node(
         num_pages = _num_pages(config, layout, max_model_len)
         ranks = None
         if size > 1:
-            ranks = _start_ranks(config, path, dtype, num_pages, host)
+            ranks = _start_ranks(config, path, dtype, num_pages, host, trace_name)
             undo.callback(ranks.close)
         backend = create_backend(
             config.transfer_backend, _transport(config), host, config.ib_device, config.faulty
@@ -349,11 +348,11 @@ def start_node(
         undo.callback(backend.close)
         memory = backend.allocate(num_pages * layout.of_rank(size).stride_bytes)
         pool = KVPool(layout.of_rank(size), num_pages, torch.device("cpu"), memory=memory)
-        regions: tuple[MemoryRegion, ...] = (backend.register(),)
+        rank_memory = RankMemory(backend, backend.register())
         model = load_model(path, model_config, dtype, shard)
         collective = None
         if ranks is not None:
-            regions += ranks.wait_ready()
+            ranks.wait_ready()
             collective = ranks.join()
         rank_config = shard.config(model.config)
         operators, arithmetic = EAGER, ""
@@ -365,10 +364,10 @@ def start_node(
         runner = ModelRunner(
             rank_config, model.weights, pool, torch.device("cpu"), operators=operators, collective=collective
         )
-        profiler = StepProfiler(f"{config.role}-{incarnation[:8]}")
+        own_profiler = StepProfiler(trace_name)
         share = None if ranks is None else ranks.forward
-        engine = EngineThread(runner, rank_threads(config), share=share, profiler=profiler)
-        jobs = JobThread()
+        engine = EngineThread(runner, rank_threads(config), share=share, profiler=own_profiler)
+        jobs, image_jobs = JobThread(), JobThread("image jobs")
         undo.pop_all()  # nothing below fails
 
     identity = PeerIdentity(
@@ -394,6 +393,7 @@ def start_node(
         colocated=config.colocated,
     )
     pids = (os.getpid(), *(() if ranks is None else ranks.pids))
+    regions = (rank_memory.region, *(() if ranks is None else ranks.regions))
     rank_infos = tuple(
         RankInfo(rank=rank, pid=pid, session=region.session)
         for rank, (pid, region) in enumerate(zip(pids, regions, strict=True))
@@ -404,6 +404,7 @@ def start_node(
     waiter.add(server)
     waiter.add(engine.fileno())
     waiter.add(jobs.fileno())
+    waiter.add(image_jobs.fileno())
     waiter.add(backend.fileno())
     if config.dtype == "auto" and dtype != model_config.dtype:
         _log.info("computing in %s: this processor has no %s arithmetic", dtype, model_config.dtype)
@@ -433,9 +434,10 @@ def start_node(
         runner=runner,
         engine=engine,
         jobs=jobs,
-        profiler=profiler,
+        image_jobs=image_jobs,
+        profiler=NodeProfiler(own_profiler, ranks),
         backend=backend,
-        regions=regions,
+        rank_memory=rank_memory,
         ranks=ranks,
         identity=identity,
         status=status,
@@ -521,7 +523,9 @@ def _transport(config: NodeConfig) -> str:
     return "shm" if config.transfer_backend == "shm" else config.transport
 
 
-def _start_ranks(config: NodeConfig, path: Path, dtype: str, num_pages: int, host: str) -> RankGroup:
+def _start_ranks(
+    config: NodeConfig, path: Path, dtype: str, num_pages: int, host: str, trace_name: str
+) -> RankGroup:
     def told(rank: int, rendezvous: str) -> RankStart:
         return RankStart(
             rank=rank,
@@ -538,6 +542,7 @@ def _start_ranks(config: NodeConfig, path: Path, dtype: str, num_pages: int, hos
             deterministic=config.deterministic,
             num_threads=rank_threads(config),
             rendezvous=rendezvous,
+            trace_name=f"{trace_name}-rank{rank}",
         )
 
     arguments = ["--role", config.role, "--log-level", config.log_level, "--log-format", config.log_format]

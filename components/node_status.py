@@ -9,7 +9,7 @@ import msgspec
 
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, RankInfo, ServerInfoReply, renewed
-from ..messages.peer import PeerIdentity
+from ..messages.peer import MemoryRegion, PeerIdentity
 from ..runtime.config import NodeConfig
 
 
@@ -54,6 +54,13 @@ class NodeStatus:
         self._is_released = is_released
         self.entry = msgspec.structs.replace(
             self.entry, incarnation=incarnation, model_fingerprint=self._fingerprint
+        )
+
+    def set_regions(self, regions: Sequence[MemoryRegion]) -> None:
+        """Of each rank: its memory was registered again."""
+        self._ranks = tuple(
+            msgspec.structs.replace(rank, session=region.session)
+            for rank, region in zip(self._ranks, regions, strict=True)
         )
 
     @property

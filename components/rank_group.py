@@ -15,11 +15,10 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import msgspec
 
@@ -27,25 +26,36 @@ from ..engine.batch_codec import encode_batch
 from ..engine.engine_thread import Progress
 from ..engine.forward_batch import ForwardBatch
 from ..engine.tensor_parallel import RankCollective, Shard
+from ..messages.operation import LogLevel, StartProfile
 from ..messages.peer import MemoryRegion
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
     CheckShard,
     CopyPages,
     DropShard,
+    FillTensors,
+    FreezeRankGc,
     FromRank,
     LoadShard,
+    MoveMemory,
     PoisonPages,
+    RankAnswer,
     RankChecked,
     RankDone,
     RankFailed,
+    RankMoved,
     RankReady,
     RankStart,
+    RankTraced,
     RunForward,
+    SetRankLogLevel,
+    StartRankProfile,
+    StopRankProfile,
     SwapShard,
     UpdateShard,
     WritesEnded,
 )
+from ..messages.weights import MemoryTag
 from ..runtime.errors import StartupError
 from ..runtime.process import end, obituary, spawn, wait_or_kill
 from ..runtime.waiting import Waiter
@@ -54,6 +64,7 @@ from .hang_watch import HangWatch
 from .weight_updater import LoadFolder, LoadOrder, LoadTensors
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _START_S = 600.0
 _CALL_S = 10.0  # a copy of pages on another rank that takes longer is a hang
@@ -76,24 +87,59 @@ class RankProcess:
     region: MemoryRegion | None = None  # None: not ready yet
 
 
-@dataclass(slots=True)
-class _Call:
-    awaited: set[str]  # names of ranks that have not answered
-    errors: list[str] = field(default_factory=list)
-    sums: list[dict[str, int]] = field(default_factory=list)  # of a check, of each rank
-    is_over: threading.Event = field(default_factory=threading.Event)
+class RankCall:
+    """What every further rank was asked to do. The loop hears the answers, another thread waits for them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.awaited = set(names)  # ranks that have not answered
+        self._answers: list[RankAnswer] = []
+        self._errors: list[str] = []
+        self._is_over = threading.Event()
+
+    def take(self, name: str, answer: RankAnswer) -> None:
+        if isinstance(answer, RankDone) and answer.error:
+            self._errors.append(f"{name}: {answer.error}")
+        self._answers.append(answer)
+        self.awaited.discard(name)
+        if not self.awaited:
+            self._is_over.set()
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over.is_set()
+
+    def wait(self) -> None:
+        """Blocks until every rank has answered."""
+        self._is_over.wait()
+
+    def answers(self) -> list[RankAnswer]:
+        """Blocks likewise. Raises StartupError when a rank could not do it."""
+        self.wait()
+        if self._errors:
+            raise StartupError("; ".join(self._errors))
+        return self._answers
+
+
+def alongside(call: RankCall | None, own: Callable[[], T]) -> tuple[T, list[RankAnswer]]:
+    """What `own` returns, and what the further ranks (None: there are none) did meanwhile. All have ended
+    when this returns or raises StartupError, with the reason of the first that has one. A job."""
+    try:
+        value = own()
+    finally:
+        if call is not None:
+            call.wait()
+    return value, [] if call is None else call.answers()
 
 
 class RankGroup:
-    """Its methods belong to the loop's thread, but for `finish_load` and `finish_check`."""
+    """Its methods belong to the loop's thread, where they do not say otherwise. The calls that they return
+    are for jobs to wait for."""
 
     def __init__(self, ranks: Sequence[RankProcess], rendezvous: tempfile.TemporaryDirectory[str]) -> None:
         self._ranks = list(ranks)
         self._rendezvous = rendezvous
         self._call_ids = itertools.count()
-        self._calls: dict[int, _Call] = {}  # not answered by every rank yet
-        self._load: _Call | None = None  # the last one
-        self._checks: SimpleQueue[_Call] = SimpleQueue()  # that nobody has waited for yet
+        self._calls: dict[int, RankCall] = {}  # not answered by every rank yet
         self._hang_watch = HangWatch()
 
     @classmethod
@@ -130,7 +176,7 @@ class RankGroup:
             self._check_alive(StartupError)
             if time.monotonic() > deadline:
                 raise StartupError(f"{missing[0].name} was not ready within {_START_S:.0f} s")
-        return tuple(rank.region for rank in self._ranks if rank.region is not None)
+        return self.regions
 
     def join(self) -> RankCollective:
         """Rank 0 joins the others, who wait for it."""
@@ -182,16 +228,15 @@ class RankGroup:
         """Waits until every rank has: a peer may write the pages right after."""
         self._wait(self._call(lambda call_id: PoisonPages(call_id=call_id, pages=tuple(pages))))
 
-    def load_shards(self, order: LoadOrder) -> None:
-        """Every rank loads its share; `finish_load` waits for it. One load at a time."""
+    def load_shards(self, order: LoadOrder) -> RankCall:
+        """Every rank loads its share. One load at a time."""
         match order:
             case LoadFolder(path):
-                call = self._call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
+                return self._call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
             case LoadTensors(file=file):
-                call = self._call(lambda call_id: UpdateShard(call_id=call_id, file=str(file)))
+                return self._call(lambda call_id: UpdateShard(call_id=call_id, file=str(file)))
             case _:
                 assert_never(order)
-        self._load = self._calls[call]
 
     def swap_shards(self) -> None:
         self._tell(SwapShard())
@@ -199,23 +244,37 @@ class RankGroup:
     def drop_shards(self) -> None:
         self._tell(DropShard())
 
-    def finish_load(self) -> list[str]:
-        """What kept ranks from loading their share. For the jobs' thread, which waits while the loop
-        hears."""
-        assert self._load is not None, "load_shards comes first"
-        self._load.is_over.wait()
-        return self._load.errors
+    def check_shards(self) -> RankCall:
+        """Every rank computes checksums of its share."""
+        return self._call(lambda call_id: CheckShard(call_id=call_id))
 
-    def start_check(self) -> None:
-        """Every rank computes checksums of its share; `finish_check` waits for them."""
-        call = self._call(lambda call_id: CheckShard(call_id=call_id))
-        self._checks.put(self._calls[call])
+    def fill_tensors(self, file: Path) -> RankCall:
+        """Every rank writes its parts of the tensors that the file was laid out for."""
+        return self._call(lambda call_id: FillTensors(call_id=call_id, file=str(file)))
 
-    def finish_check(self) -> list[dict[str, int]]:
-        """Of each further rank, for the check that was started first. For the jobs' thread."""
-        check = self._checks.get()
-        check.is_over.wait()
-        return check.sums
+    def move_memory(self, released: frozenset[MemoryTag]) -> RankCall:
+        """Every rank releases this and takes back the other. Any thread may call it."""
+        tags = tuple(sorted(released))
+        return self._call(lambda call_id: MoveMemory(call_id=call_id, released=tags))
+
+    def start_profile(self, plan: StartProfile) -> RankCall:
+        """Every rank records its forwards from the next one on."""
+        return self._call(lambda call_id: StartRankProfile(call_id=call_id, plan=plan))
+
+    def stop_profile(self) -> RankCall:
+        """Any thread may call it."""
+        return self._call(lambda call_id: StopRankProfile(call_id=call_id))
+
+    def set_log_level(self, level: LogLevel) -> None:
+        self._tell(SetRankLogLevel(level=level))
+
+    def freeze_gc(self) -> None:
+        self._tell(FreezeRankGc())
+
+    @property
+    def regions(self) -> tuple[MemoryRegion, ...]:
+        """The pools of the further ranks, as they were registered last."""
+        return tuple(rank.region for rank in self._ranks if rank.region is not None)
 
     # ---- the end ------------------------------------------------------------------------------------
 
@@ -248,12 +307,12 @@ class RankGroup:
 
     # ---- inside -------------------------------------------------------------------------------------
 
-    def _call(self, message: Callable[[int], msgspec.Struct]) -> int:
-        """Ask every rank something; the call's id."""
+    def _call(self, message: Callable[[int], msgspec.Struct]) -> RankCall:
+        """Ask every rank something. The call is known before any rank can answer it."""
         call_id = next(self._call_ids)
-        self._calls[call_id] = _Call({rank.name for rank in self._ranks})
+        call = self._calls[call_id] = RankCall(rank.name for rank in self._ranks)
         self._tell(message(call_id))
-        return call_id
+        return call
 
     def _tell(self, message: msgspec.Struct) -> None:
         for rank in self._ranks:
@@ -263,15 +322,11 @@ class RankGroup:
         match message:
             case RankReady():
                 rank.region = message.region
-            case RankDone():
-                if message.error:
-                    self._calls[message.call_id].errors.append(f"{rank.name}: {message.error}")
-                self._answered(rank, message.call_id)
-            case RankChecked():
-                self._calls[message.call_id].sums.append(
-                    {name: int(digits, 16) for name, digits in message.sums.items()}
-                )
-                self._answered(rank, message.call_id)
+            case RankMoved():
+                rank.region = message.region
+                self._answered(rank, message)
+            case RankDone() | RankChecked() | RankTraced():
+                self._answered(rank, message)
             case WritesEnded():
                 rank.mover.take(message)
             case RankFailed():
@@ -279,18 +334,16 @@ class RankGroup:
             case _:
                 assert_never(message)
 
-    def _answered(self, rank: RankProcess, call_id: int) -> None:
-        call = self._calls[call_id]
-        call.awaited.discard(rank.name)
-        if not call.awaited:
-            del self._calls[call_id]
-            call.is_over.set()
+    def _answered(self, rank: RankProcess, message: RankAnswer) -> None:
+        call = self._calls[message.call_id]
+        call.take(rank.name, message)
+        if call.is_over:
+            del self._calls[message.call_id]
 
-    def _wait(self, call_id: int) -> None:
+    def _wait(self, call: RankCall) -> None:
         """The loop itself waits: for what takes a rank well under a millisecond."""
-        call = self._calls[call_id]
         deadline = time.monotonic() + _CALL_S
-        while not call.is_over.is_set():
+        while not call.is_over:
             self._sleep(self._ranks, deadline)
             for rank in self._ranks:
                 for message in rank.pipe.receive():

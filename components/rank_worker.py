@@ -6,6 +6,7 @@ when its pipe does, and the kernel kills it when rank 0 is gone.
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import assert_never
 import torch
 
 from ..engine.batch_codec import decode_batch
-from ..engine.engine_thread import EngineThread
+from ..engine.engine_thread import EngineThread, JobResult
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_config import ModelConfig, kv_layout
 from ..engine.model_runner import ModelRunner
 from ..engine.named_weights import part_checksums
 from ..engine.operators import EAGER, deterministic, survey_with_threads
+from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import RankCollective, Shard
+from ..engine.weight_file import require_memory
 from ..engine.weights import Weights, load_weights
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
@@ -29,16 +32,25 @@ from ..messages.ranks import (
     CheckShard,
     CopyPages,
     DropShard,
+    FillTensors,
+    FreezeRankGc,
     LeaveRegion,
     LoadShard,
     MeetRegion,
+    MoveMemory,
     PoisonPages,
+    RankAnswer,
     RankChecked,
     RankDone,
     RankFailed,
+    RankMoved,
     RankReady,
     RankStart,
+    RankTraced,
     RunForward,
+    SetRankLogLevel,
+    StartRankProfile,
+    StopRankProfile,
     SwapShard,
     ToRank,
     UpdateShard,
@@ -46,12 +58,16 @@ from ..messages.ranks import (
     WriteRun,
     WritesEnded,
 )
-from ..runtime.errors import StartupError
+from ..runtime.errors import PdserveError, StartupError
+from ..runtime.logs import set_log_level
+from ..runtime.process import return_free_memory
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import TransferBackend
 from ..transfer.copy_plan import Run
 from .loaded_model import updated_weights
+from .rank_memory import RankMemory
+from .whole_tensors import write_parts
 
 _LONGEST_SLEEP_S = 10.0
 _CPU = torch.device("cpu")
@@ -102,9 +118,9 @@ class RankWorker:
         )
         memory = self._backend.allocate(start.num_pages * layout.stride_bytes)
         self._pool = KVPool(layout, start.num_pages, _CPU, memory=memory)
-        region = self._backend.register()
+        self._memory = RankMemory(self._backend, self._backend.register())
         self._weights = self._load(path)
-        pipe.send(RankReady(region=region))
+        pipe.send(RankReady(region=self._memory.region))
         collective = RankCollective(self._shard, Path(start.rendezvous))
         config = self._shard.config(self._config)
         operators = EAGER
@@ -113,7 +129,8 @@ class RankWorker:
         self._runner = ModelRunner(
             config, self._weights, self._pool, _CPU, operators=operators, collective=collective
         )
-        self._engine = EngineThread(self._runner, start.num_threads)
+        self._profiler = StepProfiler(start.trace_name)
+        self._engine = EngineThread(self._runner, start.num_threads, profiler=self._profiler)
         self._jobs = JobThread()
         self._loaded: Weights | None = None
 
@@ -129,13 +146,10 @@ class RankWorker:
         )
         if ends:
             self._pipe.send(WritesEnded(ends=ends))
-        self._engine.poll()
-        for finished in self._jobs.poll():
-            if isinstance(finished.value, RankChecked):
-                self._pipe.send(finished.value)
-            else:
-                done, self._loaded = finished.value
-                self._pipe.send(done)
+        for finished in (*self._engine.poll(), *self._jobs.poll()):
+            if isinstance(finished, JobResult):
+                answer: RankAnswer = finished.value
+                self._pipe.send(answer)
 
     def close(self) -> None:
         self._backend.close()
@@ -160,16 +174,29 @@ class RankWorker:
                 self._pool.poison(message.pages)
                 self._pipe.send(RankDone(call_id=message.call_id))
             case LoadShard():
-                self._loaded = None
-                self._jobs.submit(
-                    "load", lambda: self._beside(message.call_id, self._load, message.model_path)
-                )
+                self._loaded, path, weights = None, Path(message.model_path), self._weights
+                self._start(message.call_id, lambda: self._load_beside(message.call_id, path, weights))
             case UpdateShard():
-                self._loaded = None
-                self._jobs.submit("load", lambda: self._beside(message.call_id, self._update, message.file))
+                self._loaded, path, weights = None, Path(message.file), self._weights
+                self._start(message.call_id, lambda: self._update_beside(message.call_id, path, weights))
             case CheckShard():
                 weights = self._weights
-                self._jobs.submit("check", lambda: self._check(message.call_id, weights))
+                self._start(message.call_id, lambda: self._check(message.call_id, weights))
+            case FillTensors():
+                file, weights = Path(message.file), self._weights
+                self._start(message.call_id, lambda: self._fill(message.call_id, file, weights))
+            case MoveMemory():
+                self._start(message.call_id, lambda: self._move(message))
+            case StartRankProfile():
+                job = _answering(message.call_id, lambda: self._start_profile(message))
+                self._engine.submit_job("start profile", job)
+            case StopRankProfile():
+                job = _answering(message.call_id, lambda: self._stop_profile(message))
+                self._engine.submit_job("stop profile", job)
+            case SetRankLogLevel():
+                set_log_level(message.level)
+            case FreezeRankGc():
+                gc.freeze()
             case SwapShard():
                 assert self._loaded is not None, "rank 0 swaps what every rank has loaded"
                 self._weights, self._loaded = self._loaded, None
@@ -181,22 +208,61 @@ class RankWorker:
             case _:
                 assert_never(message)
 
-    @staticmethod
-    def _beside(call_id: int, load: Callable[[Path], Weights], path: str) -> tuple[RankDone, Weights | None]:
-        try:
-            return RankDone(call_id=call_id), load(Path(path))
-        except StartupError as error:
-            return RankDone(call_id=call_id, error=str(error)), None
+    def _start(self, call_id: int, run: Callable[[], RankAnswer]) -> None:
+        self._jobs.submit("rank 0's", _answering(call_id, run))
+
+    # ---- jobs of the engine's thread --------------------------------------------------------------------
+
+    def _start_profile(self, message: StartRankProfile) -> RankDone:
+        self._profiler.start(message.plan)
+        return RankDone(call_id=message.call_id)
+
+    def _stop_profile(self, message: StopRankProfile) -> RankTraced:
+        traces = tuple(str(path) for path in self._profiler.stop())
+        return RankTraced(call_id=message.call_id, rank=self._shard.rank, traces=traces)
+
+    # ---- jobs: with the weights that served when rank 0 asked ------------------------------------------
+
+    def _load_beside(self, call_id: int, path: Path, weights: Weights) -> RankDone:
+        require_memory(weights)
+        self._loaded = self._load(path)
+        return RankDone(call_id=call_id)
+
+    def _update_beside(self, call_id: int, file: Path, weights: Weights) -> RankDone:
+        require_memory(weights)
+        self._loaded = updated_weights(file, weights, self._config, self._shard)
+        return RankDone(call_id=call_id)
 
     def _check(self, call_id: int, weights: Weights) -> RankChecked:
+        require_memory(weights)
         sums = part_checksums(weights, self._config, self._shard)
         return RankChecked(call_id=call_id, sums={name: f"{value:x}" for name, value in sums.items()})
 
-    def _update(self, file: Path) -> Weights:
-        return updated_weights(file, self._weights, self._config, self._shard)
+    def _fill(self, call_id: int, file: Path, weights: Weights) -> RankDone:
+        write_parts(file, weights, self._config, self._shard)
+        return RankDone(call_id=call_id)
+
+    def _move(self, message: MoveMemory) -> RankMoved:
+        """Rank 0 has the results of all forwards, so nothing is read or written here any more."""
+        self._weights = self._memory.move(frozenset(message.released), self._weights)
+        self._runner.swap_weights(self._weights)
+        return_free_memory()
+        return RankMoved(call_id=message.call_id, region=self._memory.region)
 
     def _load(self, path: Path) -> Weights:
         try:
             return load_weights(path, self._config, self._dtype, _CPU, self._shard)
         except RuntimeError as error:  # how torch reports that memory is out
             raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _answering(call_id: int, run: Callable[[], RankAnswer]) -> Callable[[], RankAnswer]:
+    """A job."""
+
+    def job() -> RankAnswer:
+        try:
+            return run()
+        except PdserveError as error:
+            return RankDone(call_id=call_id, error=str(error))
+
+    return job

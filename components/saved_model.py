@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from fsspec.core import url_to_fs
+from torch import Tensor
 
 from ..engine.checkpoint_writer import write_checkpoint
 from ..runtime.errors import StartupError
 from .loaded_model import LoadedModel
 
 
-def save_model(model: LoadedModel, folder: Path, max_shard_bytes: int) -> None:
-    """Into a new folder. Raises StartupError."""
-    write_checkpoint(folder, model.path, model.weights, model.config, model.fingerprint, max_shard_bytes)
+def save_model(model: LoadedModel, tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    """Its whole tensors, into a new folder. Raises StartupError."""
+    write_checkpoint(folder, model.path, tensors, model.fingerprint, max_shard_bytes)
 
 
-def upload_model(model: LoadedModel, url: str, max_shard_bytes: int) -> None:
+def upload_model(model: LoadedModel, tensors: Mapping[str, Tensor], url: str, max_shard_bytes: int) -> None:
     """To where fsspec reaches by this URL: `s3://bucket/folder` where s3fs is installed, and so on. It is
     written on this host first. Raises StartupError."""
     try:
@@ -26,7 +28,7 @@ def upload_model(model: LoadedModel, url: str, max_shard_bytes: int) -> None:
         raise StartupError(f"{url} cannot be written: {error}") from error
     with tempfile.TemporaryDirectory(prefix="pdserve-save-") as scratch:
         folder = Path(scratch) / "model"
-        save_model(model, folder, max_shard_bytes)
+        save_model(model, tensors, folder, max_shard_bytes)
         try:
             if files.exists(path) and files.ls(path):
                 raise StartupError(f"{url} is there already and not empty: name a new folder")

@@ -56,11 +56,11 @@ class StagedFile:
             view = view[os.write(self._descriptor, view) :]
         self.num_bytes += len(data)
 
-    def lay_out(self, specs: Sequence[TensorSpec], available_bytes: int) -> Tensor:
+    def lay_out(self, specs: Sequence[TensorSpec]) -> Tensor:
         """Make it the file of these tensors. Their values are to be written into what is returned: bytes, one
-        tensor behind the other, ``[num_bytes]`` uint8. Raises OSError when they do not fit."""
+        tensor behind the other, ``[num_bytes]`` uint8, which take memory as they are written. Raises OSError.
+        """
         header, end = safetensors_header(specs)
-        require_room(end, available_bytes)
         self.append(header)
         offset, self.num_bytes = self.num_bytes, self.num_bytes + end
         os.ftruncate(self._descriptor, self.num_bytes)

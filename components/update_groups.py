@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..messages.weights import TENSOR_DTYPES, FromGroup, JoinUpdateGroup
 from ..runtime.errors import StartupError
-from .staged_weights import StagedFile, staged_file
+from .staged_weights import StagedFile, require_room, staged_file
 
 
 class Group(Protocol):
@@ -52,8 +52,9 @@ class UpdateGroups:
             )
         deadline = time.monotonic() + source.timeout_s
         with staged_file() as file:
-            data = file.lay_out(source.tensors, self._available_bytes())
             sizes = [TENSOR_DTYPES[spec.dtype][1] * math.prod(spec.shape) for spec in source.tensors]
+            require_room(sum(sizes), self._available_bytes())
+            data = file.lay_out(source.tensors)
             ends = list(itertools.accumulate(sizes))
             buffers = [data[end - size : end] for size, end in zip(sizes, ends, strict=True)]
             for buffer in [data] if source.is_one_bucket else buffers:

@@ -1,19 +1,23 @@
 """The weights that serve, for other nodes to read: as the safetensors file that they would make.
 
-Nothing is copied: an image holds on to the tensors as they are, which a later update leaves alone. So who
-reads it gets the weights of one moment, whatever this node serves meanwhile.
+An image holds on to tensors, which a later update leaves alone. So who reads it gets the weights of one
+moment, whatever this node serves meanwhile. Of one rank nothing is copied; several ranks put their parts
+together first, so an image is made in a job, and all who read the same weights share it.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..engine.engine_thread import JobResult
 from ..messages.weights import (
     STAGE_PART_BYTES,
     OpenWeights,
@@ -22,7 +26,6 @@ from ..messages.weights import (
     WeightBytesReply,
     WeightImageReply,
 )
-from ..runtime.errors import StartupError
 from .staged_weights import safetensors_header
 
 IDLE_S = 60.0  # an image that nobody reads is let go of
@@ -63,34 +66,58 @@ class WeightImage:
 
 
 @dataclass(slots=True)
+class _Making:
+    """In a job."""
+
+    update_id: str
+    asked: list[tuple[bytes, int]]  # link and call of each who waits for it
+    is_dropped: bool = False
+
+
+@dataclass(slots=True)
 class _Held:
     image: WeightImage
     idle_until: float | None = None  # None: from the next turn of the loop on
 
 
-class WeightImages:
-    """Of the weights that served when each was asked for. `make` raises StartupError."""
+class ImageJobs(Protocol):
+    """A JobThread, not that of updates: one of them may be reading an image of this very node."""
 
-    def __init__(self, make: Callable[[], WeightImage]) -> None:
+    def submit(self, name: str, run: Callable[[], WeightImage]) -> None: ...
+
+    def poll(self) -> list[JobResult]: ...
+
+
+class WeightImages:
+    """Of the weights that served when each was asked for.
+
+    `make` returns a job that makes one of what serves now, and raises StartupError. `served` is the id of
+    the update that serves.
+    """
+
+    def __init__(
+        self, make: Callable[[], Callable[[], WeightImage]], served: Callable[[], str], jobs: ImageJobs
+    ) -> None:
         self._make = make
+        self._served = served
+        self._jobs = jobs
         self._numbers = itertools.count(1)
+        self._making: deque[_Making] = deque()  # in order
         self._held: dict[int, _Held] = {}
 
-    def open(self, message: OpenWeights) -> WeightImageReply:
-        try:
-            image = self._make()
-        except StartupError as error:
-            return WeightImageReply(call_id=message.call_id, success=False, message=str(error))
-        number = next(self._numbers)
-        self._held[number] = _Held(image)
-        return WeightImageReply(
-            call_id=message.call_id,
-            success=True,
-            image=number,
-            num_bytes=image.num_bytes,
-            update_id=image.update_id,
-            fingerprint=image.fingerprint,
-        )
+    def open(self, link: bytes, message: OpenWeights) -> WeightImageReply | None:
+        """None: the answer comes from `poll`."""
+        served = self._served()
+        for held in self._held.values():
+            if held.image.update_id == served:
+                return self._opened(message.call_id, held.image)
+        for making in self._making:
+            if making.update_id == served and not making.is_dropped:
+                making.asked.append((link, message.call_id))
+                return None
+        self._making.append(_Making(served, [(link, message.call_id)]))
+        self._jobs.submit("image of weights", self._make())
+        return None
 
     def read(self, message: ReadWeights) -> WeightBytesReply:
         """The end of the image lets go of it."""
@@ -105,12 +132,18 @@ class WeightImages:
             del self._held[message.image]
         return WeightBytesReply(call_id=call_id, success=True, data=data)
 
-    def poll(self, now: float) -> None:
+    def poll(self, now: float) -> list[tuple[bytes, WeightImageReply]]:
+        """Answers whose image is made."""
+        replies = []
+        for job in self._jobs.poll():
+            making = self._making.popleft()
+            replies += [(link, self._made(call_id, making, job)) for link, call_id in making.asked]
         for number, held in list(self._held.items()):
             if held.idle_until is None:
                 held.idle_until = now + IDLE_S
             elif now >= held.idle_until:
                 del self._held[number]
+        return replies
 
     @property
     def deadline(self) -> float | None:
@@ -121,3 +154,23 @@ class WeightImages:
     def drop(self) -> None:
         """The memory is wanted back."""
         self._held.clear()
+        for making in self._making:
+            making.is_dropped = True
+
+    def _made(self, call_id: int, making: _Making, job: JobResult) -> WeightImageReply:
+        if job.error is not None or making.is_dropped:
+            reason = "these weights are let go of" if job.error is None else str(job.error)
+            return WeightImageReply(call_id=call_id, success=False, message=reason)
+        return self._opened(call_id, job.value)
+
+    def _opened(self, call_id: int, image: WeightImage) -> WeightImageReply:
+        number = next(self._numbers)
+        self._held[number] = _Held(image)
+        return WeightImageReply(
+            call_id=call_id,
+            success=True,
+            image=number,
+            num_bytes=image.num_bytes,
+            update_id=image.update_id,
+            fingerprint=image.fingerprint,
+        )

@@ -919,10 +919,10 @@ class DecodeScheduler:
             self.pages.drop_cache()
             reason = f"weights are {identity.weight_version} now"
             self.act(self.rooms.set_identity(identity, reason, now), now)
-        if result.identity is not None:  # memory comes or goes: idle too
+        if (announced := result.announced) is not None:  # memory comes or goes: idle too
             self.pages.drop_cache()
             reason = "memory is released or resumed"
-            self.act(self.rooms.set_identity(result.identity, reason, now), now)
+            self.act(self.rooms.set_identity(announced.identity, reason, now, announced.regions), now)
         for link, message in result.replies:
             self.send(link, message)
 

@@ -15,19 +15,17 @@ from torch import Tensor
 
 from ..runtime.errors import StartupError
 from .model_config import ModelConfig
-from .named_weights import named_parts
-from .tensor_parallel import WHOLE
-from .weights import FINGERPRINT_FILE, Weights, weights_digest
+from .weights import FINGERPRINT_FILE, weights_digest
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 
 
 def write_checkpoint(
-    folder: Path, source: Path, weights: Weights, config: ModelConfig, fingerprint: str, max_shard_bytes: int
+    folder: Path, source: Path, tensors: Mapping[str, Tensor], fingerprint: str, max_shard_bytes: int
 ) -> None:
-    """Whole weights as safetensors under the names of a checkpoint, in files of `max_shard_bytes` where that
-    can be, with the other files of the checkpoint `source` that they began with. The folder is there at the
-    end, or nothing is. Raises StartupError.
+    """Whole tensors, all of one type, as safetensors under the names of a checkpoint, in files of
+    `max_shard_bytes` where that can be, with the other files of the checkpoint `source` that they began with.
+    The folder is there at the end, or nothing is. Raises StartupError.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StartupError(f"{folder} is there already and not empty: name a new folder")
@@ -35,9 +33,8 @@ def write_checkpoint(
     try:
         unfinished.mkdir(parents=True)
         _copy_other_files(source, unfinished)
-        dtype = str(weights.dtype).removeprefix("torch.")
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         _write_config(source, unfinished, dtype)
-        tensors = {name: part.data for name, part in named_parts(weights, config, WHOLE).items()}
         _write_tensors(unfinished, tensors, max_shard_bytes)
         # What was updated in part, or converted, has a fingerprint that its bytes do not tell.
         digest = weights_digest(unfinished, ModelConfig.from_dir(unfinished))

@@ -168,7 +168,8 @@ class EngineThread:
         started = time.monotonic()
         if isinstance(work, ForwardBatch):
             sleep_s = self.forward_sleep_s
-            self.progress = Progress(work.step, "forward", started, sleep_s + self._times.expected_s(work))
+            expected_s = sleep_s + self._times.expected_s(work) + self._profiler.overhead_s
+            self.progress = Progress(work.step, "forward", started, expected_s)
             if sleep_s:
                 time.sleep(sleep_s)
             with self._profiler.step(work):

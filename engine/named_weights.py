@@ -111,10 +111,17 @@ def replace_tensors(
 def part_checksums(weights: Weights, config: ModelConfig, shard: Shard) -> dict[str, int]:
     """By name, what this rank adds to each tensor's checksum: the sum of all ranks' is the tensor's, modulo
     2^64. It depends on every bit and on where it is, not on how the tensor is split. A part that several
-    ranks hold is counted by the first of them."""
+    ranks hold is counted by the first of them; a tensor of which nothing is left has no entry."""
+    return {name: _checksum(named) for name, named in answered_parts(weights, config, shard).items()}
+
+
+def answered_parts(weights: Weights, config: ModelConfig, shard: Shard) -> dict[str, NamedPart]:
+    """`named_parts` without those that a rank before this one has too: all ranks' together are every tensor
+    once."""
     return {
-        name: _checksum(named) if _is_counted(name, named, config, shard) else 0
+        name: named
         for name, named in named_parts(weights, config, shard).items()
+        if _is_first(name, named, config, shard)
     }
 
 
@@ -130,7 +137,7 @@ def whole_checksum(tensors: Mapping[str, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _is_counted(name: str, named: NamedPart, config: ModelConfig, shard: Shard) -> bool:
+def _is_first(name: str, named: NamedPart, config: ModelConfig, shard: Shard) -> bool:
     if shard.rank == 0:
         return True
     if not named.part:

@@ -17,6 +17,7 @@ from .forward_batch import ForwardBatch
 
 _ALL = "all"  # the one trace of a profile that does not tell stages apart
 _STAGES = ("prefill", "decode")
+_OVERHEAD_S = 6.0
 
 
 class ProfileError(PdserveError):
@@ -55,6 +56,11 @@ class StepProfiler:
         if self._error:
             raise ProfileError(self._error)
         return tuple(self._traces)
+
+    @property
+    def overhead_s(self) -> float:
+        """What a step may take longer, as it starts to record (2 s the first time) or writes a trace."""
+        return 0.0 if self._plan is None else _OVERHEAD_S
 
     @contextlib.contextmanager
     def step(self, batch: ForwardBatch) -> Iterator[None]:

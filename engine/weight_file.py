@@ -53,6 +53,17 @@ def without_memory(weights: Weights) -> Weights:
     return Weights(embed_tokens=embedding, layers=layers, norm=weights.norm.to("meta"), lm_head=lm_head)
 
 
+def has_memory(weights: Weights) -> bool:
+    """Not what `without_memory` returned."""
+    return not weights.norm.is_meta
+
+
+def require_memory(weights: Weights) -> None:
+    """Raises StartupError for what `without_memory` returned."""
+    if not has_memory(weights):
+        raise StartupError("the memory of the weights is released: resume it first")
+
+
 def _on_meta(layer: LayerWeights) -> dict[str, Any]:
     tensors = {field.name: getattr(layer, field.name) for field in dataclasses.fields(LayerWeights)}
     return {name: None if tensor is None else tensor.to("meta") for name, tensor in tensors.items()}

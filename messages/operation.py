@@ -162,3 +162,8 @@ class ProfileReply(msgspec.Struct, frozen=True, kw_only=True, tag="profile"):
     success: bool
     message: str = ""
     traces: tuple[str, ...] = ()
+    rank_traces: tuple[tuple[int, str], ...] = ()  # of further TP ranks: which one, and its file
+
+    @property
+    def all_traces(self) -> list[str]:
+        return [*self.traces, *(path for _, path in self.rank_traces)]

@@ -11,7 +11,9 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from .operation import LogLevel, StartProfile
 from .peer import MemoryRegion
+from .weights import MemoryTag
 
 # ---- rank 0 to a further rank -----------------------------------------------------------------------
 
@@ -33,6 +35,7 @@ class RankStart(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     deterministic: bool
     num_threads: int
     rendezvous: str  # path of a file by which the ranks find one another
+    trace_name: str  # names the rank in the files of its profiles
 
 
 class RunForward(msgspec.Struct, frozen=True, kw_only=True, tag="forward"):
@@ -74,12 +77,47 @@ class CheckShard(msgspec.Struct, frozen=True, kw_only=True, tag="check_shard"):
     call_id: int
 
 
+class FillTensors(msgspec.Struct, frozen=True, kw_only=True, tag="fill_tensors"):
+    """Write the rank's parts of these tensors into the safetensors file that was laid out for them."""
+
+    call_id: int
+    file: str
+
+
 class SwapShard(msgspec.Struct, frozen=True, kw_only=True, tag="swap_shard"):
     """The next forward uses what was loaded last."""
 
 
 class DropShard(msgspec.Struct, frozen=True, kw_only=True, tag="drop_shard"):
     """What was loaded last is not wanted."""
+
+
+class MoveMemory(msgspec.Struct, frozen=True, kw_only=True, tag="move_memory"):
+    """Release the memory that is named here and take the other back; answered by RankMoved."""
+
+    call_id: int
+    released: tuple[MemoryTag, ...]
+
+
+class StartRankProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile"):
+    """From the next forward on."""
+
+    call_id: int
+    plan: StartProfile
+
+
+class StopRankProfile(msgspec.Struct, frozen=True, kw_only=True, tag="stop_profile"):
+    """Answered by RankTraced."""
+
+    call_id: int
+
+
+class SetRankLogLevel(msgspec.Struct, frozen=True, kw_only=True, tag="set_log_level"):
+    level: LogLevel
+
+
+class FreezeRankGc(msgspec.Struct, frozen=True, kw_only=True, tag="freeze_gc"):
+    """See FreezeGc."""
 
 
 class MeetRegion(msgspec.Struct, frozen=True, kw_only=True, tag="meet"):
@@ -115,8 +153,14 @@ ToRank: TypeAlias = (
     | LoadShard
     | UpdateShard
     | CheckShard
+    | FillTensors
     | SwapShard
     | DropShard
+    | MoveMemory
+    | StartRankProfile
+    | StopRankProfile
+    | SetRankLogLevel
+    | FreezeRankGc
     | MeetRegion
     | WriteRun
     | CancelRuns
@@ -139,6 +183,8 @@ class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class RankDone(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """With an error it answers any call."""
+
     call_id: int
     error: str = ""
 
@@ -148,6 +194,21 @@ class RankChecked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
 
     call_id: int
     sums: dict[str, str]
+
+
+class RankMoved(msgspec.Struct, frozen=True, kw_only=True, tag="moved"):
+    """The memory is as it was asked for."""
+
+    call_id: int
+    region: MemoryRegion  # of the pool, as it was registered last
+
+
+class RankTraced(msgspec.Struct, frozen=True, kw_only=True, tag="traced"):
+    """The files of the profile that has ended."""
+
+    call_id: int
+    rank: int
+    traces: tuple[str, ...]
 
 
 class WriteEnd(msgspec.Struct, frozen=True, array_like=True):
@@ -160,4 +221,5 @@ class WritesEnded(msgspec.Struct, frozen=True, kw_only=True, tag="writes_ended")
     ends: tuple[WriteEnd, ...]
 
 
-FromRank: TypeAlias = RankReady | RankFailed | RankDone | RankChecked | WritesEnded
+RankAnswer: TypeAlias = RankDone | RankChecked | RankMoved | RankTraced
+FromRank: TypeAlias = RankReady | RankFailed | RankAnswer | WritesEnded

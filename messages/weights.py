@@ -162,8 +162,9 @@ class DiscardWeights(msgspec.Struct, frozen=True, kw_only=True, tag="discard_wei
     update_id: str
 
 
-MemoryTag: TypeAlias = Literal["weights", "kv_cache"]
-MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache")
+# No forward is captured as a graph today: "graphs" is state without bytes.
+MemoryTag: TypeAlias = Literal["weights", "kv_cache", "graphs"]
+MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache", "graphs")
 
 
 class ReleaseMemory(msgspec.Struct, frozen=True, kw_only=True, tag="release_memory"):

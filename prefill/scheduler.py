@@ -474,9 +474,9 @@ class PrefillScheduler:
             identity = self.swap(result.swap)
             self.drop_cache()
             self.act(self.rooms.set_identity(identity, f"weights are {identity.weight_version} now"), now)
-        if result.identity is not None:  # memory comes or goes: idle too
+        if (announced := result.announced) is not None:  # memory comes or goes: idle too
             self.drop_cache()
-            self.act(self.rooms.set_identity(result.identity, "memory is released or resumed"), now)
+            self.act(self.rooms.set_identity(announced.identity, "memory is released or resumed"), now)
         for link, message in result.replies:
             self.send(link, message)
 

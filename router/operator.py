@@ -93,17 +93,17 @@ class ClusterOperator:
 
         replies = dict(zip(links, await asyncio.gather(*map(one, links.values())), strict=True))
         traces = [
-            NodeTrace(Path(path), f"{node.entry.role} {url}", self._lead_s(node.incarnation))
+            NodeTrace(Path(path), label, self._lead_s(node.incarnation))
             for url, node in nodes.items()
             if url in replies
-            for path in replies[url].traces
+            for path, label in _labelled(f"{node.entry.role} {url}", replies[url])
         ]
         merged, problem = await asyncio.to_thread(self._merge, traces)
         text = "; ".join(f"{url}: {reply.message}" for url, reply in replies.items() if not reply.success)
         return ProfileOutcome(
             success=bool(replies) and not text,
             message="; ".join(filter(None, (text or ("" if replies else "no node is connected"), problem))),
-            traces={url: list(reply.traces) for url, reply in replies.items()},
+            traces={url: reply.all_traces for url, reply in replies.items()},
             merged=merged,
         )
 
@@ -120,6 +120,12 @@ class ClusterOperator:
 
     def _nodes(self) -> dict[str, NodeRecord]:
         return {node.entry.url: node for node in self._cluster.registry}
+
+
+def _labelled(node: str, reply: ProfileReply) -> list[tuple[str, str]]:
+    """Its files, and whose they are."""
+    own = [(path, node) for path in reply.traces]
+    return own + [(path, f"{node}, TP rank {rank}") for rank, path in reply.rank_traces]
 
 
 async def _all(

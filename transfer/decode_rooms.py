@@ -259,9 +259,18 @@ class DecodeRooms:
             return []
         return self._lose(peer, "the connection was closed", now)
 
-    def set_identity(self, identity: PeerIdentity, reason: str, now: float) -> list[DecodeAction]:
-        """Other weights, or another incarnation: shake hands with every peer again."""
+    def set_identity(
+        self,
+        identity: PeerIdentity,
+        reason: str,
+        now: float,
+        regions: tuple[MemoryRegion, ...] | None = None,
+    ) -> list[DecodeAction]:
+        """Other weights, or another incarnation, whose memory is at `regions`: shake hands with every peer
+        again."""
         self._identity = identity
+        if regions is not None:
+            self._regions = regions
         actions: list[DecodeAction] = []
         for peer in self._peers.values():
             actions += self._lose(peer, reason, now)

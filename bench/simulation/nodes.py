@@ -16,7 +16,7 @@ from ...components.live_settings import LiveSettings
 from ...components.load_inquirer import LoadInquirer
 from ...components.loaded_model import LoadedModel
 from ...components.loop_times import LoopTimes
-from ...components.memory_occupation import MemoryOccupation
+from ...components.memory_occupation import Announced, MemoryOccupation
 from ...components.metrics_reporter import MetricsReporter
 from ...components.node_control import NodeControl
 from ...components.node_operations import NodeOperations
@@ -58,7 +58,7 @@ from ...transfer.decode_rooms import DecodeRooms
 from ...transfer.page_digests import DigestWorker
 from ...transfer.prefill_rooms import PrefillRooms
 from .engine import FakeEngine
-from .side_work import FakeDeathProbe, FakeDigests, NoProfiler
+from .side_work import FakeDeathProbe, FakeDigests, NoImageJobs, NoProfiler
 from .tokens import EOS, LAYOUT, PAGE_SIZE, VOCAB_SIZE, Pool
 
 INITIAL_VERSION = "default"
@@ -79,6 +79,10 @@ def _no_group(message: JoinUpdateGroup) -> Group:
 
 def _no_peer(source: FromPeer) -> StagedFile:
     raise StartupError(f"{source.zmq_address} is no address of a node")
+
+
+def _no_image() -> Callable[[], WeightImage]:
+    raise NotImplementedError
 
 
 class FakeStore:
@@ -268,7 +272,7 @@ class _Base(Generic[T]):
             status=self.status,
             flush=FlushWrapper(),
             weights=self.weights,
-            images=WeightImages(lambda: WeightImage({})),
+            images=WeightImages(_no_image, lambda: "", NoImageJobs()),
             memory=MemoryOccupation(self, self.engine.jobs.submit),
             metrics=self.metrics,
             drop_cache=drop_cache,
@@ -288,26 +292,34 @@ class _Base(Generic[T]):
         )
         return self.identity
 
+    @property
+    def regions(self) -> tuple[MemoryRegion, ...]:
+        """Every incarnation registers its memory anew."""
+        pool_bytes = len(self.pool.pages) * LAYOUT.page_bytes
+        region = MemoryRegion(
+            session=self.identity.incarnation, address=0, num_bytes=pool_bytes + 8, scratch_address=pool_bytes
+        )
+        return (region,)
+
     # ---- MemoryPort: it keeps a list of what was done ----
 
-    def refusal(self) -> str:
-        return ""
+    def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
+        what, tags = ("release", after - before) if after > before else ("resume", before - after)
+        return lambda: self.memory_journal.append(f"{what} {sorted(tags)}")
 
-    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
-        return lambda: self.memory_journal.append(f"release {sorted(tags)}")
-
-    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
-        return lambda: self.memory_journal.append(f"resume {sorted(tags)}")
-
-    def announce(self, *, is_released: bool) -> PeerIdentity:
+    def announce(self, *, is_released: bool) -> Announced:
         self.identity = announce(self.status, self.identity, is_released=is_released)
-        return self.status.shown(self.identity)
+        return Announced(self.status.shown(self.identity), self.regions)
 
     def _common(self, drop_cache: Callable[[], bool], settings: LiveSettings) -> dict[str, Any]:
         loop_times = LoopTimes()
         return {
             "operations": NodeOperations(
-                settings=settings, engine=self.engine, step_profiler=NoProfiler(), loop_times=loop_times
+                settings=settings,
+                engine=self.engine,
+                profiler=NoProfiler(),
+                loop_times=loop_times,
+                ranks=None,
             ),
             "loop_times": loop_times,
             "receiver": self.receiver,
@@ -430,11 +442,7 @@ class DecodeNode(_Base[ClientToNode]):
             keeps_prefixes=settings.decode_has_cache,
         )
         self.growth = GrowthEstimate(settings.conservativeness)
-        pool_bytes = settings.decode_pages * LAYOUT.page_bytes
-        region = MemoryRegion(
-            session=place.incarnation, address=0, num_bytes=pool_bytes + 8, scratch_address=pool_bytes
-        )
-        self.rooms = DecodeRooms(self.identity, (region,), settings.decode_pages)
+        self.rooms = DecodeRooms(self.identity, self.regions, settings.decode_pages)
         gone_clients: set[bytes] = set()
 
         def send_output(client: bytes, message: msgspec.Struct) -> None:

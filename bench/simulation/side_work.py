@@ -1,11 +1,14 @@
-"""Stands for what a node does beside its forwards: page digests and the search for proofs of death."""
+"""Stands for what a node does beside its forwards: page digests, the search for proofs of death, weights that
+others read."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
+from ...components.node_profiler import Traces
+from ...components.weight_images import WeightImage
+from ...engine.engine_thread import JobResult
 from ...messages.operation import StartProfile
 from ...transfer.page_digests import Digests
 from .tokens import Pool
@@ -54,8 +57,19 @@ class FakeDigests:
 class NoProfiler:
     """In place of the engine's: there are no forwards to record."""
 
-    def start(self, plan: StartProfile) -> None:
+    def start(self, plan: StartProfile) -> Callable[[], None]:
         del plan
+        return lambda: None
 
-    def stop(self) -> tuple[Path, ...]:
-        return ()
+    def stop(self) -> Callable[[], Traces]:
+        return lambda: Traces(())
+
+
+class NoImageJobs:
+    """Nobody reads weights here."""
+
+    def submit(self, name: str, run: Callable[[], WeightImage]) -> None:
+        raise NotImplementedError(name)
+
+    def poll(self) -> list[JobResult]:
+        return []

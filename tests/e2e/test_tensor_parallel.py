@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -122,6 +124,72 @@ def test_new_weights_are_on_every_rank_or_on_none(nodes: LocalCluster, tmp_path:
     # With the version of the start, as a node has that is started again.
     assert update(SHIPPED_MODEL, "default") == 200
     assert ids() == old
+
+
+def check(cluster: LocalCluster) -> str:
+    """One checksum, of all nodes."""
+    reply = request(cluster.url, "/check_weights", {})
+    assert reply.status == 200, reply.text
+    message: str = reply.json["message"]
+    return message
+
+
+def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> None:
+    ids, sums = greedy_ids(nodes.url, PROMPT, 8), check(nodes)
+    processes = [process for worker in nodes.workers() for process in ranks(worker["url"])]
+    assert len(processes) == 6
+
+    before = [process.memory_info().rss for process in processes]
+    rank1 = processes[-1]
+    limit = rank1.rlimit(psutil.RLIMIT_FSIZE)
+    rank1.rlimit(psutil.RLIMIT_FSIZE, (4096, limit[1]))  # as good as a full disk
+    refused = request(nodes.url, "/release_memory_occupation", {})
+    rank1.rlimit(psutil.RLIMIT_FSIZE, limit)
+    assert refused.status == 400, refused.text
+    assert "TP rank 1: weights cannot be kept" in refused.text
+    wait_until(lambda: all_paired(nodes, 1, 2), 20.0, "all nodes to have their memory again")
+    assert (greedy_ids(nodes.url, PROMPT, 8), check(nodes)) == (ids, sums)
+
+    released = request(nodes.url, "/release_memory_occupation", {})
+    assert released.status == 200, released.text
+    num_weight_bytes = (SHIPPED_MODEL / "model.safetensors").stat().st_size
+    for process, rss in zip(processes, before, strict=True):
+        now = process.memory_info().rss
+        assert now < rss - num_weight_bytes / 2, f"{process}: {rss} bytes before, {now} now"
+    for worker in nodes.workers():
+        reply = request(worker["url"], "/check_weights", {})
+        assert (reply.status, "the memory of the weights is released" in reply.text) == (400, True)
+    assert request(nodes.url, "/resume_memory_occupation", {"tags": ["kv_cache", "graphs"]}).status == 200
+    incarnations = {worker["incarnation"] for worker in nodes.workers()}
+    resumed = request(nodes.url, "/resume_memory_occupation", {"tags": ["weights"]})
+    assert resumed.status == 200, resumed.text
+    assert not incarnations & {worker["incarnation"] for worker in nodes.workers()}
+    assert (greedy_ids(nodes.url, PROMPT, 8), check(nodes)) == (ids, sums)
+
+
+def test_a_profile_shows_every_rank(nodes: LocalCluster, tmp_path: Path) -> None:
+    begun = request(nodes.url, "/start_profile", {"output_dir": str(tmp_path), "activities": ["CPU"]})
+    assert begun.status == 200, begun.text
+    greedy_ids(nodes.url, random_ids(5, 70), 8)  # a prompt that is cached nowhere, so prefill computes
+    ended = request(nodes.url, "/stop_profile", {})
+    assert ended.status == 200, ended.text
+    (prefill,) = nodes.workers("prefill")
+    traces = ended.json["traces"]
+    assert traces.keys() == {worker["url"] for worker in nodes.workers()}
+    assert ["-rank1-" in path for path in traces[prefill["url"]]] == [False, True]
+    document = json.loads(gzip.decompress(Path(ended.json["merged"]).read_bytes()))
+    steps_of: dict[int, set[str]] = {}
+    for event in document["traceEvents"]:
+        if event.get("cat") == "user_annotation" and "step" in event["name"]:
+            steps_of.setdefault(event["pid"], set()).add(event["name"].partition(":")[0])
+    names = {
+        event["args"]["name"]: steps_of[event["pid"]]
+        for event in document["traceEvents"]
+        if event.get("name") == "process_name" and event["pid"] in steps_of
+    }
+    own = names[f"prefill {prefill['url']}"]
+    assert own == names[f"prefill {prefill['url']}, TP rank 1"], "every rank recorded the same forwards"
+    assert own
 
 
 @pytest.mark.timeout(600)

@@ -246,8 +246,11 @@ def test_released_memory_goes_back_to_the_host_and_answers_are_the_same_afterwar
     assert (again.status, "released already: kv_cache" in again.text) == (400, True)
     is_over, waiting = in_background(lambda: greedy_ids(url, PROMPT, 12))
     incarnations = {worker["incarnation"] for worker in updatable.workers()}
-    assert request(url, "/resume_memory_occupation", {"tags": ["kv_cache"]}).status == 200
-    assert not is_over()
+    for tag in ("kv_cache", "cuda_graph"):
+        assert request(url, "/resume_memory_occupation", {"tags": [tag]}).status == 200
+        assert not is_over()
+    again = request(url, "/resume_memory_occupation", {"tags": ["graphs"]})
+    assert (again.status, "not released: graphs" in again.text) == (400, True)
     resumed = request(url, "/resume_memory_occupation", {"tags": ["weights"]})
     assert resumed.status == 200, resumed.text
     assert not incarnations & {worker["incarnation"] for worker in updatable.workers()}

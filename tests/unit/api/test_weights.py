@@ -141,14 +141,15 @@ async def test_update_groups(api: Api) -> None:
 async def test_memory_occupation(api: Api) -> None:
     assert (await api.post("/release_memory_occupation", {}))[0] == 200
     assert (await api.post("/resume_memory_occupation", {"tags": ["weights"]}))[0] == 200
-    assert (await api.post("/release_memory_occupation", {"tags": ["cuda_graph"]}))[0] == 400
+    assert (await api.post("/release_memory_occupation", {"tags": ["cuda_graph", "graphs"]}))[0] == 200
+    assert (await api.post("/release_memory_occupation", {"tags": ["vision"]}))[0] == 400
     api.admin.reply = AdminReply(False, "not released: weights")
     assert await api.post("/resume_memory_occupation", {"tags": ["weights"]}) == (
         400,
         {"success": False, "message": "not released: weights"},
     )
-    both, one = ("weights", "kv_cache"), ("weights",)
-    assert api.admin.calls == [("release", both), ("resume", one), ("resume", one)]
+    every, one = ("weights", "kv_cache", "graphs"), ("weights",)
+    assert api.admin.calls == [("release", every), ("resume", one), ("release", ("graphs",)), ("resume", one)]
 
 
 async def test_weights_by_name_is_what_all_nodes_agree_on(api: Api) -> None:

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from pdserve.components.flush_wrapper import FlushWrapper
-from pdserve.components.memory_occupation import MemoryOccupation
+from pdserve.components.memory_occupation import Announced, MemoryOccupation
 from pdserve.components.metrics_reporter import MetricsReporter
 from pdserve.components.node_control import ControlMessage, ControlResult, NodeControl
 from pdserve.components.node_status import NodeStatus
 from pdserve.components.staged_weights import StagedFile
 from pdserve.components.update_groups import Group, UpdateGroups
-from pdserve.components.weight_images import WeightImage, WeightImages
+from pdserve.components.weight_images import IDLE_S, WeightImage, WeightImages
 from pdserve.components.weight_updater import LoadFolder, LoadOrder, Sums, TensorHead, WeightUpdater
+from pdserve.engine.engine_thread import JobResult
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.node import (
     CallReply,
@@ -32,7 +33,6 @@ from pdserve.messages.node import (
     NodeLoad,
     ServerInfoReply,
 )
-from pdserve.messages.peer import PeerIdentity
 from pdserve.messages.weights import (
     CommitWeights,
     DiscardWeights,
@@ -40,7 +40,9 @@ from pdserve.messages.weights import (
     FromPeer,
     JoinUpdateGroup,
     MemoryTag,
+    OpenWeights,
     PrepareWeights,
+    WeightImageReply,
 )
 from pdserve.runtime.config import node_config
 from pdserve.runtime.errors import StartupError
@@ -64,16 +66,10 @@ def no_group(message: JoinUpdateGroup) -> Group:
 
 
 class FakeMemory:
-    def refusal(self) -> str:
-        return "it cannot"
-
-    def release(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
+    def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
         raise NotImplementedError
 
-    def resume(self, tags: frozenset[MemoryTag]) -> Callable[[], None]:
-        raise NotImplementedError
-
-    def announce(self, *, is_released: bool) -> PeerIdentity:
+    def announce(self, *, is_released: bool) -> Announced:
         raise NotImplementedError
 
 
@@ -125,6 +121,7 @@ class Bench:
     jobs: list[Callable[[], Any]] = field(default_factory=list)
     can_drop: bool = True
     num_drops: int = 0
+    image_jobs: list[JobResult] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(
@@ -139,11 +136,19 @@ class Bench:
             status=make_status(),
             flush=FlushWrapper(),
             weights=self.weights,
-            images=WeightImages(lambda: WeightImage({"t": torch.arange(4.0)})),
+            images=WeightImages(lambda: lambda: WeightImage({"t": torch.arange(4.0)}), lambda: "", self),
             memory=MemoryOccupation(FakeMemory(), lambda _, run: self.jobs.append(run)),
             metrics=MetricsReporter("tiny", "decode"),
             drop_cache=self.drop_cache,
         )
+
+    def submit(self, name: str, run: Callable[[], WeightImage]) -> None:
+        """A job that makes an image of weights."""
+        self.image_jobs.append(JobResult(name, run(), None, 0.0, 1.0))
+
+    def poll(self) -> list[JobResult]:
+        results, self.image_jobs = self.image_jobs, []
+        return results
 
     def drop_cache(self) -> bool:
         self.num_drops += 1
@@ -232,6 +237,17 @@ def test_discarded_weights_are_not_swapped(bench: Bench) -> None:
     discarded = bench.handle(DiscardWeights(call_id=2, update_id="u"))
     assert reply(discarded) == CallReply(call_id=2, success=True)
     assert bench.handle(CommitWeights(call_id=3, update_id="u")).swap is None
+
+
+def test_weights_for_others_to_read_are_there_in_another_turn_of_the_loop(bench: Bench) -> None:
+    assert bench.handle(OpenWeights(call_id=7)).replies == []
+    opened = reply(bench.control.poll(1.0, idle=True, is_drained=True))
+    assert isinstance(opened, WeightImageReply)
+    assert (opened.call_id, opened.success) == (7, True)
+    again = reply(bench.handle(OpenWeights(call_id=8)))
+    assert isinstance(again, WeightImageReply)
+    assert again.success, "the same weights are there already"
+    assert bench.control.deadline == 1.0 + IDLE_S
 
 
 def test_server_info_carries_the_load(bench: Bench) -> None:

@@ -13,6 +13,7 @@ import pytest
 from pdserve.components.live_settings import LiveSettings
 from pdserve.components.loop_times import LoopTimes
 from pdserve.components.node_operations import NodeOperations, ToNodeOperations
+from pdserve.components.node_profiler import Traces
 from pdserve.engine.engine_thread import JobResult
 from pdserve.messages.node import CallReply
 from pdserve.messages.operation import (
@@ -21,6 +22,7 @@ from pdserve.messages.operation import (
     GetInternalState,
     InternalState,
     InternalStateReply,
+    LogLevel,
     ProfileReply,
     SlowDown,
     StartProfile,
@@ -58,15 +60,32 @@ class Profiler:
         self.plans: list[StartProfile] = []
         self.error = ""
 
-    def start(self, plan: StartProfile) -> None:
-        if self.error:
-            raise StartupError(self.error)
-        self.plans.append(plan)
+    def start(self, plan: StartProfile) -> Callable[[], None]:
+        def job() -> None:
+            if self.error:
+                raise StartupError(self.error)
+            self.plans.append(plan)
 
-    def stop(self) -> tuple[Path, ...]:
-        if self.error:
-            raise StartupError(self.error)
-        return (Path("/d/p.json"),)
+        return job
+
+    def stop(self) -> Callable[[], Traces]:
+        def job() -> Traces:
+            if self.error:
+                raise StartupError(self.error)
+            return Traces((Path("/d/p.json"),), ((1, "/d/p-rank1.json"),))
+
+        return job
+
+
+class Ranks:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def set_log_level(self, level: LogLevel) -> None:
+        self.told.append(level)
+
+    def freeze_gc(self) -> None:
+        self.told.append("freeze")
 
 
 class Bench:
@@ -74,11 +93,13 @@ class Bench:
         self.engine = Engine()
         self.profiler = Profiler()
         self.loop_times = LoopTimes()
+        self.ranks = Ranks()
         self.part = NodeOperations(
             settings=LiveSettings([]),
             engine=self.engine,
-            step_profiler=self.profiler,
+            profiler=self.profiler,
             loop_times=self.loop_times,
+            ranks=self.ranks,
         )
 
     def ask(self, message: ToNodeOperations) -> object:
@@ -127,6 +148,7 @@ def test_the_state_is_what_was_set(bench: Bench) -> None:
     assert state.pause == "in_place"
     assert state.memory_rss_bytes > 1_000_000
     assert log_level() == "debug"
+    assert bench.ranks.told == ["debug"]
     bench.ask(SlowDown(call_id=1, forward_sleep_s=0.0))
     assert bench.engine.forward_sleep_s == 0.0
 
@@ -147,6 +169,7 @@ def test_what_lives_is_frozen(bench: Bench) -> None:
         assert reply.success
         assert bench.state().is_gc_frozen
         assert gc.get_freeze_count() > 1000
+        assert bench.ranks.told == ["freeze"]
     finally:
         gc.unfreeze()
 
@@ -159,7 +182,10 @@ def test_a_profile_begins_and_ends_on_the_engine(bench: Bench) -> None:
     again = bench.ask(START)
     assert again == CallReply(call_id=1, success=False, message="a profile is running")
     assert bench.ask(StopProfile(call_id=2)) is None
-    assert bench.finish() == ProfileReply(call_id=2, success=True, traces=("/d/p.json",))
+    done = bench.finish()
+    assert isinstance(done, ProfileReply)
+    assert (done.call_id, done.success) == (2, True)
+    assert done.all_traces == ["/d/p.json", "/d/p-rank1.json"]
     assert not bench.state().is_profiling
 
 

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from pdserve.components.rank_group import LostRankError, RankGroup, RankProcess
+from pdserve.components.rank_group import LostRankError, RankCall, RankGroup, RankProcess, alongside
 from pdserve.components.weight_updater import LoadFolder, LoadTensors
 from pdserve.engine.engine_thread import Progress
+from pdserve.messages.operation import StartProfile
 from pdserve.messages.peer import MemoryRegion
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
@@ -23,13 +25,22 @@ from pdserve.messages.ranks import (
     CheckShard,
     CopyPages,
     DropShard,
+    FillTensors,
+    FreezeRankGc,
     FromRank,
     LoadShard,
     MeetRegion,
+    MoveMemory,
+    RankAnswer,
     RankChecked,
     RankDone,
     RankFailed,
+    RankMoved,
     RankReady,
+    RankTraced,
+    SetRankLogLevel,
+    StartRankProfile,
+    StopRankProfile,
     SwapShard,
     ToRank,
     UpdateShard,
@@ -105,30 +116,106 @@ def test_a_rank_that_dies_while_it_starts_is_told(group: RankGroup, other: Other
         group.wait_ready()
 
 
-def test_checks_are_waited_for_in_the_order_they_were_begun(group: RankGroup, other: OtherRank) -> None:
-    for digits in ("ff", "1"):
-        group.start_check()
-        message = other.next()
-        assert isinstance(message, CheckShard)
-        other.end.send(RankChecked(call_id=message.call_id, sums={"t": digits}))
-    found: list[list[dict[str, int]]] = []
-    jobs = threading.Thread(target=lambda: found.extend([group.finish_check(), group.finish_check()]))
+def answers_of(group: RankGroup, call: RankCall) -> list[RankAnswer]:
+    """A job waits while the loop hears."""
+    found: list[RankAnswer | StartupError] = []
+
+    def job() -> None:
+        try:
+            found.extend(call.answers())
+        except StartupError as error:
+            found.append(error)
+
+    jobs = threading.Thread(target=job)
     jobs.start()
     poll_until(group, lambda: not jobs.is_alive())
-    assert found == [[{"t": 255}], [{"t": 1}]]
+    for answer in found:
+        if isinstance(answer, StartupError):
+            raise answer
+    return [answer for answer in found if not isinstance(answer, StartupError)]
+
+
+def test_calls_are_answered_in_any_order(group: RankGroup, other: OtherRank) -> None:
+    calls = []
+    messages = []
+    for _ in range(2):
+        calls.append(group.check_shards())
+        message = other.next()
+        assert isinstance(message, CheckShard)
+        messages.append(message)
+    replies = [
+        RankChecked(call_id=message.call_id, sums={"t": digits})
+        for message, digits in zip(messages, ("ff", "1"), strict=True)
+    ]
+    for reply in reversed(replies):
+        other.end.send(reply)
+    assert [answers_of(group, call) for call in calls] == [[reply] for reply in replies]
 
 
 def test_an_update_of_some_tensors_reaches_every_rank(group: RankGroup, other: OtherRank) -> None:
-    group.load_shards(LoadTensors(Path("/proc/1/fd/2")))
+    call = group.load_shards(LoadTensors(Path("/proc/1/fd/2")))
     message = other.next()
     assert isinstance(message, UpdateShard)
     assert message.file == "/proc/1/fd/2"
     other.end.send(RankDone(call_id=message.call_id, error="it has no such tensor"))
-    errors: list[str] = []
-    jobs = threading.Thread(target=lambda: errors.extend(group.finish_load()))
-    jobs.start()
-    poll_until(group, lambda: not jobs.is_alive())
-    assert errors == ["TP rank 1: it has no such tensor"]
+    with pytest.raises(StartupError, match="TP rank 1: it has no such tensor"):
+        answers_of(group, call)
+
+
+def test_a_rank_whose_memory_is_registered_again_has_a_new_region(group: RankGroup, other: OtherRank) -> None:
+    other.end.send(RankReady(region=REGION))
+    group.wait_ready()
+    call = group.move_memory(frozenset({"kv_cache", "weights"}))
+    assert other.next() == MoveMemory(call_id=0, released=("kv_cache", "weights"))
+    moved = RankMoved(call_id=0, region=msgspec.structs.replace(REGION, session="s2"))
+    other.end.send(moved)
+    assert answers_of(group, call) == [moved]
+    assert group.regions == (moved.region,)
+
+
+def test_what_an_operator_sets_is_set_on_every_rank(group: RankGroup, other: OtherRank) -> None:
+    group.set_log_level("debug")
+    assert other.next() == SetRankLogLevel(level="debug")
+    group.freeze_gc()
+    assert other.next() == FreezeRankGc()
+    plan = StartProfile(profile_id="p", output_dir="/d")
+    call = group.start_profile(plan)
+    assert other.next() == StartRankProfile(call_id=0, plan=plan)
+    other.end.send(RankDone(call_id=0))
+    assert answers_of(group, call) == [RankDone(call_id=0)]
+    call = group.stop_profile()
+    assert other.next() == StopRankProfile(call_id=1)
+    traced = RankTraced(call_id=1, rank=1, traces=("/d/p",))
+    other.end.send(traced)
+    assert answers_of(group, call) == [traced]
+    call = group.fill_tensors(Path("/proc/1/fd/2"))
+    assert other.next() == FillTensors(call_id=2, file="/proc/1/fd/2")
+    assert not call.is_over
+
+
+def test_what_rank_0_does_ends_with_the_others_and_the_first_reason_is_told() -> None:
+    call = RankCall(["TP rank 1", "TP rank 2"])
+    call.take("TP rank 1", RankDone(call_id=0))
+    ended: list[str] = []
+
+    def own() -> int:
+        raise StartupError("rank 0 has no room")
+
+    def job() -> None:
+        with pytest.raises(StartupError, match="rank 0 has no room"):
+            alongside(call, own)
+        ended.append("raised")
+
+    thread = threading.Thread(target=job)
+    thread.start()
+    thread.join(0.05)
+    assert not ended, "rank 2 is at it still"
+    call.take("TP rank 2", RankDone(call_id=0, error="nor has this one"))
+    thread.join(30)
+    assert ended == ["raised"]
+    with pytest.raises(StartupError, match="TP rank 2: nor has this one"):
+        alongside(call, lambda: 1)
+    assert alongside(None, lambda: 1) == (1, [])
 
 
 def test_a_dead_rank_ends_the_replica_with_the_reason(group: RankGroup, other: OtherRank) -> None:
@@ -180,15 +267,11 @@ def test_a_rank_that_dies_while_it_is_waited_for_ends_the_replica(group: RankGro
         group.poison([1])
 
 
-def test_a_load_is_over_when_every_rank_has_answered(group: RankGroup, other: OtherRank) -> None:
-    group.load_shards(LoadFolder(Path("/models/next")))
+def test_what_was_loaded_is_swapped_in_or_dropped(group: RankGroup, other: OtherRank) -> None:
+    call = group.load_shards(LoadFolder(Path("/models/next")))
     assert other.next() == LoadShard(call_id=0, model_path="/models/next")
-    errors: list[str] = []
-    engine = threading.Thread(target=lambda: errors.extend(group.finish_load()))
-    engine.start()
-    other.end.send(RankDone(call_id=0, error="disk on fire"))
-    poll_until(group, lambda: not engine.is_alive())
-    assert errors == ["TP rank 1: disk on fire"]
+    other.end.send(RankDone(call_id=0))
+    assert answers_of(group, call) == [RankDone(call_id=0)]
     group.drop_shards()
     assert other.next() == DropShard()
     group.swap_shards()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import select
 import socket
 import threading
@@ -14,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from pdserve.components.rank_worker import run_rank
+from pdserve.components.staged_weights import staged_file
+from pdserve.components.whole_tensors import mapped_tensors
 from pdserve.engine.batch_codec import encode_batch
 from pdserve.engine.forward_batch import ForwardBatch
 from pdserve.engine.kv_pool import KVPool
@@ -21,24 +24,33 @@ from pdserve.engine.model_config import ModelConfig, kv_layout
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.tensor_parallel import RankCollective, Shard
-from pdserve.engine.weights import load_weights
+from pdserve.engine.weights import Checkpoint, load_weights, tensor_shapes
+from pdserve.messages.operation import StartProfile
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
     CancelRuns,
     CheckShard,
     CopyPages,
     DropShard,
+    FillTensors,
+    FreezeRankGc,
     FromRank,
     LeaveRegion,
     LoadShard,
     MeetRegion,
+    MoveMemory,
     PoisonPages,
     RankChecked,
     RankDone,
     RankFailed,
+    RankMoved,
     RankReady,
     RankStart,
+    RankTraced,
     RunForward,
+    SetRankLogLevel,
+    StartRankProfile,
+    StopRankProfile,
     SwapShard,
     UpdateShard,
     WriteEnd,
@@ -46,11 +58,14 @@ from pdserve.messages.ranks import (
     WritesEnded,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.weights import TensorSpec
 from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.runtime.logs import log_level, set_log_level
 from pdserve.transfer.backends.shm import ShmBackend
 
 CPU = torch.device("cpu")
 NUM_PAGES = 8
+DOWN = "model.layers.1.mlp.down_proj.weight"
 CONFIG = ModelConfig.from_dir(SHIPPED_MODEL)
 LAYOUT = kv_layout(CONFIG, 16, "float32")
 RANK_LAYOUT = LAYOUT.of_rank(2)
@@ -82,6 +97,7 @@ class Rank0:
             deterministic=False,
             num_threads=1,
             rendezvous=str(rendezvous),
+            trace_name="test-rank1",
         )
         self.pipe.send(start)
 
@@ -208,6 +224,48 @@ def test_a_rank_computes_copies_moves_and_swaps(
     assert after.sums == before.sums, "rank 0 counts what every rank has"
     refused = call(UpdateShard(call_id=10, file=str(tmp_path / "none")))
     assert refused.error
+
+    with staged_file() as whole:
+        whole.lay_out([TensorSpec(DOWN, "float32", tensor_shapes(CONFIG)[DOWN])])
+    assert call(FillTensors(call_id=17, file=str(whole.path))) == RankDone(call_id=17)
+    half = tensor_shapes(CONFIG)[DOWN][1] // 2
+    with Checkpoint(SHIPPED_MODEL) as checkpoint:
+        expected_half = checkpoint.tensor(DOWN).float()[:, half:]
+    filled = mapped_tensors(whole.path)[DOWN]
+    assert torch.equal(filled[:, half:], expected_half)
+    assert not filled[:, :half].any(), "rank 0's part"
+    whole.close()
+    assert "cannot be opened" in call(FillTensors(call_id=18, file=str(tmp_path / "none"))).error
+
+    plan = StartProfile(profile_id="p", output_dir=str(tmp_path), activities=("CPU",))
+    assert call(StartRankProfile(call_id=19, plan=plan)) == RankDone(call_id=19)
+    assert call(StartRankProfile(call_id=20, plan=plan)).error == "a profile is running"
+    assert rank0.forward() == expected
+    rank0.pipe.send(StopRankProfile(call_id=21))
+    trace = tmp_path / "p-test-rank1-all.trace.json.gz"
+    assert rank0.next() == RankTraced(call_id=21, rank=1, traces=(str(trace),))
+    assert trace.stat().st_size > 1000
+    level = log_level()
+    rank0.pipe.send(SetRankLogLevel(level="error"))
+    rank0.pipe.send(FreezeRankGc())
+    assert call(PoisonPages(call_id=22, pages=(5,))) == RankDone(call_id=22)
+    assert (log_level(), gc.get_freeze_count() > 1000) == ("error", True)
+    set_log_level(level)
+    gc.unfreeze()
+
+    # Its memory goes and comes back; what it computed is gone, what it computes with is the same.
+    rank0.pipe.send(MoveMemory(call_id=11, released=("kv_cache", "weights")))
+    assert rank0.next() == RankMoved(call_id=11, region=ready.region)
+    assert call(CheckShard(call_id=12)).error == "the memory of the weights is released: resume it first"
+    assert call(UpdateShard(call_id=13, file=str(file))).error
+    assert call(LoadShard(call_id=14, model_path=str(SHIPPED_MODEL))).error
+    rank0.pipe.send(MoveMemory(call_id=15, released=()))
+    assert rank0.next() == RankMoved(call_id=15, region=ready.region)
+    rank0.pipe.send(CheckShard(call_id=16))
+    assert rank0.next() == RankChecked(call_id=16, sums=before.sums)
+    rank0.pipe.send(MeetRegion(handle=1, region=region))
+    assert rank0.next() == WritesEnded(ends=(WriteEnd(1, "done"),))
+    assert not np.any(page(1))
     peer.close()
 
 

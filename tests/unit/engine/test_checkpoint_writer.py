@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pdserve.components.loaded_model import LoadedModel, load_model, load_replacement, updated_model
@@ -26,6 +27,10 @@ def load(folder: Path, dtype: str = "float32") -> LoadedModel:
     return load_model(folder, ModelConfig.from_dir(folder), dtype)
 
 
+def tensors_of(model: LoadedModel) -> dict[str, Tensor]:
+    return {name: part.data for name, part in named_parts(model.weights, model.config, WHOLE).items()}
+
+
 def assert_same_bits(one: LoadedModel, other: LoadedModel) -> None:
     ours, theirs = (named_parts(model.weights, model.config, WHOLE) for model in (one, other))
     assert ours.keys() == theirs.keys()
@@ -41,7 +46,7 @@ def test_what_is_saved_is_loaded_back_as_the_same_model(
     source = checkpoint("qwen3", overrides={"tie_word_embeddings": tied})
     model = load(source)
     folder = tmp_path / "saved" / "here"
-    save_model(model, folder, max_shard_bytes)
+    save_model(model, tensors_of(model), folder, max_shard_bytes)
     again = load(folder)
     assert_same_bits(model, again)
     assert again.fingerprint == model.fingerprint
@@ -65,7 +70,7 @@ def test_a_partly_updated_model_keeps_the_fingerprint_that_it_serves_under(
     update = tmp_path / "update.safetensors"
     save_file({"model.norm.weight": torch.full_like(base.weights.norm, 0.5)}, update)
     model = updated_model(update, base)
-    save_model(model, tmp_path / "saved", GIB)
+    save_model(model, tensors_of(model), tmp_path / "saved", GIB)
     again = load(tmp_path / "saved")
     assert again.fingerprint == model.fingerprint != base.fingerprint
     assert_same_bits(model, again)
@@ -77,7 +82,7 @@ def test_converted_weights_are_the_same_model_in_that_type_only(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = load(checkpoint("llama"), "bfloat16")
-    save_model(model, tmp_path / "saved", GIB)
+    save_model(model, tensors_of(model), tmp_path / "saved", GIB)
     folder = tmp_path / "saved"
     assert ModelConfig.from_dir(folder).dtype == "bfloat16"
     assert load(folder, "bfloat16").fingerprint == model.fingerprint
@@ -90,10 +95,8 @@ def test_saved_weights_that_were_changed_are_another_model(
 ) -> None:
     model = load(checkpoint("llama"))
     folder = tmp_path / "saved"
-    save_model(model, folder, GIB)
-    tensors = {
-        name: part.data.clone() for name, part in named_parts(model.weights, model.config, WHOLE).items()
-    }
+    save_model(model, tensors_of(model), folder, GIB)
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     tensors["model.norm.weight"] += 1.0
     save_file(tensors, folder / "model.safetensors")
     assert load(folder).fingerprint != model.fingerprint
@@ -103,7 +106,8 @@ def test_saved_weights_that_were_changed_are_another_model(
 def test_a_fingerprint_file_that_says_nothing_is_passed_over(
     checkpoint: Callable[..., Path], tmp_path: Path, content: str
 ) -> None:
-    save_model(load(checkpoint("llama")), tmp_path / "saved", GIB)
+    model = load(checkpoint("llama"))
+    save_model(model, tensors_of(model), tmp_path / "saved", GIB)
     (tmp_path / "saved" / FINGERPRINT_FILE).write_text(content)
     again = load(tmp_path / "saved")
     assert again.fingerprint == weights_digest(tmp_path / "saved", again.config)
@@ -115,10 +119,10 @@ def test_a_failed_save_leaves_nothing(checkpoint: Callable[..., Path], tmp_path:
     taken.mkdir()
     (taken / "file").write_text("mine")
     with pytest.raises(StartupError, match="not empty"):
-        save_model(model, taken, GIB)
+        save_model(model, tensors_of(model), taken, GIB)
     (tmp_path / "plain").write_text("a file")
     with pytest.raises(StartupError, match="cannot be saved"):
-        save_model(model, tmp_path / "plain" / "model", GIB)
+        save_model(model, tensors_of(model), tmp_path / "plain" / "model", GIB)
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "plain"}
     assert (taken / "file").read_text() == "mine"
 
@@ -126,11 +130,11 @@ def test_a_failed_save_leaves_nothing(checkpoint: Callable[..., Path], tmp_path:
 def test_an_upload_goes_where_the_url_says(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     model = load(checkpoint("llama"))
     url = f"file://{tmp_path}/bucket/model"
-    upload_model(model, url, 20_000)
+    upload_model(model, tensors_of(model), url, 20_000)
     again = load(tmp_path / "bucket" / "model")
     assert_same_bits(model, again)
     assert again.fingerprint == model.fingerprint
     with pytest.raises(StartupError, match="not empty"):
-        upload_model(model, url, GIB)
+        upload_model(model, tensors_of(model), url, GIB)
     with pytest.raises(StartupError, match=r"nowhere://x cannot be written.*nowhere"):
-        upload_model(model, "nowhere://x", GIB)
+        upload_model(model, tensors_of(model), "nowhere://x", GIB)

@@ -46,7 +46,9 @@ def steps_in(path: Path) -> list[str]:
 def test_so_many_steps_are_recorded_and_no_more(tmp_path: Path) -> None:
     profiler = StepProfiler("decode-1")
     run(profiler, 1)
+    assert profiler.overhead_s == 0.0
     profiler.start(plan(tmp_path, num_steps=2))
+    assert profiler.overhead_s > 2.0, "or a step that starts to record would be taken for one that hangs"
     for step in (2, 3, 4):
         run(profiler, step, is_prefill=step == 2)
     (path,) = profiler.stop()

@@ -302,7 +302,7 @@ def test_serving_goes_on_while_weights_load() -> None:
 
 # ---- memory -----------------------------------------------------------------------------------------
 
-ALL: tuple[MemoryTag, ...] = ("weights", "kv_cache")
+ALL: tuple[MemoryTag, ...] = ("weights", "kv_cache", "graphs")
 
 
 def memory_call(
@@ -326,9 +326,9 @@ def test_a_node_without_its_memory_pairs_with_nobody_and_comes_back_as_another_i
     pair.start("a", prompt_of(9))
     pair.finish()
     assert memory_call(pair, node, release()) == CallReply(
-        call_id=5, success=True, message="weights, kv_cache"
+        call_id=5, success=True, message="weights, kv_cache, graphs"
     )
-    assert node.memory_journal == ["release ['kv_cache', 'weights']"]
+    assert node.memory_journal == ["release ['graphs', 'kv_cache', 'weights']"]
     assert node.allocator.counts().shared == 0, "what it had cached is gone"
     assert pair.decode.rooms.ready_peers() == {}
     pair.advance(10.0)
@@ -349,12 +349,16 @@ def test_a_node_without_its_memory_pairs_with_nobody_and_comes_back_as_another_i
     pair.advance(10.0)
     assert pair.decode.rooms.ready_peers() == {}, "the weights are still away"
     assert memory_call(pair, node, ResumeMemory(call_id=6, tags=("weights",))).success
+    pair.advance(10.0)
+    assert pair.decode.rooms.ready_peers() == {}, "no bytes are away, but it was said that graphs are"
+    assert memory_call(pair, node, ResumeMemory(call_id=6, tags=("graphs",))).success
     second = memory_call(pair, node, ResumeMemory(call_id=7, tags=("weights",)))
     assert (second.success, second.message) == (False, "not released: weights")
     assert node.status.entry.incarnation == f"{role}-1~1"
     pair.advance(10.0)
     prefill = pair.prefill.status.entry.incarnation
     assert pair.decode.rooms.ready_peers() == {prefill: ADDRESS}
+    assert pair.backend.connected == {pair.decode.status.entry.incarnation}, "where its memory is now"
     pair.start("c", prompt_of(9), prefill=prefill)
     pair.finish()
     pair.check_answer("c", prompt_of(9), 4)
@@ -387,7 +391,7 @@ def test_memory_is_released_when_what_runs_has_ended_or_not_at_all() -> None:
     assert busy == CallReply(call_id=9, success=False, message="another release or resume is in progress")
     pair.run()
     pair.check_answer("a", prompt_of(9), 4)
-    assert pair.decode.memory_journal == ["release ['kv_cache', 'weights']"]
+    assert pair.decode.memory_journal == ["release ['graphs', 'kv_cache', 'weights']"]
     pair.finish()
 
 
@@ -407,7 +411,7 @@ def test_memory_is_not_released_while_a_peer_may_still_write_a_page() -> None:
     pair.advance(5.0)
     pair.decode.engine.finish()
     pair.settle()
-    assert pair.decode.memory_journal == ["release ['kv_cache', 'weights']"]
+    assert pair.decode.memory_journal == ["release ['graphs', 'kv_cache', 'weights']"]
     pair.finish()
 
 

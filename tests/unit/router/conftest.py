@@ -132,6 +132,7 @@ class FakeNode:
     operation_reply: str = ""  # why it does not do what an operator asks
     operations: list[ClusterOperation] = field(default_factory=list)
     traces: tuple[str, ...] = ()
+    rank_traces: tuple[tuple[int, str], ...] = ()
     death_reply: str = ""  # why it believes in no peer's death
     hangs_in: str = "no call"  # until its link is lost
     received: list[ClientToNode] = field(default_factory=list)
@@ -303,7 +304,13 @@ class FakeLink:
     async def stop_profile(self, timeout_s: float) -> ProfileReply:
         await self._answer("stop_profile")
         reason = self.node.operation_reply
-        return ProfileReply(call_id=1, success=not reason, message=reason, traces=self.node.traces)
+        return ProfileReply(
+            call_id=1,
+            success=not reason,
+            message=reason,
+            traces=self.node.traces,
+            rank_traces=self.node.rank_traces,
+        )
 
     async def flush_cache(self, flush_timeout_s: float) -> CallReply:
         await self._answer(f"flush {flush_timeout_s:g}")

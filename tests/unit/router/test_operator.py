@@ -78,6 +78,11 @@ async def test_traces_are_put_together_where_they_can_be_read(bench: Bench, tmp_
     assert done.merged == str(tmp_path / "x-merged.trace.json.gz")
     assert names_in(tmp_path / "x-merged.trace.json.gz") == {"chunk", "step"}
 
+    decode.rank_traces = ((1, trace(tmp_path / "d1", "rank 1's step")),)
+    done = await operator.stop_profile()
+    assert done.traces["http://d"] == [str(tmp_path / "d"), str(tmp_path / "d1")]
+    assert names_in(tmp_path / "x-merged.trace.json.gz") == {"chunk", "step", "rank 1's step"}
+
     decode.traces = ("/another/host/d",)
     done = await operator.stop_profile()
     assert (done.success, done.merged) == (True, "")
