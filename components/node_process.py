@@ -39,8 +39,9 @@ from ..engine.tensor_parallel import Shard, check_divides
 from ..engine.weight_file import read_weights, save_weights, without_memory
 from ..engine.weights import Weights
 from ..messages.kv_layout import KVLayout
+from ..messages.memory_region import MemoryRegion
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
-from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
+from ..messages.peer import PROTOCOL_VERSION, PeerIdentity
 from ..messages.ranks import RankStart
 from ..messages.weights import MemoryTag
 from ..runtime.config import NodeConfig

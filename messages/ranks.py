@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from .peer import MemoryRegion
+from .memory_region import MemoryRegion
 
 # ---- rank 0 to a further rank -----------------------------------------------------------------------
 

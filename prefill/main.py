@@ -24,7 +24,7 @@ from ..components.weight_images import WeightImages
 from ..components.weight_updater import WeightUpdater
 from ..engine.update_group import join_update_group
 from ..messages.channel import ServerChannel
-from ..messages.peer import MemoryRegion
+from ..messages.memory_region import MemoryRegion
 from ..runtime.config import NodeConfig
 from ..runtime.process import available_memory_bytes
 from ..transfer.page_digests import DigestWorker

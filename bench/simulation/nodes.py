@@ -44,8 +44,9 @@ from ...engine.forward_batch import ForwardBatch
 from ...engine.job_thread import JobThread
 from ...engine.schedule_batch import ScheduleBatch
 from ...messages.channel import ServerChannel
+from ...messages.memory_region import MemoryRegion
 from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
-from ...messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity, PeerToDecode, PeerToPrefill
+from ...messages.peer import PROTOCOL_VERSION, PeerIdentity, PeerToDecode, PeerToPrefill
 from ...messages.weights import FromPeer, JoinUpdateGroup, MemoryTag
 from ...prefill.job import JobState
 from ...prefill.limits import PrefillLimits

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from ...messages.peer import MemoryRegion
+from ...messages.memory_region import MemoryRegion
 from ...runtime.errors import StartupError
 from ..copy_plan import Run
 from .base import (

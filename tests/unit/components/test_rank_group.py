@@ -16,7 +16,7 @@ import pytest
 from pdserve.components.rank_group import LostRankError, RankGroup, RankProcess
 from pdserve.components.weight_updater import LoadFolder, LoadTensors
 from pdserve.engine.engine_thread import Progress
-from pdserve.messages.peer import MemoryRegion
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
     CancelRuns,

@@ -24,7 +24,7 @@ import msgspec
 import psutil
 import pytest
 
-from pdserve.messages.peer import MemoryRegion
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.runtime.errors import StartupError
 from pdserve.transfer.backends import create_backend, devices, mooncake, nixl, shm
 from pdserve.transfer.backends.base import (
