@@ -28,6 +28,7 @@ from ...components.request_receiver import RequestReceiver
 from ...components.staged_weights import StagedFile
 from ...components.update_groups import Group, UpdateGroups
 from ...components.weight_images import WeightImage, WeightImages
+from ...components.weight_outbox import WeightOutbox
 from ...components.weight_updater import LoadFolder, LoadOrder, Prepared, Sums, TensorHead, WeightUpdater
 from ...decode.batching import DecodeRow
 from ...decode.death_probe import DeathProbe
@@ -59,7 +60,7 @@ from ...transfer.decode_rooms import DecodeRooms
 from ...transfer.page_digests import DigestWorker
 from ...transfer.prefill_rooms import PrefillRooms
 from .engine import FakeEngine
-from .side_work import FakeDeathProbe, FakeDigests, NoProfiler
+from .side_work import FakeDeathProbe, FakeDigests, NoOutbox, NoProfiler
 from .tokens import EOS, LAYOUT, PAGE_SIZE, VOCAB_SIZE, Pool
 
 INITIAL_VERSION = "default"
@@ -270,6 +271,7 @@ class _Base(Generic[T]):
             flush=FlushWrapper(),
             weights=self.weights,
             images=WeightImages(lambda: WeightImage({})),
+            outbox=cast(WeightOutbox, NoOutbox()),
             memory=MemoryOccupation(self, self.engine.jobs.submit),
             metrics=self.metrics,
             drop_cache=drop_cache,

@@ -1,10 +1,13 @@
-"""Stands for what a node does beside its forwards: page digests and the search for proofs of death."""
+"""Stands for what a node does beside its forwards: page digests, the search for proofs of death, weights that
+others read."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import msgspec
 
 from ...messages.operation import StartProfile
 from ...transfer.page_digests import Digests
@@ -59,3 +62,10 @@ class NoProfiler:
 
     def stop(self) -> tuple[Path, ...]:
         return ()
+
+
+class NoOutbox:
+    """Nobody reads weights here."""
+
+    def poll(self) -> list[tuple[bytes, msgspec.Struct]]:
+        return []

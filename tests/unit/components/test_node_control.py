@@ -19,6 +19,7 @@ from pdserve.components.node_status import NodeStatus
 from pdserve.components.staged_weights import StagedFile
 from pdserve.components.update_groups import Group, UpdateGroups
 from pdserve.components.weight_images import WeightImage, WeightImages
+from pdserve.components.weight_outbox import WeightOutbox
 from pdserve.components.weight_updater import LoadFolder, LoadOrder, Sums, TensorHead, WeightUpdater
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.node import (
@@ -41,9 +42,11 @@ from pdserve.messages.weights import (
     JoinUpdateGroup,
     MemoryTag,
     PrepareWeights,
+    TransferKind,
 )
 from pdserve.runtime.config import node_config
 from pdserve.runtime.errors import StartupError
+from pdserve.transfer.backends.shm import ShmBackend
 
 LINK = b"router"
 LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
@@ -140,6 +143,7 @@ class Bench:
             flush=FlushWrapper(),
             weights=self.weights,
             images=WeightImages(lambda: WeightImage({"t": torch.arange(4.0)})),
+            outbox=WeightOutbox(TransferKind("shm", "shm"), ShmBackend),
             memory=MemoryOccupation(FakeMemory(), lambda _, run: self.jobs.append(run)),
             metrics=MetricsReporter("tiny", "decode"),
             drop_cache=self.drop_cache,
