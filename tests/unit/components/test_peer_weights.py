@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -41,7 +42,7 @@ from pdserve.messages.weights import (
 )
 from pdserve.runtime.errors import StartupError
 from pdserve.tests.unit.components.weights_peer import WeightsServer, weights
-from pdserve.transfer.backends import create_backend
+from pdserve.transfer.backends import create_backend, devices
 from pdserve.transfer.backends.base import TransferBackend
 from pdserve.transfer.backends.faulty import FaultPlan, FaultyBackend
 from pdserve.transfer.backends.shm import ShmBackend
@@ -50,6 +51,23 @@ PLENTY = 1 << 40
 SLOT_BYTES = 1 << 20
 SHM = TransferKind("shm", "shm")
 TCP = TransferKind("mooncake", "tcp")
+KINDS = [
+    SHM,
+    TCP,
+    TransferKind("mooncake", "rdma"),
+    TransferKind("nixl", "tcp"),
+    TransferKind("nixl", "rdma"),
+]
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request: pytest.FixtureRequest) -> TransferKind:
+    kind: TransferKind = request.param
+    if kind.transport == "rdma" and not devices.rdma_devices():
+        pytest.skip("no RDMA device here: scripts/softroce has one")
+    if kind.backend == "nixl" and not any(map(find_spec, ("nixl_cu12", "nixl_cu13"))):
+        pytest.skip("nixl is not installed: pip install 'pdserve[nixl]'")
+    return kind
 
 
 def engine(kind: TransferKind) -> Callable[[], TransferBackend]:
@@ -134,7 +152,6 @@ def check(file: StagedFile, given: Mapping[str, torch.Tensor]) -> None:
     file.close()
 
 
-@pytest.mark.parametrize("kind", [SHM, TCP], ids=str)
 def test_every_bit_arrives(kind: TransferKind) -> None:
     """Over the engines; the outbox and the inbox of one process too, as when a node pulls from itself."""
     given = tensors()
@@ -307,31 +324,37 @@ class PeerProcess:
         patch.setattr(Inbox, "slot", signalled)
 
 
-@pytest.fixture(params=[SHM, TCP], ids=str)
-def peer_process(request: pytest.FixtureRequest) -> Iterator[tuple[TransferKind, PeerProcess]]:
-    kind: TransferKind = request.param
+@contextmanager
+def weights_process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     script = Path(__file__).with_name("weights_peer.py")
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(script), kind.backend, kind.transport],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-P", str(script), *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
-    yield kind, PeerProcess(process, FromPeer(zmq_address=process.stdout.readline().strip()))
-    process.kill()
-    process.communicate()
+    return process.stdout.readline().strip()
+
+
+@pytest.fixture
+def peer_process(kind: TransferKind) -> Iterator[PeerProcess]:
+    with weights_process("serve", kind.backend, kind.transport) as process:
+        yield PeerProcess(process, FromPeer(zmq_address=line_of(process)))
 
 
 def test_a_peer_killed_in_mid_pull(
-    peer_process: tuple[TransferKind, PeerProcess], monkeypatch: pytest.MonkeyPatch
+    kind: TransferKind, peer_process: PeerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind, served = peer_process
     node = Node(kind)
     with monkeypatch.context() as patch:
-        served.signal_at_part(signal.SIGKILL, 2, patch)
+        peer_process.signal_at_part(signal.SIGKILL, 2, patch)
         with pytest.raises(StartupError, match="is lost"):
-            node.pull(served.source)
+            node.pull(peer_process.source)
     given = tensors()
     with peer(WeightImages(lambda: WeightImage(given)), kind=kind) as source:
         check(node.pull(source), given)
@@ -340,23 +363,39 @@ def test_a_peer_killed_in_mid_pull(
 
 
 def test_a_peer_frozen_in_mid_pull(
-    peer_process: tuple[TransferKind, PeerProcess], monkeypatch: pytest.MonkeyPatch
+    kind: TransferKind, peer_process: PeerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another serves meanwhile; and when it is back, it is pulled from again."""
-    kind, served = peer_process
     node = Node(kind)
     with monkeypatch.context() as patch:
         patch.setattr(peer_weights, "_SILENCE_S", 0.5)
-        served.signal_at_part(signal.SIGSTOP, 2, patch)
+        peer_process.signal_at_part(signal.SIGSTOP, 2, patch)
         with pytest.raises(StartupError, match="was silent"):
-            node.pull(served.source)
+            node.pull(peer_process.source)
     given = tensors()
     with peer(WeightImages(lambda: WeightImage(given)), kind=kind) as source:
         check(node.pull(source), given)
-        served.process.send_signal(signal.SIGCONT)
+        peer_process.process.send_signal(signal.SIGCONT)
         check(node.pull(source), given)
-    check(node.pull(served.source), weights())
+    check(node.pull(peer_process.source), weights())
     assert [over for over, _ in node.counted] == [str(kind)] * 3
+    node.puller.close()
+
+
+def test_a_puller_frozen_in_mid_pull(kind: TransferKind) -> None:
+    """The peer goes on with others, whatever became of the writes to that one."""
+    given = tensors()
+    node = Node(kind)
+    served = {"t": torch.zeros(16 << 20, dtype=torch.uint8), **given}
+    with (
+        peer(WeightImages(lambda: WeightImage(served)), kind=kind) as source,
+        weights_process("pull", kind.backend, kind.transport, source.zmq_address) as process,
+    ):
+        assert line_of(process) == "frozen"
+        check(node.pull(source), served)
+        process.send_signal(signal.SIGCONT)
+        assert line_of(process) == "pulled", "nothing is lost where the peer lives"
+    assert [over for over, _ in node.counted] == [str(kind)]
     node.puller.close()
 
 

@@ -1,17 +1,22 @@
 """A scheduler, as far as it lets others read weights.
 
-As a process, ``weights_peer.py BACKEND TRANSPORT``: its address on stdout, until stdin ends.
+As a process, ``serve BACKEND TRANSPORT`` prints its address and serves until it is killed. ``pull BACKEND
+TRANSPORT ADDRESS`` pulls, says "frozen" and stops itself when two parts are here, and says "pulled".
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 
 import torch
 import zmq
 
+from pdserve.components.peer_weights import WeightPuller
 from pdserve.components.weight_images import WeightImage, WeightImages
+from pdserve.components.weight_inbox import Inbox, Inboxes
 from pdserve.components.weight_outbox import WeightOutbox
 from pdserve.messages.channel import MalformedMessage, ServerChannel
 from pdserve.messages.node import ClientToNode
@@ -84,15 +89,32 @@ class WeightsServer:
                 raise AssertionError(message)
 
 
-def main(backend: str, transport: str) -> None:
-    outbox = WeightOutbox(
-        TransferKind(backend, transport), lambda: create_backend(backend, transport, "127.0.0.1")
-    )
+def serve(kind: TransferKind) -> None:
+    outbox = WeightOutbox(kind, lambda: create_backend(kind.backend, kind.transport, "127.0.0.1"))
     server = WeightsServer(WeightImages(lambda: WeightImage(weights())), outbox)
-    threading.Thread(target=server.run, daemon=True).start()
     print(server.address.zmq_address, flush=True)
-    sys.stdin.read()
+    server.run()
+
+
+def pull(kind: TransferKind, address: str) -> None:
+    slot, taken = Inbox.slot, iter(range(1000))
+
+    def frozen(inbox: Inbox, index: int) -> memoryview:
+        if next(taken) == 2:
+            print("frozen", flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return slot(inbox, index)
+
+    Inbox.slot = frozen  # type: ignore[method-assign]
+    inboxes = Inboxes(lambda: create_backend(kind.backend, kind.transport, "127.0.0.1"), slot_bytes=1 << 20)
+    puller = WeightPuller(kind, inboxes, lambda: 1 << 40, lambda over, num_bytes, duration_s: None)
+    puller.pull(FromPeer(zmq_address=address)).close()
+    print("pulled", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    match sys.argv[1:]:
+        case ["serve", backend, transport]:
+            serve(TransferKind(backend, transport))
+        case ["pull", backend, transport, address]:
+            pull(TransferKind(backend, transport), address)
