@@ -519,6 +519,25 @@ def on_soft_roce() -> bool:
     return any(devices.INFINIBAND.glob("rxe*"))
 
 
+def test_engines_of_one_process_start_side_by_side_and_leave_stderr_alone() -> None:
+    """What each prints while it starts is read from the process's stderr."""
+    before = os.fstat(2)
+    backends: list[TransferBackend] = []
+    for _ in range(3):
+        threads = [
+            threading.Thread(target=lambda: backends.append(create_backend("mooncake", "tcp", "127.0.0.1")))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(backends) == 6
+    assert os.path.samestat(os.fstat(2), before)
+    for backend in backends:
+        backend.close()
+
+
 @pytest.mark.skipif(not on_soft_roce(), reason="no Soft-RoCE device here: scripts/softroce has one")
 def test_soft_roce_keeps_writes_to_a_dead_peer_pending_and_others_go_on() -> None:
     """Mooncake asks for 7 retries, which a network card counts and Linux's rxe takes for "without end"."""
