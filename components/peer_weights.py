@@ -131,6 +131,7 @@ def _read(file: StagedFile, image: WeightImageReply, link: _PeerLink) -> None:
 class _Asked:
     call_id: int
     slot: int
+    num_bytes: int
 
 
 def _take_written(file: StagedFile, image: WeightImageReply, inbox: Inbox, link: _PeerLink) -> None:
@@ -141,12 +142,14 @@ def _take_written(file: StagedFile, image: WeightImageReply, inbox: Inbox, link:
     written: dict[int, WeightsWrittenReply] = {}  # by call; writes may end in another order
     while file.num_bytes < image.num_bytes:
         while offsets and slots:
-            part = _Asked(next(calls), slots.popleft())
+            offset = offsets.popleft()
+            num_bytes = min(inbox.slot_bytes, image.num_bytes - offset)
+            part = _Asked(next(calls), slots.popleft(), num_bytes)
             write = WriteWeights(
                 call_id=part.call_id,
                 image=image.image,
-                offset=offsets.popleft(),
-                num_bytes=inbox.slot_bytes,
+                offset=offset,
+                num_bytes=num_bytes,
                 region=inbox.region,
                 dest=part.slot * inbox.slot_bytes,
             )
@@ -157,8 +160,8 @@ def _take_written(file: StagedFile, image: WeightImageReply, inbox: Inbox, link:
         while asked and asked[0].call_id in written:
             part = asked.popleft()
             reply = written.pop(part.call_id)
-            data = inbox.slot(part.slot)[: reply.num_bytes]
-            if zlib.crc32(data) != reply.crc32:
+            data = inbox.slot(part.slot)[: part.num_bytes]
+            if (part.num_bytes, zlib.crc32(data)) != (reply.num_bytes, reply.crc32):
                 raise StartupError(f"{link.address}: a part of its weights arrived other than it was sent")
             file.append(data)
             slots.append(part.slot)

@@ -85,6 +85,6 @@ class Inboxes:
         backend = self._make_backend()
         try:
             return Inbox(backend, self._num_slots, self._slot_bytes)
-        except StartupError:
+        except (StartupError, OSError) as error:  # the second: no memory
             backend.close()
-            raise
+            raise StartupError(f"no memory for weights can be registered: {error}") from error

@@ -126,7 +126,12 @@ class OutboxWriter:
             return []
         replies = [self._ended(result) for result in self._backend.poll()]
         for session, puller in list(self._pullers.items()):
-            if not puller.waiting and not puller.num_outstanding and now - puller.used > IDLE_S:
+            if now - puller.used <= IDLE_S:
+                continue
+            for link, part in puller.waiting:
+                replies.append((link, _not_written(part.message, f"no slot was free for {IDLE_S:g} s")))
+            puller.waiting.clear()  # and with it their hold on the weights
+            if not puller.num_outstanding:
                 self._backend.disconnect(puller.region)
                 del self._pullers[session]
         return replies
@@ -172,9 +177,9 @@ class OutboxWriter:
         try:
             memory = backend.allocate(NUM_SLOTS * WRITE_PART_BYTES)
             backend.register()
-        except StartupError:
+        except (StartupError, OSError) as error:  # the second: no memory
             backend.close()
-            raise
+            raise StartupError(f"no memory for weights can be registered: {error}") from error
         self._slots = np.frombuffer(memory, np.uint8).reshape(NUM_SLOTS, WRITE_PART_BYTES)
         _log.info("%d MiB are registered to write weights from, over %s", len(memory) >> 20, self._kind)
         return backend

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ import torch
 import zmq
 from safetensors.torch import load_file
 
-from pdserve.components import peer_weights, weight_inbox
+from pdserve.components import peer_weights, weight_inbox, weight_outbox
 from pdserve.components.peer_weights import OVER_LINK, WeightPuller
 from pdserve.components.staged_weights import StagedFile
 from pdserve.components.weight_images import IDLE_S, WeightImage, WeightImages
@@ -262,6 +263,23 @@ def test_writes_that_come_twice_or_late_are_waited_for(node: Node, plan: str) ->
         check(node.pull(source), given)
         check(node.pull(source), given)
     assert [over for over, _ in node.counted] == [str(SHM)] * 2
+
+
+@pytest.mark.parametrize("wrong", [{"num_bytes": 17}, {"crc32": 17}])
+def test_a_part_of_another_length_or_sum_is_refused(
+    node: Node, wrong: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = weight_outbox.WeightsWrittenReply
+
+    def changed(**given: Any) -> WeightsWrittenReply:  # noqa: ANN401  a message's fields
+        return reply(**{**given, **wrong})
+
+    monkeypatch.setattr(weight_outbox, "WeightsWrittenReply", changed)
+    with (
+        peer(WeightImages(lambda: WeightImage(tensors()))) as source,
+        pytest.raises(StartupError, match="arrived other than it was sent"),
+    ):
+        node.pull(source)
 
 
 def test_what_lands_late_lands_where_nobody_reads(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,30 @@ def test_an_engine_that_hangs_or_is_of_another_kind_is_not_offered(desk: Desk) -
     assert desk.offer(tcp) == "it moves weights over mooncake/rdma, not over mooncake/tcp"
 
 
+def test_a_frozen_puller_does_not_hold_on_to_weights(desk: Desk) -> None:
+    """Those that serve may be replaced meanwhile, and want their memory back."""
+    desk.ask("a", 0, 1, 2, 3)
+    desk.now += IDLE_S + 1
+    refused = [(link, reply.success) for link, reply in desk.writer.poll(desk.now)]
+    assert refused == [(b"a", False)] * 2
+    desk.end()
+    assert desk.on_the_wire == [("a", 1)]
+    assert desk.backend.left == []
+    desk.end()
+    assert desk.backend.left == ["a"]
+
+
+def test_no_memory_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(backend: FakeBackend, num_bytes: int) -> memoryview:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(FakeBackend, "allocate", allocate)
+    desk = Desk()
+    assert desk.offer() == "no memory for weights can be registered: Cannot allocate memory"
+    monkeypatch.undo()
+    assert desk.offer() == ""
+
+
 def test_who_asks_for_nothing_is_let_go_of(desk: Desk) -> None:
     desk.ask("a", 0)
     desk.now += IDLE_S + 1
