@@ -57,7 +57,6 @@ KINDS = [
     TCP,
     TransferKind("mooncake", "rdma"),
     TransferKind("nixl", "tcp"),
-    TransferKind("nixl", "rdma"),
 ]
 
 
