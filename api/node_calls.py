@@ -60,6 +60,7 @@ from ..messages.weights import (
     WeightImageReply,
     WeightSource,
     WeightsReply,
+    WeightsWrittenReply,
 )
 from ..runtime.errors import PdserveError
 
@@ -97,6 +98,7 @@ Reply: TypeAlias = (
     | WeightChecksReply
     | WeightImageReply
     | WeightBytesReply
+    | WeightsWrittenReply
 )
 R = TypeVar(
     "R",
@@ -291,6 +293,7 @@ class NodeCalls(abc.ABC):
                 | WeightChecksReply()
                 | WeightImageReply()
                 | WeightBytesReply()
+                | WeightsWrittenReply()
                 | InternalStateReply()
                 | ProfileReply()
             ):

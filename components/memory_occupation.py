@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from ..messages.memory_region import MemoryRegion
 from ..messages.node import CallReply
-from ..messages.peer import MemoryRegion, PeerIdentity
+from ..messages.peer import PeerIdentity
 from ..messages.weights import MEMORY_TAGS, MemoryTag, ReleaseMemory, ResumeMemory
 from ..runtime.errors import PdserveError
 

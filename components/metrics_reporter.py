@@ -122,6 +122,16 @@ class MetricsReporter:
         self._corrupt_pages = self._counter(
             "pd_corrupt_pages", "Decode: KV pages that arrived other than sent."
         )
+        over = (*_LABELS, "over")
+        self._pulled_bytes = Counter(
+            "pd_weight_pull_bytes",
+            "Weights taken over from other nodes, by what they came over.",
+            over,
+            registry=self._registry,
+        )
+        self._pull_seconds = Counter(
+            "pd_weight_pull_seconds", "Time of these pulls.", over, registry=self._registry
+        )
         self._step_seconds = Histogram(
             "pd_step_seconds",
             "Duration of a forward step.",
@@ -234,6 +244,12 @@ class MetricsReporter:
         """The digests of so many pages of a hand-off were compared."""
         self._verified_pages.inc(num_pages)
         self._corrupt_pages.inc(num_corrupt)
+
+    def count_pull(self, over: str, num_bytes: int, duration_s: float) -> None:
+        """Another node's weights are here. Called on the jobs' thread, unlike the rest: counters have
+        locks."""
+        self._pulled_bytes.labels(*self._labels, over).inc(num_bytes)
+        self._pull_seconds.labels(*self._labels, over).inc(duration_s)
 
     def render(self) -> str:
         """The Prometheus text exposition of all metrics."""

@@ -25,6 +25,8 @@ from ..messages.weights import (
     JoinUpdateGroup,
     KeepWeights,
     LeaveUpdateGroup,
+    MeetInbox,
+    OfferInbox,
     OpenWeights,
     PrepareWeights,
     ReadWeights,
@@ -32,13 +34,15 @@ from ..messages.weights import (
     ResumeMemory,
     SaveWeights,
     StageWeights,
+    WriteWeights,
 )
 from ..runtime.errors import PdserveError
 from .flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
 from .memory_occupation import Announced, Done, MemoryOccupation
 from .metrics_reporter import MetricsReporter
 from .node_status import NodeStatus
-from .weight_images import WeightImages
+from .weight_images import WeightImage, WeightImages
+from .weight_outbox import WeightOutbox
 from .weight_updater import Answer, C, Prepared, WeightUpdater
 
 
@@ -61,6 +65,7 @@ class NodeControl(Generic[C]):
         flush: FlushWrapper,
         weights: WeightUpdater[C],
         images: WeightImages,
+        outbox: WeightOutbox,
         memory: MemoryOccupation,
         metrics: MetricsReporter,
         drop_cache: Callable[[], bool],
@@ -69,6 +74,7 @@ class NodeControl(Generic[C]):
         self._flush = flush
         self._weights = weights
         self._images = images
+        self._outbox = outbox
         self._memory = memory
         self._metrics = metrics
         self._drop_cache = drop_cache
@@ -101,6 +107,14 @@ class NodeControl(Generic[C]):
                     result.replies.append((link, opened))
             case ReadWeights():
                 result.replies.append((link, self._images.read(message)))
+            case OfferInbox() | MeetInbox():
+                self._outbox.ask(link, message)
+            case WriteWeights():
+                lent = self._images.lend(message)
+                if isinstance(lent, WeightImage):
+                    self._outbox.write(link, message, lent)
+                else:
+                    result.replies.append((link, lent))
             case SaveWeights():
                 self._weights.save(link, message)
             case PrepareWeights():
@@ -137,6 +151,7 @@ class NodeControl(Generic[C]):
         self._decide(self._flush.poll(now, idle), result)
         result.swap = self._weights.poll(now, idle=idle)
         result.replies += self._images.poll(now)
+        result.replies += self._outbox.poll()
         self._take(self._memory.poll(now, idle=idle and is_drained), result)
         return result
 

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, assert_never
 
@@ -39,10 +40,11 @@ from ..engine.tensor_parallel import Shard, check_divides
 from ..engine.weight_file import require_memory
 from ..engine.weights import tensor_shapes
 from ..messages.kv_layout import KVLayout
+from ..messages.memory_region import MemoryRegion
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
-from ..messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity
+from ..messages.peer import PROTOCOL_VERSION, PeerIdentity
 from ..messages.ranks import RankChecked, RankStart
-from ..messages.weights import MemoryTag
+from ..messages.weights import MemoryTag, TransferKind
 from ..runtime.config import NodeConfig
 from ..runtime.cpu_features import native_dtypes
 from ..runtime.errors import StartupError
@@ -64,10 +66,13 @@ from .memory_occupation import Announced
 from .metrics_reporter import MetricsReporter
 from .node_profiler import NodeProfiler
 from .node_status import NodeStatus, announce
+from .peer_weights import WeightPuller
 from .rank_group import LostRankError, RankGroup, alongside
 from .rank_memory import RankMemory
 from .saved_model import save_model, upload_model
 from .weight_images import WeightImage
+from .weight_inbox import Inboxes
+from .weight_outbox import WeightOutbox
 from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Prepared, Sums, TensorHead
 from .whole_tensors import gather_tensors
 
@@ -102,6 +107,8 @@ class Node:
     identity: PeerIdentity
     status: NodeStatus
     metrics: MetricsReporter
+    puller: WeightPuller
+    outbox: WeightOutbox
     waiter: Waiter
     front: subprocess.Popen[bytes]
     unix_minus_monotonic_s: float
@@ -288,6 +295,8 @@ class Node:
         self.image_jobs.close()
         if self.ranks is not None:
             self.ranks.close()
+        self.outbox.close()
+        self.puller.close()
         self.backend.close()
 
 
@@ -342,9 +351,10 @@ def start_node(
         if size > 1:
             ranks = _start_ranks(config, path, dtype, num_pages, host, trace_name)
             undo.callback(ranks.close)
-        backend = create_backend(
-            config.transfer_backend, _transport(config), host, config.ib_device, config.faulty
+        make_backend = partial(
+            create_backend, config.transfer_backend, _transport(config), host, config.ib_device, config.faulty
         )
+        backend = make_backend()
         undo.callback(backend.close)
         memory = backend.allocate(num_pages * layout.of_rank(size).stride_bytes)
         pool = KVPool(layout.of_rank(size), num_pages, torch.device("cpu"), memory=memory)
@@ -400,12 +410,17 @@ def start_node(
     )
     model_info = _model_info(config, model, max_model_len, dtype)
     status = NodeStatus(entry, model_info, config, layout, backend.transport, rank_infos)
+    metrics = MetricsReporter(config.served_model_name, config.role)
+    kind = TransferKind(backend.name, backend.transport)
+    puller = WeightPuller(kind, Inboxes(make_backend), available_memory_bytes, metrics.count_pull)
+    outbox = WeightOutbox(kind, make_backend)
     waiter = Waiter()
     waiter.add(server)
     waiter.add(engine.fileno())
     waiter.add(jobs.fileno())
     waiter.add(image_jobs.fileno())
     waiter.add(backend.fileno())
+    waiter.add(outbox.fileno())
     if config.dtype == "auto" and dtype != model_config.dtype:
         _log.info("computing in %s: this processor has no %s arithmetic", dtype, model_config.dtype)
     if ranks is not None:
@@ -441,7 +456,9 @@ def start_node(
         ranks=ranks,
         identity=identity,
         status=status,
-        metrics=MetricsReporter(config.served_model_name, config.role),
+        metrics=metrics,
+        puller=puller,
+        outbox=outbox,
         waiter=waiter,
         front=front,
         unix_minus_monotonic_s=time.time() - time.monotonic(),

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import msgspec
 
 from ..messages.kv_layout import KVLayout
+from ..messages.memory_region import MemoryRegion
 from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, RankInfo, ServerInfoReply, renewed
-from ..messages.peer import MemoryRegion, PeerIdentity
+from ..messages.peer import PeerIdentity
 from ..runtime.config import NodeConfig
 
 

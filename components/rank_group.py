@@ -26,8 +26,8 @@ from ..engine.batch_codec import encode_batch
 from ..engine.engine_thread import Progress
 from ..engine.forward_batch import ForwardBatch
 from ..engine.tensor_parallel import RankCollective, Shard
+from ..messages.memory_region import MemoryRegion
 from ..messages.operation import LogLevel, StartProfile
-from ..messages.peer import MemoryRegion
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
     CheckShard,

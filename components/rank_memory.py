@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..engine.weight_file import has_memory, read_weights, save_weights, without_memory
 from ..engine.weights import Weights
-from ..messages.peer import MemoryRegion
+from ..messages.memory_region import MemoryRegion
 from ..messages.weights import MemoryTag
 from ..runtime.errors import StartupError
 from ..transfer.backends.base import TransferBackend

@@ -49,7 +49,7 @@ class StagedFile:
         """For this process, and for others of its user while it is open here."""
         return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         """Raises OSError when the memory of the host is out."""
         view = memoryview(data)
         while view:

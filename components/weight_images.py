@@ -10,22 +10,28 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engine.engine_thread import JobResult
 from ..messages.weights import (
     STAGE_PART_BYTES,
+    WRITE_PART_BYTES,
     OpenWeights,
     ReadWeights,
     TensorSpec,
     WeightBytesReply,
     WeightImageReply,
+    WeightsWrittenReply,
+    WriteWeights,
 )
+from ..runtime.errors import StartupError
 from .staged_weights import safetensors_header
 
 IDLE_S = 60.0  # an image that nobody reads is let go of
@@ -52,17 +58,28 @@ class WeightImage:
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """What is there of these bytes."""
-        found = []
+        return b"".join(self._parts(offset, num_bytes))
+
+    def copy_into(self, rows: NDArray[np.uint8], offset: int) -> int:
+        """Fill `rows`, ``[num_bytes]``, with what is there of so many bytes; how many that were. The
+        interpreter's lock is released meanwhile."""
+        end = 0
+        for part in self._parts(offset, rows.size):
+            start, end = end, end + part.nbytes
+            rows[start:end] = np.frombuffer(part, np.uint8)
+        return end
+
+    def _parts(self, offset: int, num_bytes: int) -> Iterator[memoryview]:
         end = min(offset + num_bytes, self.num_bytes)
         index = bisect.bisect_right(self._ends, offset)
         while offset < end:
             piece = self._pieces[index]
             start = offset - (self._ends[index] - piece.nbytes)
             part = piece[start : start + end - offset]
-            found.append(part)
+            if part.nbytes:  # a tensor may be empty
+                yield part
             offset += part.nbytes
             index += 1
-        return b"".join(found)
 
 
 @dataclass(slots=True)
@@ -121,16 +138,31 @@ class WeightImages:
 
     def read(self, message: ReadWeights) -> WeightBytesReply:
         """The end of the image lets go of it."""
-        call_id, held = message.call_id, self._held.get(message.image)
+        try:
+            image = self._lend(message, STAGE_PART_BYTES)
+        except StartupError as error:
+            return WeightBytesReply(call_id=message.call_id, success=False, message=str(error))
+        data = image.read(message.offset, message.num_bytes)
+        return WeightBytesReply(call_id=message.call_id, success=True, data=data)
+
+    def lend(self, message: WriteWeights) -> WeightImage | WeightsWrittenReply:
+        """The image to write from, or why it is not written. Its end lets go of it likewise."""
+        try:
+            return self._lend(message, WRITE_PART_BYTES)
+        except StartupError as error:
+            return WeightsWrittenReply(call_id=message.call_id, success=False, message=str(error))
+
+    def _lend(self, message: ReadWeights | WriteWeights, max_bytes: int) -> WeightImage:
+        held = self._held.get(message.image)
         if held is None:
-            return WeightBytesReply(call_id=call_id, success=False, message="these weights are let go of")
-        if message.offset < 0 or not 0 < message.num_bytes <= STAGE_PART_BYTES:
-            return WeightBytesReply(call_id=call_id, success=False, message="no such bytes")
+            raise StartupError("these weights are let go of")
+        if message.offset < 0 or not 0 < message.num_bytes <= max_bytes:
+            raise StartupError("no such bytes")
         held.idle_until = None
-        data = held.image.read(message.offset, message.num_bytes)
-        if message.offset + len(data) == held.image.num_bytes:
+        image = held.image
+        if message.offset < image.num_bytes <= message.offset + message.num_bytes:
             del self._held[message.image]
-        return WeightBytesReply(call_id=call_id, success=True, data=data)
+        return image
 
     def poll(self, now: float) -> list[tuple[bytes, WeightImageReply]]:
         """Answers whose image is made."""

@@ -17,7 +17,6 @@ from ..components.node_operations import NodeOperations
 from ..components.node_process import run, start_node
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
-from ..components.peer_weights import pull_weights
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..components.update_groups import UpdateGroups
@@ -65,13 +64,14 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         lambda: node.status.weight_version,
         available_memory_bytes,
         UpdateGroups(join_update_group, available_memory_bytes),
-        lambda source: pull_weights(source, available_memory_bytes),
+        node.puller.pull,
     )
     control = NodeControl(
         status=node.status,
         flush=FlushWrapper(),
         weights=weights,
         images=WeightImages(node.image, node.served_update, node.image_jobs),
+        outbox=node.outbox,
         memory=MemoryOccupation(node, node.jobs.submit),
         metrics=node.metrics,
         drop_cache=pages.drop_cache,

@@ -22,6 +22,8 @@ from .weights import (
     JoinUpdateGroup,
     KeepWeights,
     LeaveUpdateGroup,
+    MeetInbox,
+    OfferInbox,
     OpenWeights,
     PrepareWeights,
     ReadWeights,
@@ -33,6 +35,8 @@ from .weights import (
     WeightChecksReply,
     WeightImageReply,
     WeightsReply,
+    WeightsWrittenReply,
+    WriteWeights,
 )
 
 Role: TypeAlias = Literal["prefill", "decode"]
@@ -203,6 +207,9 @@ ControlMessage: TypeAlias = (
     | CheckWeights
     | OpenWeights
     | ReadWeights
+    | OfferInbox
+    | MeetInbox
+    | WriteWeights
     | SaveWeights
     | JoinUpdateGroup
     | LeaveUpdateGroup
@@ -364,6 +371,7 @@ NodeToClient: TypeAlias = (
     | WeightChecksReply
     | WeightImageReply
     | WeightBytesReply
+    | WeightsWrittenReply
     | InternalStateReply
     | ProfileReply
 )

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import msgspec
 
 from .kv_layout import KVLayout
+from .memory_region import MemoryRegion
 from .node import FailureCode
 from .sampling import SamplingParams, TokenLogprob
 from .timeline import Span
@@ -23,21 +24,6 @@ class RoomId(msgspec.Struct, frozen=True, array_like=True):
 
     decode_incarnation: str
     counter: int
-
-
-class MemoryRegion(msgspec.Struct, frozen=True, kw_only=True):
-    """The registered memory of one rank of a decode node, which a prefill node may write into.
-
-    ``session`` is what the backend addresses the owner by: ``host:port`` for Mooncake, the name of the
-    shared-memory object for shm, an agent's name and its metadata for NIXL. Page ``i`` starts at
-    ``address + i * stride_bytes`` of the rank's layout; ``scratch_address`` is 8 bytes inside the region that
-    no page uses, for the first contact.
-    """
-
-    session: str
-    address: int
-    num_bytes: int
-    scratch_address: int
 
 
 class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from .memory_region import MemoryRegion
 from .operation import LogLevel, StartProfile
-from .peer import MemoryRegion
 from .weights import MemoryTag
 
 # ---- rank 0 to a further rank -----------------------------------------------------------------------

@@ -10,8 +10,11 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from .memory_region import MemoryRegion
+
 LEASE_S = 30.0
 STAGE_PART_BYTES = 2 << 20  # what a node's loop copies in well under 5 ms
+WRITE_PART_BYTES = 4 << 20  # what a node writes into another's inbox at once, off its loop
 
 
 class FromDisk(msgspec.Struct, frozen=True, kw_only=True, tag="disk"):
@@ -67,7 +70,7 @@ class FromSharedMemory(msgspec.Struct, frozen=True, kw_only=True, tag="shared_me
 
 
 class FromPeer(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
-    """The weights that another node serves, read over a connection to its scheduler.
+    """The weights that another node serves, asked for over a connection to its scheduler.
 
     With `update_id` they must be those of this update still, and serve under their fingerprint.
     """
@@ -197,6 +200,41 @@ class ReadWeights(msgspec.Struct, frozen=True, kw_only=True, tag="read_weights")
     num_bytes: int
 
 
+class TransferKind(msgspec.Struct, frozen=True, array_like=True):
+    """What two transfer engines must have in common to reach one another."""
+
+    backend: str  # "mooncake" | "nixl" | "shm"
+    transport: str  # "tcp" | "rdma" | "shm"
+
+    def __str__(self) -> str:
+        return f"{self.backend}/{self.transport}"
+
+
+class OfferInbox(msgspec.Struct, frozen=True, kw_only=True, tag="offer_inbox"):
+    """I can take weights from a transfer engine of this kind. A yes: one is up here, and may meet mine."""
+
+    call_id: int
+    kind: TransferKind
+
+
+class MeetInbox(msgspec.Struct, frozen=True, kw_only=True, tag="meet_inbox"):
+    """Sent at once when an offer was answered with yes, so its sender is alive: meet it now."""
+
+    call_id: int
+    region: MemoryRegion
+
+
+class WriteWeights(msgspec.Struct, frozen=True, kw_only=True, tag="write_weights"):
+    """Write bytes of an image that was opened, at most WRITE_PART_BYTES, into an inbox that was met."""
+
+    call_id: int
+    image: int
+    offset: int
+    num_bytes: int
+    region: MemoryRegion
+    dest: int  # offset in the region, in bytes
+
+
 class GetWeights(msgspec.Struct, frozen=True, kw_only=True, tag="get_weights"):
     """The first rows of one tensor, by its name in the checkpoint."""
 
@@ -248,6 +286,16 @@ class WeightBytesReply(msgspec.Struct, frozen=True, kw_only=True, tag="weight_by
     success: bool
     message: str = ""
     data: bytes = b""
+
+
+class WeightsWrittenReply(msgspec.Struct, frozen=True, kw_only=True, tag="weights_written"):
+    """The bytes are in place. Without ``success`` they may still land, at any time."""
+
+    call_id: int
+    success: bool
+    message: str = ""
+    num_bytes: int = 0  # fewer than were asked for at the end of the image
+    crc32: int = 0  # of these bytes
 
 
 class WeightChecksReply(msgspec.Struct, frozen=True, kw_only=True, tag="weight_checks"):

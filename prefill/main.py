@@ -16,7 +16,6 @@ from ..components.node_control import NodeControl
 from ..components.node_operations import NodeOperations
 from ..components.node_process import run, start_node
 from ..components.page_allocator import PageAllocator
-from ..components.peer_weights import pull_weights
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..components.update_groups import UpdateGroups
@@ -24,7 +23,7 @@ from ..components.weight_images import WeightImages
 from ..components.weight_updater import WeightUpdater
 from ..engine.update_group import join_update_group
 from ..messages.channel import ServerChannel
-from ..messages.peer import MemoryRegion
+from ..messages.memory_region import MemoryRegion
 from ..runtime.config import NodeConfig
 from ..runtime.process import available_memory_bytes
 from ..transfer.page_digests import DigestWorker
@@ -59,13 +58,14 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         lambda: node.status.weight_version,
         available_memory_bytes,
         UpdateGroups(join_update_group, available_memory_bytes),
-        lambda source: pull_weights(source, available_memory_bytes),
+        node.puller.pull,
     )
     control = NodeControl(
         status=node.status,
         flush=FlushWrapper(),
         weights=weights,
         images=WeightImages(node.image, node.served_update, node.image_jobs),
+        outbox=node.outbox,
         memory=MemoryOccupation(node, node.jobs.submit),
         metrics=node.metrics,
         drop_cache=lambda: cache is None or cache.reset(),

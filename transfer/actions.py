@@ -8,16 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from ..messages.memory_region import MemoryRegion
 from ..messages.node import FailureCode
-from ..messages.peer import (
-    FirstToken,
-    HandoffDone,
-    MemoryRegion,
-    PeerToDecode,
-    PeerToPrefill,
-    PrefillRequest,
-    RoomId,
-)
+from ..messages.peer import FirstToken, HandoffDone, PeerToDecode, PeerToPrefill, PrefillRequest, RoomId
 from .copy_plan import Run
 
 # ---- from PrefillRooms ------------------------------------------------------------------------------

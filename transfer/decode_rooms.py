@@ -26,6 +26,7 @@ import enum
 from dataclasses import dataclass
 from typing import assert_never
 
+from ..messages.memory_region import MemoryRegion
 from ..messages.node import FailureCode
 from ..messages.peer import (
     AbortRoom,
@@ -34,7 +35,6 @@ from ..messages.peer import (
     Drained,
     FirstToken,
     HandoffDone,
-    MemoryRegion,
     PeerHello,
     PeerIdentity,
     PeerPing,

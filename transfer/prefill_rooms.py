@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from ..messages.memory_region import MemoryRegion
 from ..messages.node import FailureCode, PeerTraffic
 from ..messages.peer import (
     AbortRoom,
@@ -32,7 +33,6 @@ from ..messages.peer import (
     Drained,
     FirstToken,
     HandoffDone,
-    MemoryRegion,
     PeerHello,
     PeerIdentity,
     PeerPing,

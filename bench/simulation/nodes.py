@@ -28,6 +28,7 @@ from ...components.request_receiver import RequestReceiver
 from ...components.staged_weights import StagedFile
 from ...components.update_groups import Group, UpdateGroups
 from ...components.weight_images import WeightImage, WeightImages
+from ...components.weight_outbox import WeightOutbox
 from ...components.weight_updater import LoadFolder, LoadOrder, Prepared, Sums, TensorHead, WeightUpdater
 from ...decode.batching import DecodeRow
 from ...decode.death_probe import DeathProbe
@@ -44,8 +45,9 @@ from ...engine.forward_batch import ForwardBatch
 from ...engine.job_thread import JobThread
 from ...engine.schedule_batch import ScheduleBatch
 from ...messages.channel import ServerChannel
+from ...messages.memory_region import MemoryRegion
 from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
-from ...messages.peer import PROTOCOL_VERSION, MemoryRegion, PeerIdentity, PeerToDecode, PeerToPrefill
+from ...messages.peer import PROTOCOL_VERSION, PeerIdentity, PeerToDecode, PeerToPrefill
 from ...messages.weights import FromPeer, JoinUpdateGroup, MemoryTag
 from ...prefill.job import JobState
 from ...prefill.limits import PrefillLimits
@@ -58,7 +60,7 @@ from ...transfer.decode_rooms import DecodeRooms
 from ...transfer.page_digests import DigestWorker
 from ...transfer.prefill_rooms import PrefillRooms
 from .engine import FakeEngine
-from .side_work import FakeDeathProbe, FakeDigests, NoImageJobs, NoProfiler
+from .side_work import FakeDeathProbe, FakeDigests, NoImageJobs, NoOutbox, NoProfiler
 from .tokens import EOS, LAYOUT, PAGE_SIZE, VOCAB_SIZE, Pool
 
 INITIAL_VERSION = "default"
@@ -273,6 +275,7 @@ class _Base(Generic[T]):
             flush=FlushWrapper(),
             weights=self.weights,
             images=WeightImages(_no_image, lambda: "", NoImageJobs()),
+            outbox=cast(WeightOutbox, NoOutbox()),
             memory=MemoryOccupation(self, self.engine.jobs.submit),
             metrics=self.metrics,
             drop_cache=drop_cache,

@@ -6,6 +6,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
+
 from ...components.node_profiler import Traces
 from ...components.weight_images import WeightImage
 from ...engine.engine_thread import JobResult
@@ -72,4 +74,11 @@ class NoImageJobs:
         raise NotImplementedError(name)
 
     def poll(self) -> list[JobResult]:
+        return []
+
+
+class NoOutbox:
+    """Likewise."""
+
+    def poll(self) -> list[tuple[bytes, msgspec.Struct]]:
         return []

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ...components.page_allocator import PageAllocator
-from ...messages.peer import MemoryRegion, RoomId
+from ...messages.memory_region import MemoryRegion
+from ...messages.peer import RoomId
 from ...transfer.backends.base import WriteResult, WriteState
 from ...transfer.copy_plan import Run
 from .clock import EventQueue

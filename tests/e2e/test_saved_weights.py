@@ -10,7 +10,7 @@ from safetensors import safe_open
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import greedy_ids, random_ids
+from pdserve.tests.e2e.helpers import greedy_ids, metric, random_ids, request
 
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--num-threads", "1"]
 PROMPT = random_ids(99, 30)
@@ -47,6 +47,11 @@ def test_saved_and_pulled_weights_answer_the_same(tmp_path: Path) -> None:
             assert greedy_ids(two.url, PROMPT, 24) == before
             pulled = second.update_weights_from_peer(prefill)
             assert pulled.success, pulled.message
+            for worker in two.workers():
+                page = request(worker["url"], "/metrics").text
+                num_bytes = metric(page, "pd_weight_pull_bytes_total", over="mooncake/tcp")
+                assert num_bytes >= (SHIPPED_MODEL / "model.safetensors").stat().st_size
+                assert metric(page, "pd_weight_pull_bytes_total") == num_bytes, "none over the link"
             assert greedy_ids(two.url, PROMPT, 24) == expected
             assert second.get_model_info()["weight_version"] == "v2"
             wholes = {node["whole"] for node in sums["nodes"].values()}

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...messages.peer import MemoryRegion
+from ...messages.memory_region import MemoryRegion
 from ..copy_plan import Run
 
 SCRATCH_BYTES = 8  # written by the first contact; behind the pool, where no page lies

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
-from ...messages.peer import MemoryRegion
+from ...messages.memory_region import MemoryRegion
 from ...runtime.errors import StartupError
 from ..copy_plan import Run
 from .base import Completions, TransferBackend, WriteResult, WriteState, bounds_error

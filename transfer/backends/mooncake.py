@@ -19,11 +19,12 @@ import mmap
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from ...messages.peer import MemoryRegion
+from ...messages.memory_region import MemoryRegion
 from ...runtime.errors import StartupError
 from ..copy_plan import Run
 from .base import (
@@ -49,6 +50,7 @@ INSTALLED_TRANSPORT = re.compile(r"installTransport, type=(\w+)")
 OPENED_DEVICE = re.compile(r"RDMA device: (\w+), .*?GID: (.+)")
 GLOG_LEVELS = {"TRACE": 0, "INFO": 0, "WARNING": 1, "ERROR": 2}
 GLOG_LEVEL_SYMBOL = "_ZN3fLI17FLAGS_minloglevelE"
+_starting = threading.Lock()
 
 
 class Engine(Protocol):
@@ -184,7 +186,8 @@ def start_engine(transport: str, host: str, ib_device: str) -> Engine:
     else:
         os.environ["MC_FORCE_TCP"] = "1"
     engine_type = _import_engine()
-    with _informative_log(), _captured_stderr() as lines:
+    # A process may start several; what is captured here is the process's.
+    with _starting, _informative_log(), _captured_stderr() as lines:
         engine = engine_type()
         code = engine.initialize(host, "P2PHANDSHAKE", transport, ib_device)
     for line in lines:

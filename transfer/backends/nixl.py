@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-from ...messages.peer import MemoryRegion
+from ...messages.memory_region import MemoryRegion
 from ...runtime.errors import StartupError
 from ..copy_plan import Run
 from .base import (

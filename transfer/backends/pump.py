@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...messages.peer import MemoryRegion
+from ...messages.memory_region import MemoryRegion
 from ..copy_plan import MAX_RUN_BYTES, Run
 from .base import Completions, FairQueue, Write, WriteResult, WriteState
 

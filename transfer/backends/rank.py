@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from ...messages.peer import MemoryRegion
+from ...messages.memory_region import MemoryRegion
 from ...messages.ranks import CancelRuns, LeaveRegion, MeetRegion, WriteRun, WritesEnded
 from ..copy_plan import Run
 from .base import WriteResult, WriteState

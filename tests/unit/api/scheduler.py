@@ -55,6 +55,8 @@ from pdserve.messages.weights import (
     GetWeights,
     JoinUpdateGroup,
     LeaveUpdateGroup,
+    MeetInbox,
+    OfferInbox,
     OpenWeights,
     PrepareWeights,
     ReadWeights,
@@ -66,6 +68,8 @@ from pdserve.messages.weights import (
     WeightChecksReply,
     WeightImageReply,
     WeightsReply,
+    WeightsWrittenReply,
+    WriteWeights,
 )
 
 STATE = InternalState(
@@ -199,5 +203,9 @@ class FakeScheduler:
                 return WeightImageReply(call_id=call_id, success=False, message="no weights here")
             case ReadWeights(call_id=call_id):
                 return WeightBytesReply(call_id=call_id, success=False, message="no weights here")
+            case OfferInbox(call_id=call_id) | MeetInbox(call_id=call_id):
+                return CallReply(call_id=call_id, success=False, message="no engine here")
+            case WriteWeights(call_id=call_id):
+                return WeightsWrittenReply(call_id=call_id, success=False, message="no weights here")
             case GenerateRequest() | CancelRequest() | ResendFrom() | Roster():
                 return None

@@ -40,6 +40,7 @@ def use_everything(reporter: MetricsReporter) -> None:
     reporter.count_step("decode", 0.01)
     reporter.count_transfer(1_000, 0.5)
     reporter.count_room("done")
+    reporter.count_pull("link", 100, 0.5)
 
 
 def test_gauges_are_the_last_load(reporter: MetricsReporter) -> None:
@@ -121,9 +122,15 @@ def test_what_weights_have_cost(reporter: MetricsReporter) -> None:
     reporter.count_version_refusal()
     for number in (0, 2, 3):
         reporter.observe_crossed_rooms(number)
+    reporter.count_pull("mooncake/rdma", 100, 0.5)
+    reporter.count_pull("mooncake/rdma", 50, 0.25)
+    reporter.count_pull("link", 10, 2.0)
     values = samples(reporter)
     assert values["pd_version_refusals_total"] == 2
     assert values["pd_crossed_rooms_total"] == 3
+    assert values["pd_weight_pull_bytes_total{over=mooncake/rdma}"] == 150
+    assert values["pd_weight_pull_seconds_total{over=mooncake/rdma}"] == 0.75
+    assert values["pd_weight_pull_bytes_total{over=link}"] == 10
 
 
 def test_reporters_share_nothing() -> None:

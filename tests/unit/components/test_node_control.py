@@ -19,6 +19,7 @@ from pdserve.components.node_status import NodeStatus
 from pdserve.components.staged_weights import StagedFile
 from pdserve.components.update_groups import Group, UpdateGroups
 from pdserve.components.weight_images import IDLE_S, WeightImage, WeightImages
+from pdserve.components.weight_outbox import WeightOutbox
 from pdserve.components.weight_updater import LoadFolder, LoadOrder, Sums, TensorHead, WeightUpdater
 from pdserve.engine.engine_thread import JobResult
 from pdserve.messages.kv_layout import KVLayout
@@ -42,10 +43,12 @@ from pdserve.messages.weights import (
     MemoryTag,
     OpenWeights,
     PrepareWeights,
+    TransferKind,
     WeightImageReply,
 )
 from pdserve.runtime.config import node_config
 from pdserve.runtime.errors import StartupError
+from pdserve.transfer.backends.shm import ShmBackend
 
 LINK = b"router"
 LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
@@ -137,6 +140,7 @@ class Bench:
             flush=FlushWrapper(),
             weights=self.weights,
             images=WeightImages(lambda: lambda: WeightImage({"t": torch.arange(4.0)}), lambda: "", self),
+            outbox=WeightOutbox(TransferKind("shm", "shm"), ShmBackend),
             memory=MemoryOccupation(FakeMemory(), lambda _, run: self.jobs.append(run)),
             metrics=MetricsReporter("tiny", "decode"),
             drop_cache=self.drop_cache,

@@ -17,8 +17,8 @@ import pytest
 from pdserve.components.rank_group import LostRankError, RankCall, RankGroup, RankProcess, alongside
 from pdserve.components.weight_updater import LoadFolder, LoadTensors
 from pdserve.engine.engine_thread import Progress
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.operation import StartProfile
-from pdserve.messages.peer import MemoryRegion
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
     CancelRuns,

@@ -16,7 +16,7 @@ from pdserve.engine.named_weights import part_checksums
 from pdserve.engine.tensor_parallel import Shard
 from pdserve.engine.weight_file import has_memory, save_weights
 from pdserve.engine.weights import Weights, load_weights
-from pdserve.messages.peer import MemoryRegion
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.weights import MemoryTag
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError

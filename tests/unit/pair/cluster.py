@@ -27,6 +27,7 @@ from pdserve.bench.simulation.tokens import (
 from pdserve.components.page_allocator import PageAllocator
 from pdserve.decode.peer_links import LinkDown
 from pdserve.messages.codec import Codec
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.node import (
     AttemptFailed,
     CancelRequest,
@@ -37,7 +38,7 @@ from pdserve.messages.node import (
     Roster,
     TokenOutputs,
 )
-from pdserve.messages.peer import MemoryRegion, PeerToDecode, PeerToPrefill
+from pdserve.messages.peer import PeerToDecode, PeerToPrefill
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
 from pdserve.messages.timeline import Span
 from pdserve.prefill.scheduler import ToPrefill

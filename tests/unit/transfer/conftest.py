@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from pdserve.messages.kv_layout import KVLayout
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.peer import (
     PROTOCOL_VERSION,
-    MemoryRegion,
     PeerHello,
     PeerIdentity,
     PrefillRequest,

@@ -13,7 +13,7 @@ import time
 
 import msgspec
 
-from pdserve.messages.peer import MemoryRegion
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.transfer.backends import create_backend
 from pdserve.transfer.backends.base import TransferBackend, WriteState
 from pdserve.transfer.copy_plan import Run

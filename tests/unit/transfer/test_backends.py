@@ -24,7 +24,7 @@ import msgspec
 import psutil
 import pytest
 
-from pdserve.messages.peer import MemoryRegion
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.runtime.errors import StartupError
 from pdserve.transfer.backends import create_backend, devices, mooncake, nixl, shm
 from pdserve.transfer.backends.base import (
@@ -517,6 +517,25 @@ def test_mooncake_is_stopped_and_goes_on(spawn_mooncake: DecodeProcess) -> None:
 
 def on_soft_roce() -> bool:
     return any(devices.INFINIBAND.glob("rxe*"))
+
+
+def test_engines_of_one_process_start_side_by_side_and_leave_stderr_alone() -> None:
+    """What each prints while it starts is read from the process's stderr."""
+    before = os.fstat(2)
+    backends: list[TransferBackend] = []
+    for _ in range(3):
+        threads = [
+            threading.Thread(target=lambda: backends.append(create_backend("mooncake", "tcp", "127.0.0.1")))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(backends) == 6
+    assert os.path.samestat(os.fstat(2), before)
+    for backend in backends:
+        backend.close()
 
 
 @pytest.mark.skipif(not on_soft_roce(), reason="no Soft-RoCE device here: scripts/softroce has one")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pdserve.messages.peer import MemoryRegion
+from pdserve.messages.memory_region import MemoryRegion
 from pdserve.runtime.errors import StartupError
 from pdserve.transfer.backends import faulty
 from pdserve.transfer.backends.base import WriteResult, WriteState
