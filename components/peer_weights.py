@@ -26,6 +26,7 @@ from .staged_weights import StagedFile, require_room, staged_file
 
 _MAX_READS = 4  # asked for at once: the connection is never idle, and the peer's loop never long at it
 _SILENCE_S = 30.0
+_OPEN_S = 120.0  # a peer of several ranks puts whole tensors together first
 _T = TypeVar("_T", WeightImageReply, WeightBytesReply)
 
 
@@ -47,7 +48,7 @@ def pull_weights(source: FromPeer, available_bytes: Callable[[], int]) -> Staged
 
 def _pull(link: _PeerLink, source: FromPeer, available_bytes: Callable[[], int]) -> StagedFile:
     link.send(OpenWeights(call_id=0))
-    image = link.wait(WeightImageReply)
+    image = link.wait(WeightImageReply, _OPEN_S)
     if source.update_id and (image.update_id, image.fingerprint) != (source.update_id, source.fingerprint):
         raise StartupError(f"{source.zmq_address} serves other weights by now")
     offsets = deque(range(0, image.num_bytes, STAGE_PART_BYTES))
@@ -65,7 +66,7 @@ def _pull(link: _PeerLink, source: FromPeer, available_bytes: Callable[[], int])
                 )
                 link.send(read)
                 num_asked += 1
-            part = link.wait(WeightBytesReply)  # answered in order
+            part = link.wait(WeightBytesReply, _SILENCE_S)  # answered in order
             num_asked -= 1
             file.append(part.data)
     return file
@@ -82,10 +83,10 @@ class _PeerLink:
     def send(self, message: msgspec.Struct) -> None:
         self._channel.send(message)
 
-    def wait(self, kind: type[_T]) -> _T:
+    def wait(self, kind: type[_T], silence_s: float) -> _T:
         """The next reply, which must be a good one of this kind. Raises StartupError."""
         address = self._channel.address
-        deadline = time.monotonic() + _SILENCE_S
+        deadline = time.monotonic() + silence_s
         while not self._arrived:
             self._arrived.extend(self._channel.receive())
             if self._arrived:
@@ -93,7 +94,7 @@ class _PeerLink:
             if self._channel.lost:
                 raise StartupError(f"the connection to {address} is lost")
             if (left := deadline - time.monotonic()) <= 0:
-                raise StartupError(f"{address} was silent for {_SILENCE_S:g} s")
+                raise StartupError(f"{address} was silent for {silence_s:g} s")
             self._poller.poll(int(1000 * left) + 1)
         reply = self._arrived.popleft()
         if isinstance(reply, kind) and reply.success:

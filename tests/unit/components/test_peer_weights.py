@@ -251,7 +251,8 @@ def test_what_does_not_fit_is_not_pulled() -> None:
 
 @pytest.mark.parametrize("serves", [0, 1, 2])
 def test_a_peer_that_falls_silent_is_given_up(serves: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_weights, "_SILENCE_S", 0.2)
+    for limit in ("_OPEN_S", "_SILENCE_S"):
+        monkeypatch.setattr(peer_weights, limit, 0.2)
     images = images_of(tensors())
     with peer(images, serves=serves) as source, pytest.raises(StartupError, match="was silent"):
         pull_weights(source, lambda: PLENTY)
