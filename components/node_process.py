@@ -68,7 +68,7 @@ from .node_profiler import NodeProfiler
 from .node_status import NodeStatus, announce
 from .peer_weights import WeightPuller
 from .rank_group import LostRankError, RankGroup, alongside
-from .rank_memory import RankMemory
+from .rank_memory import RankMemory, move_together
 from .saved_model import save_model, upload_model
 from .weight_images import WeightImage
 from .weight_inbox import Inboxes
@@ -251,18 +251,7 @@ class Node:
     # ---- memory, see components/memory_occupation.py ----
 
     def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
-        ranks = self.ranks
-        others = None if ranks is None else ranks.move_memory(after)
-
-        def job() -> None:
-            try:
-                alongside(others, lambda: self._move(after))
-            except StartupError:
-                if ranks is not None:
-                    self._move_back(ranks, before)
-                raise
-
-        return job
+        return move_together(self._move, self.ranks, before, after)
 
     def announce(self, *, is_released: bool) -> Announced:
         self.identity = announce(self.status, self.identity, is_released=is_released)
@@ -276,17 +265,6 @@ class Node:
         self.runner.swap_weights(weights)
         del weights
         return_free_memory()
-
-    def _move_back(self, ranks: RankGroup, before: frozenset[MemoryTag]) -> None:
-        """A rank could not follow the others."""
-        try:
-            alongside(ranks.move_memory(before), lambda: self._move(before))
-        except StartupError as error:
-            if before:  # some rank keeps what counts as released
-                _log.warning("the ranks differ in what they have released: %s", error)
-                return
-            # A node of which one part has its memory cannot serve: it ends, loudly.
-            raise RuntimeError(f"a rank cannot have its memory back: {error}") from error
 
     def close(self) -> None:
         end(self.front, grace_s=5.0)

@@ -44,6 +44,7 @@ _log = logging.getLogger(__name__)
 OVER_LINK = "link"  # where a transfer's kind would stand
 _MAX_READS = 4  # asked for at once: the connection is never idle, and the peer's loop never long at it
 _SILENCE_S = 30.0
+_OPEN_S = 120.0  # a peer of several ranks puts whole tensors together first
 _T = TypeVar("_T", WeightImageReply, WeightBytesReply, WeightsWrittenReply)
 
 
@@ -69,7 +70,7 @@ class WeightPuller:
         started = time.monotonic()
         with _peer_link(source.zmq_address) as link:
             link.send(OpenWeights(call_id=0))
-            image = link.wait(WeightImageReply)
+            image = link.wait(WeightImageReply, _OPEN_S)
             wanted = (source.update_id, source.fingerprint)
             if source.update_id and (image.update_id, image.fingerprint) != wanted:
                 raise StartupError(f"{source.zmq_address} serves other weights by now")
@@ -122,7 +123,7 @@ def _read(file: StagedFile, image: WeightImageReply, link: _PeerLink) -> None:
             )
             link.send(read)
             num_asked += 1
-        part = link.wait(WeightBytesReply)  # answered in order
+        part = link.wait(WeightBytesReply, _SILENCE_S)  # answered in order
         num_asked -= 1
         file.append(part.data)
 
@@ -155,7 +156,7 @@ def _take_written(file: StagedFile, image: WeightImageReply, inbox: Inbox, link:
             )
             link.send(write)
             asked.append(part)
-        reply = link.wait(WeightsWrittenReply)
+        reply = link.wait(WeightsWrittenReply, _SILENCE_S)
         written[reply.call_id] = reply
         while asked and asked[0].call_id in written:
             part = asked.popleft()
@@ -200,14 +201,14 @@ class _PeerLink:
     def ask(self, message: msgspec.Struct) -> CallReply:
         """Yes or no. Raises StartupError when there is no answer."""
         self.send(message)
-        reply = self._next()
+        reply = self._next(_SILENCE_S)
         if isinstance(reply, CallReply):
             return reply
         raise StartupError(f"{self.address}: it answers with {type(reply).__name__}")
 
-    def wait(self, kind: type[_T]) -> _T:
+    def wait(self, kind: type[_T], silence_s: float) -> _T:
         """The next reply, which must be a good one of this kind. Raises StartupError."""
-        reply = self._next()
+        reply = self._next(silence_s)
         if isinstance(reply, kind) and reply.success:
             return reply
         match reply:
@@ -219,8 +220,8 @@ class _PeerLink:
     def close(self) -> None:
         self._channel.close()
 
-    def _next(self) -> NodeToClient | MalformedMessage:
-        deadline = time.monotonic() + _SILENCE_S
+    def _next(self, silence_s: float) -> NodeToClient | MalformedMessage:
+        deadline = time.monotonic() + silence_s
         while not self._arrived:
             self._arrived.extend(self._channel.receive())
             if self._arrived:
@@ -228,6 +229,6 @@ class _PeerLink:
             if self._channel.lost:
                 raise StartupError(f"the connection to {self.address} is lost")
             if (left := deadline - time.monotonic()) <= 0:
-                raise StartupError(f"{self.address} was silent for {_SILENCE_S:g} s")
+                raise StartupError(f"{self.address} was silent for {silence_s:g} s")
             self._poller.poll(int(1000 * left) + 1)
         return self._arrived.popleft()

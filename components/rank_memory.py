@@ -1,13 +1,16 @@
 """What one rank holds of its host's memory, weights and KV pool, and how it gives it back for a while.
 
-Every rank of a node has one of these, and all of them move together: see `Node.move` and MemoryOccupation.
+Every rank of a node has a RankMemory, and all of them move together. When, MemoryOccupation decides.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from ..engine.weight_file import has_memory, read_weights, save_weights, without_memory
 from ..engine.weights import Weights
@@ -15,6 +18,9 @@ from ..messages.memory_region import MemoryRegion
 from ..messages.weights import MemoryTag
 from ..runtime.errors import StartupError
 from ..transfer.backends.base import TransferBackend
+from .rank_group import RankCall, alongside
+
+_log = logging.getLogger(__name__)
 
 
 class RankMemory:
@@ -52,6 +58,49 @@ class RankMemory:
             self._backend.release()
         self._released = released
         return weights
+
+
+class FurtherRanks(Protocol):
+    """Of the replica, see RankGroup."""
+
+    def move_memory(self, released: frozenset[MemoryTag]) -> RankCall: ...
+
+
+def move_together(
+    move: Callable[[frozenset[MemoryTag]], None],
+    ranks: FurtherRanks | None,
+    before: frozenset[MemoryTag],
+    after: frozenset[MemoryTag],
+) -> Callable[[], None]:
+    """A job that leaves `after` released on every rank where `before` was; `move` does it on rank 0.
+
+    For rank 0's loop; the further ranks begin at once. The job raises StartupError when a rank cannot, and
+    then all are as they were.
+    """
+    others = None if ranks is None else ranks.move_memory(after)
+
+    def job() -> None:
+        try:
+            alongside(others, lambda: move(after))
+        except StartupError:
+            if ranks is not None:
+                _move_back(move, ranks, before)
+            raise
+
+    return job
+
+
+def _move_back(
+    move: Callable[[frozenset[MemoryTag]], None], ranks: FurtherRanks, before: frozenset[MemoryTag]
+) -> None:
+    try:
+        alongside(ranks.move_memory(before), lambda: move(before))
+    except StartupError as error:
+        if before:  # some rank keeps what counts as released
+            _log.warning("the ranks differ in what they have released: %s", error)
+            return
+        # A node of which one part has its memory cannot serve: it ends, loudly.
+        raise RuntimeError(f"a rank cannot have its memory back: {error}") from error
 
 
 def _put_away(weights: Weights) -> int:

@@ -573,7 +573,8 @@ def test_a_peer_that_falls_silent_is_given_up(
     node: Node, serves: int, kind: TransferKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever message it answers last: of the engines' meeting, or of the weights."""
-    monkeypatch.setattr(peer_weights, "_SILENCE_S", 0.2)
+    for limit in ("_OPEN_S", "_SILENCE_S"):
+        monkeypatch.setattr(peer_weights, limit, 0.2)
     images = images_of({"t": torch.zeros(10 * STAGE_PART_BYTES, dtype=torch.uint8)})
     with peer(images, kind=kind, serves=serves) as source, pytest.raises(StartupError, match="was silent"):
         node.pull(source)

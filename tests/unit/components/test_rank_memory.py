@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from pdserve.components import rank_memory
-from pdserve.components.rank_memory import RankMemory
+from pdserve.components.rank_group import RankCall
+from pdserve.components.rank_memory import RankMemory, move_together
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.named_weights import part_checksums
 from pdserve.engine.tensor_parallel import Shard
 from pdserve.engine.weight_file import has_memory, save_weights
 from pdserve.engine.weights import Weights, load_weights
 from pdserve.messages.memory_region import MemoryRegion
+from pdserve.messages.ranks import RankDone
 from pdserve.messages.weights import MemoryTag
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError
@@ -125,3 +127,68 @@ def test_weights_that_came_meanwhile_stay(memory: RankMemory) -> None:
     memory.move(ALL, load())
     fresh = load()
     assert memory.move(NONE, fresh) is fresh
+
+
+# ---- all ranks of a node ----------------------------------------------------------------------------
+
+
+class Node:
+    """Rank 0 and one more. Each cannot do what `errors` says of it, by what would be released then."""
+
+    def __init__(self) -> None:
+        self.released = [NONE, NONE]
+        self.errors: dict[tuple[int, frozenset[MemoryTag]], str] = {}
+
+    def move_rank(self, rank: int, released: frozenset[MemoryTag]) -> None:
+        if error := self.errors.get((rank, released)):
+            raise StartupError(error)
+        self.released[rank] = released
+
+    def move_memory(self, released: frozenset[MemoryTag]) -> RankCall:
+        call = RankCall(["TP rank 1"])
+        try:
+            self.move_rank(1, released)
+            call.take("TP rank 1", RankDone(call_id=0))
+        except StartupError as error:
+            call.take("TP rank 1", RankDone(call_id=0, error=str(error)))
+        return call
+
+    def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> None:
+        move_together(lambda released: self.move_rank(0, released), self, before, after)()
+
+
+@pytest.fixture
+def node() -> Node:
+    return Node()
+
+
+def test_all_ranks_move(node: Node) -> None:
+    node.move(NONE, ALL)
+    assert node.released == [ALL, ALL]
+    node.move(ALL, NONE)
+    assert node.released == [NONE, NONE]
+    alone: list[frozenset[MemoryTag]] = []
+    move_together(alone.append, None, NONE, ALL)()
+    assert alone == [ALL]
+
+
+@pytest.mark.parametrize(("before", "after"), [(NONE, ALL), (ALL, NONE)])
+@pytest.mark.parametrize(("rank", "reason"), [(0, "^disk full"), (1, "^TP rank 1: disk full")])
+def test_where_one_cannot_all_are_as_they_were(
+    node: Node, before: frozenset[MemoryTag], after: frozenset[MemoryTag], rank: int, reason: str
+) -> None:
+    node.released = [before, before]
+    node.errors = {(rank, after): "disk full"}
+    with pytest.raises(StartupError, match=reason):
+        node.move(before, after)
+    assert node.released == [before, before]
+
+
+def test_a_node_that_cannot_have_all_of_its_memory_back_ends(node: Node) -> None:
+    node.errors = {(1, ALL): "disk full", (0, NONE): "out of memory"}
+    with pytest.raises(RuntimeError, match="a rank cannot have its memory back: out of memory"):
+        node.move(NONE, ALL)
+    node.released = [ALL, ALL]
+    node.errors = {(1, NONE): "out of memory", (0, ALL): "disk full"}
+    with pytest.raises(StartupError, match="TP rank 1: out of memory"):  # the node serves nothing, and lives
+        node.move(ALL, NONE)
