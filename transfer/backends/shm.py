@@ -293,8 +293,8 @@ def _create_locked(directory: Path, name: str, num_bytes: int) -> int:
         stat = os.statvfs(directory)
         free_bytes = stat.f_bavail * stat.f_frsize
         raise StartupError(
-            f"{directory} has {free_bytes >> 20} MiB free and the KV pool needs {num_bytes >> 20} MiB: make "
-            f"it smaller, enlarge {directory} (docker run --shm-size) or use --transfer-backend mooncake"
+            f"{directory} has {free_bytes >> 20} MiB free and {num_bytes >> 20} MiB are needed: make the KV "
+            f"pool smaller, enlarge {directory} (docker run --shm-size) or use --transfer-backend mooncake"
         ) from None
     return fd
 
