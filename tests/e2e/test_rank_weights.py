@@ -57,6 +57,7 @@ def sums(cluster: LocalCluster) -> dict[str, dict[str, str]]:
     return {worker["role"]: nodes[worker["url"]]["tensors"] for worker in cluster.workers()}
 
 
+@pytest.mark.timeout(600)
 def test_what_two_ranks_serve_is_read_saved_and_pulled_as_a_whole(
     unequal: LocalCluster, tmp_path: Path
 ) -> None:

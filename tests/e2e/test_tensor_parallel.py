@@ -134,6 +134,7 @@ def check(cluster: LocalCluster) -> str:
     return message
 
 
+@pytest.mark.timeout(600)
 def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> None:
     ids, sums = greedy_ids(nodes.url, PROMPT, 8), check(nodes)
     processes = [process for worker in nodes.workers() for process in ranks(worker["url"])]
@@ -147,7 +148,7 @@ def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> N
     rank1.rlimit(psutil.RLIMIT_FSIZE, limit)
     assert refused.status == 400, refused.text
     assert "TP rank 1: weights cannot be kept" in refused.text
-    wait_until(lambda: all_paired(nodes, 1, 2), 20.0, "all nodes to have their memory again")
+    wait_until(lambda: all_paired(nodes, 1, 2), RESTART_S, "all nodes to have their memory again")
     assert (greedy_ids(nodes.url, PROMPT, 8), check(nodes)) == (ids, sums)
 
     released = request(nodes.url, "/release_memory_occupation", {})
@@ -167,6 +168,7 @@ def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> N
     assert (greedy_ids(nodes.url, PROMPT, 8), check(nodes)) == (ids, sums)
 
 
+@pytest.mark.timeout(600)
 def test_a_profile_shows_every_rank(nodes: LocalCluster, tmp_path: Path) -> None:
     begun = request(nodes.url, "/start_profile", {"output_dir": str(tmp_path), "activities": ["CPU"]})
     assert begun.status == 200, begun.text
