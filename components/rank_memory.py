@@ -29,9 +29,8 @@ class RankMemory:
     def __init__(self, backend: TransferBackend, region: MemoryRegion) -> None:
         self._backend = backend
         self._released: frozenset[MemoryTag] = frozenset()
-        self._file: int | None = (
-            None  # where the weights are meanwhile: gone with this process, killed or not
-        )
+        # Where the weights are meanwhile. It has no name, so it is gone with this process, killed or not.
+        self._file: int | None = None
         self.region = region  # the last one that was registered
 
     def move(self, released: frozenset[MemoryTag], weights: Weights) -> Weights:
