@@ -140,7 +140,6 @@ def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> N
     processes = [process for worker in nodes.workers() for process in ranks(worker["url"])]
     assert len(processes) == 6
 
-    before = [process.memory_info().rss for process in processes]
     rank1 = processes[-1]
     limit = rank1.rlimit(psutil.RLIMIT_FSIZE)
     rank1.rlimit(psutil.RLIMIT_FSIZE, (4096, limit[1]))  # as good as a full disk
@@ -151,12 +150,14 @@ def test_every_rank_gives_its_memory_back_or_none_does(nodes: LocalCluster) -> N
     wait_until(lambda: all_paired(nodes, 1, 2), RESTART_S, "all nodes to have their memory again")
     assert (greedy_ids(nodes.url, PROMPT, 8), check(nodes)) == (ids, sums)
 
+    before = [process.memory_info().rss for process in processes]
     released = request(nodes.url, "/release_memory_occupation", {})
     assert released.status == 200, released.text
     num_weight_bytes = (SHIPPED_MODEL / "model.safetensors").stat().st_size
     for process, rss in zip(processes, before, strict=True):
         now = process.memory_info().rss
-        assert now < rss - num_weight_bytes / 2, f"{process}: {rss} bytes before, {now} now"
+        # A rank has half of the weights; half of that may stay with the allocator.
+        assert now < rss - num_weight_bytes / 4, f"{process}: {rss} bytes before, {now} now"
     for worker in nodes.workers():
         reply = request(worker["url"], "/check_weights", {})
         assert (reply.status, "the memory of the weights is released" in reply.text) == (400, True)

@@ -87,7 +87,9 @@ class Crowd:
             ends = [at for at, token in enumerate(tokens) if token in self.stops(index)]
             wanted = tokens[: ends[0] + 1] if ends else tokens
             got = stream.tokens.get(choice, [])
-            if stream.failure is not None:
+            if stream.failure is not None and stream.failure.code == "retracted":
+                assert got == wanted[: len(got)], "it goes on from these in another attempt"
+            elif stream.failure is not None:
                 assert stream.failure.code in ("busy", "invalid")
                 assert got == []
             elif index in self.cancelled and choice not in stream.finishes:
