@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -83,6 +84,7 @@ _SHARE_OF_FREE_MEMORY = 0.25
 _DEFAULT_POOL_CONTEXTS = 32  # contexts of max_model_len that a default pool holds at most
 _LONGEST_SLEEP_S = 0.5  # a front that has ended is noticed this late at worst
 _DRAIN_S = 10.0
+_SWITCH_INTERVAL_S = 0.001  # for which a job may keep the interpreter's lock from the loop; Python's is 5 ms
 
 
 @dataclass(slots=True)
@@ -357,6 +359,8 @@ def start_node(
         engine = EngineThread(runner, rank_threads(config), share=share, profiler=own_profiler)
         jobs, image_jobs = JobThread(), JobThread("image jobs")
         undo.pop_all()  # nothing below fails
+
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
     identity = PeerIdentity(
         incarnation=incarnation,
