@@ -196,7 +196,8 @@ def trainer_main(port: int, world_size: int, file: Path) -> None:
 # ---- one kill ---------------------------------------------------------------------------------------
 
 
-def kill(cluster: LocalCluster, updates: Updates, victim: Victim, rng: random.Random) -> None:
+def kill(cluster: LocalCluster, updates: Updates, victim: Victim, rng: random.Random) -> str:
+    """Returns the incarnation of a node that was killed, else nothing."""
     match victim:
         case "router":
             router_process(cluster).send_signal(signal.SIGKILL)
@@ -205,17 +206,23 @@ def kill(cluster: LocalCluster, updates: Updates, victim: Victim, rng: random.Ra
         case "prefill" | "decode":
             node = rng.choice(cluster.workers(victim))
             kill_nodes(cluster, [node["url"]], with_fronts=True)
+            return str(node["incarnation"])
+    return ""
 
 
 def versions(cluster: LocalCluster) -> dict[str, str]:
     return {worker["incarnation"]: worker["weight_version"] for worker in cluster.workers()}
 
 
-def settled(cluster: LocalCluster, allowed: set[str]) -> str:
-    """The one version of all nodes, when all are there; else nothing."""
+def settled(cluster: LocalCluster, allowed: set[str], killed: str = "") -> str:
+    """The one version of all nodes, when all are there and the router knows who died; else nothing."""
     with suppress(OSError, HTTPException):
         serving = versions(cluster)
-        if len(serving) == NUM_PREFILL + NUM_DECODE and len(set(serving.values())) == 1:
+        if (
+            killed not in serving
+            and len(serving) == NUM_PREFILL + NUM_DECODE
+            and len(set(serving.values())) == 1
+        ):
             version = next(iter(serving.values()))
             if version in allowed and all_paired(cluster, NUM_PREFILL, NUM_DECODE):
                 return version
@@ -244,11 +251,11 @@ def disturb(
         is_over, answer = updates.begin(source, new)
         delay_s *= rng.random()
         time.sleep(delay_s)
-    kill(cluster, updates, victim, rng)
+    killed = kill(cluster, updates, victim, rng)
     wait_until(is_over, BOUND_S, f"{what}: an answer to the update")
     updates.end_trainer()
     allowed = {state.version, new}
-    version = check_settled(cluster, allowed, f"{what}: one version")
+    version = check_settled(cluster, allowed, f"{what}: one version", killed)
     said, says = answer(), "new" if version == new else "old"
     tally.ends[f"{victim}: {says}"] += 1
     after = f"{what} after {delay_s:.2f} s"
@@ -274,9 +281,9 @@ def accept(reason: str, what: str) -> None:
         raise AssertionError(f"{what} failed: {reason}")
 
 
-def check_settled(cluster: LocalCluster, allowed: set[str], what: str) -> str:
+def check_settled(cluster: LocalCluster, allowed: set[str], what: str, killed: str = "") -> str:
     """Waits for all nodes to serve one of these versions, and returns which."""
-    version = wait_until(lambda: settled(cluster, allowed), BOUND_S, what)
+    version = wait_until(lambda: settled(cluster, allowed, killed), BOUND_S, what)
     reply = request(cluster.url, "/check_weights", {}, timeout_s=BOUND_S)
     accept("" if reply.status == 200 else reply.text, what)
     body = {"prompt": random_ids(0, 40), "max_tokens": 4, "ignore_eos": True}
