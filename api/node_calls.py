@@ -48,6 +48,7 @@ from ..messages.weights import (
     GetWeights,
     JoinUpdateGroup,
     LeaveUpdateGroup,
+    MemoryReply,
     MemoryTag,
     PrepareWeights,
     ReleaseMemory,
@@ -99,6 +100,7 @@ Reply: TypeAlias = (
     | WeightImageReply
     | WeightBytesReply
     | WeightsWrittenReply
+    | MemoryReply
 )
 R = TypeVar(
     "R",
@@ -111,6 +113,7 @@ R = TypeVar(
     ProfileReply,
     WeightsReply,
     WeightChecksReply,
+    MemoryReply,
 )
 
 # Flushing waits on the node for its own timeout; the reply needs a little more to travel.
@@ -234,14 +237,18 @@ class NodeCalls(abc.ABC):
         message = LeaveUpdateGroup(call_id=next(self._call_ids), group_name=group_name)
         return await self._call(message, CallReply, timeout_s)
 
-    async def release_memory(self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float) -> CallReply:
+    async def release_memory(
+        self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float
+    ) -> MemoryReply:
         """The node may wait for `wait_s` to be idle."""
         message = ReleaseMemory(call_id=next(self._call_ids), tags=tags, timeout_s=wait_s)
-        return await self._call(message, CallReply, timeout_s)
+        return await self._call(message, MemoryReply, timeout_s)
 
-    async def resume_memory(self, tags: tuple[MemoryTag, ...], timeout_s: float) -> CallReply:
-        message = ResumeMemory(call_id=next(self._call_ids), tags=tags)
-        return await self._call(message, CallReply, timeout_s)
+    async def resume_memory(
+        self, tags: tuple[MemoryTag, ...], timeout_s: float, *, if_released: bool = False
+    ) -> MemoryReply:
+        message = ResumeMemory(call_id=next(self._call_ids), tags=tags, if_released=if_released)
+        return await self._call(message, MemoryReply, timeout_s)
 
     async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
         message = GetWeights(call_id=next(self._call_ids), name=name, truncate_size=truncate_size)
@@ -294,6 +301,7 @@ class NodeCalls(abc.ABC):
                 | WeightImageReply()
                 | WeightBytesReply()
                 | WeightsWrittenReply()
+                | MemoryReply()
                 | InternalStateReply()
                 | ProfileReply()
             ):

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from ..messages.memory_region import MemoryRegion
-from ..messages.node import CallReply
 from ..messages.peer import PeerIdentity
-from ..messages.weights import MEMORY_TAGS, MemoryTag, ReleaseMemory, ResumeMemory
+from ..messages.weights import MEMORY_TAGS, MemoryReply, MemoryTag, ReleaseMemory, ResumeMemory
 from ..runtime.errors import PdserveError
 
 MEMORY_JOB = "memory"
@@ -43,7 +42,7 @@ class Done:
     """A reply to send, and who the node is now, where that has changed."""
 
     link: bytes | None = None
-    reply: CallReply | None = None
+    reply: MemoryReply | None = None
     announced: Announced | None = None
 
 
@@ -84,9 +83,9 @@ class MemoryOccupation:
         """The answer comes from `poll` or `finish`, or now when it is a no."""
         tags = frozenset(message.tags)
         if refusal := self._busy():
-            return _no(link, message, refusal)
+            return self._no(link, message, refusal)
         if again := tags & self._released:
-            return _no(link, message, f"released already: {_listed(again)}")
+            return self._no(link, message, f"released already: {', '.join(_listed(again))}")
         self._pending = _Pending(link, message, now + message.timeout_s)
         return Done()
 
@@ -94,9 +93,13 @@ class MemoryOccupation:
         """Likewise from `finish`."""
         tags = frozenset(message.tags)
         if refusal := self._busy():
-            return _no(link, message, refusal)
+            return self._no(link, message, refusal)
+        if message.if_released:
+            tags &= self._released
         if missing := tags - self._released:
-            return _no(link, message, f"not released: {_listed(missing)}")
+            return self._no(link, message, f"not released: {', '.join(_listed(missing))}")
+        if not tags:
+            return Done(link, self._reply(message, success=True, text="nothing of it was released"))
         self._running = (link, message)
         self._start_job(MEMORY_JOB, self._port.move(self._released, self._released - tags))
         return Done()
@@ -108,7 +111,7 @@ class MemoryOccupation:
             return Done()
         self._pending = None
         if not idle:
-            return _no(pending.link, pending.message, "the node was not idle in time")
+            return self._no(pending.link, pending.message, "the node was not idle in time")
         tags = frozenset(pending.message.tags)
         self._running = (pending.link, pending.message)
         announced = self._port.announce(is_released=True)
@@ -120,25 +123,36 @@ class MemoryOccupation:
         assert self._running is not None, "a job was begun"
         link, message = self._running
         self._running = None
-        tags = frozenset(message.tags)
+        before, tags = self._released, frozenset(message.tags)
         if error is None:
-            self._released = (
-                self._released | tags if isinstance(message, ReleaseMemory) else self._released - tags
-            )
-        announced = None if self._released else self._port.announce(is_released=False)
-        reply = CallReply(
-            call_id=message.call_id, success=error is None, message=str(error) if error else _listed(tags)
-        )
-        return Done(link, reply, announced)
+            self._released = before | tags if isinstance(message, ReleaseMemory) else before - tags
+        text = ", ".join(_listed(before ^ self._released)) if error is None else str(error)
+        reply = self._reply(message, success=error is None, text=text, resumed=before - self._released)
+        return Done(link, reply, None if self._released else self._port.announce(is_released=False))
 
     def _busy(self) -> str:
         in_progress = self._pending is not None or self._running is not None
         return "another release or resume is in progress" if in_progress else ""
 
+    def _no(self, link: bytes, message: ReleaseMemory | ResumeMemory, why: str) -> Done:
+        return Done(link, self._reply(message, success=False, text=why))
 
-def _no(link: bytes, message: ReleaseMemory | ResumeMemory, why: str) -> Done:
-    return Done(link, CallReply(call_id=message.call_id, success=False, message=why))
+    def _reply(
+        self,
+        message: ReleaseMemory | ResumeMemory,
+        *,
+        success: bool,
+        text: str,
+        resumed: frozenset[MemoryTag] = frozenset(),
+    ) -> MemoryReply:
+        return MemoryReply(
+            call_id=message.call_id,
+            success=success,
+            message=text,
+            resumed=_listed(resumed),
+            released=_listed(self._released),
+        )
 
 
-def _listed(tags: frozenset[MemoryTag]) -> str:
-    return ", ".join(tag for tag in MEMORY_TAGS if tag in tags)
+def _listed(tags: frozenset[MemoryTag]) -> tuple[MemoryTag, ...]:
+    return tuple(tag for tag in MEMORY_TAGS if tag in tags)

@@ -23,6 +23,7 @@ from .weights import (
     KeepWeights,
     LeaveUpdateGroup,
     MeetInbox,
+    MemoryReply,
     OfferInbox,
     OpenWeights,
     PrepareWeights,
@@ -372,6 +373,7 @@ NodeToClient: TypeAlias = (
     | WeightImageReply
     | WeightBytesReply
     | WeightsWrittenReply
+    | MemoryReply
     | InternalStateReply
     | ProfileReply
 )

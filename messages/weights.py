@@ -183,6 +183,17 @@ class ResumeMemory(msgspec.Struct, frozen=True, kw_only=True, tag="resume_memory
 
     call_id: int
     tags: tuple[MemoryTag, ...]
+    if_released: bool = False  # what is not is no fault: all nodes of a cluster are asked alike
+
+
+class MemoryReply(msgspec.Struct, frozen=True, kw_only=True, tag="memory"):
+    """The outcome of a release or a resume. ``success`` false: why not, in ``message``."""
+
+    call_id: int
+    success: bool
+    message: str = ""
+    resumed: tuple[MemoryTag, ...] = ()  # by this call
+    released: tuple[MemoryTag, ...] = ()  # after it
 
 
 class OpenWeights(msgspec.Struct, frozen=True, kw_only=True, tag="open_weights"):

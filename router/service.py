@@ -87,8 +87,8 @@ from .pairing import (
 from .prefix_index import DEFAULT_MAX_PAGES, PrefixIndex
 from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, NodeRestarted, NodeSilent
 from .sessions import SessionTable
-from .weight_rollout import ask_all
-from .weight_updates import Traffic, WeightUpdates
+from .weight_rollout import Traffic, ask_all
+from .weight_updates import WeightUpdates
 
 log = logging.getLogger(__name__)
 

@@ -31,23 +31,23 @@ from ..messages.weights import (
     WeightSource,
     WeightsReply,
 )
+from .memory_releases import MemoryReleases
 from .options import RouterOptions
 from .registry import NodeRecord, NodeRegistry
 from .weight_rejoin import WeightRejoin
-from .weight_rollout import NodeAnswer, ask_all, ask_one, commit_all, discard_all, failures, prepare_all
+from .weight_rollout import (
+    NodeAnswer,
+    Traffic,
+    ask_all,
+    ask_one,
+    commit_all,
+    discard_all,
+    failures,
+    prepare_all,
+    until,
+)
 
 STAGE_TIMEOUT_S = 30.0
-WAIT_POLL_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What an update needs of those who run requests."""
-
-    hold: Callable[[UpdateMode], None]  # new requests wait, running ones do as the mode says
-    release: Callable[[], None]
-    num_running: Callable[[], int]  # that a held cluster still works on
-    forget_prefixes: Callable[[], None]  # what nodes cached is worth nothing under other weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class WeightUpdates:
         self._links = links
         self._traffic = traffic
         self._clock = clock
-        self._released: set[MemoryTag] = set()  # requests are held meanwhile
+        self._memory = MemoryReleases(options, registry=registry, traffic=traffic, clock=clock)
         self._rejoin = WeightRejoin(options, registry=registry, links=links, spawn=spawn)
         self._num_alone = 0  # calls that bear no other update beside them
         self._is_committed = False  # the update that runs: it waits for nodes, and needs nothing of them
@@ -88,19 +88,15 @@ class WeightUpdates:
 
     async def update(self, source: WeightSource, weight_version: str, mode: UpdateMode) -> AdminReply:
         """From what every node can reach by itself."""
-        if self.is_running():
-            return _ANOTHER
-        async with self._alone():
-            return await self._run(uuid.uuid4().hex, source, weight_version, mode, self._links())
+        async with self._alone() as refusal:
+            return refusal or await self._run(uuid.uuid4().hex, source, weight_version, mode, self._links())
 
     async def update_from_tensors(
         self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
     ) -> AdminReply:
         """From the bytes of a safetensors file, which are passed on as they come."""
-        if self.is_running():
-            return _ANOTHER
-        async with self._alone():
-            return await self._update_from_tensors(body, weight_version, mode)
+        async with self._alone() as refusal:
+            return refusal or await self._update_from_tensors(body, weight_version, mode)
 
     async def _update_from_tensors(
         self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
@@ -121,39 +117,25 @@ class WeightUpdates:
         if reasons:
             await discard_all(links, update_id)
             return AdminReply(False, f"the old weights serve on; {reasons}")
-        if self.is_running():  # it has begun while this body came, and wins
+        if refusal := self._busy():  # it has begun while this body came, and wins
             await discard_all(links, update_id)
-            return _ANOTHER
+            return refusal
         source = FromTensors(num_bytes=offset)
         return await self._run(update_id, source, weight_version, mode, links)
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         """What every node (by URL) answers; one that does not answer is a reply without success."""
         timeout_s = self._options.weight_update_s
-
-        async def ask(link: NodeCalls) -> WeightsReply:
-            try:
-                return await link.get_weights(name, truncate_size, timeout_s)
-            except NodeUnavailableError as error:
-                return WeightsReply(call_id=0, success=False, message=str(error))
-
-        links = self._links()
-        replies = await asyncio.gather(*(ask(link) for link in links.values()))
-        return dict(zip(links, replies, strict=True))
+        answers = await ask_all(self._links(), lambda link: link.get_weights(name, truncate_size, timeout_s))
+        silent = partial(WeightsReply, call_id=0, success=False)
+        return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
     async def check(self) -> dict[str, WeightChecksReply]:
         """Likewise."""
         timeout_s = self._options.weight_update_s
-
-        async def ask(link: NodeCalls) -> WeightChecksReply:
-            try:
-                return await link.check_weights(timeout_s)
-            except NodeUnavailableError as error:
-                return WeightChecksReply(call_id=0, success=False, message=str(error))
-
-        links = self._links()
-        replies = await asyncio.gather(*(ask(link) for link in links.values()))
-        return dict(zip(links, replies, strict=True))
+        answers = await ask_all(self._links(), lambda link: link.check_weights(timeout_s))
+        silent = partial(WeightChecksReply, call_id=0, success=False)
+        return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
     async def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
         """By one node, the first prefill node by URL: all hold the same."""
@@ -199,77 +181,49 @@ class WeightUpdates:
             return AdminReply(False, "no node is connected")
         return AdminReply(not failures(answers), failures(answers) or f"group {name!r} is gone")
 
-    async def _leave(self, links: Mapping[str, NodeCalls], name: str) -> list[NodeAnswer]:
+    async def _leave(self, links: Mapping[str, NodeCalls], name: str) -> list[NodeAnswer[CallReply]]:
         timeout_s = self._options.weight_update_s
         return await ask_all(links, lambda link: link.leave_update_group(name, timeout_s))
 
     async def release_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
         """On all nodes or on none. Running requests end first, and new ones wait until all is resumed."""
-        if self.is_running():
-            return _ANOTHER
-        async with self._alone():
-            return await self._release_memory(tags, self._links())
-
-    async def _release_memory(
-        self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]
-    ) -> AdminReply:
-        if reason := self._why_not(links):
-            return AdminReply(False, reason)
-        self._traffic.hold("wait")
-        drain_s, timeout_s = self._options.weight_drain_s, self._options.weight_update_s
-        replies: list[NodeAnswer] = []
-        if await self._until(lambda: self._traffic.num_running() == 0, drain_s):
-            replies = await ask_all(
-                links, lambda link: link.release_memory(tags, self._options.weight_commit_s, timeout_s)
-            )
-        reasons = failures(replies) if replies else "requests were still running"
-        if not reasons:
-            self._released |= set(tags)
-            self._traffic.forget_prefixes()
-            return AdminReply(True, f"{len(links)} nodes have released {', '.join(tags)}")
-        released = {answer.url: links[answer.url] for answer in replies if answer.success}
-        await ask_all(released, lambda link: link.resume_memory(tags, timeout_s))
-        if not self._released:
-            self._traffic.release()
-        return AdminReply(False, reasons)
+        async with self._alone() as refusal:
+            links = self._links()
+            if refusal is None and (reason := self._why_not(links)):
+                refusal = AdminReply(False, reason)
+            return refusal or await self._memory.release(tags, links)
 
     async def resume_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
-        timeout_s = self._options.weight_update_s
-        before = {node.incarnation for node in self._registry}
-        answers = await ask_all(self._links(), lambda link: link.resume_memory(tags, timeout_s))
-        if not answers or failures(answers):
-            return AdminReply(False, failures(answers) or "no node is connected")
-        self._released -= set(tags)
-        if self._released:
-            return AdminReply(True, f"{len(answers)} nodes have {', '.join(tags)} again")
-        is_ready = await self._until(
-            lambda: self._are_renewed(before) and bool(self._registry.ready_pairs()),
-            self._options.weight_ready_s,
-        )
-        self._traffic.release()
-        if not is_ready:
-            return AdminReply(False, f"memory is resumed, but {self._registry.explain_no_pair()}")
-        return AdminReply(True, f"{len(answers)} nodes have {', '.join(tags)} again")
+        """On every node that has released it."""
+        return self._busy() or await self._memory.resume(tags, self._links())
 
     def tick(self, now: float) -> None:
         """Nodes that were started again come to the weights of the others, unless an update needs them."""
-        if self._num_alone == int(self._is_committed) and not self._released:
+        if self._num_alone == int(self._is_committed) and not self._memory.is_released:
             self._rejoin.tick(now)
 
     # ---- inside -------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """A node loads one update at a time: none is on its way to the weights of the others meanwhile."""
+    async def _alone(self) -> AsyncIterator[AdminReply | None]:
+        """A node loads one update at a time: none is on its way to the weights of the others meanwhile.
+        Yields a refusal where something else is going on."""
         self._num_alone += 1
         try:
             await self._rejoin.settled()
-            yield
+            yield self._busy()
         finally:
             self._num_alone -= 1
 
     def is_running(self) -> bool:
         return self._update is not None and not self._update.done()
+
+    def _busy(self) -> AdminReply | None:
+        if self.is_running():
+            return AdminReply(False, "another weight update is running")
+        if self._memory.is_moving:
+            return AdminReply(False, "memory is being released or resumed")
+        return None
 
     async def _run(
         self,
@@ -354,7 +308,7 @@ class WeightUpdates:
             return AdminReply(False, f"new weights are loaded, but {self._registry.explain_no_pair()}")
         finally:
             self._is_committed = False
-            if not self._released:
+            if not self._memory.is_released:
                 self._traffic.release()
 
     def _why_not(self, links: Mapping[str, NodeCalls]) -> str:
@@ -367,11 +321,6 @@ class WeightUpdates:
         ]
         return f"these nodes do not answer: {', '.join(silent)}" if silent else ""
 
-    def _are_renewed(self, before: set[str]) -> bool:
-        """Every node has said who it is since its pages are back: another incarnation than `before`."""
-        nodes = list(self._registry)
-        return all(self._registry.healthy(node) and node.incarnation not in before for node in nodes)
-
     def _left(self, update: _Update) -> list[NodeRecord]:
         return [node for node in self._registry if node.incarnation in update.nodes]
 
@@ -379,7 +328,7 @@ class WeightUpdates:
         """All that took part and live do, and requests can go on."""
         left = self._left(update)
         everywhere = all(node.entry.weight_version == update.weight_version for node in left)
-        return bool(left) and everywhere and bool(self._registry.ready_pairs() or self._released)
+        return bool(left) and everywhere and bool(self._registry.ready_pairs() or self._memory.is_released)
 
     def _outcome(self, update: _Update) -> str:
         left = self._left(update)
@@ -390,16 +339,8 @@ class WeightUpdates:
         return text
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        deadline = self._clock() + timeout_s
-        while not condition():
-            if self._clock() >= deadline:
-                return False
-            await asyncio.sleep(WAIT_POLL_S)
-        return True
+        return await until(condition, timeout_s, self._clock)
 
 
 def _join(group: UpdateGroupSpec, rank: int, link: NodeCalls) -> Awaitable[CallReply]:
     return link.join_update_group(group, rank)
-
-
-_ANOTHER = AdminReply(False, "another weight update is running")

@@ -35,6 +35,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import Request
 
 import torch
@@ -131,7 +132,7 @@ class Updates:
                 body = {"model_path": str(folder), "weight_version": version}
                 return in_background(lambda: asked(url, "/update_weights_from_disk", body))
             case "tensor":
-                path = f"/update_weights_from_tensor?weight_version={version}"
+                path = f"/update_weights_from_tensor?weight_version={quote(version)}"
                 return in_background(lambda: asked(url, path, file.read_bytes()))
             case "distributed":
                 told = self._join(file) | {"group_name": GROUP, "weight_version": version, "timeout": 60}
@@ -247,7 +248,7 @@ def disturb(
     time.sleep(delay_s)
     while is_over():  # too late: it must have worked, and the next one may take longer
         accept(answer(), f"{what}: an update without a kill")
-        state.version, new = new, f"{new}+"
+        state.version, new = new, f"{new}-again"
         is_over, answer = updates.begin(source, new)
         delay_s *= rng.random()
         time.sleep(delay_s)

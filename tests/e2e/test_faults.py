@@ -25,6 +25,7 @@ from pdserve.tests.e2e.helpers import (
     all_paired,
     frozen,
     greedy_ids,
+    in_background,
     kill_nodes,
     metric,
     num_busy,
@@ -232,3 +233,30 @@ def test_nodes_that_died_after_an_update_read_the_weights_of_those_that_lived(no
         again = engine.check_weights()
         assert (again["success"], again["message"]) == (True, checksums)
     assert all(greedy_ids(nodes.url, prompt, 12) == expected for _ in range(4)), "whichever pair it is"
+
+
+def test_a_node_that_died_while_memory_was_released_keeps_nobody_from_resuming(nodes: LocalCluster) -> None:
+    prompt = random_ids(41, 40)
+    expected = greedy_ids(nodes.url, prompt, 12)
+    version = nodes.workers()[0]["weight_version"]
+    with Engine(url=nodes.url) as engine:
+        released = engine.release_memory_occupation()
+        assert released.success, released.message
+        is_over, answer = in_background(lambda: greedy_ids(nodes.url, prompt, 12))
+        before = {worker["incarnation"] for worker in nodes.workers()}
+        kill_nodes(nodes, [nodes.workers("decode")[0]["url"]], with_fronts=True)
+
+        def is_back() -> bool:
+            workers = nodes.workers()
+            new = [worker for worker in workers if worker["incarnation"] not in before]
+            return len(workers) == 4 and len(new) == 1 and new[0]["is_healthy"]
+
+        wait_until(is_back, RESTART_S, "the killed node")
+        assert not is_over(), "requests are held"
+        resumed = engine.resume_memory_occupation()
+        assert resumed.success, resumed.message
+        assert answer() == expected
+        again = engine.resume_memory_occupation()
+        assert (again.success, again.message) == (False, "not released: weights, kv_cache, graphs")
+    wait_until(lambda: all_paired(nodes, 2, 2), RESTART_S, "four nodes, all paired")
+    assert {worker["weight_version"] for worker in nodes.workers()} == {version}

@@ -56,6 +56,7 @@ from pdserve.messages.weights import (
     JoinUpdateGroup,
     LeaveUpdateGroup,
     MeetInbox,
+    MemoryReply,
     OfferInbox,
     OpenWeights,
     PrepareWeights,
@@ -189,12 +190,13 @@ class FakeScheduler:
                 | DiscardWeights()
                 | JoinUpdateGroup()
                 | LeaveUpdateGroup()
-                | ReleaseMemory()
-                | ResumeMemory()
                 | SaveWeights()
             ):
                 success, text = self.outcome(message)
                 return CallReply(call_id=message.call_id, success=success, message=text)
+            case ReleaseMemory() | ResumeMemory():
+                success, text = self.outcome(message)
+                return MemoryReply(call_id=message.call_id, success=success, message=text)
             case GetWeights(call_id=call_id, truncate_size=size):
                 return WeightsReply(call_id=call_id, success=True, values=[0.5] * size)
             case CheckWeights(call_id=call_id):

@@ -32,6 +32,7 @@ from pdserve.messages.weights import (
     CommitWeights,
     DiscardWeights,
     FromDisk,
+    MemoryReply,
     MemoryTag,
     PrepareWeights,
     ReleaseMemory,
@@ -307,11 +308,11 @@ ALL: tuple[MemoryTag, ...] = ("weights", "kv_cache", "graphs")
 
 def memory_call(
     pair: Pair, node: PrefillNode | DecodeNode, message: ReleaseMemory | ResumeMemory
-) -> CallReply:
+) -> MemoryReply:
     (pair.to_prefill if node is pair.prefill else pair.to_decode)(message, ADMIN)
     pair.compute(node)  # a job
     reply = pair.last_reply(node, ADMIN)
-    assert isinstance(reply, CallReply)
+    assert isinstance(reply, MemoryReply)
     return reply
 
 
@@ -325,8 +326,8 @@ def test_a_node_without_its_memory_pairs_with_nobody_and_comes_back_as_another_i
     node = pair.prefill if role == "prefill" else pair.decode
     pair.start("a", prompt_of(9))
     pair.finish()
-    assert memory_call(pair, node, release()) == CallReply(
-        call_id=5, success=True, message="weights, kv_cache, graphs"
+    assert memory_call(pair, node, release()) == MemoryReply(
+        call_id=5, success=True, message="weights, kv_cache, graphs", released=ALL
     )
     assert node.memory_journal == ["release ['graphs', 'kv_cache', 'weights']"]
     assert node.allocator.counts().shared == 0, "what it had cached is gone"
@@ -364,6 +365,22 @@ def test_a_node_without_its_memory_pairs_with_nobody_and_comes_back_as_another_i
     pair.check_answer("c", prompt_of(9), 4)
 
 
+def test_a_cluster_resumes_what_each_of_its_nodes_has_released() -> None:
+    pair = Pair()
+    node = pair.decode
+    everything = ResumeMemory(call_id=6, tags=ALL, if_released=True)
+    nothing = memory_call(pair, node, everything)
+    assert nothing == MemoryReply(call_id=6, success=True, message="nothing of it was released")
+    assert node.status.entry.incarnation == "decode-1"
+    assert memory_call(pair, node, release(("weights", "kv_cache"))).success
+    known = memory_call(pair, node, ResumeMemory(call_id=6, tags=(), if_released=True))
+    assert (known.success, known.released) == (True, ("weights", "kv_cache"))
+    assert memory_call(pair, node, everything) == MemoryReply(
+        call_id=6, success=True, message="weights, kv_cache", resumed=("weights", "kv_cache")
+    )
+    assert node.status.entry.incarnation == "decode-1~1"
+
+
 def test_two_nodes_without_memory_do_not_take_it_for_the_same_model() -> None:
     pair = Pair()
     for node in (pair.prefill, pair.decode):
@@ -384,11 +401,11 @@ def test_memory_is_released_when_what_runs_has_ended_or_not_at_all() -> None:
     pair.advance(2.0)
     assert pair.decode.memory_journal == []
     refused = pair.last_reply(pair.decode, ADMIN)
-    assert refused == CallReply(call_id=5, success=False, message="the node was not idle in time")
+    assert refused == MemoryReply(call_id=5, success=False, message="the node was not idle in time")
     pair.to_decode(release(timeout_s=100.0), ADMIN)
     pair.to_decode(ResumeMemory(call_id=9, tags=ALL), ADMIN)
     busy = pair.last_reply(pair.decode, ADMIN)
-    assert busy == CallReply(call_id=9, success=False, message="another release or resume is in progress")
+    assert busy == MemoryReply(call_id=9, success=False, message="another release or resume is in progress")
     pair.run()
     pair.check_answer("a", prompt_of(9), 4)
     assert pair.decode.memory_journal == ["release ['graphs', 'kv_cache', 'weights']"]

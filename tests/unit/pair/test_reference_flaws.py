@@ -16,6 +16,7 @@ from pdserve.messages.weights import (
     FromGroup,
     FromSharedMemory,
     FromTensors,
+    MemoryReply,
     PrepareWeights,
     ReleaseMemory,
     ResumeMemory,
@@ -29,13 +30,13 @@ ADMIN = b"admin"
 NODES = pytest.mark.parametrize("role", ["prefill", "decode"])
 
 
-def ask(pair: Pair, role: str, message: ClientToNode, num_jobs: int = 0) -> CallReply:
+def ask(pair: Pair, role: str, message: ClientToNode, num_jobs: int = 0) -> CallReply | MemoryReply:
     node = node_of(pair, role)
     (pair.to_prefill if role == "prefill" else pair.to_decode)(message, ADMIN)
     for _ in range(num_jobs):
         pair.compute(node)
     reply = pair.last_reply(node, ADMIN)
-    assert isinstance(reply, CallReply)
+    assert isinstance(reply, CallReply | MemoryReply)
     return reply
 
 
@@ -111,7 +112,7 @@ def test_a_release_of_a_busy_node_is_an_answer(role: str) -> None:
     pair = Pair()
     pair.start("running", prompt_of(12))
     release = ReleaseMemory(call_id=4, tags=("kv_cache",), timeout_s=0.0)
-    assert ask(pair, role, release) == CallReply(
+    assert ask(pair, role, release) == MemoryReply(
         call_id=4, success=False, message="the node was not idle in time"
     )
     pair.run()
@@ -127,5 +128,5 @@ def test_a_second_resume_is_an_answer(role: str) -> None:
     assert ask(pair, role, ReleaseMemory(call_id=5, tags=("weights",), timeout_s=1.0), 1).success
     assert ask(pair, role, resume, 1).success
     assert ask(pair, role, resume) == never
-    assert never == CallReply(call_id=4, success=False, message="not released: weights")
+    assert never == MemoryReply(call_id=4, success=False, message="not released: weights")
     pair.finish()

@@ -45,6 +45,7 @@ from pdserve.messages.weights import (
     FromPeer,
     FromSharedMemory,
     FromTensors,
+    MemoryReply,
     MemoryTag,
     UpdateGroupSpec,
     WeightChecksReply,
@@ -157,6 +158,12 @@ class FakeNode:
         self.alive = False
         for link in list(self.links):
             link.reset("connection lost")
+
+    def start_again(self, incarnation: str, peers: tuple[str, ...] = ("p-1",)) -> None:
+        self.die()
+        self.entry = msgspec.structs.replace(self.entry, incarnation=incarnation)
+        self.alive, self.hangs_in, self.peers = True, "no call", peers
+        self.released.clear()
 
     def emit(self, message: StreamMessage) -> None:
         for link in list(self.links):
@@ -367,19 +374,31 @@ class FakeLink:
         await self._answer(f"leave {group_name}")
         return CallReply(call_id=1, success=True)
 
-    async def release_memory(self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float) -> CallReply:
+    async def release_memory(
+        self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float
+    ) -> MemoryReply:
         await self._answer(f"release {' '.join(tags)}")
         if not self.node.release_reply:
             self.node.released |= set(tags)
-        return CallReply(call_id=1, success=not self.node.release_reply, message=self.node.release_reply)
+        return self._memory_reply()
 
-    async def resume_memory(self, tags: tuple[MemoryTag, ...], timeout_s: float) -> CallReply:
+    async def resume_memory(
+        self, tags: tuple[MemoryTag, ...], timeout_s: float, *, if_released: bool = False
+    ) -> MemoryReply:
         await self._answer(f"resume {' '.join(tags)}")
-        self.node.released -= set(tags)
-        if not self.node.released:
+        assert if_released, "all are asked alike"
+        resumed = self.node.released & set(tags)
+        if resumed and self.node.release_reply:
+            return self._memory_reply()
+        self.node.released -= resumed
+        if resumed and not self.node.released:
             incarnation = renewed(self.node.entry.incarnation)
             self.node.entry = msgspec.structs.replace(self.node.entry, incarnation=incarnation)
-        return CallReply(call_id=1, success=not self.node.release_reply, message=self.node.release_reply)
+        return msgspec.structs.replace(self._memory_reply(), success=True, resumed=tuple(sorted(resumed)))
+
+    def _memory_reply(self) -> MemoryReply:
+        refused, released = self.node.release_reply, tuple(sorted(self.node.released))
+        return MemoryReply(call_id=1, success=not refused, message=refused, released=released)
 
     async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
         await self._answer(f"get {name} {truncate_size}")

@@ -249,9 +249,8 @@ async def test_the_only_decode_node_comes_back_as_another_incarnation(
     decode.tokens_per_attempt = 3
     generation = await bench.service.generate(spec(max_tokens=8))
     await bench.until(lambda: bench.service.counters.num_tokens == 3)
-    decode.die()
-    decode.alive, decode.tokens_per_attempt = True, None
-    decode.entry = entry(incarnation="d-2")
+    decode.tokens_per_attempt = None
+    decode.start_again("d-2")
     await bench.service.register_worker(decode.entry.url, decode.entry)
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
 
@@ -1040,7 +1039,9 @@ async def test_memory_is_released_and_resumed_everywhere_and_requests_wait_meanw
     for node in nodes:
         assert [call for call in node.calls if call.startswith(("release", "resume"))] == [
             "release weights kv_cache",
+            "resume ",  # what have you released?
             "resume weights",
+            "resume ",
             "resume kv_cache",
         ]
 
@@ -1053,8 +1054,90 @@ async def test_memory_that_one_node_cannot_release_is_resumed_by_the_others(benc
     assert "resume kv_cache" in prefill.calls
     assert "resume kv_cache" not in decode.calls
     assert not bench.service._queue.held
-    decode.release_reply = "not released: kv_cache"
-    assert not (await bench.service.resume_memory_occupation(("kv_cache",))).success
+    again = await bench.service.resume_memory_occupation(("kv_cache",))
+    assert (again.success, again.message) == (False, "not released: kv_cache")
+
+
+async def test_a_node_whose_answer_to_a_release_is_lost_is_asked_to_resume_too(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.hangs_in = "release kv_cache"
+    pending = asyncio.create_task(bench.service.release_memory_occupation(("kv_cache",)))
+    await bench.until(lambda: "release kv_cache" in decode.calls)
+    decode.die()
+    reply = await pending
+    assert (reply.success, bench.service._queue.held) == (False, False)
+    assert reply.message.endswith("; to be resumed: http://d: lost"), reply.message
+    assert "resume kv_cache" in prefill.calls
+
+
+async def test_a_node_that_is_started_again_while_memory_is_released_is_no_reason_not_to_resume(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    prefill, decode = await small_cluster(bench)
+    assert (await bench.service.release_memory_occupation(("kv_cache",))).success
+    late = asyncio.create_task(bench.service.generate(spec("late")))
+    decode.start_again("d-2", peers=("p-1~1",))
+    await bench.service.register_worker(decode.entry.url, decode.entry)
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    reply = await bench.service.resume_memory_occupation(("kv_cache",))
+    assert reply.success, reply.message
+    assert (prefill.entry.incarnation, decode.entry.incarnation) == ("p-1~1", "d-2")
+    assert await read(await late) == {0: expected((1, 2, 3), 0, 8)}
+
+
+async def test_memory_that_one_node_cannot_resume_is_asked_for_again(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    assert (await bench.service.release_memory_occupation(("weights", "kv_cache"))).success
+    decode.release_reply = "no memory is left"
+    reply = await bench.service.resume_memory_occupation(("weights", "kv_cache"))
+    assert (reply.success, reply.message) == (False, "http://d: no memory is left")
+    assert bench.service._queue.held
+    decode.release_reply = ""
+    decode.peers = ("p-1~1",)
+    reply = await bench.service.resume_memory_occupation(("weights", "kv_cache"))
+    assert reply.success, reply.message
+    assert not bench.service._queue.held
+    assert {prefill.entry.incarnation, decode.entry.incarnation} == {"p-1~1", "d-1~1"}, "each once"
+
+
+async def test_memory_that_another_router_released_is_resumed(bench: Bench) -> None:
+    _, decode = nodes = await small_cluster(bench)
+    for node in nodes:
+        node.released = {"weights", "kv_cache"}
+    reply = await bench.service.resume_memory_occupation(("weights", "graphs"))
+    assert (reply.success, reply.message) == (False, "not released: graphs")
+    assert all(node.released == {"weights", "kv_cache"} for node in nodes), "nothing was changed"
+    assert (await bench.service.resume_memory_occupation(("weights",))).success
+    decode.peers = ("p-1~1",)
+    assert (await bench.service.resume_memory_occupation(("kv_cache",))).success
+    assert not bench.service._queue.held
+
+
+async def test_memory_moves_alone(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    decode.hangs_in = "release weights"
+    released = asyncio.create_task(bench.service.release_memory_occupation(("weights",)))
+    await bench.until(lambda: "release weights" in decode.calls)
+    service, why = bench.service, "memory is being released or resumed"
+    for call in (
+        service.update_weights_from_disk("/new", "v2", "wait"),
+        service.release_memory_occupation(("kv_cache",)),
+        service.resume_memory_occupation(("weights",)),
+    ):
+        reply = await call
+        assert (reply.success, reply.message) == (False, why)
+    decode.die()
+    await released
+    prefill.hangs_in = "prepare /new v2"
+    decode.start_again("d-2", peers=("p-1~1",))
+    await bench.service.register_worker(decode.entry.url, decode.entry)
+    await bench.until(lambda: bool(bench.service._nodes.ready_pairs()))
+    update = asyncio.create_task(service.update_weights_from_disk("/new", "v2", "wait"))
+    await bench.until(lambda: prefill.hangs_in in prefill.calls)
+    reply = await service.resume_memory_occupation(("weights",))
+    assert (reply.success, reply.message) == (False, "another weight update is running")
+    prefill.die()
+    assert not (await update).success
 
 
 async def test_questions_about_weights_go_to_every_node(bench: Bench) -> None:
