@@ -257,7 +257,7 @@ def _up(given: dict[str, Any]) -> int:
         lambda incarnation: _announce_death(url, incarnation, keys),
         given.get("owner_pid"),
     ) as supervisor:
-        if not supervisor.wait_until(lambda: _answers(f"{url}/ready"), _READY_TIMEOUT_S):
+        if not supervisor.wait_ready(lambda: _why_not_ready(url), _READY_TIMEOUT_S):
             return 0
         print(f"pdserve is ready at {url}", flush=True)
         return supervisor.run()
@@ -316,9 +316,13 @@ def _announce_death(router_url: str, incarnation: str, keys: AccessKeys) -> None
     threading.Thread(target=announce, name="obituary", daemon=True).start()
 
 
-def _answers(url: str) -> bool:
+def _why_not_ready(router_url: str) -> str:
+    """In the router's words; empty when it is."""
     try:
-        with open_url(url, timeout_s=2.0) as response:
-            return int(response.status) == 200
-    except (urllib.error.URLError, OSError):
-        return False
+        open_url(f"{router_url}/ready", timeout_s=2.0).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            return str(json.load(error)["error"]["message"])
+    except OSError as error:
+        return f"the router does not answer: {error}"
+    return ""

@@ -141,21 +141,22 @@ class Supervisor:
             if child.process is not None and child.process.poll() is None:
                 child.process.terminate()
 
-    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """True when `ready`; False when a signal asked to stop, or the owner is gone.
+    def wait_ready(self, why_not: Callable[[], str], timeout_s: float) -> bool:
+        """True when `why_not` is empty; False when a signal asked to stop, or the owner is gone.
 
         Raises StartupError when a child ended first or the time is over.
         """
         deadline = time.monotonic() + timeout_s
         while not self._is_stopping:
-            if ready():
+            reason = why_not()
+            if not reason:
                 return True
             for child in self._children:
                 if child.process is not None and child.process.poll() is not None:
                     what = f"{obituary(child.name, child.process)} before the cluster was ready"
                     raise StartupError(f"{what}{child.reason}")
             if time.monotonic() > deadline:
-                raise StartupError(f"the cluster was not ready within {timeout_s:.0f} s; see the log above")
+                raise StartupError(f"the cluster was not ready within {timeout_s:.0f} s: {reason}")
             time.sleep(_POLL_S)
         return False
 

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, add_flags
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
 from pdserve.runtime.process import usable_cores
-from pdserve.runtime.supervisor import Child
+from pdserve.runtime.supervisor import Child, Supervisor
 
 COMMANDS = ("up", "router", "prefill", "decode", "bench", "doctor")
 
@@ -314,6 +314,28 @@ def test_up_takes_the_next_port_when_its_own_is_taken(
         _, prefill, _ = children(monkeypatch, "--port", str(port))
     assert f"port {port} is taken, using " in capsys.readouterr().err
     assert values(prefill)["router"] != [f"http://127.0.0.1:{port}"]
+
+
+def test_a_cluster_that_does_not_get_ready_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A router alone, which takes a moment to answer at all."""
+    class RouterAlone(Supervisor):
+        def __init__(self, wanted: Sequence[Child], *others: Any) -> None:  # noqa: ANN401
+            super().__init__(wanted[:1], *others)
+
+        def wait_ready(self, why_not: Callable[[], str], timeout_s: float) -> bool:
+            def until_it_answers() -> str:
+                reason = why_not()
+                return reason if reason.startswith("the router does not answer") else ""
+
+            assert super().wait_ready(until_it_answers, timeout_s)
+            return super().wait_ready(why_not, 0.0)
+
+    monkeypatch.setattr(cli, "Supervisor", RouterAlone)
+    assert cli.main(["up", "--port", "0"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "was not ready" in line]
+    assert line.endswith("the cluster was not ready within 0 s: no decode node is registered")
 
 
 # ---- as a process -------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def process_of(child: Child) -> subprocess.Popen[bytes]:
 def test_ready_children_go_on_until_the_block_ends() -> None:
     first, second = child(SLEEP, "router"), child(SLEEP)
     with Supervisor([first, second]) as supervisor:
-        assert supervisor.wait_until(lambda: True, DEADLINE_S)
+        assert supervisor.wait_ready(str, DEADLINE_S)
         assert process_of(first).poll() is None
         assert process_of(second).poll() is None
     assert process_of(first).returncode == process_of(second).returncode == -signal.SIGTERM
@@ -78,7 +78,7 @@ def test_a_child_that_ends_before_the_cluster_is_ready_ends_the_start() -> None:
         ),
         Supervisor([healthy, broken]) as supervisor,
     ):
-        supervisor.wait_until(lambda: False, DEADLINE_S)
+        supervisor.wait_ready(lambda: "no node", DEADLINE_S)
     assert process_of(healthy).returncode == -signal.SIGTERM
 
 
@@ -88,7 +88,7 @@ def test_a_child_that_cannot_start_leaves_the_reason() -> None:
         pytest.raises(StartupError, match=r"exit code 1 before the cluster was ready: no model at x$"),
         Supervisor([child(code, "router")]) as supervisor,
     ):
-        supervisor.wait_until(lambda: False, DEADLINE_S)
+        supervisor.wait_ready(lambda: "no node", DEADLINE_S)
 
 
 def test_the_end_of_the_owner_ends_the_wait_and_the_run() -> None:
@@ -96,7 +96,7 @@ def test_the_end_of_the_owner_ends_the_wait_and_the_run() -> None:
         is_gone = owner_pid != os.getppid()
         started = child(SLEEP)
         with Supervisor([started], owner_pid=owner_pid) as supervisor:
-            assert supervisor.wait_until(lambda: True, DEADLINE_S) == (not is_gone)
+            assert supervisor.wait_ready(str, DEADLINE_S) == (not is_gone)
             if is_gone:
                 assert supervisor.run() == 0
         assert process_of(started).returncode == -signal.SIGTERM
@@ -104,22 +104,22 @@ def test_the_end_of_the_owner_ends_the_wait_and_the_run() -> None:
 
 def test_a_cluster_that_is_never_ready_is_given_up() -> None:
     with (
-        pytest.raises(StartupError, match="the cluster was not ready within 0 s"),
+        pytest.raises(StartupError, match=r"the cluster was not ready within 0 s: no node$"),
         Supervisor([child(SLEEP)]) as supervisor,
     ):
-        supervisor.wait_until(lambda: False, 0.0)
+        supervisor.wait_ready(lambda: "no node", 0.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_wait(number: signal.Signals) -> None:
     started = child(SLEEP)
 
-    def ready() -> bool:
+    def why_not() -> str:
         os.kill(os.getpid(), number)
-        return False
+        return "stopped"
 
     with Supervisor([started]) as supervisor:
-        assert not supervisor.wait_until(ready, DEADLINE_S)
+        assert not supervisor.wait_ready(why_not, DEADLINE_S)
     assert process_of(started).returncode == -signal.SIGTERM
 
 
