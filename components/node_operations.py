@@ -54,6 +54,9 @@ class Profiler(Protocol):
 class FurtherRanks(Protocol):
     """Of the replica, see RankGroup."""
 
+    @property
+    def pids(self) -> tuple[int, ...]: ...
+
     def set_log_level(self, level: LogLevel) -> None: ...
 
     def freeze_gc(self) -> None: ...
@@ -100,7 +103,8 @@ class NodeOperations:
         self._ranks = ranks
         self._profile = _Profile()
         self._is_gc_frozen = False
-        self._process = psutil.Process()
+        further = () if ranks is None else ranks.pids
+        self._processes = [psutil.Process(), *map(psutil.Process, further)]  # rank by rank
 
     def handle(
         self, link: bytes, message: ToNodeOperations, *, requests: Mapping[str, int], pause: str
@@ -177,6 +181,7 @@ class NodeOperations:
         return _answer(link, message.call_id, True, text)
 
     def _state(self, requests: Mapping[str, int], pause: str) -> InternalState:
+        rss_bytes = tuple(map(_rss_bytes, self._processes))
         return InternalState(
             settings=self._settings.values(),
             requests=dict(requests),
@@ -185,9 +190,17 @@ class NodeOperations:
             is_profiling=self._profile.is_running,
             log_level=log_level(),
             is_gc_frozen=self._is_gc_frozen,
-            memory_rss_bytes=self._process.memory_info().rss,
+            memory_rss_bytes=sum(rss_bytes),
+            rank_rss_bytes=rss_bytes,
             loop_times=self._loop_times.summary(),
         )
+
+
+def _rss_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:  # a rank has died, and this node is about to end
+        return 0
 
 
 def _answer(link: bytes, call_id: int, success: bool, message: str) -> OperationReply:

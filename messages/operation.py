@@ -146,7 +146,8 @@ class InternalState(msgspec.Struct, frozen=True, kw_only=True):
     is_profiling: bool
     log_level: str
     is_gc_frozen: bool  # since an operator asked for it
-    memory_rss_bytes: int
+    memory_rss_bytes: int  # of all ranks
+    rank_rss_bytes: tuple[int, ...] = ()  # rank by rank
     loop_times: dict[str, LoopTime] = {}  # by the tag of the message; "turn" is a whole step of the loop
 
 

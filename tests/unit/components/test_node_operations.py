@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Profiler:
 class Ranks:
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.pids = (os.getppid(),)
 
     def set_log_level(self, level: LogLevel) -> None:
         self.told.append(level)
@@ -146,7 +148,8 @@ def test_the_state_is_what_was_set(bench: Bench) -> None:
     state = bench.state()
     assert (state.forward_sleep_s, state.log_level, state.requests) == (0.5, "debug", {"waiting": 2})
     assert state.pause == "in_place"
-    assert state.memory_rss_bytes > 1_000_000
+    assert min(state.rank_rss_bytes) > 100_000
+    assert (len(state.rank_rss_bytes), sum(state.rank_rss_bytes)) == (2, state.memory_rss_bytes)
     assert log_level() == "debug"
     assert bench.ranks.told == ["debug"]
     bench.ask(SlowDown(call_id=1, forward_sleep_s=0.0))
