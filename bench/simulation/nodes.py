@@ -84,7 +84,7 @@ def _no_peer(source: FromPeer) -> StagedFile:
 
 
 def _no_image() -> Callable[[], WeightImage]:
-    raise NotImplementedError
+    raise StartupError("simulated weights are no file")
 
 
 class FakeStore:

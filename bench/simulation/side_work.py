@@ -71,7 +71,7 @@ class NoImageJobs:
     """Nobody reads weights here."""
 
     def submit(self, name: str, run: Callable[[], WeightImage]) -> None:
-        raise NotImplementedError(name)
+        raise AssertionError(f"{name}: no simulated node is asked for its weights")
 
     def poll(self) -> list[JobResult]:
         return []

@@ -70,10 +70,10 @@ def no_group(message: JoinUpdateGroup) -> Group:
 
 class FakeMemory:
     def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
-        raise NotImplementedError
+        raise AssertionError("nobody moves memory here")
 
     def announce(self, *, is_released: bool) -> Announced:
-        raise NotImplementedError
+        raise AssertionError("nobody moves memory here")
 
 
 class FakeStore:
