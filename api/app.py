@@ -50,7 +50,7 @@ from .tokenization import Tokenizer
 from .tokens import TokenRoutes
 from .validation import GenerationDefaults, Limits
 from .version import VERSION
-from .weights import WeightRoutes, weight_operations
+from .weights import WeightAdmin, WeightRoutes, weight_operations
 
 
 def build_router_app(
@@ -60,6 +60,7 @@ def build_router_app(
     generation_defaults: GenerationDefaults,
     generator: Generator,
     admin: ClusterAdmin,
+    weights: WeightAdmin,
     sessions: Sessions,
     operator: Operator,
     request_log: RequestLog,
@@ -165,7 +166,7 @@ def build_router_app(
             Bodies(AssertPeerDeathRequest),
             is_admin=True,
         ),
-        *weight_operations(WeightRoutes(admin, limits, is_node=False)),
+        *weight_operations(WeightRoutes(weights, limits, is_node=False)),
     ]
     operations += OperationRoutes(operator, limits, request_log).operations()
     return make_app(operations, keys=keys, is_loopback=is_loopback)

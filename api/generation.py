@@ -14,7 +14,6 @@ import msgspec
 from ..messages.node import FinishReason, NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams, TokenLogprob
 from ..messages.timeline import Span
-from ..messages.weights import FromGroup, MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightsReply
 from ..runtime.pause_gate import PauseMode
 
 
@@ -222,40 +221,6 @@ class ClusterAdmin(Protocol):
     async def assert_peer_death(self, incarnation: str) -> AdminReply:
         """No process of this incarnation lives any more, says an operator or its supervisor."""
         ...
-
-    async def update_weights_from_disk(
-        self, model_path: str, weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply: ...
-
-    async def update_weights_from_tensor(
-        self, body: AsyncIterator[bytes], weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply: ...
-
-    async def update_weights_from_distributed(
-        self, source: FromGroup, weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply: ...
-
-    async def update_weights_from_ipc(
-        self, name: str, weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply: ...
-
-    async def update_weights_from_peer(
-        self, peer_url: str, weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply: ...
-
-    async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply: ...
-
-    async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply: ...
-
-    async def destroy_weights_update_group(self, name: str) -> AdminReply: ...
-
-    async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply: ...
-
-    async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply: ...
-
-    async def weights_by_name(self, name: str, truncate_size: int) -> Mapping[str, WeightsReply]: ...
-
-    async def check_weights(self) -> Mapping[str, WeightChecksReply]: ...
 
     async def request_state(self, request_id: str) -> dict[str, Any] | None:
         """Which state a request is in, for how long, what it waits for; None if unknown."""

@@ -87,6 +87,7 @@ async def _serve(
         generation_defaults=defaults,
         generator=service,
         admin=service,
+        weights=service.weights,
         sessions=service,
         operator=service.operator,
         request_log=RequestLog(is_on=config.log_requests, level=config.log_requests_level),

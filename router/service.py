@@ -20,9 +20,8 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import PurePath
 from typing import Any, assert_never
 from urllib.parse import urlsplit
 
@@ -33,7 +32,6 @@ from ..api.entry_lookup import EntryLookup
 from ..api.generation import (
     AdminReply,
     GenerateSpec,
-    GroupReply,
     ModelCard,
     SessionTurn,
     TurnParams,
@@ -52,16 +50,6 @@ from ..messages.node import (
 )
 from ..messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from ..messages.timeline import SpanClock
-from ..messages.weights import (
-    FromDisk,
-    FromGroup,
-    FromPeer,
-    FromSharedMemory,
-    MemoryTag,
-    UpdateGroupSpec,
-    WeightChecksReply,
-    WeightsReply,
-)
 from ..runtime.errors import RequestError
 from ..runtime.pause_gate import PauseGate, PauseMode
 from ..runtime.peer_clock import PeerClocks
@@ -143,10 +131,11 @@ class RouterService:
         self._attempt_numbers = itertools.count(1)  # one row for all requests: none is used twice
         self._draining = False
         self._pause = PauseGate()
-        self._weights = WeightUpdates(
+        self.weights = WeightUpdates(
             options,
             registry=self._nodes,
             links=self._cluster.links,
+            lookup=lookup,
             spawn=self._cluster.spawn,
             traffic=Traffic(
                 hold=self._hold_for_weights,
@@ -195,8 +184,8 @@ class RouterService:
         if late_s > STALL_S:
             self._nodes.excuse(late_s, now)
         self._move_deadlines(now)
-        self._cluster.tick(now, expire=not self._weights.is_rolling_out)
-        self._weights.tick(now)
+        self._cluster.tick(now, expire=not self.weights.is_rolling_out)
+        self.weights.tick(now)
         self._expire_requests(now)
         self._expire_sessions(now)
         self._dispatch(now)
@@ -733,7 +722,7 @@ class RouterService:
     async def pause_generation(self, mode: PauseMode, *, drains: bool) -> AdminReply:
         """On all nodes, and nothing is dispatched, until `continue_generation`. `drains`: running requests
         end before, and only new ones wait."""
-        if self._weights.is_running():
+        if self.weights.is_running():
             return AdminReply(False, "a weight update is running, which needs the nodes at work")
         if drains:
             self._queue.pause(new_only=True)
@@ -776,61 +765,6 @@ class RouterService:
             for delta in generation.record.abort():
                 generation.push(delta)
             generation.end()
-
-    async def update_weights_from_disk(
-        self, model_path: str, weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply:
-        version = weight_version or f"{PurePath(model_path).name}@{uuid.uuid4().hex[:8]}"
-        return await self._weights.update(FromDisk(model_path=model_path), version, mode)
-
-    async def update_weights_from_tensor(
-        self, body: AsyncIterator[bytes], weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply:
-        version = weight_version or f"tensors@{uuid.uuid4().hex[:8]}"
-        return await self._weights.update_from_tensors(body, version, mode)
-
-    async def update_weights_from_distributed(
-        self, source: FromGroup, weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply:
-        version = weight_version or f"{source.group_name}@{uuid.uuid4().hex[:8]}"
-        return await self._weights.update(source, version, mode)
-
-    async def update_weights_from_ipc(
-        self, name: str, weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply:
-        version = weight_version or f"{name}@{uuid.uuid4().hex[:8]}"
-        return await self._weights.update(FromSharedMemory(name=name), version, mode)
-
-    async def update_weights_from_peer(
-        self, peer_url: str, weight_version: str | None, mode: UpdateMode
-    ) -> AdminReply:
-        known = self._nodes.at_url(peer_url)
-        entry = await self._lookup(peer_url) if known is None else known.entry
-        if entry is None:
-            return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
-        version = weight_version or entry.weight_version
-        return await self._weights.update(FromPeer(zmq_address=entry.zmq_address), version, mode)
-
-    async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
-        return await self._weights.save(target, is_remote=is_remote, max_shard_bytes=max_shard_bytes)
-
-    async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
-        return await self._weights.init_group(group, rank_offset)
-
-    async def destroy_weights_update_group(self, name: str) -> AdminReply:
-        return await self._weights.destroy_group(name)
-
-    async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
-        return await self._weights.release_memory(tags)
-
-    async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
-        return await self._weights.resume_memory(tags)
-
-    async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
-        return await self._weights.weights_by_name(name, truncate_size)
-
-    async def check_weights(self) -> dict[str, WeightChecksReply]:
-        return await self._weights.check()
 
     def _hold_for_weights(self, mode: UpdateMode) -> None:
         self._queue.hold(all_tickets=mode == "retract")

@@ -15,14 +15,20 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
+from ..api.entry_lookup import EntryLookup
 from ..api.generation import AdminReply, GroupReply, UpdateMode
 from ..api.node_calls import NodeCalls, NodeUnavailableError
 from ..api.weights import in_parts
 from ..messages.node import CallReply
 from ..messages.weights import (
     STAGE_PART_BYTES,
+    FromDisk,
+    FromGroup,
+    FromPeer,
+    FromSharedMemory,
     FromTensors,
     KeepWeights,
     MemoryTag,
@@ -61,7 +67,9 @@ class _Update:
 
 
 class WeightUpdates:
-    """One update at a time. It runs to its end even if whoever asked for it leaves: half an update is no
+    """Implements `WeightAdmin` of `pdserve.api.weights`.
+
+    One update at a time. It runs to its end even if whoever asked for it leaves: half an update is no
     state to be in."""
 
     def __init__(
@@ -70,6 +78,7 @@ class WeightUpdates:
         *,
         registry: NodeRegistry,
         links: Callable[[], Mapping[str, NodeCalls]],
+        lookup: EntryLookup,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         traffic: Traffic,
         clock: Callable[[], float],
@@ -77,26 +86,57 @@ class WeightUpdates:
         self._options = options
         self._registry = registry
         self._links = links
+        self._lookup = lookup
         self._traffic = traffic
         self._clock = clock
         self._memory = MemoryReleases(options, registry=registry, traffic=traffic, clock=clock)
         self._rejoin = WeightRejoin(options, registry=registry, links=links, spawn=spawn)
         self._num_alone = 0  # calls that bear no other update beside them
         self._is_committed = False  # the update that runs: it waits for nodes, and needs nothing of them
-        self._update: asyncio.Task[AdminReply] | None = None
+        self._running: asyncio.Task[AdminReply] | None = None
         self.is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
 
-    async def update(self, source: WeightSource, weight_version: str, mode: UpdateMode) -> AdminReply:
+    async def update_weights_from_disk(
+        self, model_path: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        version = weight_version or _new_version(PurePath(model_path).name)
+        return await self._update_alone(FromDisk(model_path=model_path), version, mode)
+
+    async def update_weights_from_tensor(
+        self, body: AsyncIterator[bytes], weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        """The bytes are passed on to all nodes as they come."""
+        async with self._alone() as refusal:
+            version = weight_version or _new_version("tensors")
+            return refusal or await self._update_from_tensors(body, version, mode)
+
+    async def update_weights_from_distributed(
+        self, source: FromGroup, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        version = weight_version or _new_version(source.group_name)
+        return await self._update_alone(source, version, mode)
+
+    async def update_weights_from_ipc(
+        self, name: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        return await self._update_alone(
+            FromSharedMemory(name=name), weight_version or _new_version(name), mode
+        )
+
+    async def update_weights_from_peer(
+        self, peer_url: str, weight_version: str | None, mode: UpdateMode
+    ) -> AdminReply:
+        known = self._registry.at_url(peer_url)
+        entry = await self._lookup(peer_url) if known is None else known.entry
+        if entry is None:
+            return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
+        source = FromPeer(zmq_address=entry.zmq_address)
+        return await self._update_alone(source, weight_version or entry.weight_version, mode)
+
+    async def _update_alone(self, source: WeightSource, weight_version: str, mode: UpdateMode) -> AdminReply:
         """From what every node can reach by itself."""
         async with self._alone() as refusal:
             return refusal or await self._run(uuid.uuid4().hex, source, weight_version, mode, self._links())
-
-    async def update_from_tensors(
-        self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
-    ) -> AdminReply:
-        """From the bytes of a safetensors file, which are passed on as they come."""
-        async with self._alone() as refusal:
-            return refusal or await self._update_from_tensors(body, weight_version, mode)
 
     async def _update_from_tensors(
         self, body: AsyncIterator[bytes], weight_version: str, mode: UpdateMode
@@ -130,14 +170,14 @@ class WeightUpdates:
         silent = partial(WeightsReply, call_id=0, success=False)
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
-    async def check(self) -> dict[str, WeightChecksReply]:
+    async def check_weights(self) -> dict[str, WeightChecksReply]:
         """Likewise."""
         timeout_s = self._options.weight_update_s
         answers = await ask_all(self._links(), lambda link: link.check_weights(timeout_s))
         silent = partial(WeightChecksReply, call_id=0, success=False)
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
-    async def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
+    async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
         """By one node, the first prefill node by URL: all hold the same."""
         links = self._links()
         nodes = sorted(self._registry, key=lambda node: (node.entry.role != "prefill", node.entry.url))
@@ -155,7 +195,7 @@ class WeightUpdates:
             return AdminReply(answer.success, f"{url} has saved {target}" if answer.success else str(answer))
         return AdminReply(False, "no node is connected")
 
-    async def init_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
+    async def init_weights_update_group(self, group: UpdateGroupSpec, rank_offset: int) -> GroupReply:
         """Every node takes one rank from `rank_offset` on, prefill nodes first, in the order of their URLs.
         All have joined, or none is left in it."""
         links = self._links()
@@ -175,7 +215,7 @@ class WeightUpdates:
             return GroupReply(False, reasons, ranks)
         return GroupReply(True, f"{len(ranks)} nodes have joined group {group.name!r}", ranks)
 
-    async def destroy_group(self, name: str) -> AdminReply:
+    async def destroy_weights_update_group(self, name: str) -> AdminReply:
         answers = await self._leave(self._links(), name)
         if not answers:
             return AdminReply(False, "no node is connected")
@@ -185,7 +225,7 @@ class WeightUpdates:
         timeout_s = self._options.weight_update_s
         return await ask_all(links, lambda link: link.leave_update_group(name, timeout_s))
 
-    async def release_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+    async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
         """On all nodes or on none. Running requests end first, and new ones wait until all is resumed."""
         async with self._alone() as refusal:
             links = self._links()
@@ -193,7 +233,7 @@ class WeightUpdates:
                 refusal = AdminReply(False, reason)
             return refusal or await self._memory.release(tags, links)
 
-    async def resume_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+    async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
         """On every node that has released it."""
         return self._busy() or await self._memory.resume(tags, self._links())
 
@@ -216,7 +256,7 @@ class WeightUpdates:
             self._num_alone -= 1
 
     def is_running(self) -> bool:
-        return self._update is not None and not self._update.done()
+        return self._running is not None and not self._running.done()
 
     def _busy(self) -> AdminReply | None:
         if self.is_running():
@@ -235,8 +275,8 @@ class WeightUpdates:
     ) -> AdminReply:
         nodes = frozenset(node.incarnation for node in self._registry if node.entry.url in links)
         update = _Update(update_id, source, weight_version, mode, links, nodes)
-        self._update = asyncio.create_task(self._roll_out(update))
-        return await asyncio.shield(self._update)
+        self._running = asyncio.create_task(self._roll_out(update))
+        return await asyncio.shield(self._running)
 
     async def _roll_out(self, update: _Update) -> AdminReply:
         started = self._clock()
@@ -344,3 +384,7 @@ class WeightUpdates:
 
 def _join(group: UpdateGroupSpec, rank: int, link: NodeCalls) -> Awaitable[CallReply]:
     return link.join_update_group(group, rank)
+
+
+def _new_version(of: str) -> str:
+    return f"{of}@{uuid.uuid4().hex[:8]}"

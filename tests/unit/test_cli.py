@@ -320,6 +320,7 @@ def test_a_cluster_that_does_not_get_ready_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A router alone, which takes a moment to answer at all."""
+
     class RouterAlone(Supervisor):
         def __init__(self, wanted: Sequence[Child], *others: Any) -> None:  # noqa: ANN401
             super().__init__(wanted[:1], *others)

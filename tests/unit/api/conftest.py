@@ -149,6 +149,7 @@ async def api(
         generation_defaults=GenerationDefaults(temperature=0.6, top_p=0.9),
         generator=generator,
         admin=admin,
+        weights=admin,
         sessions=FakeSessions(),
         operator=admin,
         request_log=RequestLog(),

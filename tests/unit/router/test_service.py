@@ -721,12 +721,12 @@ async def test_weights_are_updated_everywhere_between_requests(
     prefill, decode = await small_cluster(bench)
     decode.tokens_per_attempt = 3
     running = await bench.service.generate(spec())
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: bench.service._queue.held)
     late = asyncio.create_task(bench.service.generate(spec("late")))
     await bench.until(lambda: bench.service._queue.num_new == 1)
     assert not any(call.startswith("commit") for call in decode.calls)
-    assert (await bench.service.update_weights_from_disk("/other", None, "wait")).success is False
+    assert (await bench.service.weights.update_weights_from_disk("/other", None, "wait")).success is False
 
     decode.tokens_per_attempt = None  # the running one may end, on the old weights, by a new attempt
     decode.emit(
@@ -751,7 +751,7 @@ async def test_weights_that_one_node_refuses_are_taken_by_none(
 ) -> None:
     prefill, decode = await small_cluster(bench)
     prefill.prepare_reply = "hidden_size 512, here 256"
-    reply = await bench.service.update_weights_from_disk("/new", None, "wait")
+    reply = await bench.service.weights.update_weights_from_disk("/new", None, "wait")
     assert not reply.success
     assert reply.message == "the old weights serve on; http://p: hidden_size 512, here 256"
     assert all("discard" in node.calls and "commit" not in node.calls for node in (prefill, decode))
@@ -763,7 +763,7 @@ async def test_weights_that_one_node_refuses_are_taken_by_none(
 async def test_weights_that_nodes_would_not_have_in_common_are_taken_by_none(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     prefill.prepared_fingerprint = "made of others"
-    reply = await bench.service.update_weights_from_disk("/new", None, "wait")
+    reply = await bench.service.weights.update_weights_from_disk("/new", None, "wait")
     assert not reply.success
     assert "http://p: made of others" in reply.message
     assert "http://d: new" in reply.message
@@ -773,7 +773,7 @@ async def test_weights_that_nodes_would_not_have_in_common_are_taken_by_none(ben
 async def test_a_node_that_fails_to_swap_is_named_and_pairs_with_nobody(bench: Bench) -> None:
     prefill, _ = await small_cluster(bench, weight_commit_s=0.05, weight_ready_s=0.1)
     prefill.commit_reply = "not idle"
-    reply = await bench.service.update_weights_from_disk("/new", "v2", "wait")
+    reply = await bench.service.weights.update_weights_from_disk("/new", "v2", "wait")
     assert not reply.success
     assert "http://p: not idle" in reply.message
     await bench.until(lambda: not bench.service.readiness()[0])
@@ -784,7 +784,7 @@ async def test_a_node_that_is_not_idle_yet_is_asked_again(bench: Bench) -> None:
     """A cancelled request is over here while its last write is still on the wire there."""
     prefill, decode = await small_cluster(bench)
     prefill.commit_reply = "the node is not idle"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: prefill.calls.count("commit") == 2)
     prefill.commit_reply = ""
     reply = await update
@@ -795,7 +795,7 @@ async def test_a_node_that_is_not_idle_yet_is_asked_again(bench: Bench) -> None:
 async def test_a_node_that_dies_during_the_update_is_named(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.hangs_in = "prepare"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: "prepare /new v2" in decode.calls)
     decode.die()
     reply = await update
@@ -806,7 +806,7 @@ async def test_a_node_that_dies_during_the_update_is_named(bench: Bench) -> None
 async def test_a_node_that_dies_after_the_update_does_not_hold_requests_for_long(bench: Bench) -> None:
     _, decode = await small_cluster(bench, weight_ready_s=0.1)
     decode.hangs_in = "ping"
-    reply = await bench.service.update_weights_from_disk("/new", "v2", "wait")
+    reply = await bench.service.weights.update_weights_from_disk("/new", "v2", "wait")
     assert (reply.success, "new weights are loaded, but" in reply.message) == (False, True)
     assert not bench.service._queue.held
 
@@ -815,7 +815,7 @@ async def test_a_node_that_is_started_again_in_the_commit_does_not_fail_the_upda
     nodes = await large_cluster(bench)
     died = nodes[-1]
     died.hangs_in = "commit"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: "commit" in died.calls)
     died.die()
     died.hangs_in, died.alive = "no call", True
@@ -830,7 +830,7 @@ async def test_a_node_that_is_started_again_in_the_commit_does_not_fail_the_upda
 async def test_an_update_ends_when_the_lease_of_a_node_that_died_in_the_commit_does(bench: Bench) -> None:
     *_, died = await large_cluster(bench, lease_s=1.0, pong_timeout_s=0.5)
     died.hangs_in = "commit"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: "commit" in died.calls)
     died.die()
     reply = await update
@@ -841,7 +841,7 @@ async def test_an_update_ends_when_the_lease_of_a_node_that_died_in_the_commit_d
 async def test_an_update_whose_only_prefill_node_died_ends_when_it_is_back(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench, weight_rejoin_s=0.02)
     prefill.hangs_in = "commit"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: "commit" in prefill.calls)
     prefill.die()
     prefill.hangs_in, prefill.alive = "no call", True
@@ -857,7 +857,7 @@ async def test_an_update_whose_only_prefill_node_died_ends_when_it_is_back(bench
 async def test_a_node_that_does_not_swap_fails_the_update(bench: Bench) -> None:
     _, decode = await small_cluster(bench, weight_commit_s=0.01, weight_ready_s=0.05)
     decode.commit_reply = "the node is not idle"
-    reply = await bench.service.update_weights_from_disk("/new", "v2", "wait")
+    reply = await bench.service.weights.update_weights_from_disk("/new", "v2", "wait")
     expected = "1 nodes serve weight version v2; the update is decided, but http://d: the node is not idle"
     assert (reply.success, reply.message) == (False, expected)
 
@@ -866,7 +866,7 @@ async def test_weights_have_a_version_of_their_own_each_time(bench: Bench) -> No
     await small_cluster(bench)
     versions = []
     for _ in range(2):
-        assert (await bench.service.update_weights_from_disk("/models/step", None, "wait")).success
+        assert (await bench.service.weights.update_weights_from_disk("/models/step", None, "wait")).success
         versions.append(bench.service.weight_version())
     assert versions[0].startswith("step@")
     assert versions[0] != versions[1]
@@ -876,7 +876,7 @@ async def test_weights_are_not_updated_while_a_request_does_not_end(bench: Bench
     _, decode = await small_cluster(bench, weight_drain_s=0.05)
     decode.tokens_per_attempt = 1
     generation = await bench.service.generate(spec())
-    reply = await bench.service.update_weights_from_disk("/new", None, "wait")
+    reply = await bench.service.weights.update_weights_from_disk("/new", None, "wait")
     assert (reply.success, reply.message) == (False, "1 requests were still running; nothing was changed")
     assert not bench.service._queue.held
     generation.cancel()
@@ -887,7 +887,7 @@ async def test_running_requests_are_aborted_where_the_update_says_so(bench: Benc
     decode.tokens_per_attempt = 2
     running = await bench.service.generate(spec())
     await bench.until(lambda: len(bench.service._generations["r"].record.choices[0].kept_ids) == 2)
-    assert (await bench.service.update_weights_from_disk("/new", "v2", "abort")).success
+    assert (await bench.service.weights.update_weights_from_disk("/new", "v2", "abort")).success
     assert [delta.finish_reason async for delta in running][-1] == "abort"
     assert decode.calls.index("prepare /new v2") < decode.calls.index("commit")
 
@@ -902,7 +902,7 @@ async def test_retracted_requests_go_on_with_the_new_weights_and_say_from_where(
         lambda: all(len(g.record.choices[0].kept_ids) == 3 for g in bench.service._generations.values())
     )
     prefill.commit_reply = "the node is not idle"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "retract"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "retract"))
     await bench.until(lambda: "commit" in decode.calls)
     late = asyncio.create_task(bench.service.generate(spec("late")))
     await bench.until(lambda: len(bench.service._queue) == 3)
@@ -921,7 +921,7 @@ async def test_retracted_requests_go_on_with_the_new_weights_and_say_from_where(
 async def test_nodes_hear_that_the_coordinator_lives(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench, weight_lease_s=0.01)
     decode.hangs_in = "prepare"
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v2", "wait"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "wait"))
 
     def num_kept(node: object) -> int:
         return sum(isinstance(message, KeepWeights) for message in node.received)  # type: ignore[attr-defined]
@@ -943,7 +943,7 @@ async def test_tensors_reach_every_node_in_parts_before_anything_is_prepared(ben
     nodes = await small_cluster(bench)
     size = STAGE_PART_BYTES
     body = body_of(b"a" * (size - 1), b"b" * (size + 3), b"", b"end")
-    assert (await bench.service.update_weights_from_tensor(body, "v2", "wait")).success
+    assert (await bench.service.weights.update_weights_from_tensor(body, "v2", "wait")).success
     whole = b"a" * (size - 1) + b"b" * (size + 3) + b"end"
     for node in nodes:
         assert [call for call in node.calls if call != "ping"] == [
@@ -960,7 +960,7 @@ async def test_tensors_that_one_node_cannot_hold_are_dropped_by_all(bench: Bench
     nodes = await small_cluster(bench)
     nodes[0].stage_reply = "this host has 3 MiB left"
     body = body_of(b"a" * STAGE_PART_BYTES, b"b")
-    reply = await bench.service.update_weights_from_tensor(body, None, "wait")
+    reply = await bench.service.weights.update_weights_from_tensor(body, None, "wait")
     assert (reply.success, reply.message) == (
         False,
         "the old weights serve on; http://p: this host has 3 MiB left",
@@ -973,7 +973,9 @@ async def test_tensors_that_one_node_cannot_hold_are_dropped_by_all(bench: Bench
 async def test_a_node_that_is_lost_while_tensors_are_sent_ends_the_update(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.hangs_in = "stage"
-    update = asyncio.create_task(bench.service.update_weights_from_tensor(body_of(b"a"), None, "wait"))
+    update = asyncio.create_task(
+        bench.service.weights.update_weights_from_tensor(body_of(b"a"), None, "wait")
+    )
     await bench.until(lambda: "stage 1 at 0" in decode.calls)
     decode.die()
     reply = await update
@@ -991,20 +993,20 @@ async def test_every_node_gets_a_rank_of_its_own_in_an_update_group(bench: Bench
     nodes = [bench.decode("d2"), bench.prefill("p"), bench.decode("d1")]
     await bench.start()
     await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
-    reply = await bench.service.init_weights_update_group(group(5), 2)
+    reply = await bench.service.weights.init_weights_update_group(group(5), 2)
     assert (reply.success, reply.ranks) == (True, {"http://p": 2, "http://d1": 3, "http://d2": 4})
     assert "join g as 4 of 5" in nodes[0].calls
-    wrong = await bench.service.init_weights_update_group(group(4), 2)
+    wrong = await bench.service.weights.init_weights_update_group(group(4), 2)
     assert (wrong.success, wrong.ranks) == (False, reply.ranks)
     assert wrong.message.startswith("world_size is 4, but there are 2 ranks before the nodes' and 3 nodes")
-    assert (await bench.service.destroy_weights_update_group("g")).success
+    assert (await bench.service.weights.destroy_weights_update_group("g")).success
     assert all("leave g" in node.calls for node in nodes)
 
 
 async def test_a_group_that_one_node_does_not_join_is_left_by_all(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.join_reply = "nobody listens at trainer:5"
-    reply = await bench.service.init_weights_update_group(group(3), 1)
+    reply = await bench.service.weights.init_weights_update_group(group(3), 1)
     assert (reply.success, reply.message) == (False, "http://d: nobody listens at trainer:5")
     assert "leave g" in prefill.calls
     assert "leave g" not in decode.calls, "it is in none"
@@ -1013,7 +1015,7 @@ async def test_a_group_that_one_node_does_not_join_is_left_by_all(bench: Bench) 
 async def test_tensors_that_a_trainer_broadcasts_are_taken_by_all(bench: Bench) -> None:
     nodes = await small_cluster(bench)
     source = FromGroup(group_name="g", tensors=(), is_one_bucket=True, timeout_s=1.0)
-    assert (await bench.service.update_weights_from_distributed(source, "v2", "wait")).success
+    assert (await bench.service.weights.update_weights_from_distributed(source, "v2", "wait")).success
     for node in nodes:
         assert [call for call in node.calls if call != "ping"] == ["prepare g v2", "commit"]
 
@@ -1022,13 +1024,13 @@ async def test_memory_is_released_and_resumed_everywhere_and_requests_wait_meanw
     bench: Bench, spec: Spec, expected: Expected
 ) -> None:
     nodes = prefill, decode = await small_cluster(bench)
-    assert (await bench.service.release_memory_occupation(("weights", "kv_cache"))).success
+    assert (await bench.service.weights.release_memory_occupation(("weights", "kv_cache"))).success
     late = asyncio.create_task(bench.service.generate(spec("late")))
     await bench.until(lambda: bench.service._queue.num_new == 1)
-    assert (await bench.service.resume_memory_occupation(("weights",))).success
-    assert (await bench.service.update_weights_from_disk("/new", "v2", "wait")).success
+    assert (await bench.service.weights.resume_memory_occupation(("weights",))).success
+    assert (await bench.service.weights.update_weights_from_disk("/new", "v2", "wait")).success
     assert bench.service._queue.held
-    resumed = asyncio.create_task(bench.service.resume_memory_occupation(("kv_cache",)))
+    resumed = asyncio.create_task(bench.service.weights.resume_memory_occupation(("kv_cache",)))
     await bench.until(lambda: prefill.entry.incarnation == "p-1~1" and decode.entry.incarnation == "d-1~1")
     decode.peers = (prefill.entry.incarnation,)
     assert (await resumed).success
@@ -1049,19 +1051,19 @@ async def test_memory_is_released_and_resumed_everywhere_and_requests_wait_meanw
 async def test_memory_that_one_node_cannot_release_is_resumed_by_the_others(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.release_reply = "the node was not idle in time"
-    reply = await bench.service.release_memory_occupation(("kv_cache",))
+    reply = await bench.service.weights.release_memory_occupation(("kv_cache",))
     assert (reply.success, reply.message) == (False, "http://d: the node was not idle in time")
     assert "resume kv_cache" in prefill.calls
     assert "resume kv_cache" not in decode.calls
     assert not bench.service._queue.held
-    again = await bench.service.resume_memory_occupation(("kv_cache",))
+    again = await bench.service.weights.resume_memory_occupation(("kv_cache",))
     assert (again.success, again.message) == (False, "not released: kv_cache")
 
 
 async def test_a_node_whose_answer_to_a_release_is_lost_is_asked_to_resume_too(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.hangs_in = "release kv_cache"
-    pending = asyncio.create_task(bench.service.release_memory_occupation(("kv_cache",)))
+    pending = asyncio.create_task(bench.service.weights.release_memory_occupation(("kv_cache",)))
     await bench.until(lambda: "release kv_cache" in decode.calls)
     decode.die()
     reply = await pending
@@ -1074,12 +1076,12 @@ async def test_a_node_that_is_started_again_while_memory_is_released_is_no_reaso
     bench: Bench, spec: Spec, expected: Expected
 ) -> None:
     prefill, decode = await small_cluster(bench)
-    assert (await bench.service.release_memory_occupation(("kv_cache",))).success
+    assert (await bench.service.weights.release_memory_occupation(("kv_cache",))).success
     late = asyncio.create_task(bench.service.generate(spec("late")))
     decode.start_again("d-2", peers=("p-1~1",))
     await bench.service.register_worker(decode.entry.url, decode.entry)
     await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
-    reply = await bench.service.resume_memory_occupation(("kv_cache",))
+    reply = await bench.service.weights.resume_memory_occupation(("kv_cache",))
     assert reply.success, reply.message
     assert (prefill.entry.incarnation, decode.entry.incarnation) == ("p-1~1", "d-2")
     assert await read(await late) == {0: expected((1, 2, 3), 0, 8)}
@@ -1087,14 +1089,14 @@ async def test_a_node_that_is_started_again_while_memory_is_released_is_no_reaso
 
 async def test_memory_that_one_node_cannot_resume_is_asked_for_again(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
-    assert (await bench.service.release_memory_occupation(("weights", "kv_cache"))).success
+    assert (await bench.service.weights.release_memory_occupation(("weights", "kv_cache"))).success
     decode.release_reply = "no memory is left"
-    reply = await bench.service.resume_memory_occupation(("weights", "kv_cache"))
+    reply = await bench.service.weights.resume_memory_occupation(("weights", "kv_cache"))
     assert (reply.success, reply.message) == (False, "http://d: no memory is left")
     assert bench.service._queue.held
     decode.release_reply = ""
     decode.peers = ("p-1~1",)
-    reply = await bench.service.resume_memory_occupation(("weights", "kv_cache"))
+    reply = await bench.service.weights.resume_memory_occupation(("weights", "kv_cache"))
     assert reply.success, reply.message
     assert not bench.service._queue.held
     assert {prefill.entry.incarnation, decode.entry.incarnation} == {"p-1~1", "d-1~1"}, "each once"
@@ -1104,25 +1106,25 @@ async def test_memory_that_another_router_released_is_resumed(bench: Bench) -> N
     _, decode = nodes = await small_cluster(bench)
     for node in nodes:
         node.released = {"weights", "kv_cache"}
-    reply = await bench.service.resume_memory_occupation(("weights", "graphs"))
+    reply = await bench.service.weights.resume_memory_occupation(("weights", "graphs"))
     assert (reply.success, reply.message) == (False, "not released: graphs")
     assert all(node.released == {"weights", "kv_cache"} for node in nodes), "nothing was changed"
-    assert (await bench.service.resume_memory_occupation(("weights",))).success
+    assert (await bench.service.weights.resume_memory_occupation(("weights",))).success
     decode.peers = ("p-1~1",)
-    assert (await bench.service.resume_memory_occupation(("kv_cache",))).success
+    assert (await bench.service.weights.resume_memory_occupation(("kv_cache",))).success
     assert not bench.service._queue.held
 
 
 async def test_memory_moves_alone(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.hangs_in = "release weights"
-    released = asyncio.create_task(bench.service.release_memory_occupation(("weights",)))
+    released = asyncio.create_task(bench.service.weights.release_memory_occupation(("weights",)))
     await bench.until(lambda: "release weights" in decode.calls)
     service, why = bench.service, "memory is being released or resumed"
     for call in (
-        service.update_weights_from_disk("/new", "v2", "wait"),
-        service.release_memory_occupation(("kv_cache",)),
-        service.resume_memory_occupation(("weights",)),
+        service.weights.update_weights_from_disk("/new", "v2", "wait"),
+        service.weights.release_memory_occupation(("kv_cache",)),
+        service.weights.resume_memory_occupation(("weights",)),
     ):
         reply = await call
         assert (reply.success, reply.message) == (False, why)
@@ -1132,9 +1134,9 @@ async def test_memory_moves_alone(bench: Bench) -> None:
     decode.start_again("d-2", peers=("p-1~1",))
     await bench.service.register_worker(decode.entry.url, decode.entry)
     await bench.until(lambda: bool(bench.service._nodes.ready_pairs()))
-    update = asyncio.create_task(service.update_weights_from_disk("/new", "v2", "wait"))
+    update = asyncio.create_task(service.weights.update_weights_from_disk("/new", "v2", "wait"))
     await bench.until(lambda: prefill.hangs_in in prefill.calls)
-    reply = await service.resume_memory_occupation(("weights",))
+    reply = await service.weights.resume_memory_occupation(("weights",))
     assert (reply.success, reply.message) == (False, "another weight update is running")
     prefill.die()
     assert not (await update).success
@@ -1142,13 +1144,13 @@ async def test_memory_moves_alone(bench: Bench) -> None:
 
 async def test_questions_about_weights_go_to_every_node(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
-    named = await bench.service.weights_by_name("norm", 3)
+    named = await bench.service.weights.weights_by_name("norm", 3)
     assert {url: reply.values for url, reply in named.items()} == {"http://p": [0.5], "http://d": [0.5]}
     assert "get norm 3" in decode.calls
-    checks = await bench.service.check_weights()
+    checks = await bench.service.weights.check_weights()
     assert {url: reply.whole for url, reply in checks.items()} == {"http://p": "ab", "http://d": "ab"}
     decode.hangs_in = "check"
-    pending = asyncio.create_task(bench.service.check_weights())
+    pending = asyncio.create_task(bench.service.weights.check_weights())
     await bench.until(lambda: decode.calls.count("check") == 2)
     decode.die()
     assert {url: reply.success for url, reply in (await pending).items()} == {
@@ -1160,7 +1162,7 @@ async def test_questions_about_weights_go_to_every_node(bench: Bench) -> None:
 async def test_weights_are_not_updated_around_a_silent_node(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
     decode.die()
-    reply = await bench.service.update_weights_from_disk("/new", None, "wait")
+    reply = await bench.service.weights.update_weights_from_disk("/new", None, "wait")
     assert (reply.success, reply.message) == (False, "these nodes do not answer: http://d")
 
 
@@ -1222,15 +1224,15 @@ async def test_nodes_pull_from_a_node_of_theirs_or_another(bench: Bench) -> None
     prefill, decode = await small_cluster(bench)
     prefill.entry = msgspec.structs.replace(prefill.entry, weight_version="v2")
     await bench.until(lambda: bench.service.workers()[0].entry.weight_version == "v2")
-    reply = await bench.service.update_weights_from_peer("http://p", None, "wait")
+    reply = await bench.service.weights.update_weights_from_peer("http://p", None, "wait")
     assert reply.success, reply.message
     assert decode.entry.weight_version == "v2"
     bench.prefill("far")  # it is in no roster
-    reply = await bench.service.update_weights_from_peer("http://far", "v4", "wait")
+    reply = await bench.service.weights.update_weights_from_peer("http://far", "v4", "wait")
     assert reply.success, reply.message
     pulls = [call for call in decode.calls if call.startswith("prepare")]
     assert pulls == ["prepare tcp://p v2", "prepare tcp://far v4"]
-    reply = await bench.service.update_weights_from_peer("http://nobody", None, "wait")
+    reply = await bench.service.weights.update_weights_from_peer("http://nobody", None, "wait")
     assert (reply.success, reply.message) == (
         False,
         "http://nobody/server_info does not answer as a node",
@@ -1239,10 +1241,10 @@ async def test_nodes_pull_from_a_node_of_theirs_or_another(bench: Bench) -> None
 
 async def test_one_node_saves_what_all_hold(bench: Bench) -> None:
     p, q, d, e = await large_cluster(bench)
-    reply = await bench.service.save_model("/new", is_remote=False, max_shard_bytes=9)
+    reply = await bench.service.weights.save_model("/new", is_remote=False, max_shard_bytes=9)
     assert (reply.success, reply.message) == (True, "http://p has saved /new")
     p.stage_reply = "the disk is full"
-    reply = await bench.service.save_model("s3://b", is_remote=True, max_shard_bytes=9)
+    reply = await bench.service.weights.save_model("s3://b", is_remote=True, max_shard_bytes=9)
     assert not reply.success
     assert "the disk is full" in reply.message
     saves = [call for node in (p, q, d, e) for call in node.calls if call.startswith("save")]

@@ -75,7 +75,7 @@ async def test_an_update_waits_for_it(bench: Bench) -> None:
     late.commit_reply = "the node is not idle"
     await bench.start(weight_rejoin_s=0.02)
     await bench.until(lambda: "commit" in changes(late))
-    update = asyncio.create_task(bench.service.update_weights_from_disk("/new", "v3", "wait"))
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v3", "wait"))
     await turns(late, 10)
     assert not any(call.startswith("prepare") for node in nodes[:2] for call in node.calls)
     late.commit_reply = ""
@@ -105,7 +105,7 @@ async def test_of_two_updates_the_one_that_this_router_rolled_out_counts(bench: 
     late.answers_pings = False  # and is lost, so the update goes without it
     late.die()
     await bench.until(lambda: len(bench.service.workers()) == 2)
-    reply = await bench.service.update_weights_from_disk("/new", "v3", "wait")
+    reply = await bench.service.weights.update_weights_from_disk("/new", "v3", "wait")
     assert reply.success, reply.message
     late.answers_pings = late.alive = True
     await bench.service.register_worker(late.entry.url, late.entry)
@@ -117,13 +117,13 @@ async def test_nobody_is_brought_while_memory_is_released(bench: Bench) -> None:
     prefill, decode = serve(bench.prefill()), serve(bench.decode())
     await bench.start(weight_rejoin_s=0.02)
     await bench.ready()
-    assert (await bench.service.release_memory_occupation(("weights",))).success
+    assert (await bench.service.weights.release_memory_occupation(("weights",))).success
     late = bench.decode("e")
     await bench.service.register_worker(late.entry.url, late.entry)
     await turns(late, 10)
     assert changes(late) == []
     late.released |= {"weights"}
     decode.peers = (renewed("p-1"),)
-    assert (await bench.service.resume_memory_occupation(("weights",))).success
+    assert (await bench.service.weights.resume_memory_occupation(("weights",))).success
     await bench.until(lambda: late.entry.weight_version == "v2")
     assert prefill.entry.update_id == decode.entry.update_id == "u"
