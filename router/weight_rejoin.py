@@ -52,25 +52,38 @@ class WeightRejoin:
         if self._task is not None:
             await asyncio.wait({self._task})
 
+    async def bring_all(self) -> None:
+        """Every late node has been tried: an update of some tensors needs nodes that begin alike."""
+        tried: set[str] = set()
+        await self.settled()
+        while nodes := [node for node in self._late(self._served()) if node.incarnation not in tried]:
+            tried.add(nodes[0].incarnation)
+            self._begin(nodes[0])
+            await self.settled()
+
     def tick(self, now: float) -> None:
         """Begin with one node, where one needs it."""
         if self._task is not None and not self._task.done():
             return
-        served = self._served()
-        late = [node for node in self._registry if served and self._is_late(node, served)]
+        late = self._late(self._served())
         wait_s = self._options.weight_rejoin_s  # an update that is being committed reaches it by itself
         self._not_before = {
             node.incarnation: self._not_before.get(node.incarnation, now + wait_s) for node in late
         }
-        links = self._links()
+        if due := [node for node in late if now >= self._not_before[node.incarnation]]:
+            self._not_before[due[0].incarnation] = now + AGAIN_S
+            self._begin(due[0])
+
+    def _begin(self, late: NodeRecord) -> None:
+        served, links = self._served(), self._links()
         sources = [node for node in self._registry if node.entry.update_id == served and node.takes_work]
-        due = [node for node in late if now >= self._not_before[node.incarnation] and node.entry.url in links]
-        if not due or not sources:
-            return
-        self._not_before[due[0].incarnation] = now + AGAIN_S
-        # A prefill node's loop has less to do with the tokens of others than a decode node's.
-        source = min(sources, key=lambda node: (node.entry.role != "prefill", node.entry.url))
-        self._task = self._spawn(self._bring(due[0].entry, links[due[0].entry.url], source.entry))
+        if late.entry.url in links and sources:
+            # A prefill node's loop has less to do with the tokens of others than a decode node's.
+            source = min(sources, key=lambda node: (node.entry.role != "prefill", node.entry.url))
+            self._task = self._spawn(self._bring(late.entry, links[late.entry.url], source.entry))
+
+    def _late(self, served: str) -> list[NodeRecord]:
+        return [node for node in self._registry if served and self._is_late(node, served)]
 
     def _served(self) -> str:
         """The update that the cluster serves; none, or empty while two are there and it could be either."""

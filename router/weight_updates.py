@@ -246,11 +246,13 @@ class WeightUpdates:
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[AdminReply | None]:
-        """A node loads one update at a time: none is on its way to the weights of the others meanwhile.
-        Yields a refusal where something else is going on."""
+        """A node loads one update at a time: all have come to the weights of the others before, and none is
+        on its way meanwhile. Yields a refusal where something else is going on."""
         self._num_alone += 1
         try:
             await self._rejoin.settled()
+            if self._busy() is None and not self._memory.is_released:
+                await self._rejoin.bring_all()
             yield self._busy()
         finally:
             self._num_alone -= 1

@@ -85,6 +85,36 @@ async def test_an_update_waits_for_it(bench: Bench) -> None:
     assert len({node.entry.update_id for node in nodes}) == 1
 
 
+async def test_an_update_brings_who_is_late_before_it_begins(bench: Bench) -> None:
+    nodes = serve(bench.prefill()), serve(bench.decode()), bench.decode("e"), bench.decode("f")
+    first, second = nodes[2:]
+    first.prepare_reply = "this host has 3 MiB left"
+    await bench.start(weight_rejoin_s=1000.0)
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    assert changes(first) == changes(second) == []
+    refused = await bench.service.weights.update_weights_from_disk("/new", "v3", "wait")
+    assert not refused.success
+    assert changes(second)[:3] == ["prepare tcp://p v2", "commit", "prepare /new v3"]
+    assert second.entry.weight_version == "v2"
+    first.prepare_reply = ""
+    reply = await bench.service.weights.update_weights_from_disk("/new", "v3", "wait")
+    assert reply.success, reply.message
+    assert changes(first)[-4:] == ["prepare tcp://p v2", "commit", "prepare /new v3", "commit"]
+    assert {node.entry.weight_version for node in nodes} == {"v3"}
+
+
+async def test_updates_that_arrive_at_once_are_one_and_refusals(bench: Bench) -> None:
+    nodes = await started(bench)
+    weights = bench.service.weights
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    replies = await asyncio.gather(
+        *(weights.update_weights_from_disk(f"/{name}", name, "wait") for name in ("a", "b", "c"))
+    )
+    assert [reply.success for reply in replies].count(True) == 1
+    assert [reply.message for reply in replies].count("another weight update is running") == 2
+    assert len({node.entry.weight_version for node in nodes}) == 1
+
+
 async def test_what_was_forced_on_one_node_is_left_alone(bench: Bench) -> None:
     nodes = bench.prefill(), bench.decode(), bench.decode("e")
     serve(nodes[2], weight_version="v9", model_fingerprint="other", update_id=of_one_node("x"))
