@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, assert_never
+from typing import Generic, TypeAlias, assert_never
 
 import msgspec
 
+from ..engine.engine_thread import JobResult
 from ..messages.node import (
     ControlMessage,
     FlushCache,
@@ -15,7 +16,6 @@ from ..messages.node import (
     GetServerInfo,
     MetricsReply,
     NodeLoad,
-    Roster,
 )
 from ..messages.weights import (
     CheckWeights,
@@ -36,14 +36,16 @@ from ..messages.weights import (
     StageWeights,
     WriteWeights,
 )
-from ..runtime.errors import PdserveError
 from .flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
-from .memory_occupation import Announced, Done, MemoryOccupation
+from .memory_occupation import MEMORY_JOB, Announced, Done, MemoryOccupation
 from .metrics_reporter import MetricsReporter
+from .node_operations import NodeOperations, OperationReply, ToNodeOperations
 from .node_status import NodeStatus
 from .weight_images import WeightImage, WeightImages
 from .weight_outbox import WeightOutbox
 from .weight_updater import Answer, C, Prepared, WeightUpdater
+
+ControlCall: TypeAlias = ControlMessage | ToNodeOperations
 
 
 @dataclass(slots=True)
@@ -67,6 +69,7 @@ class NodeControl(Generic[C]):
         images: WeightImages,
         outbox: WeightOutbox,
         memory: MemoryOccupation,
+        operations: NodeOperations,
         metrics: MetricsReporter,
         drop_cache: Callable[[], bool],
     ) -> None:
@@ -76,13 +79,23 @@ class NodeControl(Generic[C]):
         self._images = images
         self._outbox = outbox
         self._memory = memory
+        self._operations = operations
         self._metrics = metrics
         self._drop_cache = drop_cache
 
     def handle(
-        self, link: bytes, message: ControlMessage, now: float, *, load: NodeLoad, idle: bool
+        self,
+        link: bytes,
+        message: ControlCall,
+        now: float,
+        *,
+        load: NodeLoad,
+        idle: bool,
+        requests: Mapping[str, int],
+        pause: str,
     ) -> ControlResult[C]:
-        """`idle`: nothing runs, waits or is being handed off here (quarantine left out)."""
+        """`idle`: nothing runs, waits or is being handed off here (quarantine left out). `requests`: how many
+        are in each state. `pause`: its mode; empty: it computes."""
         result: ControlResult[C] = ControlResult()
         match message:
             case FlushCache():
@@ -132,14 +145,21 @@ class NodeControl(Generic[C]):
                 self._metrics.observe_load(load)
                 reply = MetricsReply(call_id=message.call_id, text=self._metrics.render())
                 result.replies.append((link, reply))
+            case _ if isinstance(message, ToNodeOperations):
+                self._operate(self._operations.handle(link, message, requests=requests, pause=pause), result)
             case _:
                 assert_never(message)
         return result
 
-    def memory_done(self, error: PdserveError | None) -> ControlResult[C]:
-        """The job of a release or a resume is done."""
+    def finish_job(self, job: JobResult) -> ControlResult[C]:
+        """Something that a call had done beside the loop is done."""
         result: ControlResult[C] = ControlResult()
-        self._take(self._memory.finish(error), result)
+        if job.name == MEMORY_JOB:
+            self._take(self._memory.finish(job.error), result)
+        elif (operated := self._operations.finish_job(job)) is not None:
+            self._operate(operated, result)
+        else:
+            self._answer(self._weights.finish(job.value, job.error), result)
         return result
 
     def poll(self, now: float, *, idle: bool, is_drained: bool) -> ControlResult[C]:
@@ -155,15 +175,20 @@ class NodeControl(Generic[C]):
         self._take(self._memory.poll(now, idle=idle and is_drained), result)
         return result
 
-    def heard(self, roster: Roster) -> None:
+    def heard(self, update_ids: Collection[str]) -> None:
         """What other nodes serve: an update that one of them has committed is committed."""
-        self._weights.heard({node.update_id for node in roster.nodes})
+        self._weights.heard(update_ids)
+
+    @property
+    def awaits_swap(self) -> bool:
+        """New weights are decided on."""
+        return self._weights.awaits_swap
 
     @property
     def takes_work(self) -> bool:
         """Not while new weights are decided on or memory is wanted back: new work would keep this node from
         being idle."""
-        return not self._weights.awaits_swap and self._memory.takes_work
+        return not self.awaits_swap and self._memory.takes_work
 
     @property
     def has_its_memory(self) -> bool:
@@ -190,6 +215,11 @@ class NodeControl(Generic[C]):
         if done.link is not None and done.reply is not None:
             result.replies.append((done.link, done.reply))
         result.announced = done.announced or result.announced
+
+    @staticmethod
+    def _operate(operated: OperationReply | None, result: ControlResult[C]) -> None:
+        if operated is not None:
+            result.replies.append((operated.link, operated.reply))
 
     @staticmethod
     def _answer(answer: Answer | None, result: ControlResult[C]) -> None:

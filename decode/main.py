@@ -7,26 +7,17 @@ import time
 
 import zmq
 
+from ..components.control_assembly import make_control
 from ..components.crash_hook import CrashHook, kill_this_process
-from ..components.flush_wrapper import FlushWrapper
 from ..components.load_inquirer import LoadInquirer
-from ..components.loaded_model import LoadedModel
-from ..components.memory_occupation import MemoryOccupation
-from ..components.node_control import NodeControl
-from ..components.node_operations import NodeOperations
 from ..components.node_process import run, start_node
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
-from ..components.update_groups import UpdateGroups
-from ..components.weight_images import WeightImages
-from ..components.weight_updater import WeightUpdater
-from ..engine.update_group import join_update_group
 from ..messages.channel import ServerChannel
 from ..messages.node import AttemptFailed, ClientToNode, TokenOutputs
 from ..runtime.config import NodeConfig
-from ..runtime.process import available_memory_bytes
 from ..transfer.decode_rooms import DecodeRooms
 from ..transfer.page_digests import DigestWorker
 from .death_probe import DeathProbe
@@ -58,24 +49,6 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     )
     digests = DigestWorker(node.memory, node.layout)
     node.waiter.add(digests.fileno())
-    weights: WeightUpdater[LoadedModel] = WeightUpdater(
-        node,
-        node.jobs.submit,
-        lambda: node.status.weight_version,
-        available_memory_bytes,
-        UpdateGroups(join_update_group, available_memory_bytes),
-        node.puller.pull,
-    )
-    control = NodeControl(
-        status=node.status,
-        flush=FlushWrapper(),
-        weights=weights,
-        images=WeightImages(node.image, node.served_update, node.image_jobs),
-        outbox=node.outbox,
-        memory=MemoryOccupation(node, node.jobs.submit),
-        metrics=node.metrics,
-        drop_cache=pages.drop_cache,
-    )
     gone_clients: set[bytes] = set()
     # A colocated node has nobody else to prefill: its chunks are as long as those of a prefill node.
     default_chunk = config.chunked_prefill_size if config.colocated else None
@@ -114,15 +87,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         build=node.build,
         streamer=OutputStreamer(send_output),
         gone_clients=gone_clients,
-        control=control,
-        operations=NodeOperations(
-            settings=decode_settings(growth, local_prefill),
-            engine=node.engine,
-            profiler=node.profiler,
-            loop_times=node.loop_times,
-            ranks=node.ranks,
-        ),
-        weights=weights,
+        control=make_control(node, decode_settings(growth, local_prefill), drop_cache=pages.drop_cache),
         swap=node.swap,
         status=node.status,
         load_inquirer=LoadInquirer(

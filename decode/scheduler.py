@@ -32,17 +32,15 @@ from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
 from ..components.loop_times import LoopTimes
-from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter, StepKind
-from ..components.node_control import ControlResult, NodeControl
-from ..components.node_operations import NodeOperations, OperationReply, ToNodeOperations
+from ..components.node_control import ControlCall, ControlResult, NodeControl
 from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..components.stop_conditions import check_finish
-from ..components.weight_updater import Prepared, WeightUpdater
+from ..components.weight_updater import Prepared
 from ..engine.engine_thread import EngineThread, JobResult
 from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput, SampledToken
 from ..engine.job_thread import JobThread
@@ -54,7 +52,6 @@ from ..messages.node import (
     CallReply,
     CancelRequest,
     ClientToNode,
-    ControlMessage,
     FailureCode,
     Finish,
     GenerateRequest,
@@ -147,8 +144,6 @@ class DecodeScheduler:
         streamer: OutputStreamer,
         gone_clients: set[bytes],
         control: NodeControl[LoadedModel],
-        operations: NodeOperations,
-        weights: WeightUpdater[LoadedModel],
         swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
         status: NodeStatus,
         load_inquirer: LoadInquirer,
@@ -178,8 +173,6 @@ class DecodeScheduler:
         self.streamer = streamer
         self.gone_clients = gone_clients  # found out by sending to them
         self.control = control
-        self.operations = operations
-        self.weights = weights
         self.swap = swap
         self.status = status
         self.load_inquirer = load_inquirer
@@ -219,7 +212,7 @@ class DecodeScheduler:
                     pong = peer_message
                     self.peer_clocks.answered(address, pong.seq, self.unix_now(), pong.unix_s)
                 elif isinstance(peer_message, PeerRefused):
-                    self.weights.heard({peer_message.update_id})
+                    self.control.heard({peer_message.update_id})
                 self.act(self.rooms.on_message(address, peer_message, now), now)
         for incarnation in self.death_probe.poll():
             self.act(self.rooms.peer_death_proven(incarnation, now), now)
@@ -227,11 +220,11 @@ class DecodeScheduler:
             self.compare_digests(digests, now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
-                self.finish_job(finished, now)
+                self.reply(self.control.finish_job(finished), now)
             else:
                 self.apply(finished, now)
         for job in self.side_jobs.poll():
-            self.finish_job(job, now)
+            self.reply(self.control.finish_job(job), now)
         self.act(self.rooms.tick(now), now)
         self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
@@ -282,19 +275,22 @@ class DecodeScheduler:
             case AssertPeerDeath():
                 self.assert_peer_death(link, message, now)
             case Roster():
-                self.control.heard(message)
+                self.control.heard({node.update_id for node in message.nodes})
                 self.take_roster(message, now)
             case Ping():
                 self.send(link, self.pong(message))
-            case _ if isinstance(message, ControlMessage):
+            case _ if isinstance(message, ControlCall):
                 self.observe()
-                result = self.control.handle(link, message, now, load=self.load(), idle=self.is_idle)
-                self.reply(result, now)
-            case _ if isinstance(message, ToNodeOperations):
-                operated = self.operations.handle(
-                    link, message, requests=self.num_in_states(), pause=self.gate.mode
+                result = self.control.handle(
+                    link,
+                    message,
+                    now,
+                    load=self.load(),
+                    idle=self.is_idle,
+                    requests=self.num_in_states(),
+                    pause=self.gate.mode,
                 )
-                self.answer(operated)
+                self.reply(result, now)
             case PauseGeneration():
                 self.pause(link, message, now)
             case ContinueGeneration():
@@ -344,9 +340,9 @@ class DecodeScheduler:
         if self.is_draining:
             self.refuse(link, message, "shutting_down", "the decode node shuts down")
             return
-        if self.weights.awaits_swap or message.weight_version not in ("", self.status.weight_version):
+        if self.control.awaits_swap or message.weight_version not in ("", self.status.weight_version):
             self.metrics.count_version_refusal()
-            ours = "about to change" if self.weights.awaits_swap else repr(self.status.weight_version)
+            ours = "about to change" if self.control.awaits_swap else repr(self.status.weight_version)
             why = f"the request wants weights {message.weight_version!r}, the decode node's are {ours}"
             self.refuse(link, message, "version_skew", why)
             return
@@ -935,21 +931,6 @@ class DecodeScheduler:
         check_idle(self.allocator, [self.cache], states={"open": self.requests.keys()}, open_rooms=rooms)
         self.pages.check_promises([])
         self.pins.check()
-
-    def answer(self, operated: OperationReply | None) -> None:
-        if operated is not None:
-            self.send(operated.link, operated.reply)
-
-    def finish_job(self, job: JobResult, now: float) -> None:
-        if job.name == MEMORY_JOB:
-            self.reply(self.control.memory_done(job.error), now)
-            return
-        if (operated := self.operations.finish_job(job)) is not None:
-            self.answer(operated)
-            return
-        answer = self.weights.finish(job.value, job.error)
-        if answer is not None:
-            self.send(answer.link, answer.reply)
 
     def in_state(self, state: RequestState) -> list[DecodeRequest]:
         return [request for request in self.requests.values() if request.state is state]

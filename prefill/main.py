@@ -8,24 +8,15 @@ from collections.abc import Sequence
 
 import zmq
 
-from ..components.flush_wrapper import FlushWrapper
+from ..components.control_assembly import make_control
 from ..components.load_inquirer import LoadInquirer
-from ..components.loaded_model import LoadedModel
-from ..components.memory_occupation import MemoryOccupation
-from ..components.node_control import NodeControl
-from ..components.node_operations import NodeOperations
 from ..components.node_process import run, start_node
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
-from ..components.update_groups import UpdateGroups
-from ..components.weight_images import WeightImages
-from ..components.weight_updater import WeightUpdater
-from ..engine.update_group import join_update_group
 from ..messages.channel import ServerChannel
 from ..messages.memory_region import MemoryRegion
 from ..runtime.config import NodeConfig
-from ..runtime.process import available_memory_bytes
 from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
 from .limits import PrefillLimits
@@ -52,24 +43,6 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
     cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)
     digests = DigestWorker(node.memory, node.layout)
     node.waiter.add(digests.fileno())
-    weights: WeightUpdater[LoadedModel] = WeightUpdater(
-        node,
-        node.jobs.submit,
-        lambda: node.status.weight_version,
-        available_memory_bytes,
-        UpdateGroups(join_update_group, available_memory_bytes),
-        node.puller.pull,
-    )
-    control = NodeControl(
-        status=node.status,
-        flush=FlushWrapper(),
-        weights=weights,
-        images=WeightImages(node.image, node.served_update, node.image_jobs),
-        outbox=node.outbox,
-        memory=MemoryOccupation(node, node.jobs.submit),
-        metrics=node.metrics,
-        drop_cache=lambda: cache is None or cache.reset(),
-    )
     limits = PrefillLimits(
         max_batch_tokens=config.chunked_prefill_size,
         max_batch_rows=config.max_running_requests,
@@ -93,15 +66,9 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         engine=node.engine,
         side_jobs=node.jobs,
         build=node.build,
-        control=control,
-        operations=NodeOperations(
-            settings=prefill_settings(limits),
-            engine=node.engine,
-            profiler=node.profiler,
-            loop_times=node.loop_times,
-            ranks=node.ranks,
+        control=make_control(
+            node, prefill_settings(limits), drop_cache=lambda: cache is None or cache.reset()
         ),
-        weights=weights,
         swap=node.swap,
         status=node.status,
         layout=node.layout,

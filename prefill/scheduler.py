@@ -26,15 +26,13 @@ from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
 from ..components.loop_times import LoopTimes
-from ..components.memory_occupation import MEMORY_JOB
 from ..components.metrics_reporter import MetricsReporter
-from ..components.node_control import ControlResult, NodeControl
-from ..components.node_operations import NodeOperations, OperationReply, ToNodeOperations
+from ..components.node_control import ControlCall, ControlResult, NodeControl
 from ..components.node_status import NodeStatus
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
-from ..components.weight_updater import Prepared, WeightUpdater
+from ..components.weight_updater import Prepared
 from ..engine.engine_thread import EngineThread, JobResult
 from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from ..engine.job_thread import JobThread
@@ -46,7 +44,6 @@ from ..messages.node import (
     CallReply,
     CancelRequest,
     ClientToNode,
-    ControlMessage,
     GenerateRequest,
     GetRequestState,
     NodeLoad,
@@ -126,8 +123,6 @@ class PrefillScheduler:
         side_jobs: JobThread,
         build: Callable[[ScheduleBatch], ForwardBatch],
         control: NodeControl[LoadedModel],
-        operations: NodeOperations,
-        weights: WeightUpdater[LoadedModel],
         swap: Callable[[Prepared[LoadedModel]], PeerIdentity],
         status: NodeStatus,
         layout: KVLayout,
@@ -149,8 +144,6 @@ class PrefillScheduler:
         self.side_jobs = side_jobs
         self.build = build
         self.control = control
-        self.operations = operations
-        self.weights = weights
         self.swap = swap
         self.status = status
         self.layout = layout
@@ -183,11 +176,11 @@ class PrefillScheduler:
             self.take_digests(done, now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
-                self.finish_job(finished, now)
+                self.reply(self.control.finish_job(finished), now)
             else:
                 self.apply(finished, now)
         for job in self.side_jobs.poll():
-            self.finish_job(job, now)
+            self.reply(self.control.finish_job(job), now)
             self.act(self.rooms.announce_busy(now, now), now)
         self.act(self.rooms.tick(now), now)
         if not self.gate.is_paused:
@@ -214,7 +207,7 @@ class PrefillScheduler:
         match message:
             case PeerHello() | PeerPing() | ContactPong() | PrefillRequest() | AbortRoom():
                 if isinstance(message, PeerHello):
-                    self.weights.heard({message.identity.update_id})
+                    self.control.heard({message.identity.update_id})
                 self.act(self.rooms.on_message(link, message, now, queue_has_room=self.has_room(now)), now)
             case Ping():
                 pong = self.status.pong(
@@ -226,19 +219,21 @@ class PrefillScheduler:
                     unix_s=self.clock.unix_s(self.clock.now()),
                 )
                 self.send(link, pong)
-            case _ if isinstance(message, ControlMessage):
+            case _ if isinstance(message, ControlCall):
                 if isinstance(message, PrepareWeights):
                     # Reading a checkpoint can hold the interpreter's lock for long stretches.
                     self.act(self.rooms.announce_busy(now + _LOADING_S, now), now)
                 self.observe()
-                self.reply(
-                    self.control.handle(link, message, now, load=self.load(now), idle=self.is_idle), now
+                result = self.control.handle(
+                    link,
+                    message,
+                    now,
+                    load=self.load(now),
+                    idle=self.is_idle,
+                    requests=self.num_in_states(),
+                    pause=self.gate.mode,
                 )
-            case _ if isinstance(message, ToNodeOperations):
-                operated = self.operations.handle(
-                    link, message, requests=self.num_in_states(), pause=self.gate.mode
-                )
-                self.answer(operated)
+                self.reply(result, now)
             case PauseGeneration():
                 self.pause(link, message, now)
             case ContinueGeneration():
@@ -255,7 +250,7 @@ class PrefillScheduler:
             case AbortRequests():
                 self.abort(link, message, now)
             case Roster():  # decode nodes connect to us, not the other way round
-                self.control.heard(message)
+                self.control.heard({node.update_id for node in message.nodes})
             case GenerateRequest() | CancelRequest() | ResendFrom():
                 _log.warning("dropped a %s: this is a prefill node", type(message).__name__)
             case _:
@@ -518,21 +513,6 @@ class PrefillScheduler:
         """Idle: nothing may be held but the cache. A violation ends the process, loudly: it is a bug."""
         caches = [] if self.cache is None else [self.cache]
         check_idle(self.allocator, caches, states={"open": self.jobs.keys()})
-
-    def answer(self, operated: OperationReply | None) -> None:
-        if operated is not None:
-            self.send(operated.link, operated.reply)
-
-    def finish_job(self, job: JobResult, now: float) -> None:
-        if job.name == MEMORY_JOB:
-            self.reply(self.control.memory_done(job.error), now)
-            return
-        if (operated := self.operations.finish_job(job)) is not None:
-            self.answer(operated)
-            return
-        answer = self.weights.finish(job.value, job.error)
-        if answer is not None:
-            self.send(answer.link, answer.reply)
 
     def drop_cache(self) -> bool:
         return self.cache is None or self.cache.reset()

@@ -269,7 +269,9 @@ class _Base(Generic[T]):
         self.memory_journal: list[str] = []
         self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", server))
 
-    def _control(self, drop_cache: Callable[[], bool]) -> NodeControl[FakeCheckpoint]:
+    def _control(
+        self, drop_cache: Callable[[], bool], settings: LiveSettings, loop_times: LoopTimes
+    ) -> NodeControl[FakeCheckpoint]:
         return NodeControl(
             status=self.status,
             flush=FlushWrapper(),
@@ -277,6 +279,13 @@ class _Base(Generic[T]):
             images=WeightImages(_no_image, lambda: "", NoImageJobs()),
             outbox=cast(WeightOutbox, NoOutbox()),
             memory=MemoryOccupation(self, self.engine.jobs.submit),
+            operations=NodeOperations(
+                settings=settings,
+                engine=self.engine,
+                profiler=NoProfiler(),
+                loop_times=loop_times,
+                ranks=None,
+            ),
             metrics=self.metrics,
             drop_cache=drop_cache,
         )
@@ -317,13 +326,6 @@ class _Base(Generic[T]):
     def _common(self, drop_cache: Callable[[], bool], settings: LiveSettings) -> dict[str, Any]:
         loop_times = LoopTimes()
         return {
-            "operations": NodeOperations(
-                settings=settings,
-                engine=self.engine,
-                profiler=NoProfiler(),
-                loop_times=loop_times,
-                ranks=None,
-            ),
             "loop_times": loop_times,
             "receiver": self.receiver,
             "send": self.server.send,
@@ -332,8 +334,7 @@ class _Base(Generic[T]):
             "engine": cast(EngineThread, self.engine),
             "side_jobs": cast(JobThread, self.engine.jobs),
             "build": cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
-            "control": cast("NodeControl[LoadedModel]", self._control(drop_cache)),
-            "weights": cast("WeightUpdater[LoadedModel]", self.weights),
+            "control": cast("NodeControl[LoadedModel]", self._control(drop_cache, settings, loop_times)),
             "swap": self.swap,
             "status": self.status,
             "load_inquirer": self.load_inquirer,

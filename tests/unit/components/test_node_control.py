@@ -11,10 +11,14 @@ import msgspec
 import pytest
 import torch
 
+from pdserve.bench.simulation.side_work import NoProfiler
 from pdserve.components.flush_wrapper import FlushWrapper
+from pdserve.components.live_settings import LiveSettings
+from pdserve.components.loop_times import LoopTimes
 from pdserve.components.memory_occupation import Announced, MemoryOccupation
 from pdserve.components.metrics_reporter import MetricsReporter
-from pdserve.components.node_control import ControlMessage, ControlResult, NodeControl
+from pdserve.components.node_control import ControlCall, ControlResult, NodeControl
+from pdserve.components.node_operations import NodeOperations
 from pdserve.components.node_status import NodeStatus
 from pdserve.components.staged_weights import StagedFile
 from pdserve.components.update_groups import Group, UpdateGroups
@@ -34,6 +38,7 @@ from pdserve.messages.node import (
     NodeLoad,
     ServerInfoReply,
 )
+from pdserve.messages.operation import GetInternalState, InternalStateReply, SlowDown, StartProfile
 from pdserve.messages.weights import (
     CommitWeights,
     DiscardWeights,
@@ -121,7 +126,8 @@ def make_status() -> NodeStatus:
 
 @dataclass
 class Bench:
-    jobs: list[Callable[[], Any]] = field(default_factory=list)
+    jobs: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
+    forward_sleep_s: float = 0.0
     can_drop: bool = True
     num_drops: int = 0
     image_jobs: list[JobResult] = field(default_factory=list)
@@ -129,7 +135,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(
             FakeStore(),
-            lambda _, run: self.jobs.append(run),
+            self.submit_job,
             lambda: "w1",
             lambda: 1 << 30,
             UpdateGroups(no_group, lambda: 1 << 30),
@@ -141,7 +147,14 @@ class Bench:
             weights=self.weights,
             images=WeightImages(lambda: lambda: WeightImage({"t": torch.arange(4.0)}), lambda: "", self),
             outbox=WeightOutbox(TransferKind("shm", "shm"), ShmBackend),
-            memory=MemoryOccupation(FakeMemory(), lambda _, run: self.jobs.append(run)),
+            memory=MemoryOccupation(FakeMemory(), self.submit_job),
+            operations=NodeOperations(
+                settings=LiveSettings([]),
+                engine=self,
+                profiler=NoProfiler(),
+                loop_times=LoopTimes(),
+                ranks=None,
+            ),
             metrics=MetricsReporter("tiny", "decode"),
             drop_cache=self.drop_cache,
         )
@@ -154,15 +167,24 @@ class Bench:
         results, self.image_jobs = self.image_jobs, []
         return results
 
+    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
+        self.jobs.append((name, run))
+
+    def finish_job(self) -> ControlResult[FakeCheckpoint]:
+        name, run = self.jobs.pop()
+        return self.control.finish_job(JobResult(name, run(), None, 0.0, 1.0))
+
     def drop_cache(self) -> bool:
         self.num_drops += 1
         return self.can_drop
 
     def handle(
-        self, message: ControlMessage, now: float = 0.0, *, idle: bool = True
+        self, message: ControlCall, now: float = 0.0, *, idle: bool = True
     ) -> ControlResult[FakeCheckpoint]:
         load = NodeLoad(num_running_reqs=0 if idle else 3, num_generated_tokens=11)
-        return self.control.handle(LINK, message, now, load=load, idle=idle)
+        return self.control.handle(
+            LINK, message, now, load=load, idle=idle, requests={"waiting": 2}, pause=""
+        )
 
 
 @pytest.fixture
@@ -222,7 +244,7 @@ def test_weights_are_prepared_then_swapped(bench: Bench) -> None:
     )
     assert bench.handle(prepare).replies == []
     assert outcome(bench.handle(prepare)) == (1, False)
-    bench.weights.finish(bench.jobs.pop()(), None)
+    assert outcome(bench.finish_job()) == (1, True)
 
     refused = bench.handle(CommitWeights(call_id=2, update_id="u"), idle=False)
     assert (outcome(refused), refused.swap) == ((2, False), None)
@@ -237,7 +259,7 @@ def test_discarded_weights_are_not_swapped(bench: Bench) -> None:
     bench.handle(
         PrepareWeights(call_id=1, update_id="u", source=FromDisk(model_path="/m"), weight_version="w2")
     )
-    bench.weights.finish(bench.jobs.pop()(), None)
+    bench.finish_job()
     discarded = bench.handle(DiscardWeights(call_id=2, update_id="u"))
     assert reply(discarded) == CallReply(call_id=2, success=True)
     assert bench.handle(CommitWeights(call_id=3, update_id="u")).swap is None
@@ -252,6 +274,16 @@ def test_weights_for_others_to_read_are_there_in_another_turn_of_the_loop(bench:
     assert isinstance(again, WeightImageReply)
     assert again.success, "the same weights are there already"
     assert bench.control.deadline == 1.0 + IDLE_S
+
+
+def test_an_operation_is_answered_at_once_or_with_its_job(bench: Bench) -> None:
+    assert outcome(bench.handle(SlowDown(call_id=1, forward_sleep_s=0.5))) == (1, True)
+    assert bench.forward_sleep_s == 0.5
+    state = reply(bench.handle(GetInternalState(call_id=2)))
+    assert isinstance(state, InternalStateReply)
+    assert (state.state.requests, state.state.forward_sleep_s) == ({"waiting": 2}, 0.5)
+    assert bench.handle(StartProfile(call_id=3, profile_id="p", output_dir="/d")).replies == []
+    assert outcome(bench.finish_job()) == (3, True)
 
 
 def test_server_info_carries_the_load(bench: Bench) -> None:
