@@ -194,7 +194,7 @@ class _FirstToken:
     def __init__(self, info: GenerationInfo, clock: SpanClock) -> None:
         self._info = info
         self._clock = clock
-        self._note("deliver", info.arrived_unix_s or clock.unix_s(clock.now()))
+        self._note("deliver", info.arrived_unix_s or clock.unix_now())
 
     def detokenized(self) -> None:
         self._note("detokenize", self._reached)
@@ -203,6 +203,6 @@ class _FirstToken:
         self._note("stream_out", self._reached)
 
     def _note(self, name: str, start_unix_s: float) -> None:
-        self._reached = self._clock.unix_s(self._clock.now())
+        self._reached = self._clock.unix_now()
         self._info.first_token_unix_s = self._reached
         self._info.spans.append(span_between(name, start_unix_s, self._reached))

@@ -131,7 +131,7 @@ class Timelines:
         running = self._running.pop(request_id, None)
         if running is None:
             return
-        now = self.clock.unix_s(self.clock.now())
+        now = self.clock.unix_now()
         timeline = _timeline(running, now)
         self._ended[bare_id(request_id)] = timeline
         self._ended.move_to_end(bare_id(request_id))
@@ -145,7 +145,7 @@ class Timelines:
         running = self._running.get(request_id)
         if running is not None:
             return _timeline(running, 0.0)
-        self._drop_old(self.clock.unix_s(self.clock.now()))
+        self._drop_old(self.clock.unix_now())
         return self._ended.get(bare_id(request_id))
 
     def _drop_old(self, now: float) -> None:

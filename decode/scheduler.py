@@ -77,7 +77,7 @@ from ..messages.peer import (
     RoomId,
     SampledFirstToken,
 )
-from ..messages.timeline import Span, SpanClock, covered_s, moved, span_between
+from ..messages.timeline import SpanClock, covered_s, duration_of
 from ..runtime.config import HIDDEN_STATES_FLAG, VerifyPages
 from ..runtime.pause_gate import PauseGate
 from ..runtime.peer_clock import PeerClocks
@@ -103,13 +103,14 @@ from .local_prefill import LocalPrefillPolicy
 from .peer_links import LinkDown, PeerLinks
 from .request_pages import RequestPages
 from .retraction import choose_victim
+from .rosters import Rosters
 from .sequence import DecodeRequest, RequestState, Sequence
 from .session_pins import SessionPins
+from .timeline import Timeline
 
 _log = logging.getLogger(__name__)
 
 _DEADLINE_CHECK_S = 0.25
-_ROSTER_S = 30.0  # routers push theirs every few seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +184,13 @@ class DecodeScheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.clock = SpanClock(clock, unix_minus_monotonic_s)
         self.peer_clocks = PeerClocks()  # by address
-        # Their first token is sent at the end of this turn; and since when it is here.
-        self.relayed: list[tuple[DecodeRequest, float]] = []
+        self.timeline = Timeline(self.clock, streamer, self.peer_clocks)
 
         self.requests: dict[StreamKey, DecodeRequest] = {}  # every one, in order of arrival
         self.by_room: dict[RoomId, DecodeRequest] = {}
         self.verifying: dict[RoomId, HandoffDone] = {}  # all is in place, and not compared yet
         self.forward: list[Row] = []  # on the engine thread
-        self.rosters: dict[str, tuple[Roster, float]] = {}  # of each router, and when it came
+        self.rosters = Rosters()
         self.next_deadline_check = 0.0
         self.idle_check = IdleCheck()
         self.gate = PauseGate()
@@ -210,7 +210,7 @@ class DecodeScheduler:
             else:
                 if isinstance(peer_message, PeerPong):
                     pong = peer_message
-                    self.peer_clocks.answered(address, pong.seq, self.unix_now(), pong.unix_s)
+                    self.peer_clocks.answered(address, pong.seq, self.clock.unix_now(), pong.unix_s)
                 elif isinstance(peer_message, PeerRefused):
                     self.control.heard({peer_message.update_id})
                 self.act(self.rooms.on_message(address, peer_message, now), now)
@@ -232,7 +232,7 @@ class DecodeScheduler:
         if not self.gate.is_paused:
             self.admit_waiting(now)
             self.launch_forward(now)
-        self.note_relayed()
+        self.timeline.sent()
         self.streamer.flush_step(now)
         self.drop_gone_clients(now)
         self.reply(self.control.poll(now, idle=self.is_idle, is_drained=self.rooms.is_idle), now)
@@ -314,7 +314,7 @@ class DecodeScheduler:
                     self.links.close(action.address)
                 case SendToPrefill():
                     if isinstance(action.message, PeerPing):
-                        self.peer_clocks.pinged(action.address, action.message.seq, self.unix_now())
+                        self.peer_clocks.pinged(action.address, action.message.seq, self.clock.unix_now())
                     self.links.send(action.address, action.message)
                 case PeerReady():
                     _log.info("prefill node at %s is ready", action.address)
@@ -464,12 +464,12 @@ class DecodeScheduler:
         )
 
     def start_local_prefill(self, request: DecodeRequest, now: float) -> None:
-        self.note(request, "decode_queue")
+        self.timeline.note(request, "decode_queue")
         self.pages.allocate_prompt(request)
         request.num_prefilled = request.num_cached
         self.load_inquirer.count_prompt(num_cached=request.num_cached)
         request.enter(RequestState.LOCAL_PREFILL, now)
-        self.note(request, "reserve")
+        self.timeline.note(request, "reserve")
 
     def expire(self, now: float) -> None:
         """Rooms have their own deadlines; who waits or runs is looked at here."""
@@ -495,7 +495,7 @@ class DecodeScheduler:
         num_missing = self.pages.need(request).prompt - num_shared
         if not self.rooms.may_expose(address, num_missing):
             return False
-        self.note(request, "decode_queue")
+        self.timeline.note(request, "decode_queue")
         dest_pages = self.pages.expose(request, self.rooms.next_room_id)
         digest_pages = pages_to_verify(
             self.verify_pages, num_shared, len(dest_pages), self.rooms.next_room_id.counter
@@ -517,7 +517,7 @@ class DecodeScheduler:
         )
         self.by_room[request.room] = request
         request.enter(RequestState.HANDOFF, now)
-        self.note(request, "reserve")
+        self.timeline.note(request, "reserve")
         self.act(actions, now)
         return True
 
@@ -527,7 +527,7 @@ class DecodeScheduler:
         message = action.message
         num_computed = request.num_prefill_tokens - message.num_cached_tokens
         self.local_prefill.measured_prefill(num_computed, duration_of("prefill_chunk", message.spans))
-        self.note_prefill(request, message.spans)
+        self.timeline.prefilled(request, message.spans, self.peer_address(request))
         self.streamer.prompt_done(
             request.key,
             num_cached_tokens=message.num_cached_tokens,
@@ -544,8 +544,7 @@ class DecodeScheduler:
     def finish_handoff(self, action: HandoffComplete, now: float) -> None:
         request = self.by_room[action.room]
         message = action.message
-        self.streamer.note(request.key, self.on_our_clock(request, message.spans))
-        self.note(request, "last_pages")
+        self.timeline.handed_off(request, message.spans, self.peer_address(request))
         wires = [span for span in message.spans if span.name == "wire"]
         self.local_prefill.measured_wire(message.num_bytes, covered_s(wires, 0.0, math.inf))
         if request.verified_pages:
@@ -572,6 +571,9 @@ class DecodeScheduler:
         request.room = None
         self.allocator.release_room(done.room)  # every write is in place: nothing can follow
         self.fail(request, "transfer_failed", reason, retriable=True)
+
+    def peer_address(self, request: DecodeRequest) -> str:
+        return self.rooms.ready_address(request.message.prefill_incarnation) or ""
 
     def adopt_room(self, request: DecodeRequest, room: RoomId, now: float) -> None:
         del self.by_room[room]
@@ -683,7 +685,7 @@ class DecodeScheduler:
                 row.sequence.in_forward = True
             case PrefillRow(request=request):
                 request.sequences[0].in_forward = True
-                self.note(request, "prefill_queue")
+                self.timeline.note(request, "prefill_queue")
                 request.num_prefilled += row.row.num_tokens
             case _:
                 assert_never(row)
@@ -702,11 +704,12 @@ class DecodeScheduler:
             match row:
                 case DecodeRow(request=request, sequence=sequence):
                     sequence.in_forward = False
-                    self.note_first_step(sequence, output)
+                    if request.key in self.requests:
+                        self.timeline.first_step(request, output)
                     self.apply_decoded(request, sequence, result, now)
                 case PrefillRow(request=request):
                     request.sequences[0].in_forward = False
-                    self.note_chunk(request, row, output)
+                    self.timeline.chunk(request, row, output)
                     self.apply_prefilled(request, row, result, now)
                 case _:
                     assert_never(row)
@@ -758,7 +761,7 @@ class DecodeScheduler:
         token_id = sampled.token_id
         if not request.has_first_token:
             request.has_first_token = True
-            self.relayed.append((request, request.reached_s))
+            self.timeline.relays(request)
         sequence.token_ids.append(token_id)
         self.streamer.append(request.key, sequence.choice, token_id, sampled.logprob, hidden_state)
         finish = check_finish(
@@ -863,22 +866,10 @@ class DecodeScheduler:
     # ---- control ------------------------------------------------------------------------------------
 
     def take_roster(self, roster: Roster, now: float) -> None:
-        """Peers are the union of what routers name. A node that nobody names any more is left.
-
-        What a router named that is silent now counts no more, as soon as another one speaks.
-        """
-        self.rosters[roster.router_id] = (roster, now)
-        self.rosters = {
-            router: (named, at) for router, (named, at) in self.rosters.items() if now - at < _ROSTER_S
-        }
+        """A node that nobody names any more is left."""
+        named = self.rosters.heard(roster, now)
         if self.status.entry.colocated:
             return
-        named = {
-            node.zmq_address
-            for each, _ in self.rosters.values()
-            for node in each.nodes
-            if node.role == "prefill"
-        }
         known = {peer.address for peer in self.rooms.peers()}
         for address in sorted(named):
             self.act(self.rooms.add_peer(address, now), now)
@@ -904,7 +895,7 @@ class DecodeScheduler:
             refused_peers=refused,
             quarantined_pages=self.rooms.quarantined_pages(),
             is_draining=self.is_draining or not self.control.has_its_memory,
-            unix_s=self.unix_now(),
+            unix_s=self.clock.unix_now(),
         )
 
     def reply(self, result: ControlResult[LoadedModel], now: float) -> None:
@@ -985,57 +976,3 @@ class DecodeScheduler:
                     },
                 )
         return RequestStateReply(call_id=message.call_id)
-
-    # ---- the timeline -------------------------------------------------------------------------------
-
-    def note(self, request: DecodeRequest, name: str, end: float | None = None) -> None:
-        """The span from where the request's timeline ended so far until now, or until `end`."""
-        until = self.clock.now() if end is None else end
-        self.streamer.note(request.key, (self.clock.span(name, request.reached_s, until),))
-        request.reached_s = until
-
-    def note_chunk(self, request: DecodeRequest, row: PrefillRow, output: ForwardOutput) -> None:
-        self.note(request, "engine_queue", output.started)
-        chunk = self.clock.span(
-            "prefill_chunk", output.started, output.finished, num_tokens=row.row.num_tokens
-        )
-        self.streamer.note(request.key, (chunk,))
-        request.reached_s = output.finished
-
-    def note_prefill(self, request: DecodeRequest, spans: tuple[Span, ...]) -> None:
-        """What prefill measured, and the two ways there and back: from our clock's stamps to its own."""
-        arrived = self.clock.now()
-        ours = self.on_our_clock(request, spans)
-        if ours:
-            sent_unix_s = self.clock.unix_s(request.reached_s)
-            there = span_between("to_prefill", sent_unix_s, ours[0].start_unix_s)
-            back = span_between("from_prefill", ours[-1].end_unix_s, self.clock.unix_s(arrived))
-            self.streamer.note(request.key, (there, *ours, back))
-        request.reached_s = arrived
-
-    def note_relayed(self) -> None:
-        """Right before the tokens are sent, so that the span is on the message that it ends with."""
-        now = self.clock.now()
-        for request, arrived in self.relayed:
-            self.streamer.note(request.key, (self.clock.span("relay", arrived, now),))
-        self.relayed.clear()
-
-    def note_first_step(self, sequence: Sequence, output: ForwardOutput) -> None:
-        """Before the step's token is recorded: it may be the last."""
-        request = self.requests.get(sequence.key)
-        if request is not None and not request.has_decoded:
-            request.has_decoded = True
-            self.note(request, "decode_wait", output.started)
-            self.note(request, "first_decode_step", output.finished)
-
-    def on_our_clock(self, request: DecodeRequest, spans: tuple[Span, ...]) -> tuple[Span, ...]:
-        address = self.rooms.ready_address(request.message.prefill_incarnation)
-        return moved(spans, -self.peer_clocks.lead_s(address or ""))
-
-    def unix_now(self) -> float:
-        return self.clock.unix_s(self.clock.now())
-
-
-def duration_of(name: str, spans: tuple[Span, ...]) -> float:
-    """Of the spans with this name, seconds, added up; 0 if there is none."""
-    return sum(span.duration_s for span in spans if span.name == name)

@@ -82,6 +82,9 @@ class SpanClock:
     def unix_s(self, at: float) -> float:
         return at + self.unix_minus_monotonic_s
 
+    def unix_now(self) -> float:
+        return self.unix_s(self.now())
+
     def span(self, name: str, start: float, end: float, *, num_bytes: int = 0, num_tokens: int = 0) -> Span:
         return Span(name, self.unix_s(start), end - start, num_bytes, num_tokens)
 
@@ -96,6 +99,11 @@ def moved(spans: Iterable[Span], seconds: float) -> tuple[Span, ...]:
 def span_between(name: str, start_unix_s: float, end_unix_s: float) -> Span:
     """Of a message, stamped by two processes. Never negative: clocks may differ by a little."""
     return Span(name, start_unix_s, max(0.0, end_unix_s - start_unix_s))
+
+
+def duration_of(name: str, spans: tuple[Span, ...]) -> float:
+    """Of the spans with this name, seconds, added up; 0 if there is none."""
+    return sum(span.duration_s for span in spans if span.name == name)
 
 
 def covered_s(spans: Iterable[Span], start_unix_s: float, end_unix_s: float) -> float:

@@ -216,7 +216,7 @@ class PrefillScheduler:
                     ready_peers=(),
                     refused_peers={},
                     is_draining=self.is_draining or not self.control.has_its_memory,
-                    unix_s=self.clock.unix_s(self.clock.now()),
+                    unix_s=self.clock.unix_now(),
                 )
                 self.send(link, pong)
             case _ if isinstance(message, ControlCall):
@@ -262,7 +262,7 @@ class PrefillScheduler:
                 case SendToDecode():
                     message = action.message
                     if isinstance(message, PeerPong):
-                        unix_s = self.clock.unix_s(self.clock.now())
+                        unix_s = self.clock.unix_now()
                         message = msgspec.structs.replace(message, unix_s=unix_s)
                     self.send(action.link, message)
                     self.count(action)
