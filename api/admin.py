@@ -15,7 +15,7 @@ from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
 from ..runtime.pause_gate import PauseMode
 from .answers import json_response, outcome
-from .generation import ClusterAdmin, GenerateSpec, Generator, ModelCard, WorkerStatus
+from .generation import ClusterAdmin, ClusterView, GenerateSpec, Generator, ModelCard, WorkerStatus
 from .in_flight import InFlightRequests, new_request_id
 from .timelines import Timelines, timeline_body
 from .validation import (
@@ -181,6 +181,7 @@ class ClusterRoutes:
     """Handlers of a router's control routes."""
 
     card: ModelCard
+    view: ClusterView
     admin: ClusterAdmin
     generator: Generator
     in_flight: InFlightRequests
@@ -196,7 +197,7 @@ class ClusterRoutes:
 
     async def ready(self, _: Request) -> Response:
         """Requests are accepted: not draining, and at least one pair of nodes is ready."""
-        is_ready, reason = self.admin.readiness()
+        is_ready, reason = self.view.readiness()
         if self.in_flight.is_draining:
             is_ready, reason = False, "draining"
         if is_ready:
@@ -237,13 +238,13 @@ class ClusterRoutes:
         return model_answer(http, self.card)
 
     async def server_info(self, _: Request) -> Response:
-        return json_response({**await self.admin.server_info(), "version": self.version})
+        return json_response({**await self.view.server_info(), "version": self.version})
 
     async def model_info(self, _: Request) -> Response:
-        return json_response(model_info(self.card, self.admin.weight_version()))
+        return json_response(model_info(self.card, self.view.weight_version()))
 
     async def weight_version(self, _: Request) -> Response:
-        return json_response({"weight_version": self.admin.weight_version()})
+        return json_response({"weight_version": self.view.weight_version()})
 
     async def load(self, _: Request) -> Response:
         return json_response(self._loads())
@@ -252,10 +253,10 @@ class ClusterRoutes:
         return json_response({"timestamp": time.time(), "version": self.version, "loads": self._loads()})
 
     def _loads(self) -> list[dict[str, Any]]:
-        return [load_body(status.entry, status.load) for status in self.admin.workers()]
+        return [load_body(status.entry, status.load) for status in self.view.workers()]
 
     async def metrics(self, _: Request) -> Response:
-        return Response(await self.admin.metrics_text(), media_type=METRICS_MEDIA_TYPE)
+        return Response(await self.view.metrics_text(), media_type=METRICS_MEDIA_TYPE)
 
     async def request_state(self, http: Request) -> Response:
         """What each generation of a request does now, for how long, and what it waits for; where its time
@@ -264,7 +265,7 @@ class ClusterRoutes:
         generation_ids = self.in_flight.generations_of(request_id)
         known: list[dict[str, Any]] = []
         for generation_id in generation_ids:
-            state = await self.admin.request_state(generation_id)
+            state = await self.view.request_state(generation_id)
             timeline = self.timelines.find(generation_id)
             if state is None and timeline is not None and timeline.ended_unix_s:
                 state = {"state": "ended"}
@@ -278,7 +279,7 @@ class ClusterRoutes:
     # ---- control --------------------------------------------------------------------------------
 
     async def workers(self, _: Request) -> Response:
-        workers = [_worker_body(status) for status in self.admin.workers()]
+        workers = [_worker_body(status) for status in self.view.workers()]
         return json_response({"workers": workers, "total": len(workers)})
 
     async def register_worker(self, http: Request) -> Response:
@@ -289,7 +290,7 @@ class ClusterRoutes:
 
     async def remove_worker(self, http: Request) -> Response:
         wanted = http.path_params["worker"].rstrip("/")
-        urls = {status.entry.incarnation: status.entry.url for status in self.admin.workers()}
+        urls = {status.entry.incarnation: status.entry.url for status in self.view.workers()}
         reply = await self.admin.remove_worker(urls.get(wanted, wanted))
         return outcome(reply.success, reply.message, failure_status=404)
 

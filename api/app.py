@@ -22,7 +22,7 @@ from .embeddings import (
     EncodeAnswer,
     EncodeRequest,
 )
-from .generation import ClusterAdmin, Generator, ModelCard, Sessions
+from .generation import ClusterAdmin, ClusterView, Generator, ModelCard, Sessions
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
 from .mounting import GET, POST, Operation, make_app
@@ -59,6 +59,7 @@ def build_router_app(
     tokenizer: Tokenizer,
     generation_defaults: GenerationDefaults,
     generator: Generator,
+    view: ClusterView,
     admin: ClusterAdmin,
     weights: WeightAdmin,
     sessions: Sessions,
@@ -73,7 +74,7 @@ def build_router_app(
 ) -> FastAPI:
     """The whole surface of a router.
 
-    The HTTP metrics are registered with `registry`; ``/metrics`` is what `admin.metrics_text` returns, which
+    The HTTP metrics are registered with `registry`; ``/metrics`` is what `view.metrics_text` returns, which
     must include them. `in_flight.drain()` closes the door for new requests (`server.serve` does it).
     """
     limits = limits or Limits()
@@ -86,7 +87,7 @@ def build_router_app(
         metrics=HttpMetrics(registry, card.name),
         in_flight=in_flight,
         timelines=timelines,
-        weight_version=admin.weight_version,
+        weight_version=view.weight_version,
         request_log=request_log,
         sessions=sessions,
     )
@@ -98,6 +99,7 @@ def build_router_app(
     tokens = TokenRoutes(card=card, tokenizer=tokenizer, limits=limits)
     cluster = ClusterRoutes(
         card=card,
+        view=view,
         admin=admin,
         generator=generator,
         in_flight=in_flight,

@@ -192,14 +192,28 @@ class WorkerStatus:
     quarantined_pages: dict[str, int] = field(default_factory=dict)  # by incarnation of the peer
 
 
-class ClusterAdmin(Protocol):
-    """The control calls of a whole cluster, or of one node behind its front."""
+class ClusterView(Protocol):
+    """How a cluster stands."""
 
     def readiness(self) -> tuple[bool, str]:
         """Whether requests are accepted, and if not, why."""
         ...
 
     def workers(self) -> list[WorkerStatus]: ...
+
+    async def request_state(self, request_id: str) -> dict[str, Any] | None:
+        """Which state a request is in, for how long, what it waits for; None if unknown."""
+        ...
+
+    async def server_info(self) -> dict[str, Any]: ...
+
+    def weight_version(self) -> str: ...
+
+    async def metrics_text(self) -> str: ...
+
+
+class ClusterAdmin(Protocol):
+    """The control calls of a whole cluster."""
 
     async def register_worker(self, url: str, entry: NodeEntry | None) -> AdminReply:
         """Add a node or renew its lease. Without ``entry`` it is learned from the URL's /server_info."""
@@ -221,13 +235,3 @@ class ClusterAdmin(Protocol):
     async def assert_peer_death(self, incarnation: str) -> AdminReply:
         """No process of this incarnation lives any more, says an operator or its supervisor."""
         ...
-
-    async def request_state(self, request_id: str) -> dict[str, Any] | None:
-        """Which state a request is in, for how long, what it waits for; None if unknown."""
-        ...
-
-    async def server_info(self) -> dict[str, Any]: ...
-
-    def weight_version(self) -> str: ...
-
-    async def metrics_text(self) -> str: ...

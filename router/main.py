@@ -86,6 +86,7 @@ async def _serve(
         tokenizer=tokenizer,
         generation_defaults=defaults,
         generator=service,
+        view=service.view,
         admin=service,
         weights=service.weights,
         sessions=service,

@@ -14,19 +14,16 @@ Life cycle of a request here:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, assert_never
 from urllib.parse import urlsplit
 
-import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from ..api.entry_lookup import EntryLookup
 from ..api.generation import (
@@ -36,9 +33,8 @@ from ..api.generation import (
     SessionTurn,
     TurnParams,
     UpdateMode,
-    WorkerStatus,
 )
-from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
+from ..api.node_calls import StreamMessage
 from ..messages.node import (
     AttemptFailed,
     CancelRequest,
@@ -59,7 +55,7 @@ from .cluster import Cluster
 from .generation import RoutedGeneration
 from .ledger import Attempt, Ledger
 from .links import Connector
-from .metrics import RouterCollector, RouterCounters, RouterGauges
+from .metrics import RouterCounters
 from .operator import ClusterOperator
 from .options import RouterOptions
 from .pairing import (
@@ -75,6 +71,7 @@ from .pairing import (
 from .prefix_index import DEFAULT_MAX_PAGES, PrefixIndex
 from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, NodeRestarted, NodeSilent
 from .sessions import SessionTable
+from .view import NODE_CALL_TIMEOUT_S, RouterView
 from .weight_rollout import Traffic, ask_all
 from .weight_updates import WeightUpdates
 
@@ -84,11 +81,13 @@ BUSY_TICK_S = 0.02
 IDLE_TICK_S = 0.2
 STALL_S = 1.0  # a tick later than this says that the router itself stood still
 WAIT_POLL_S = 0.02
-NODE_CALL_TIMEOUT_S = 3.0
 
 
 class RouterService:
-    """Implements `Generator` and `ClusterAdmin` of `pdserve.api.generation`. Make it in a running loop."""
+    """Implements `Generator`, `Sessions` and `ClusterAdmin` of `pdserve.api.generation`.
+
+    Make it in a running loop.
+    """
 
     def __init__(
         self,
@@ -129,7 +128,7 @@ class RouterService:
         self._prefixes = PrefixIndex()
         self._generations: dict[str, RoutedGeneration] = {}
         self._attempt_numbers = itertools.count(1)  # one row for all requests: none is used twice
-        self._draining = False
+        self.is_draining = False
         self._pause = PauseGate()
         self.weights = WeightUpdates(
             options,
@@ -146,8 +145,16 @@ class RouterService:
             clock=clock,
         )
         self._last_tick_at = clock()
-        self._metrics_registry = metrics_registry or CollectorRegistry()
-        self._metrics_registry.register(RouterCollector(model.name, self.counters, self._gauges))
+        self.view = RouterView(
+            options,
+            model=model,
+            router_id=self.router_id,
+            cluster=self._cluster,
+            requests=self,
+            counters=self.counters,
+            metrics_registry=metrics_registry or CollectorRegistry(),
+            clock=clock,
+        )
 
     # ---- process life ---------------------------------------------------------------------------
 
@@ -162,11 +169,11 @@ class RouterService:
 
     async def drain(self, deadline_s: float) -> bool:
         """Accept nothing more and let what was accepted end. False when some had not ended in time."""
-        self._draining = True
+        self.is_draining = True
         return await self._until(lambda: not self._generations, deadline_s)
 
     async def close(self) -> None:
-        self._draining = True
+        self.is_draining = True
         for generation in list(self._generations.values()):
             self._fail(generation, _unavailable("the router is shutting down", code="shutting_down"))
         await self._cluster.close()
@@ -209,7 +216,7 @@ class RouterService:
     async def generate(self, spec: GenerateSpec) -> RoutedGeneration:
         """Returns once the request is dispatched. Raises RequestError when it is refused or cannot be."""
         now = self._clock()
-        if self._draining:
+        if self.is_draining:
             raise _unavailable("the router is shutting down", code="shutting_down")
         if spec.request_id in self._generations:
             raise RequestError(
@@ -663,30 +670,6 @@ class RouterService:
 
     # ---- ClusterAdmin ---------------------------------------------------------------------------
 
-    def readiness(self) -> tuple[bool, str]:
-        if self._draining:
-            return False, "the router is shutting down"
-        if not self._nodes.ready_pairs():
-            return False, self._nodes.explain_no_pair()
-        return True, ""
-
-    def workers(self) -> list[WorkerStatus]:
-        now = self._clock()
-        ready = {node.incarnation for pair in self._nodes.ready_pairs() for node in pair}
-        return [
-            WorkerStatus(
-                entry=node.entry,
-                healthy=self._nodes.healthy(node),
-                ready=node.incarnation in ready,
-                lease_s=max(0.0, node.lease_until - now),
-                load=node.load,
-                ready_peers=tuple(sorted(node.ready_peers)),
-                refused_peers=dict(node.refused_peers),
-                quarantined_pages=dict(node.quarantined_pages),
-            )
-            for node in self._nodes
-        ]
-
     async def register_worker(self, url: str, entry: NodeEntry | None) -> AdminReply:
         return await self._cluster.register(url, entry)
 
@@ -804,38 +787,21 @@ class RouterService:
         self._queue.release()
         self._dispatch(self._clock())
 
-    def weight_version(self) -> str:
-        """Of the nodes that serve; of any known node while none is ready; empty when there is none."""
-        for _, decode in self._nodes.ready_pairs():
-            return decode.entry.weight_version
-        return next((node.entry.weight_version for node in self._nodes), "")
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def pause_mode(self) -> str:
+        return self._pause.mode
 
     @property
     def num_running(self) -> int:
         """Requests that were dispatched and have not ended, those that wait for a new attempt included."""
         return len(self._generations) - self._queue.num_new
 
-    async def request_state(self, request_id: str) -> dict[str, Any] | None:
-        own = self._own_state(request_id)
-        nodes: dict[str, Any] = {}
-
-        async def ask(url: str, link: NodeCalls) -> None:
-            with contextlib.suppress(NodeUnavailableError):
-                reply = await link.request_state(request_id, NODE_CALL_TIMEOUT_S)
-                if reply.state:
-                    nodes[url] = {
-                        "state": reply.state,
-                        "age_s": reply.age_s,
-                        "waits_for": reply.waits_for,
-                        "details": reply.details,
-                    }
-
-        await asyncio.gather(*(ask(url, link) for url, link in self._cluster.links().items()))
-        if own is None and not nodes:
-            return None
-        return {"request_id": request_id, **(own or {"state": "not of this router"}), "nodes": nodes}
-
-    def _own_state(self, request_id: str) -> dict[str, Any] | None:
+    def own_state(self, request_id: str) -> dict[str, Any] | None:
+        """Where a request of this router is, in words; None: it has none of this id."""
         generation = self._generations.get(request_id)
         if generation is None:
             return None
@@ -873,61 +839,6 @@ class RouterService:
             "prefill": self._nodes.url_of(pair.prefill) if pair is not None and pair.prefill else None,
             "decode": self._nodes.url_of(pair.decode) if pair is not None else None,
         }
-
-    async def server_info(self) -> dict[str, Any]:
-        links = self._cluster.links()
-        nodes = list(self._nodes)
-        infos = await asyncio.gather(*(self._node_info(node, links.get(node.entry.url)) for node in nodes))
-        by_role: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
-        for node, info in zip(nodes, infos, strict=True):
-            by_role[node.entry.role].append(info)
-        return {
-            "model_path": self._model.path,
-            "served_model_name": self._model.name,
-            "weight_version": self.weight_version(),
-            "router": {
-                "router_id": self.router_id,
-                **asdict(self._options),
-                "pause": self._pause.mode,
-                "num_queued": len(self._queue),
-                "num_running": self.num_running,
-                "num_sessions": self.num_sessions,
-            },
-            **by_role,
-        }
-
-    async def _node_info(self, node: NodeRecord, link: NodeCalls | None) -> dict[str, Any]:
-        load = msgspec.to_builtins(node.load)
-        info = {"url": node.entry.url, "entry": msgspec.to_builtins(node.entry), "internal_states": [load]}
-        if link is None:
-            return info
-        try:
-            reply = await link.server_info(NODE_CALL_TIMEOUT_S)
-        except NodeUnavailableError as error:
-            return {**info, "error": str(error)}
-        return {
-            **info,
-            "model": msgspec.to_builtins(reply.model),
-            "config": reply.config,
-            "internal_states": [msgspec.to_builtins(reply.load)],
-        }
-
-    async def metrics_text(self) -> str:
-        return generate_latest(self._metrics_registry).decode()
-
-    def _gauges(self) -> RouterGauges:
-        ready = {node.incarnation for pair in self._nodes.ready_pairs() for node in pair}
-        workers: Counter[tuple[str, str]] = Counter()
-        for node in self._nodes:
-            workers[node.entry.role, self._worker_state(node, node.incarnation in ready)] += 1
-        return RouterGauges(num_queued=len(self._queue), num_running=self.num_running, workers=workers)
-
-    def _worker_state(self, node: NodeRecord, is_ready: bool) -> str:
-        if not self._nodes.healthy(node):
-            return "silent"
-        if not node.takes_work:
-            return "draining"
-        return "ready" if is_ready else "unpaired"
 
 
 def _lost(attempt: Attempt, reason: str) -> AttemptFailed:

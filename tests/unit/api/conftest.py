@@ -148,6 +148,7 @@ async def api(
         tokenizer=tokenizer,
         generation_defaults=GenerationDefaults(temperature=0.6, top_p=0.9),
         generator=generator,
+        view=admin,
         admin=admin,
         weights=admin,
         sessions=FakeSessions(),

@@ -487,7 +487,7 @@ class Bench:
         return self.net.add(FakeNode(make_entry("decode", name), peers=peers))
 
     async def ready(self, num_ready: int = 2) -> None:
-        await self.until(lambda: sum(worker.ready for worker in self.service.workers()) == num_ready)
+        await self.until(lambda: sum(worker.ready for worker in self.service.view.workers()) == num_ready)
 
     @staticmethod
     async def until(condition: Callable[[], bool]) -> None:

@@ -136,7 +136,7 @@ async def test_a_request_over_real_sockets(
         ]
         task.cancel()
         node.close(linger=0)
-        while service.readiness()[0]:  # noqa: ASYNC110 (any condition)
+        while service.view.readiness()[0]:  # noqa: ASYNC110 (any condition)
             await asyncio.sleep(0.001)
     await service.close()
     assert not service.crashed.done()

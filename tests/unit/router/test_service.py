@@ -146,7 +146,7 @@ async def test_answers_go_on_without_a_prefill_node(bench: Bench, spec: Spec, ex
     prefill.die()
     assert await read(await bench.service.generate(spec("after"))) == {0: expected((1, 2, 3), 0, 8)}
     assert [request.prefill_incarnation for request in decode.requests()] == ["p-1", ""]
-    assert bench.service.readiness() == (True, "")
+    assert bench.service.view.readiness() == (True, "")
 
 
 async def test_a_retracted_request_goes_on_with_what_it_has(
@@ -216,7 +216,7 @@ async def test_a_connection_that_died_in_silence_is_made_again(bench: Bench) -> 
     """A network that forgot it tells nobody; the node goes on registering itself and waits for pings."""
     node = bench.decode()
     await bench.start(lease_s=0.8)
-    await bench.until(lambda: bench.service.workers()[0].healthy)
+    await bench.until(lambda: bench.service.view.workers()[0].healthy)
     (link,) = node.links
     node.answers_pings = False  # on this connection, that is
     async with asyncio.timeout(10):
@@ -225,7 +225,7 @@ async def test_a_connection_that_died_in_silence_is_made_again(bench: Bench) -> 
             await asyncio.sleep(0.005)
     node.answers_pings = True
     await bench.service.register_worker(node.entry.url, node.entry)
-    await bench.until(lambda: bool(bench.service.workers()) and bench.service.workers()[0].healthy)
+    await bench.until(lambda: bool(bench.service.view.workers()) and bench.service.view.workers()[0].healthy)
 
 
 async def test_choices_of_a_lost_node_are_each_continued_alone(
@@ -340,7 +340,9 @@ async def test_a_retry_waits_for_the_weights_it_began_with(
     await bench.until(lambda: bench.service.counters.num_tokens == 2)
     prefill.entry = entry("prefill", "p", weight_version="v2")
     decode.entry = entry(weight_version="v2")
-    await bench.until(lambda: bench.service.weight_version() == "v2" and bench.service.readiness()[0])
+    await bench.until(
+        lambda: bench.service.view.weight_version() == "v2" and bench.service.view.readiness()[0]
+    )
     decode.emit(
         AttemptFailed(
             request_id="r", attempt=1, code="version_skew", reason="weights changed", retriable=True
@@ -441,8 +443,8 @@ async def test_without_a_ready_pair_it_is_503_that_says_what_is_missing(
     if "decode" in roles:
         bench.decode(peers=())
     await bench.start(no_pair_timeout_s=0.1)
-    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
-    assert bench.service.readiness() == (False, reason)
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
+    assert bench.service.view.readiness() == (False, reason)
     with pytest.raises(RequestError, match=reason) as error:
         await bench.service.generate(spec())
     assert (error.value.status, error.value.retry_after_s) == (503, 0.1)
@@ -509,7 +511,7 @@ async def test_drain_lets_running_requests_end_and_refuses_new_ones(
     with pytest.raises(RequestError) as refused:
         await bench.service.generate(spec("late"))
     assert refused.value.status == 503
-    assert bench.service.readiness() == (False, "the router is shutting down")
+    assert bench.service.view.readiness() == (False, "the router is shutting down")
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
     assert await drained
 
@@ -534,7 +536,7 @@ async def test_static_urls_are_polled_until_they_answer(bench: Bench, spec: Spec
     prefill.alive = False
     bench.static_urls = ("http://p", "http://d")
     await bench.start()
-    await bench.until(lambda: len(bench.service.workers()) == 1)
+    await bench.until(lambda: len(bench.service.view.workers()) == 1)
     prefill.alive = True
     await bench.ready()
 
@@ -548,10 +550,10 @@ async def test_every_node_is_told_of_every_node(bench: Bench) -> None:
 async def test_a_dead_node_leaves_the_workers(bench: Bench) -> None:
     _, decode = await small_cluster(bench, lease_s=1.0, pong_timeout_s=0.5)
     decode.die()
-    worker = next(w for w in bench.service.workers() if w.entry.role == "decode")
+    worker = next(w for w in bench.service.view.workers() if w.entry.role == "decode")
     assert not worker.healthy
-    await bench.until(lambda: len(bench.service.workers()) == 1)
-    assert bench.service.readiness() == (False, "no decode node is registered")
+    await bench.until(lambda: len(bench.service.view.workers()) == 1)
+    assert bench.service.view.readiness() == (False, "no decode node is registered")
 
 
 async def test_a_node_with_a_bad_address_harms_nobody(
@@ -566,7 +568,7 @@ async def test_a_node_with_a_bad_address_harms_nobody(
 async def test_a_node_whose_link_broke_is_connected_again(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
     decode.links[0].reset("connection lost")
-    assert not bench.service.readiness()[0]
+    assert not bench.service.view.readiness()[0]
     await bench.ready()
 
 
@@ -584,10 +586,10 @@ async def test_a_node_that_leaves_ends_what_it_works_on(bench: Bench, spec: Spec
     decode.pace_s = 0.001
     generation = await bench.service.generate(spec(max_tokens=100))
     assert (await bench.service.remove_worker("http://d")).success
-    assert bench.service.readiness() == (False, "every decode node is draining")
+    assert bench.service.view.readiness() == (False, "every decode node is draining")
     assert await read(generation) == {0: expected((1, 2, 3), 0, 100)}
     assert generation.info.num_attempts == 1
-    await bench.until(lambda: [w.entry for w in bench.service.workers()] == [prefill.entry])
+    await bench.until(lambda: [w.entry for w in bench.service.view.workers()] == [prefill.entry])
 
 
 async def test_an_operator_removes_a_node_and_names_it_again(bench: Bench) -> None:
@@ -668,7 +670,7 @@ async def test_a_pause_keeps_everything_in_the_queue_and_no_deadline_runs_out(
     await asyncio.sleep(0.5)
     assert not waiting.done()
     assert decode.requests() == []
-    assert (await service.server_info())["router"]["pause"] == "retract"
+    assert (await service.view.server_info())["router"]["pause"] == "retract"
     assert (await service.continue_generation()).success
     assert decode.operations[-1] == ContinueGeneration()
     generation = await waiting
@@ -738,7 +740,7 @@ async def test_weights_are_updated_everywhere_between_requests(
     generation = await late
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
     assert (running.info.weight_version, generation.info.weight_version) == ("v1", "v2")
-    assert bench.service.weight_version() == "v2"
+    assert bench.service.view.weight_version() == "v2"
     for node in (prefill, decode):
         assert [call for call in node.calls if call.startswith(("prepare", "commit", "discard"))] == [
             "prepare /new v2",
@@ -776,8 +778,8 @@ async def test_a_node_that_fails_to_swap_is_named_and_pairs_with_nobody(bench: B
     reply = await bench.service.weights.update_weights_from_disk("/new", "v2", "wait")
     assert not reply.success
     assert "http://p: not idle" in reply.message
-    await bench.until(lambda: not bench.service.readiness()[0])
-    assert bench.service.readiness() == (False, "nodes serve different weight versions: v1, v2")
+    await bench.until(lambda: not bench.service.view.readiness()[0])
+    assert bench.service.view.readiness() == (False, "nodes serve different weight versions: v1, v2")
 
 
 async def test_a_node_that_is_not_idle_yet_is_asked_again(bench: Bench) -> None:
@@ -867,7 +869,7 @@ async def test_weights_have_a_version_of_their_own_each_time(bench: Bench) -> No
     versions = []
     for _ in range(2):
         assert (await bench.service.weights.update_weights_from_disk("/models/step", None, "wait")).success
-        versions.append(bench.service.weight_version())
+        versions.append(bench.service.view.weight_version())
     assert versions[0].startswith("step@")
     assert versions[0] != versions[1]
 
@@ -953,7 +955,7 @@ async def test_tensors_reach_every_node_in_parts_before_anything_is_prepared(ben
             f"prepare {whole.decode()} v2",
             "commit",
         ]
-    assert bench.service.weight_version() == "v2"
+    assert bench.service.view.weight_version() == "v2"
 
 
 async def test_tensors_that_one_node_cannot_hold_are_dropped_by_all(bench: Bench) -> None:
@@ -992,7 +994,7 @@ def group(world_size: int) -> UpdateGroupSpec:
 async def test_every_node_gets_a_rank_of_its_own_in_an_update_group(bench: Bench) -> None:
     nodes = [bench.decode("d2"), bench.prefill("p"), bench.decode("d1")]
     await bench.start()
-    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
     reply = await bench.service.weights.init_weights_update_group(group(5), 2)
     assert (reply.success, reply.ranks) == (True, {"http://p": 2, "http://d1": 3, "http://d2": 4})
     assert "join g as 4 of 5" in nodes[0].calls
@@ -1080,7 +1082,7 @@ async def test_a_node_that_is_started_again_while_memory_is_released_is_no_reaso
     late = asyncio.create_task(bench.service.generate(spec("late")))
     decode.start_again("d-2", peers=("p-1~1",))
     await bench.service.register_worker(decode.entry.url, decode.entry)
-    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
     reply = await bench.service.weights.resume_memory_occupation(("kv_cache",))
     assert reply.success, reply.message
     assert (prefill.entry.incarnation, decode.entry.incarnation) == ("p-1~1", "d-2")
@@ -1168,32 +1170,32 @@ async def test_weights_are_not_updated_around_a_silent_node(bench: Bench) -> Non
 
 async def test_where_a_request_is(bench: Bench, spec: Spec) -> None:
     await bench.start()
-    assert await bench.service.request_state("r") is None
+    assert await bench.service.view.request_state("r") is None
     waiting = asyncio.create_task(bench.service.generate(spec()))
     await bench.until(lambda: bench.service._queue.num_new == 1)
-    state = await bench.service.request_state("r")
+    state = await bench.service.view.request_state("r")
     assert (state["state"], state["waits_for"]) == ("queued", "a ready pair of nodes")
     prefill, decode = bench.prefill(), bench.decode()
     decode.tokens_per_attempt = 0
     for node in (prefill, decode):
         await bench.service.register_worker(node.entry.url, node.entry)
     generation = await waiting
-    state = await bench.service.request_state("r")
+    state = await bench.service.view.request_state("r")
     assert (state["state"], state["waits_for"]) == ("dispatched", "the first token from http://d")
     assert state["choices"][0]["prefill"] == "http://p"
     assert state["nodes"]["http://d"]["state"] == "running"
     output = TokenOutput(request_id="r", attempt=1, choice=0, position=0, token_ids=(7,))
     decode.emit(TokenOutputs(outputs=(output,)))
-    state = await bench.service.request_state("r")
+    state = await bench.service.view.request_state("r")
     assert (state["state"], state["choices"][0]["num_tokens"]) == ("streaming", 1)
     generation.cancel()
-    state = await bench.service.request_state("r")
+    state = await bench.service.view.request_state("r")
     assert state["state"] == "not of this router"
 
 
 async def test_server_info_gathers_the_nodes(bench: Bench) -> None:
     await small_cluster(bench)
-    info = await bench.service.server_info()
+    info = await bench.service.view.server_info()
     assert [node["url"] for node in info["prefill"]] == ["http://p"]
     assert info["decode"][0]["config"] == {"port": 1}
     assert info["decode"][0]["internal_states"][0]["num_total_pages"] == 1000
@@ -1204,7 +1206,7 @@ async def test_metrics_count_what_happened(bench: Bench, spec: Spec) -> None:
     _, decode = await small_cluster(bench)
     decode.fail_with = ["busy"]
     await read(await bench.service.generate(spec()))
-    text = await bench.service.metrics_text()
+    text = await bench.service.view.metrics_text()
     assert 'pd_router_attempts_total{code="busy",model_name="model",role="router"} 1.0' in text
     assert 'pd_router_requests_total{model_name="model",outcome="finished",role="router"} 1.0' in text
     assert 'pd_router_workers{model_name="model",role="decode",state="ready"} 1.0' in text
@@ -1223,7 +1225,7 @@ async def test_unstreamed_requests_come_in_larger_pieces(bench: Bench) -> None:
 async def test_nodes_pull_from_a_node_of_theirs_or_another(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     prefill.entry = msgspec.structs.replace(prefill.entry, weight_version="v2")
-    await bench.until(lambda: bench.service.workers()[0].entry.weight_version == "v2")
+    await bench.until(lambda: bench.service.view.workers()[0].entry.weight_version == "v2")
     reply = await bench.service.weights.update_weights_from_peer("http://p", None, "wait")
     assert reply.success, reply.message
     assert decode.entry.weight_version == "v2"

@@ -90,7 +90,7 @@ async def test_an_update_brings_who_is_late_before_it_begins(bench: Bench) -> No
     first, second = nodes[2:]
     first.prepare_reply = "this host has 3 MiB left"
     await bench.start(weight_rejoin_s=1000.0)
-    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
     assert changes(first) == changes(second) == []
     refused = await bench.service.weights.update_weights_from_disk("/new", "v3", "wait")
     assert not refused.success
@@ -106,7 +106,7 @@ async def test_an_update_brings_who_is_late_before_it_begins(bench: Bench) -> No
 async def test_updates_that_arrive_at_once_are_one_and_refusals(bench: Bench) -> None:
     nodes = await started(bench)
     weights = bench.service.weights
-    await bench.until(lambda: all(worker.healthy for worker in bench.service.workers()))
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
     replies = await asyncio.gather(
         *(weights.update_weights_from_disk(f"/{name}", name, "wait") for name in ("a", "b", "c"))
     )
@@ -134,7 +134,7 @@ async def test_of_two_updates_the_one_that_this_router_rolled_out_counts(bench: 
         node.prepared_fingerprint = "newest"
     late.answers_pings = False  # and is lost, so the update goes without it
     late.die()
-    await bench.until(lambda: len(bench.service.workers()) == 2)
+    await bench.until(lambda: len(bench.service.view.workers()) == 2)
     reply = await bench.service.weights.update_weights_from_disk("/new", "v3", "wait")
     assert reply.success, reply.message
     late.answers_pings = late.alive = True
