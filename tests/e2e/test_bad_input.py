@@ -40,7 +40,7 @@ def test_bad_input_while_streams_go_on(cluster: LocalCluster) -> None:
     bodies = [
         {
             "prompt": random_ids(seed, 20),
-            "max_tokens": 150,
+            "max_tokens": 100,
             "temperature": 0.8,
             "seed": seed,
             "ignore_eos": True,

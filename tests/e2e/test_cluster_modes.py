@@ -20,6 +20,7 @@ from pdserve.tests.e2e.helpers import (
     random_ids,
     request,
     router_process,
+    slowed,
     stream_all,
     wait_until,
 )
@@ -177,9 +178,10 @@ def test_flush_waits_for_what_runs(cluster: LocalCluster) -> None:
         return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
     assert num_cached() == 96
-    stream = Stream(cluster.url, {"prompt": [5, 6], "max_tokens": 300, **GREEDY})
-    stream.wait_for_tokens(2)
-    assert request(cluster.url, "/flush_cache?timeout=60", {}).status == 200
+    with slowed(cluster.url):
+        stream = Stream(cluster.url, {"prompt": [5, 6], "max_tokens": 60, **GREEDY})
+        stream.wait_for_tokens(2)
+        assert request(cluster.url, "/flush_cache?timeout=60", {}).status == 200
     wait_until(lambda: stream.is_over, 5.0, "the stream, which the flush waited for")
     assert stream.answer().is_proper
     assert num_cached() == 0

@@ -30,7 +30,7 @@ from .helpers import (
 
 CHAT = "/v1/chat/completions"
 PAGE_SIZE = 16
-TINY_POOL_PAGES = 40
+TINY_POOL_PAGES = 28
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,11 @@ def test_eight_streams_in_a_tiny_pool_equal_the_undisturbed_run(
     cluster: LocalCluster, with_pool: Callable[[int], LocalCluster]
 ) -> None:
     bodies: list[Body] = [
-        {"prompt": random_ids(seed, 20), "max_tokens": 150, **options}
+        {"prompt": random_ids(seed, 20), "max_tokens": 100, **options}
         for seed, options in enumerate(4 * [GREEDY, {"temperature": 0.8, "seed": 5, "ignore_eos": True}])
     ]
     undisturbed = stream_all(cluster.url, bodies)
-    tiny = with_pool(TINY_POOL_PAGES)  # each needs 11 in the end
+    tiny = with_pool(TINY_POOL_PAGES)  # each needs 8 in the end
     streams = [Stream(tiny.url, body) for body in bodies]
     answers = [stream.answer(timeout_s=120.0) for stream in streams]
     assert all(answer.is_proper for answer in answers), answers
@@ -197,7 +197,7 @@ def test_eight_streams_in_a_tiny_pool_equal_the_undisturbed_run(
 
 
 def test_what_can_never_fit_is_refused_at_once(with_pool: Callable[[int], LocalCluster]) -> None:
-    tiny = with_pool(TINY_POOL_PAGES - 20)
+    tiny = with_pool(20)
     body: Body = {"prompt": random_ids(1, 30), "max_tokens": 400, **GREEDY}
     reply = request(tiny.url, COMPLETIONS, body)
     assert reply.status == 400
