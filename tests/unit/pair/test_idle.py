@@ -1,0 +1,167 @@
+"""`is_idle` of both schedulers covers every place where work can be.
+
+Every container that a scheduler and its parts hold is found by looking into them. A new queue fails a test
+here until it is named below; named as one of work, until it is seen filled and is covered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from .cluster import DecodeNode, Pair, PrefillNode, prompt_of
+
+PARTS = tuple(f"pdserve.{part}." for part in ("components", "decode", "prefill", "runtime", "transfer"))
+
+# Filled: somebody waits for it, so the node is not idle.
+WORK = {
+    "prefill": {"jobs", "forwards", "rooms._rooms", "rooms._room_of_write", "allocator._private"},
+    "decode": {"requests", "by_room", "verifying", "forward", "allocator._exposed"},
+}
+# Filled and emptied within a turn.
+PASSING = {
+    "prefill": set[str](),
+    "decode": {"gone_clients", "streamer._dirty", "timeline._relayed"},
+}
+# May be filled while a node is idle.
+STANDING = {
+    "allocator._free._by_length": "free pages",
+    "allocator._free._length_at": "free pages",
+    "allocator._free._start_before": "free pages",
+    "allocator._quarantined": "pages that a peer may still write: no work",
+    "allocator._readers": "shared pages, those of the cache too",
+    "cache._candidates": "what is cached",
+    "cache._in_tree": "what is cached",
+    "cache._roots": "what is cached",
+    "pins._pins": "pages of sessions between turns",
+    "streamer._attempts": "outputs that may be asked for again; those that are open are counted",
+    "streamer._closed": "outputs that may be asked for again",
+    "control._images._held": "weights that others read",
+    "control._images._making": "weights that others read",
+    "control._weights._groups._groups": "groups with trainers",
+    "control._weights._jobs": "weights that load beside the forwards",
+    "control._operations._profile.waiting": "the profiler starts or stops",
+    "loop_times._kinds": "measured",
+    "control._operations._processes": "who this node is",
+    "control._operations._settings._settings": "how it is set",
+    "status._config": "how it is set",
+    "last_chunk._forward_s": "measured",
+    "peer_clocks._clocks": "measured",
+    "peer_clocks._pinged": "measured",
+    "rosters._rosters": "who peers are",
+    "rooms._peers": "who peers are",
+    "rooms._decodes": "who peers are",
+    "rooms._links": "who peers are",
+    "rooms._meetings": "peers that are met before anything is written to them",
+}
+# On decode a room in quarantine is no work, and keeps its place.
+DECODE_STANDING = {"rooms._rooms", "allocator._private"}
+
+
+def found(node: PrefillNode | DecodeNode) -> dict[str, int]:
+    """Path -> number of items, of each container, reached through parts by the shortest way."""
+    sizes: dict[str, int] = {}
+    parts: deque[tuple[str, object]] = deque([("", node.scheduler)])
+    known = {id(node.scheduler)}
+    while parts:
+        path, part = parts.popleft()
+        names = {*getattr(part, "__dict__", {})}
+        names.update(slot for kind in type(part).__mro__ for slot in getattr(kind, "__slots__", ()))
+        for name in sorted(names):
+            value = getattr(part, name, None)
+            if id(value) in known:
+                continue
+            if isinstance(value, dict | list | set | deque):
+                sizes[f"{path}{name}"] = len(value)
+            elif type(value).__module__.startswith(PARTS):
+                known.add(id(value))
+                parts.append((f"{path}{name}.", value))
+    return sizes
+
+
+class WatchedPair(Pair):
+    """Looks at both nodes after each of their turns."""
+
+    def __init__(self, settings: Mapping[str, object]) -> None:
+        self.seen: dict[str, set[str]] = {"prefill": set(), "decode": set()}
+        super().__init__(**settings)
+
+    def step(self) -> None:
+        super().step()
+        for role, node in (("prefill", self.prefill), ("decode", self.decode)):
+            sizes = found(node)
+            filled = {path for path in WORK[role] if sizes[path]}
+            self.seen[role] |= filled
+            assert not (filled and node.scheduler.is_idle), f"{role} is idle with {filled}"
+            assert not any(sizes[path] for path in PASSING[role]), f"{role}: {sizes}"
+
+
+def hand_offs(pair: Pair) -> None:
+    for number in range(4):
+        pair.start(
+            f"r{number}", prompt_of(12 + 5 * number, seed=number), choices=tuple(range(1 + number % 2))
+        )
+    pair.cancel("r2")
+
+
+def verified(pair: Pair) -> None:
+    pair.decode.digests.is_held = True
+    pair.start("a", prompt_of(20))
+    pair.run()
+    assert not pair.decode.scheduler.is_idle
+    pair.decode.digests.is_held = False
+
+
+def cancelled_in_a_forward(pair: Pair) -> None:
+    """The only request, on prefill and then on decode: its forward goes on without it."""
+    for number, node in enumerate((pair.prefill, pair.decode)):
+        pair.start(f"r{number}", prompt_of(20, seed=number))
+        pair.settle()
+        while not node.engine.queued:
+            pair.prefill.engine.finish()
+            pair.write()
+        pair.cancel(f"r{number}")
+        pair.settle()
+        pair.run()
+
+
+def lost(pair: Pair) -> None:
+    pair.start("a", prompt_of(20))
+    pair.network.cut()
+
+
+WORKLOADS: tuple[tuple[Callable[[Pair], None], Mapping[str, object]], ...] = (
+    (hand_offs, {}),
+    (hand_offs, {"decode_pages": 16, "prefill_pages": 16, "conservativeness": 0.1}),
+    (hand_offs, {"local_prefill_threshold": 64}),
+    (verified, {"verify_pages": "all"}),
+    (cancelled_in_a_forward, {}),
+    (lost, {}),
+)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_every_container_is_known(role: str) -> None:
+    pair = Pair()
+    node = pair.prefill if role == "prefill" else pair.decode
+    standing = STANDING.keys() | (DECODE_STANDING if role == "decode" else {"allocator._exposed"})
+    named = WORK[role] | PASSING[role] | standing
+    assert found(node).keys() - named == set(), "is it work? Then `is_idle` has to cover it"
+    assert (WORK[role] | PASSING[role]) - found(node).keys() == set(), "gone"
+    assert not standing & (WORK[role] | PASSING[role])
+
+
+def test_a_node_with_work_anywhere_is_not_idle() -> None:
+    seen: dict[str, set[str]] = {"prefill": set(), "decode": set()}
+    for begin, settings in WORKLOADS:
+        pair = WatchedPair(settings)
+        begin(pair)
+        pair.run()
+        pair.advance(60.0)
+        pair.run()
+        assert pair.prefill.scheduler.is_idle, begin
+        assert pair.decode.scheduler.is_idle, begin
+        seen = {role: seen[role] | paths for role, paths in pair.seen.items()}
+    assert seen == WORK, "what was never filled shows nothing"
