@@ -212,6 +212,8 @@ class WeightUpdater(Generic[C]):
             return _no(link, message, f"update {self._loading.update_id} is being prepared")
         if self._waiting is not None and self._waiting.prepared.update_id == message.update_id:
             return _yes(link, message, self._waiting.prepared.checkpoint.fingerprint)
+        if self._waiting is not None and self._waiting.is_committed:
+            return _no(link, message, f"update {self._waiting.prepared.update_id} is decided and comes first")
         match message.source:
             case FromDisk(model_path=path):
                 order: LoadOrder = LoadFolder(Path(path))

@@ -364,6 +364,21 @@ def test_a_commit_that_came_too_early_is_done_without_being_asked_again(bench: B
     assert bench.updater.poll(1e6, idle=True) is not None
 
 
+def test_what_is_decided_gives_way_to_no_other_update(bench: Bench) -> None:
+    prepared(bench)
+    assert bench.prepare("u2") is None, "nothing is decided yet: the later one counts"
+    bench.finish_loading()
+    bench.commit("u2", idle=False)
+    refused = bench.prepare("u3")
+    assert refused == Answer(
+        b"router", CallReply(call_id=1, success=False, message="update u2 is decided and comes first")
+    )
+    swap = bench.updater.poll(1e6, idle=True)
+    assert swap is not None
+    assert swap.update_id == "u2"
+    assert bench.prepare("u3") is None
+
+
 # ---- tensors ----------------------------------------------------------------------------------------
 
 
