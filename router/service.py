@@ -72,7 +72,7 @@ from .prefix_index import DEFAULT_MAX_PAGES, PrefixIndex
 from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, NodeRestarted, NodeSilent
 from .sessions import SessionTable
 from .view import NODE_CALL_TIMEOUT_S, RouterView
-from .weight_rollout import Traffic, ask_all
+from .weight_rollout import Traffic, ask_all, until
 from .weight_updates import WeightUpdates
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,6 @@ log = logging.getLogger(__name__)
 BUSY_TICK_S = 0.02
 IDLE_TICK_S = 0.2
 STALL_S = 1.0  # a tick later than this says that the router itself stood still
-WAIT_POLL_S = 0.02
 
 
 class RouterService:
@@ -204,12 +203,7 @@ class RouterService:
                 generation.record.deadline += stood_s
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        deadline = self._clock() + timeout_s
-        while not condition():
-            if self._clock() >= deadline:
-                return False
-            await asyncio.sleep(WAIT_POLL_S)
-        return True
+        return await until(condition, timeout_s, self._clock)
 
     # ---- Generator ------------------------------------------------------------------------------
 

@@ -369,12 +369,13 @@ class WeightUpdates:
     def _serve(self, update: _Update) -> bool:
         """All that took part and live do, and requests can go on."""
         left = self._left(update)
-        everywhere = all(node.entry.weight_version == update.weight_version for node in left)
+        # Not by the version's name, which the update before may have had too.
+        everywhere = all(node.entry.update_id == update.update_id for node in left)
         return bool(left) and everywhere and bool(self._registry.ready_pairs() or self._memory.is_released)
 
     def _outcome(self, update: _Update) -> str:
         left = self._left(update)
-        num_serving = sum(node.entry.weight_version == update.weight_version for node in left)
+        num_serving = sum(node.entry.update_id == update.update_id for node in left)
         text = f"{num_serving} nodes serve weight version {update.weight_version}"
         if num_lost := len(update.nodes) - len(left):
             text += f", {num_lost} died and read it when started again"

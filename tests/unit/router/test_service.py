@@ -1005,6 +1005,17 @@ async def test_every_node_gets_a_rank_of_its_own_in_an_update_group(bench: Bench
     assert all("leave g" in node.calls for node in nodes)
 
 
+async def test_an_update_under_the_name_of_the_one_before_waits_for_the_nodes_too(bench: Bench) -> None:
+    nodes = await small_cluster(bench)
+    for _ in range(3):
+        assert (await bench.service.weights.update_weights_from_disk("/new", "same", "wait")).success
+        known = {node.entry.update_id for node in bench.service._nodes}
+        assert known == {node.entry.update_id for node in nodes}, "the router knows what they serve"
+        assert len(known) == 1
+    for node in nodes:
+        assert [call for call in node.calls if call.startswith("prepare")] == 3 * ["prepare /new same"]
+
+
 async def test_a_group_that_one_node_does_not_join_is_left_by_all(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.join_reply = "nobody listens at trainer:5"
