@@ -182,6 +182,7 @@ class WeightUpdater(Generic[C]):
         self._staged: _Staged | None = None
         self._waiting: _Waiting[C] | None = None
         self._served_update = ""  # the one that was committed last
+        self._served_fingerprint = ""
 
     @property
     def is_idle(self) -> bool:
@@ -210,6 +211,8 @@ class WeightUpdater(Generic[C]):
         """Start loading; the answer comes from `finish`, or now when it cannot begin."""
         if self._loading is not None:
             return _no(link, message, f"update {self._loading.update_id} is being prepared")
+        if message.update_id == self._served_update:  # who asks has not heard of it yet
+            return _yes(link, message, self._served_fingerprint)
         if self._waiting is not None and self._waiting.prepared.update_id == message.update_id:
             return _yes(link, message, self._waiting.prepared.checkpoint.fingerprint)
         if self._waiting is not None and self._waiting.is_committed:
@@ -308,6 +311,7 @@ class WeightUpdater(Generic[C]):
     def _take_waiting(self, waiting: _Waiting[C]) -> Prepared[C]:
         self._waiting = None
         self._served_update = waiting.prepared.update_id
+        self._served_fingerprint = waiting.prepared.checkpoint.fingerprint
         return waiting.prepared
 
     # ---- questions ----------------------------------------------------------------------------------

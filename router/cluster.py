@@ -6,6 +6,7 @@ What happens to nodes is told to one handler; what to do about requests is its b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from .registry import (
     NodeRestarted,
     NodeSilent,
 )
+from .weight_rollout import until
 
 log = logging.getLogger(__name__)
 
 UNREADY_PING_INTERVAL_S = 0.2  # while no pair is ready, so that the first one is noticed soon
+AWAITED_PING_INTERVAL_S = 0.05  # while something waits for what nodes will say of themselves
 
 
 class ClusterHandler(Protocol):
@@ -78,6 +81,8 @@ class Cluster:
         self._connect_not_before: dict[str, float] = {}
         self._roster_due_at = 0.0
         self._may_suspect = True  # not while nodes stand still to load weights
+        self._num_waits = 0
+        self._is_awaited = asyncio.Event()  # something waits for what nodes say: `hears`
         self._tasks: set[asyncio.Task[None]] = set()
         self.crashed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -128,6 +133,17 @@ class Cluster:
             for node in self.registry
             if node.incarnation in self._connections
         }
+
+    async def hears(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Whether what the nodes say of themselves meets it in time; they are asked at once, and often."""
+        self._num_waits += 1
+        self._is_awaited.set()
+        try:
+            return await until(condition, timeout_s, self._clock)
+        finally:
+            self._num_waits -= 1
+            if not self._num_waits:
+                self._is_awaited.clear()
 
     async def register(self, url: str, entry: NodeEntry | None) -> AdminReply:
         """``entry`` None: a person names a URL; otherwise a node registers itself."""
@@ -244,12 +260,17 @@ class Cluster:
                 events = self.registry.pong(incarnation, pong, self._clock())
                 self._apply(events)
                 self._handler.on_pong(incarnation, pong)
-            await asyncio.sleep(self._ping_interval_s())
+            await self._rest_between_pings()
 
-    def _ping_interval_s(self) -> float:
-        if self.registry.ready_pairs():
-            return self._options.ping_interval_s
-        return min(UNREADY_PING_INTERVAL_S, self._options.ping_interval_s)
+    async def _rest_between_pings(self) -> None:
+        interval_s = self._options.ping_interval_s
+        if self._is_awaited.is_set():
+            await asyncio.sleep(min(AWAITED_PING_INTERVAL_S, interval_s))
+            return
+        if not self.registry.ready_pairs():
+            interval_s = min(UNREADY_PING_INTERVAL_S, interval_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._is_awaited.wait(), interval_s)
 
     async def _poll(self, url: str) -> None:
         """Look for the node at a static URL whenever none that answers pings is known there."""

@@ -10,7 +10,7 @@ from ..api.node_calls import NodeCalls
 from ..messages.weights import MemoryReply, MemoryTag
 from .options import RouterOptions
 from .registry import NodeRegistry
-from .weight_rollout import NodeAnswer, Traffic, ask_all, failures, until
+from .weight_rollout import Hears, NodeAnswer, Traffic, ask_all, failures, until
 
 
 class MemoryReleases:
@@ -22,11 +22,13 @@ class MemoryReleases:
         *,
         registry: NodeRegistry,
         traffic: Traffic,
+        hears: Hears,
         clock: Callable[[], float],
     ) -> None:
         self._options = options
         self._registry = registry
         self._traffic = traffic
+        self._hears = hears
         self._clock = clock
         self._released: set[MemoryTag] = set()  # by this router, which holds requests meanwhile
         self.is_moving = False
@@ -41,9 +43,8 @@ class MemoryReleases:
         with self._moving():
             self._traffic.hold("wait")
             try:
-                if not await self._until(
-                    lambda: self._traffic.num_running() == 0, self._options.weight_drain_s
-                ):
+                drain_s = self._options.weight_drain_s
+                if not await until(lambda: self._traffic.num_running() == 0, drain_s, self._clock):
                     return AdminReply(False, "requests were still running")
                 answers = await ask_all(links, lambda link: link.release_memory(tags, wait_s, timeout_s))
                 if reasons := failures(answers):
@@ -78,7 +79,7 @@ class MemoryReleases:
             self._released &= _still_released(answers)
             if _still_released(answers):
                 return AdminReply(True, text)
-            is_ready = await self._until(
+            is_ready = await self._hears(
                 lambda: self._are_known(answers, before) and bool(self._registry.ready_pairs()),
                 self._options.weight_ready_s,
             )
@@ -99,7 +100,7 @@ class MemoryReleases:
         """Who may have released it and not resumed."""
         before = self._incarnations()
         answers = await self._ask_to_resume(tags, links)
-        await self._until(lambda: self._are_known(answers, before), self._options.weight_ready_s)
+        await self._hears(lambda: self._are_known(answers, before), self._options.weight_ready_s)
         return failures(answers)
 
     async def _ask_to_resume(

@@ -141,6 +141,7 @@ class RouterService:
                 num_running=self._num_working,
                 forget_prefixes=self._prefixes.clear,
             ),
+            hears=self._cluster.hears,
             clock=clock,
         )
         self._last_tick_at = clock()

@@ -27,6 +27,12 @@ class Traffic:
     forget_prefixes: Callable[[], None]  # what nodes cached is worth nothing under other weights
 
 
+class Hears(Protocol):
+    """`pdserve.router.cluster.Cluster.hears`."""
+
+    def __call__(self, condition: Callable[[], bool], timeout_s: float) -> Awaitable[bool]: ...
+
+
 class Reply(Protocol):
     @property
     def success(self) -> bool: ...

@@ -42,6 +42,7 @@ from .options import RouterOptions
 from .registry import NodeRecord, NodeRegistry
 from .weight_rejoin import WeightRejoin
 from .weight_rollout import (
+    Hears,
     NodeAnswer,
     Traffic,
     ask_all,
@@ -81,6 +82,7 @@ class WeightUpdates:
         lookup: EntryLookup,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         traffic: Traffic,
+        hears: Hears,
         clock: Callable[[], float],
     ) -> None:
         self._options = options
@@ -88,8 +90,9 @@ class WeightUpdates:
         self._links = links
         self._lookup = lookup
         self._traffic = traffic
+        self._hears = hears
         self._clock = clock
-        self._memory = MemoryReleases(options, registry=registry, traffic=traffic, clock=clock)
+        self._memory = MemoryReleases(options, registry=registry, traffic=traffic, hears=hears, clock=clock)
         self._rejoin = WeightRejoin(options, registry=registry, links=links, spawn=spawn)
         self._num_alone = 0  # calls that bear no other update beside them
         self._is_committed = False  # the update that runs: it waits for nodes, and needs nothing of them
@@ -328,7 +331,8 @@ class WeightUpdates:
     async def _swap(self, update: _Update, started: float) -> AdminReply:
         self._traffic.hold(update.mode)
         try:
-            if not await self._until(lambda: self._traffic.num_running() == 0, self._options.weight_drain_s):
+            drain_s = self._options.weight_drain_s
+            if not await until(lambda: self._traffic.num_running() == 0, drain_s, self._clock):
                 await discard_all(update.links, update.update_id)
                 num_running = self._traffic.num_running()
                 return AdminReply(False, f"{num_running} requests were still running; nothing was changed")
@@ -343,7 +347,7 @@ class WeightUpdates:
             self._is_committed = True
             self._expire_again(started)
             # A node that was not idle in time swaps by itself when it is.
-            if await self._until(lambda: self._serve(update), self._options.weight_ready_s):
+            if await self._hears(lambda: self._serve(update), self._options.weight_ready_s):
                 return AdminReply(True, self._outcome(update))
             if reasons := failures(committed):
                 return AdminReply(False, f"{self._outcome(update)}; the update is decided, but {reasons}")
@@ -380,9 +384,6 @@ class WeightUpdates:
         if num_lost := len(update.nodes) - len(left):
             text += f", {num_lost} died and read it when started again"
         return text
-
-    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        return await until(condition, timeout_s, self._clock)
 
 
 def _join(group: UpdateGroupSpec, rank: int, link: NodeCalls) -> Awaitable[CallReply]:

@@ -390,9 +390,7 @@ def test_staged_parts_are_one_file_for_the_load_and_gone_after_it(bench: Bench) 
     _, swap = bench.commit("u1")
     assert swap is not None
     assert swap.checkpoint == FakeCheckpoint(Path("/tensors"))
-    answer = bench.prepare_tensors("u1", 8)
-    assert answer is not None
-    assert reason(answer) == "nothing is staged for update u1"
+    assert bench.stage("u1", b"x", offset=8).message == "byte 8 came where 0 was next"
 
 
 def test_a_part_that_is_not_the_next_one_is_refused(bench: Bench) -> None:
@@ -593,6 +591,19 @@ def test_what_is_prepared_already_is_not_loaded_again(bench: Bench) -> None:
     )
     assert not bench.jobs
     assert bench.commit("u1")[1] is not None
+
+
+def test_what_serves_already_is_not_loaded_again(bench: Bench) -> None:
+    """Who asks has not heard of it yet: to read it once more would be work for nothing."""
+    bench.prepare("u1")
+    bench.finish_loading()
+    assert bench.commit("u1")[1] is not None
+    assert bench.prepare("u1", call_id=9) == Answer(
+        b"router", CallReply(call_id=9, success=True, message="digest of /models/u1")
+    )
+    assert not bench.jobs
+    reply, swap = bench.commit("u1")
+    assert (reply.success, swap) == (True, None)
 
 
 def test_a_node_that_rejoins_serves_under_the_fingerprint_of_its_peer(bench: Bench) -> None:

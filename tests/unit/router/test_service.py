@@ -936,6 +936,20 @@ async def test_nodes_hear_that_the_coordinator_lives(bench: Bench) -> None:
     assert num_kept(prefill) == before, "it ends with the update"
 
 
+@pytest.mark.parametrize("call", ["update", "resume"])
+async def test_nodes_are_asked_at_once_whether_they_have_changed(bench: Bench, call: str) -> None:
+    """Requests wait meanwhile: not for the next ping, which may be long in coming."""
+    _, decode = await small_cluster(bench, ping_interval_s=60.0, pong_timeout_s=60.0, weight_ready_s=5.0)
+    decode.peers = ("p-1", "p-1~1")  # also by the name that it has when its memory is resumed
+    weights = bench.service.weights
+    if call == "update":
+        reply = await weights.update_weights_from_disk("/new", "v2", "wait")
+    else:
+        assert (await weights.release_memory_occupation(("kv_cache",))).success
+        reply = await weights.resume_memory_occupation(("kv_cache",))
+    assert reply.success, reply.message
+
+
 async def body_of(*pieces: bytes) -> AsyncIterator[bytes]:
     for piece in pieces:
         yield piece
