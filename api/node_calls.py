@@ -225,6 +225,7 @@ class NodeCalls(abc.ABC):
         message = JoinUpdateGroup(
             call_id=next(self._call_ids),
             group_name=group.name,
+            backend=group.backend,
             master_address=group.master_address,
             master_port=group.master_port,
             rank=rank,

@@ -31,6 +31,7 @@ from ..messages.operation import CloseSession, ClusterOperation, ContinueGenerat
 from ..messages.weights import (
     STAGE_PART_BYTES,
     FromDisk,
+    FromGpuMemory,
     FromGroup,
     FromPeer,
     FromSharedMemory,
@@ -351,9 +352,9 @@ class NodeWeights:
         return await self._update(_new_update(), source, weight_version, mode)
 
     async def update_weights_from_ipc(
-        self, name: str, weight_version: str | None, mode: UpdateMode
+        self, source: FromSharedMemory | FromGpuMemory, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        return await self._update(_new_update(), FromSharedMemory(name=name), weight_version, mode)
+        return await self._update(_new_update(), source, weight_version, mode)
 
     async def update_weights_from_peer(
         self, peer_url: str, weight_version: str | None, mode: UpdateMode

@@ -13,9 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..messages.weights import (
+    CUDA_HANDLE_BYTES,
     MEMORY_TAGS,
     TENSOR_DTYPES,
+    FromGpuMemory,
     FromGroup,
+    FromSharedMemory,
+    GroupBackend,
     MemoryTag,
     TensorSpec,
     UpdateGroupSpec,
@@ -34,9 +38,9 @@ _FORMAT = (
     "The body is the bytes of a safetensors file, as `safetensors.torch.save(named_tensors)` makes them, of "
     "content type application/octet-stream; `weight_version` goes in the query. Pickled tensors are not read."
 )
-_NO_HANDLES = (
-    "CUDA handles are not read, as nodes hold weights in host memory: put a safetensors file into /dev/shm "
-    "and give its `name`."
+_NO_PICKLE = (
+    "What comes over these sockets is pickled, and is not read: give `gpu` with a CUDA memory handle, or put "
+    "a safetensors file into /dev/shm and give its `name`."
 )
 _MAX_TRUNCATE = 1000
 DEFAULT_SHARD_BYTES = 5 << 30
@@ -67,10 +71,23 @@ class DistributedRequest(msgspec.Struct, kw_only=True):
     force: bool = False
 
 
-class IpcRequest(msgspec.Struct, kw_only=True):
-    """``name``: of a safetensors file in /dev/shm of a host that all nodes share."""
+class GpuMemory(msgspec.Struct, kw_only=True):
+    """Memory of a GPU that the caller holds. ``device_uuid`` as `nvidia-smi -L` tells it."""
 
-    name: str
+    device_uuid: str
+    handle: bytes  # base64 of the cudaIpcMemHandle_t of the allocation
+    offset: int = 0  # bytes, where the first tensor begins in it
+
+
+class IpcRequest(msgspec.Struct, kw_only=True):
+    """``name``: of a safetensors file in /dev/shm of a host that all nodes share. Or ``gpu``, in memory of a
+    GPU of that host, with what lies there, one tensor behind the other."""
+
+    name: str | None = None
+    gpu: GpuMemory | None = None
+    names: list[str] = []
+    dtypes: list[str] = []
+    shapes: list[list[int]] = []
     weight_version: str | None = None
     mode: str = "wait"
     abort_all_requests: bool = False  # the same as mode "abort"
@@ -95,7 +112,7 @@ class InitGroupRequest(msgspec.Struct, kw_only=True):
     rank_offset: int
     world_size: int
     group_name: str = "weight_update_group"
-    backend: str = "gloo"
+    backend: GroupBackend = "gloo"
     timeout: float = 120.0
 
 
@@ -172,7 +189,7 @@ class WeightAdmin(Protocol):
     ) -> AdminReply: ...
 
     async def update_weights_from_ipc(
-        self, name: str, weight_version: str | None, mode: UpdateMode
+        self, source: FromSharedMemory | FromGpuMemory, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply: ...
 
     async def update_weights_from_peer(
@@ -236,14 +253,13 @@ class WeightRoutes:
     async def init_group(self, http: Request) -> Response:
         raw = parse_object(await read_body(http, self._limits))
         body = parse_request(raw, InitGroupRequest, _NO_RULES)
-        if body.backend != "gloo":
-            raise bad_value("backend", f"nodes hold weights in host memory: {body.backend!r} is not gloo.")
         if not 0 < body.master_port < 2**16:
             raise bad_value("master_port", "`master_port` must be 1 to 65535.")
         if not 1 <= body.rank_offset < body.world_size:
             raise bad_value("rank_offset", "`rank_offset` must be at least 1 and less than `world_size`.")
         group = UpdateGroupSpec(
             name=body.group_name,
+            backend=body.backend,
             master_address=body.master_address,
             master_port=body.master_port,
             world_size=body.world_size,
@@ -278,14 +294,13 @@ class WeightRoutes:
     async def update_from_ipc(self, http: Request) -> Response:
         raw = parse_object(await read_body(http, self._limits))
         if "zmq_handles" in raw:
-            raise bad_value("zmq_handles", _NO_HANDLES)
+            raise bad_value("zmq_handles", _NO_PICKLE)
         body = parse_request(raw, IpcRequest, DISTRIBUTED_RULES)
-        if not body.name or "/" in body.name or body.name.startswith("."):
-            raise bad_value("name", "`name` must be the plain name of a file in /dev/shm.")
+        source = _ipc_source(body)
         if not self._may_update(force=body.force):
             return _one_node()
         reply = await self._admin.update_weights_from_ipc(
-            body.name, body.weight_version, _mode(body.mode, aborts=body.abort_all_requests)
+            source, body.weight_version, _mode(body.mode, aborts=body.abort_all_requests)
         )
         return outcome(reply.success, reply.message)
 
@@ -417,7 +432,25 @@ def compare(replies: Mapping[str, WeightChecksReply]) -> tuple[bool, str]:
     return False, f"these tensors differ between nodes: {', '.join(unlike[:_MAX_NAMED])}{more}"
 
 
-def _specs(body: DistributedRequest) -> tuple[TensorSpec, ...]:
+def _ipc_source(body: IpcRequest) -> FromSharedMemory | FromGpuMemory:
+    if (body.name is None) == (body.gpu is None):
+        raise bad_value("name", "Give either `name` or `gpu`.")
+    if (gpu := body.gpu) is not None:
+        if len(gpu.handle) != CUDA_HANDLE_BYTES:
+            text = f"`gpu.handle` must be {CUDA_HANDLE_BYTES} bytes in base64, a cudaIpcMemHandle_t."
+            raise bad_value("gpu", text)
+        if gpu.offset < 0:
+            raise bad_value("gpu", "`gpu.offset` must be 0 or more.")
+        return FromGpuMemory(
+            device_uuid=gpu.device_uuid, handle=gpu.handle, offset=gpu.offset, tensors=_specs(body)
+        )
+    name = body.name or ""
+    if not name or "/" in name or name.startswith("."):
+        raise bad_value("name", "`name` must be the plain name of a file in /dev/shm.")
+    return FromSharedMemory(name=name)
+
+
+def _specs(body: DistributedRequest | IpcRequest) -> tuple[TensorSpec, ...]:
     if not body.names or not len(body.names) == len(body.dtypes) == len(body.shapes):
         raise bad_value("names", "`names`, `dtypes` and `shapes` must be of one length, and not empty.")
     if len(set(body.names)) < len(body.names):

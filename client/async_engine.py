@@ -267,6 +267,14 @@ class AsyncEngine:
         body = {"name": name, "weight_version": weight_version, "mode": mode}
         return await self._outcome("/update_weights_from_ipc", body, None)
 
+    async def update_weights_from_gpu(
+        self, memory: Mapping[str, Any], weight_version: str | None = None, mode: UpdateMode = "wait"
+    ) -> Outcome:
+        """From memory of a GPU of each node's host; it must stay as it is until the answer. `memory`: `gpu`,
+        `names`, `dtypes` and `shapes` of /update_weights_from_ipc, see docs/examples/gpu_bucket.py."""
+        body = {**memory, "weight_version": weight_version, "mode": mode}
+        return await self._outcome("/update_weights_from_ipc", body, None)
+
     async def init_weights_update_group(
         self,
         master_address: str,

@@ -266,6 +266,12 @@ class Engine:
         """See `AsyncEngine.update_weights_from_ipc`."""
         return self._connection.run(self.aio.update_weights_from_ipc(name, weight_version, mode))
 
+    def update_weights_from_gpu(
+        self, memory: Mapping[str, Any], weight_version: str | None = None, mode: UpdateMode = "wait"
+    ) -> Outcome:
+        """See `AsyncEngine.update_weights_from_gpu`."""
+        return self._connection.run(self.aio.update_weights_from_gpu(memory, weight_version, mode))
+
     def init_weights_update_group(
         self,
         master_address: str,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..engine.gpu_memory import read_gpu_memory
 from ..engine.update_group import join_update_group
 from ..runtime.process import available_memory_bytes
 from .flush_wrapper import FlushWrapper
+from .gpu_weights import GpuWeights
 from .live_settings import LiveSettings
 from .loaded_model import LoadedModel
 from .memory_occupation import MemoryOccupation
@@ -31,6 +33,7 @@ def make_control(
             lambda: node.status.weight_version,
             available_memory_bytes,
             UpdateGroups(join_update_group, available_memory_bytes),
+            GpuWeights(read_gpu_memory, available_memory_bytes).stage,
             node.puller.pull,
         ),
         images=WeightImages(node.image, node.served_update, node.image_jobs),

@@ -21,9 +21,12 @@ def safetensors_header(specs: Sequence[TensorSpec]) -> tuple[bytes, int]:
     """What a safetensors file of these tensors, one behind the other, begins with; how many bytes follow."""
     header, end = {}, 0
     for spec in specs:
-        code, item_bytes = TENSOR_DTYPES[spec.dtype]
-        start, end = end, end + item_bytes * math.prod(spec.shape)
-        header[spec.name] = {"dtype": code, "shape": spec.shape, "data_offsets": (start, end)}
+        start, end = end, end + num_bytes_of(spec)
+        header[spec.name] = {
+            "dtype": TENSOR_DTYPES[spec.dtype][0],
+            "shape": spec.shape,
+            "data_offsets": (start, end),
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, end
@@ -70,6 +73,18 @@ class StagedFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+@contextmanager
+def staged_tensors(specs: Sequence[TensorSpec], available_bytes: int) -> Iterator[tuple[StagedFile, Tensor]]:
+    """A `staged_file` of these tensors, and the bytes to be filled in, see `StagedFile.lay_out`."""
+    with staged_file() as file:
+        require_room(sum(num_bytes_of(spec) for spec in specs), available_bytes)
+        yield file, file.lay_out(specs)
+
+
+def num_bytes_of(spec: TensorSpec) -> int:
+    return TENSOR_DTYPES[spec.dtype][1] * math.prod(spec.shape)
 
 
 @contextmanager

@@ -5,17 +5,15 @@ Its methods are jobs: they block, and belong to the jobs' thread alone.
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from ..messages.weights import TENSOR_DTYPES, FromGroup, JoinUpdateGroup
+from ..messages.weights import FromGroup, JoinUpdateGroup
 from ..runtime.errors import StartupError
-from .staged_weights import StagedFile, require_room, staged_file
+from .staged_weights import StagedFile, num_bytes_of, staged_tensors
 
 
 class Group(Protocol):
@@ -51,12 +49,8 @@ class UpdateGroups:
                 f"there is no group {source.group_name!r}: init_weights_update_group comes first"
             )
         deadline = time.monotonic() + source.timeout_s
-        with staged_file() as file:
-            sizes = [TENSOR_DTYPES[spec.dtype][1] * math.prod(spec.shape) for spec in source.tensors]
-            require_room(sum(sizes), self._available_bytes())
-            data = file.lay_out(source.tensors)
-            ends = list(itertools.accumulate(sizes))
-            buffers = [data[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-            for buffer in [data] if source.is_one_bucket else buffers:
+        with staged_tensors(source.tensors, self._available_bytes()) as (file, data):
+            sizes = [num_bytes_of(spec) for spec in source.tensors]
+            for buffer in [data] if source.is_one_bucket else data.split_with_sizes(sizes):
                 group.receive([buffer], max(0.001, deadline - time.monotonic()))
         return file

@@ -21,6 +21,7 @@ from ..messages.weights import (
     CommitWeights,
     DiscardWeights,
     FromDisk,
+    FromGpuMemory,
     FromGroup,
     FromPeer,
     FromSharedMemory,
@@ -159,8 +160,8 @@ class WeightUpdater(Generic[C]):
     Prepared weights are committed when the coordinator says so or another node is heard to serve them, and
     rolled back when neither happens and the coordinator falls silent for the lease.
 
-    `pull` reads what a peer serves, in a job. `start_job(name, run)` runs jobs one by one. `weight_version`
-    is that of the weights that serve.
+    `read_gpu` and `pull` read what lies in a GPU's memory and what a peer serves, in a job. `start_job(name,
+    run)` runs jobs one by one. `weight_version` is that of the weights that serve.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class WeightUpdater(Generic[C]):
         weight_version: Callable[[], str],
         available_bytes: Callable[[], int],
         groups: UpdateGroups,
+        read_gpu: Callable[[FromGpuMemory], StagedFile],
         pull: Callable[[FromPeer], StagedFile],
     ) -> None:
         self._store = store
@@ -177,6 +179,7 @@ class WeightUpdater(Generic[C]):
         self._weight_version = weight_version
         self._available_bytes = available_bytes
         self._groups = groups
+        self._read_gpu = read_gpu
         self._pull = pull
         self._jobs: deque[_Job] = deque()  # in order
         self._staged: _Staged | None = None
@@ -234,6 +237,9 @@ class WeightUpdater(Generic[C]):
                 order = LoadTensors(file)
             case FromGroup() as group:
                 self._receive(link, message, lambda: self._groups.receive(group))
+                return None
+            case FromGpuMemory() as memory:
+                self._receive(link, message, lambda: self._read_gpu(memory))
                 return None
             case FromPeer() as peer:
                 self._receive(link, message, lambda: self._pull(peer))

@@ -14,6 +14,7 @@ from .memory_region import MemoryRegion
 
 LEASE_S = 30.0
 STAGE_PART_BYTES = 2 << 20  # what a node's loop copies in well under 5 ms
+CUDA_HANDLE_BYTES = 64  # of a cudaIpcMemHandle_t
 WRITE_PART_BYTES = 4 << 20  # what a node writes into another's inbox at once, off its loop
 
 
@@ -69,6 +70,15 @@ class FromSharedMemory(msgspec.Struct, frozen=True, kw_only=True, tag="shared_me
     name: str
 
 
+class FromGpuMemory(msgspec.Struct, frozen=True, kw_only=True, tag="gpu_memory"):
+    """Tensors one behind the other in memory of a GPU, which a process on the node's host holds."""
+
+    device_uuid: str  # as `nvidia-smi -L` tells it, with or without "GPU-"
+    handle: bytes  # a cudaIpcMemHandle_t, of the whole allocation
+    offset: int  # bytes, where the first tensor begins in it
+    tensors: tuple[TensorSpec, ...]
+
+
 class FromPeer(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
     """The weights that another node serves, asked for over a connection to its scheduler.
 
@@ -80,7 +90,7 @@ class FromPeer(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
     fingerprint: str = ""
 
 
-WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup | FromSharedMemory | FromPeer
+WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup | FromSharedMemory | FromGpuMemory | FromPeer
 
 
 _OF_ONE_NODE = "node-"
@@ -95,10 +105,14 @@ def is_of_cluster(update_id: str) -> bool:
     return bool(update_id) and not update_id.startswith(_OF_ONE_NODE)
 
 
+GroupBackend: TypeAlias = Literal["gloo", "nccl"]
+
+
 class UpdateGroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A process group for weights: a trainer's rank 0, which listens, maybe more of its ranks, and nodes."""
 
     name: str
+    backend: GroupBackend
     master_address: str
     master_port: int
     world_size: int
@@ -110,6 +124,7 @@ class JoinUpdateGroup(msgspec.Struct, frozen=True, kw_only=True, tag="join_updat
 
     call_id: int
     group_name: str
+    backend: GroupBackend
     master_address: str
     master_port: int
     rank: int

@@ -26,6 +26,7 @@ from ..messages.node import CallReply
 from ..messages.weights import (
     STAGE_PART_BYTES,
     FromDisk,
+    FromGpuMemory,
     FromGroup,
     FromPeer,
     FromSharedMemory,
@@ -120,11 +121,10 @@ class WeightUpdates:
         return await self._update_alone(source, version, mode)
 
     async def update_weights_from_ipc(
-        self, name: str, weight_version: str | None, mode: UpdateMode
+        self, source: FromSharedMemory | FromGpuMemory, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        return await self._update_alone(
-            FromSharedMemory(name=name), weight_version or _new_version(name), mode
-        )
+        of = source.name if isinstance(source, FromSharedMemory) else "gpu"
+        return await self._update_alone(source, weight_version or _new_version(of), mode)
 
     async def update_weights_from_peer(
         self, peer_url: str, weight_version: str | None, mode: UpdateMode

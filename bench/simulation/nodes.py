@@ -48,7 +48,7 @@ from ...messages.channel import ServerChannel
 from ...messages.memory_region import MemoryRegion
 from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
 from ...messages.peer import PROTOCOL_VERSION, PeerIdentity, PeerToDecode, PeerToPrefill
-from ...messages.weights import FromPeer, JoinUpdateGroup, MemoryTag
+from ...messages.weights import FromGpuMemory, FromPeer, JoinUpdateGroup, MemoryTag
 from ...prefill.job import JobState
 from ...prefill.limits import PrefillLimits
 from ...prefill.scheduler import PrefillScheduler, ToPrefill
@@ -77,6 +77,10 @@ class FakeCheckpoint:
 
 def _no_group(message: JoinUpdateGroup) -> Group:
     raise StartupError(f"group {message.group_name!r} was not joined: there is no trainer here")
+
+
+def _no_gpu(source: FromGpuMemory) -> StagedFile:
+    raise StartupError(f"there is no GPU {source.device_uuid} here")
 
 
 def _no_peer(source: FromPeer) -> StagedFile:
@@ -261,6 +265,7 @@ class _Base(Generic[T]):
             lambda: self.status.weight_version,
             lambda: 1 << 40,
             UpdateGroups(_no_group, lambda: 1 << 40),
+            _no_gpu,
             _no_peer,
         )
         self.metrics = metrics or MetricsReporter("model", role)

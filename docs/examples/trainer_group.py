@@ -18,14 +18,15 @@ _TIMEOUT = timedelta(seconds=60)
 
 
 class TrainerGroup:
-    def __init__(self, name: str, port: int, world_size: int) -> None:
-        """Listens at this port of this host. `world_size` is 1 and the number of nodes."""
+    def __init__(self, name: str, port: int, world_size: int, backend: str = "gloo") -> None:
+        """Listens at this port of this host. `world_size` is 1 and the number of nodes. With "nccl" the
+        tensors that are sent are on this process's GPU."""
         store: TCPStore
         store, _, _ = next(rendezvous(f"tcp://127.0.0.1:{port}", 0, world_size, timeout=_TIMEOUT))
         store.set_timeout(_TIMEOUT)
         keys = distributed_c10d.PrefixStore(name, store)
         make: Any = distributed_c10d._new_process_group_helper
-        self._group, _ = make(world_size, 0, [], "gloo", keys, group_name=name, timeout=_TIMEOUT)
+        self._group, _ = make(world_size, 0, [], backend, keys, group_name=name, timeout=_TIMEOUT)
         distributed_c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
 
     def send(self, tensors: Sequence[Tensor], *, is_one_bucket: bool = False) -> None:

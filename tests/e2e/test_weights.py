@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,11 @@ def test_an_engine_updates_reads_checks_and_frees(
         assert not wrong.success
         assert "no.such.weight" in wrong.message
         assert not engine.update_weights_from_ipc("no-such-file").success
+        handle = base64.b64encode(bytes(64)).decode()
+        memory = {"gpu": {"device_uuid": "GPU-none", "handle": handle}}
+        spec = {"names": [NORM], "dtypes": ["float32"], "shapes": [list(original[NORM].shape)]}
+        no_gpu = engine.update_weights_from_gpu({**memory, **spec})
+        assert (no_gpu.success, "GPU" in no_gpu.message) == (False, True), no_gpu.message
         assert not engine.destroy_weights_update_group("nobody").success
         assert engine.release_memory_occupation(["kv_cache"]).success
         assert not engine.release_memory_occupation(["kv_cache"]).success

@@ -23,7 +23,15 @@ from pdserve.messages.node import NodeEntry, NodeLoad
 from pdserve.messages.operation import ClusterOperation
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import Span
-from pdserve.messages.weights import FromGroup, MemoryTag, UpdateGroupSpec, WeightChecksReply, WeightsReply
+from pdserve.messages.weights import (
+    FromGpuMemory,
+    FromGroup,
+    FromSharedMemory,
+    MemoryTag,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightsReply,
+)
 from pdserve.router.sessions import SessionTable
 from pdserve.runtime.errors import RequestError
 
@@ -201,9 +209,9 @@ class FakeAdmin:
         return self.reply
 
     async def update_weights_from_ipc(
-        self, name: str, weight_version: str | None, mode: UpdateMode
+        self, source: FromSharedMemory | FromGpuMemory, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        self.calls.append(("update ipc", name, weight_version, mode))
+        self.calls.append(("update ipc", source, weight_version, mode))
         return self.reply
 
     async def update_weights_from_peer(

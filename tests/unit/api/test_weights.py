@@ -12,9 +12,19 @@ from torch import zeros
 
 from pdserve.api.generation import AdminReply
 from pdserve.api.weights import in_parts
-from pdserve.messages.weights import FromGroup, TensorSpec, UpdateGroupSpec, WeightChecksReply, WeightsReply
+from pdserve.messages.weights import (
+    FromGpuMemory,
+    FromGroup,
+    FromSharedMemory,
+    GroupBackend,
+    TensorSpec,
+    UpdateGroupSpec,
+    WeightChecksReply,
+    WeightsReply,
+)
 from pdserve.tests.unit.api.conftest import Api
 
+BACKENDS: tuple[GroupBackend, ...] = ("gloo", "nccl")
 TENSOR_ROUTE = "/update_weights_from_tensor"
 
 
@@ -116,7 +126,25 @@ async def test_an_update_from_shared_memory(api: Api) -> None:
         assert (await api.post(route, wrong))[0] == 400, wrong
     status, answer = await api.post(route, {"zmq_handles": {}})
     assert (status, "/dev/shm" in answer["error"]["message"]) == (400, True)
-    assert api.admin.calls == [("update ipc", "step-7", "7", "wait")]
+    assert api.admin.calls == [("update ipc", FromSharedMemory(name="step-7"), "7", "wait")]
+
+
+async def test_an_update_from_memory_of_a_gpu(api: Api) -> None:
+    route, handle = "/update_weights_from_ipc", bytes(range(64))
+    gpu: dict[str, Any] = {"device_uuid": "GPU-1", "handle": base64.b64encode(handle).decode(), "offset": 8}
+    body = {"gpu": gpu, "names": ["a"], "dtypes": ["torch.float32"], "shapes": [[2, 3]]}
+    assert (await api.post(route, {**body, "mode": "retract"}))[0] == 200
+    tensors = (TensorSpec("a", "float32", (2, 3)),)
+    source = FromGpuMemory(device_uuid="GPU-1", handle=handle, offset=8, tensors=tensors)
+    assert api.admin.calls == [("update ipc", source, None, "retract")]
+    for wrong in (
+        {"name": "step-7"},  # which of the two?
+        {"names": []},
+        {"gpu": {**gpu, "handle": gpu["handle"][:8]}},
+        {"gpu": {**gpu, "handle": "no base64"}},
+        {"gpu": {**gpu, "offset": -1}},
+    ):
+        assert (await api.post(route, {**body, **wrong}))[0] == 400, wrong
 
 
 async def test_update_groups(api: Api) -> None:
@@ -131,11 +159,22 @@ async def test_update_groups(api: Api) -> None:
         200,
         {"success": True, "message": "done", "ranks": {"http://d": 1}},
     )
-    for wrong in ({"backend": "nccl"}, {"rank_offset": 0}, {"rank_offset": 3}, {"master_port": 0}):
+    for wrong in ({"backend": "mpi"}, {"rank_offset": 0}, {"rank_offset": 3}, {"master_port": 0}):
         assert (await api.post("/init_weights_update_group", {**body, **wrong}))[0] == 400, wrong
     assert (await api.post("/destroy_weights_update_group", {"group_name": "g"}))[0] == 200
-    spec = UpdateGroupSpec(name="g", master_address="trainer", master_port=5, world_size=3, timeout_s=120.0)
-    assert api.admin.calls == [("init group", spec, 1), ("destroy group", "g")]
+    assert (await api.post("/init_weights_update_group", {**body, "backend": "nccl"}))[0] == 200
+    gloo, nccl = (
+        UpdateGroupSpec(
+            name="g",
+            backend=backend,
+            master_address="trainer",
+            master_port=5,
+            world_size=3,
+            timeout_s=120.0,
+        )
+        for backend in BACKENDS
+    )
+    assert api.admin.calls == [("init group", gloo, 1), ("destroy group", "g"), ("init group", nccl, 1)]
 
 
 async def test_memory_occupation(api: Api) -> None:

@@ -43,6 +43,7 @@ from pdserve.messages.weights import (
     CommitWeights,
     DiscardWeights,
     FromDisk,
+    FromGpuMemory,
     FromPeer,
     JoinUpdateGroup,
     MemoryTag,
@@ -63,6 +64,10 @@ LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype=
 class FakeCheckpoint:
     path: Path
     fingerprint: str = "new digest"
+
+
+def no_gpu(source: FromGpuMemory) -> StagedFile:
+    raise StartupError(source.device_uuid)
 
 
 def no_peer(source: FromPeer) -> StagedFile:
@@ -139,6 +144,7 @@ class Bench:
             lambda: "w1",
             lambda: 1 << 30,
             UpdateGroups(no_group, lambda: 1 << 30),
+            no_gpu,
             no_peer,
         )
         self.control = NodeControl(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from pdserve.components.gpu_weights import GpuWeights
 from pdserve.components.staged_weights import StagedFile
 from pdserve.components.update_groups import UpdateGroups
 from pdserve.components.weight_updater import (
@@ -30,6 +31,7 @@ from pdserve.messages.weights import (
     CommitWeights,
     DiscardWeights,
     FromDisk,
+    FromGpuMemory,
     FromGroup,
     FromPeer,
     FromTensors,
@@ -123,6 +125,7 @@ class Bench:
             lambda: f"version of {self.store.served}",
             lambda: self.available_bytes,
             UpdateGroups(self.join, lambda: self.available_bytes),
+            GpuWeights(self.read_gpu, lambda: self.available_bytes).stage,
             self.pull,
         )
 
@@ -130,6 +133,11 @@ class Bench:
         if message.master_port == 1:
             raise StartupError("nobody listens there")
         return FakeGroup()
+
+    def read_gpu(self, source: FromGpuMemory, target: torch.Tensor) -> None:
+        if source.device_uuid == "nowhere":
+            raise StartupError("this node does not see the GPU nowhere, but none")
+        target.copy_(torch.arange(source.offset, source.offset + len(target)))
 
     def pull(self, source: FromPeer) -> StagedFile:
         if source.zmq_address == "tcp://nobody:1":
@@ -438,6 +446,7 @@ def join_message(port: int = 5) -> JoinUpdateGroup:
     return JoinUpdateGroup(
         call_id=6,
         group_name="g",
+        backend="gloo",
         master_address="trainer",
         master_port=port,
         rank=1,
@@ -474,6 +483,34 @@ def test_what_is_received_is_then_loaded_as_a_file(bench: Bench, is_one_bucket: 
     assert swap is not None
     bench.updater.leave(b"trainer", LeaveUpdateGroup(call_id=8, group_name="g"))
     assert succeeds(bench.finish_loading())
+
+
+def test_what_lies_in_memory_of_a_gpu_is_copied_and_then_loaded_as_a_file(bench: Bench) -> None:
+    bench.store.reads_tensors = True
+
+    def prepare(device_uuid: str) -> Answer | None:
+        tensors = (TensorSpec("a", "uint8", (2, 2)), TensorSpec("b", "bfloat16", (1,)))
+        source = FromGpuMemory(device_uuid=device_uuid, handle=b"h" * 64, offset=7, tensors=tensors)
+        message = PrepareWeights(call_id=6, update_id=device_uuid, source=source, weight_version="v")
+        return bench.updater.prepare(b"router", message)
+
+    assert prepare("nowhere") is None
+    assert bench.run_job() == Answer(
+        b"router",
+        CallReply(call_id=6, success=False, message="this node does not see the GPU nowhere, but none"),
+    )
+    assert prepare("gpu") is None
+    assert bench.run_job() is None
+    answer = bench.run_job()
+    assert answer is not None
+    assert succeeds(answer)
+    assert torch.equal(bench.store.read["a"], torch.tensor([[7, 8], [9, 10]], dtype=torch.uint8))
+    assert bench.store.read["b"].view(torch.uint8).tolist() == [11, 12]
+    bench.available_bytes = 11
+    assert prepare("small") is None
+    refused = bench.run_job()
+    assert refused is not None
+    assert "the update does not fit: this host has 0 MiB left" in reason(refused)
 
 
 def test_an_update_is_one_from_its_first_byte_on(bench: Bench) -> None:

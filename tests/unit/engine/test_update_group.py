@@ -72,6 +72,12 @@ def test_a_trainer_that_sends_nothing_ends_the_wait_at_the_deadline() -> None:
         trainer.end()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is said to be missing")
+def test_a_node_without_a_gpu_joins_no_group_of_nccl() -> None:
+    with pytest.raises(StartupError, match=r"backend nccl needs a .*: use gloo"):
+        UpdateGroup(name="g", host="127.0.0.1", port=1, rank=1, world_size=2, timeout_s=600.0, backend="nccl")
+
+
 def test_a_trainer_that_is_not_there_is_told() -> None:
     with pytest.raises(
         StartupError, match=r"group 'g' of 2 ranks at 127.0.0.1:\d+ was not joined within 1 s"

@@ -13,6 +13,7 @@ from pdserve.messages.node import CallReply, ClientToNode, FlushCache
 from pdserve.messages.weights import (
     CommitWeights,
     FromDisk,
+    FromGpuMemory,
     FromGroup,
     FromSharedMemory,
     FromTensors,
@@ -84,6 +85,7 @@ SOURCES: list[WeightSource] = [
     FromTensors(num_bytes=5),
     FromGroup(group_name="none", tensors=(), is_one_bucket=False, timeout_s=1.0),
     FromSharedMemory(name="pdserve-no-such-file"),
+    FromGpuMemory(device_uuid="none", handle=b"", offset=0, tensors=()),
 ]
 
 

@@ -41,6 +41,7 @@ from pdserve.messages.operation import ClusterOperation, InternalState, ProfileR
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import (
     FromDisk,
+    FromGpuMemory,
     FromGroup,
     FromPeer,
     FromSharedMemory,
@@ -356,7 +357,7 @@ class FakeLink:
                 path = self.staged.decode()
             case FromGroup(group_name=path) | FromSharedMemory(name=path):
                 pass
-            case FromPeer(zmq_address=path):
+            case FromGpuMemory(device_uuid=path) | FromPeer(zmq_address=path):
                 pass
         self.node.sources.append(source)
         await self._answer(f"prepare {path} {weight_version}")

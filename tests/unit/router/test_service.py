@@ -1001,7 +1001,12 @@ async def test_a_node_that_is_lost_while_tensors_are_sent_ends_the_update(bench:
 
 def group(world_size: int) -> UpdateGroupSpec:
     return UpdateGroupSpec(
-        name="g", master_address="trainer", master_port=5, world_size=world_size, timeout_s=1.0
+        name="g",
+        backend="gloo",
+        master_address="trainer",
+        master_port=5,
+        world_size=world_size,
+        timeout_s=1.0,
     )
 
 
