@@ -200,8 +200,11 @@ class PrefillScheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Covers every queue of this binary: no job, no forward, no room that still writes."""
-        return not self.jobs and not self.forwards and self.rooms.is_idle
+        """Covers every queue of this binary: no job and no room that still writes.
+
+        A job that is over stays until its last forward is done, so no forward runs without one.
+        """
+        return not self.jobs and self.rooms.is_idle
 
     def handle(self, link: bytes, message: ToPrefill, now: float) -> None:
         match message:

@@ -184,10 +184,6 @@ class DecodeRooms:
         return sum(len(room.exposed) for room in self._rooms.values() if room.address == address)
 
     @property
-    def num_open_rooms(self) -> int:
-        return sum(room.state is RoomState.OPEN for room in self._rooms.values())
-
-    @property
     def num_quarantined_pages(self) -> int:
         return sum(len(room.exposed) for room in self._rooms.values() if room.state is not RoomState.OPEN)
 
