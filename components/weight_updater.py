@@ -187,10 +187,6 @@ class WeightUpdater(Generic[C]):
         self._served_update = ""  # the one that was committed last
         self._served_fingerprint = ""
 
-    @property
-    def is_idle(self) -> bool:
-        return not self._jobs
-
     # ---- an update ----------------------------------------------------------------------------------
 
     def stage(self, link: bytes, message: StageWeights) -> Answer:
