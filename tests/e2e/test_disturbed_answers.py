@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "disturbed_answers.py"
+from pdserve.tests.scripts import load_script
+
 NUM_BODIES = 24
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("disturbed_answers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    return load_script()
+    return load_script("disturbed_answers")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "killed_updates.py"
+from pdserve.tests.scripts import load_script
 
 
 @pytest.mark.slow
@@ -23,12 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "killed_updates.py"
 def test_the_cluster_ends_on_one_version_whoever_dies(
     seed: int, victims: tuple[str, ...], tmp_path: Path
 ) -> None:
-    spec = importlib.util.spec_from_file_location("killed_updates", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script  # dataclasses look their module up there
-    spec.loader.exec_module(script)
+    script = load_script("killed_updates")
     times = len(victims)
     tally = script.run(times, seed, tmp_path)
     assert tally.failures == []

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "same_answers.py"
+from pdserve.tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def same_answers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("same_answers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("same_answers")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

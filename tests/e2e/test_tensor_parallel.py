@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +31,8 @@ from pdserve.tests.e2e.helpers import (
     wait_until,
 )
 from pdserve.tests.e2e.reference import Reference
+from pdserve.tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "same_answers.py"
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "16"]
 FLAGS += ["--tp", "2", "--num-decode", "2", "--num-threads", "2"]
 RESTART_S = 240.0  # two processes that import torch, on a loaded machine
@@ -43,13 +41,7 @@ PROMPT = random_ids(3, 50)
 
 @pytest.fixture(scope="module")
 def same_answers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("same_answers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("same_answers")
 
 
 @pytest.mark.timeout(600)

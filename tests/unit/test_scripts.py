@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import importlib.util
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import pytest
 
 import pdserve
 from pdserve.runtime.listen import bind_http
+from pdserve.tests.scripts import load_script
 
 ROOT = Path(pdserve.__file__).resolve().parent
 SHELL = sorted(
@@ -34,14 +34,7 @@ Serve = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    """scripts/demo.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("demo")
 
 
 # ---- shell --------------------------------------------------------------------------------------------

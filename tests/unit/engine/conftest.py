@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -23,9 +21,9 @@ from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
+from pdserve.tests.scripts import load_script
 
 CPU = torch.device("cpu")
-SCRIPT = Path(__file__).parents[3] / "scripts" / "make_checkpoint.py"
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +33,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint_script() -> ModuleType:
-    loader = SourceFileLoader("make_checkpoint", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("make_checkpoint", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script("make_checkpoint")
 
 
 @pytest.fixture(scope="session")
