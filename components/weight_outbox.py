@@ -43,6 +43,7 @@ from ..messages.weights import (
     WeightsWrittenReply,
     WriteWeights,
 )
+from ..runtime.completions import Completions
 from ..runtime.errors import StartupError
 from ..transfer.backends.base import TransferBackend, WriteResult, WriteState
 from ..transfer.copy_plan import Run
@@ -241,9 +242,8 @@ class WeightOutbox:
     def __init__(self, kind: TransferKind, make_backend: Callable[[], TransferBackend]) -> None:
         self._writer = OutboxWriter(kind, make_backend)  # the thread's own
         self._asked: queue.SimpleQueue[tuple[bytes, Asked]] = queue.SimpleQueue()
-        self._replies: queue.SimpleQueue[tuple[bytes, Reply]] = queue.SimpleQueue()
+        self._replies = Completions[tuple[bytes, Reply]]()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -257,16 +257,11 @@ class WeightOutbox:
 
     def poll(self) -> list[tuple[bytes, Reply]]:
         """Replies since the last call, and the links that wait for them."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._event)
-        replies = []
-        while not self._replies.empty():
-            replies.append(self._replies.get())
-        return replies
+        return self._replies.drain()
 
     def fileno(self) -> int:
         """Readable while `poll` has something."""
-        return self._event
+        return self._replies.fileno()
 
     def close(self) -> None:
         self._is_closing = True
@@ -292,9 +287,7 @@ class WeightOutbox:
             replies = self._handle_asked()
             replies += writer.poll(time.monotonic())
             for reply in replies:
-                self._replies.put(reply)
-            if replies:  # in this order: a reader that finds the event set finds the replies too
-                os.eventfd_write(self._event, 1)
+                self._replies.push(reply)
             if writer.backend is not None and not is_watched:
                 readable.register(writer.backend.fileno(), select.POLLIN)
                 is_watched = True

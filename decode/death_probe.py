@@ -8,12 +8,12 @@ between, which refuses on behalf of a host that it cannot reach, would make a pr
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
+
+from ..runtime.completions import Completions
 
 PROBE_INTERVAL_S = 1.0
 CONNECT_TIMEOUT_S = 1.0
@@ -39,11 +39,10 @@ class DeathProbe:
 
     def __init__(self, refuses: Callable[[str], bool] = is_refused) -> None:
         self._refuses = refuses
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._proven = Completions[str]()
         self._wake = threading.Condition()
         # What follows is guarded by `_wake`.
         self._suspects: Mapping[str, tuple[str, ...]] = {}
-        self._proven: list[str] = []
         self._thread: threading.Thread | None = None
 
     def watch(self, suspects: Mapping[str, tuple[str, ...]]) -> None:
@@ -59,17 +58,11 @@ class DeathProbe:
 
     def poll(self) -> list[str]:
         """Incarnations whose death is proven since the last call."""
-        if not self._proven:
-            return []
-        with self._wake:
-            proven, self._proven = self._proven, []
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._event)
-        return proven
+        return self._proven.drain()
 
     def fileno(self) -> int:
         """Readable while `poll` has something."""
-        return self._event
+        return self._proven.fileno()
 
     def _run(self) -> None:
         while True:
@@ -78,13 +71,8 @@ class DeathProbe:
                     self._wake.wait()
                 suspects = dict(self._suspects)
             # Within one round: an address that was refused a while ago may be another's by now.
-            proven = [
-                incarnation
-                for incarnation, addresses in suspects.items()
-                if all(self._refuses(address) for address in addresses)
-            ]
+            for incarnation, addresses in suspects.items():
+                if all(self._refuses(address) for address in addresses):
+                    self._proven.push(incarnation)
             with self._wake:
-                if proven:
-                    self._proven += proven
-                    os.eventfd_write(self._event, 1)
                 self._wake.wait(PROBE_INTERVAL_S)

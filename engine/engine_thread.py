@@ -6,18 +6,16 @@ is readable while there is something to take. torch releases the GIL in its kern
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 import torch
 
+from ..runtime.completions import Completions
 from ..runtime.errors import PdserveError
 from .forward_batch import ForwardBatch, ForwardOutput
 from .model_runner import ModelRunner
@@ -53,7 +51,9 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class Failure:
+    """What may not be raised on the thread; `poll` raises it in the loop."""
+
     error: Exception
 
 
@@ -102,10 +102,7 @@ class EngineThread:
         self.forward_sleep_s = 0.0  # before each forward. Written by the loop, read by the thread
         self._num_threads = num_threads
         self._work: SimpleQueue[ForwardBatch | _Job | None] = SimpleQueue()
-        self._finished: deque[Finished | _Failure] = deque()
-        self._ready, self._announce = socket.socketpair()
-        self._ready.setblocking(False)
-        self._announce.setblocking(False)
+        self._finished = Completions[Finished | Failure]()
         self._times = StepTimes()
         self.progress: Progress | None = None  # None: idle. Written by the thread, read by anyone
         self.num_queued = 0  # submitted and not yet polled
@@ -124,18 +121,14 @@ class EngineThread:
         self._work.put(_Job(name, run, expected_s))
 
     def fileno(self) -> int:
-        return self._ready.fileno()
+        return self._finished.fileno()
 
     def poll(self) -> list[Finished]:
         """What has finished since the last call, in order. Raises what a forward raised: the engine
         is lost."""
-        with suppress(BlockingIOError):
-            while self._ready.recv(4096):
-                pass
         results: list[Finished] = []
-        while self._finished:
-            result = self._finished.popleft()
-            if isinstance(result, _Failure):
+        for result in self._finished.drain():
+            if isinstance(result, Failure):
                 raise result.error
             self.num_queued -= 1
             results.append(result)
@@ -150,19 +143,21 @@ class EngineThread:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             return False
-        self._ready.close()
-        self._announce.close()
+        self._finished.close()
         return True
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)  # the setting belongs to the calling thread
         while (work := self._work.get()) is not None:
+            finished: Finished | Failure
             try:
-                self._finished.append(self._do(work))
+                finished = self._do(work)
             except Exception as error:  # carried to the loop, which poll() raises it in
-                self._finished.append(_Failure(error))
+                finished = Failure(error)
             self.progress = None
-            self._wake()
+            del work  # what it held, weights perhaps, may go
+            self._finished.push(finished)
+            del finished  # likewise
 
     def _do(self, work: ForwardBatch | _Job) -> Finished:
         started = time.monotonic()
@@ -182,7 +177,3 @@ class EngineThread:
         except PdserveError as error:
             value, failed = None, error
         return JobResult(work.name, value, failed, started, time.monotonic())
-
-    def _wake(self) -> None:
-        with suppress(BlockingIOError):  # the socket is full of wake-ups that nobody has read yet
-            self._announce.send(b"\0")

@@ -5,20 +5,18 @@ Forwards go on meanwhile on the engine's thread, and the loop on its own.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
+from ..runtime.completions import Completions
 from ..runtime.errors import PdserveError
-from .engine_thread import JobResult
+from .engine_thread import Failure, JobResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +25,13 @@ class _Job:
     run: Callable[[], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    error: Exception
-
-
 class JobThread:
     """Jobs are done one by one, in the order of submission. Every method but the thread's body belongs to the
     loop. The thread computes alone: the other cores are the forwards'."""
 
     def __init__(self, name: str = "jobs") -> None:
         self._work: SimpleQueue[_Job | None] = SimpleQueue()
-        self._finished: deque[JobResult | _Failure] = deque()
-        self._ready, self._announce = socket.socketpair()
-        self._ready.setblocking(False)
-        self._announce.setblocking(False)
+        self._finished = Completions[JobResult | Failure]()
         # A daemon: a job may wait for a peer that never answers, and the process must be able to end.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -51,17 +41,13 @@ class JobThread:
 
     def fileno(self) -> int:
         """Readable while there is something to take."""
-        return self._ready.fileno()
+        return self._finished.fileno()
 
     def poll(self) -> list[JobResult]:
         """What has finished since the last call, in order. Raises what no job may raise: a bug."""
-        with suppress(BlockingIOError):
-            while self._ready.recv(4096):
-                pass
         results: list[JobResult] = []
-        while self._finished:
-            result = self._finished.popleft()
-            if isinstance(result, _Failure):
+        for result in self._finished.drain():
+            if isinstance(result, Failure):
                 raise result.error
             results.append(result)
         return results
@@ -72,20 +58,23 @@ class JobThread:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             return False
-        self._ready.close()
-        self._announce.close()
+        self._finished.close()
         return True
 
     def _run(self) -> None:
         torch.set_num_threads(1)  # the setting belongs to the calling thread
         while (job := self._work.get()) is not None:
-            started = time.monotonic()
-            try:
-                self._finished.append(JobResult(job.name, job.run(), None, started, time.monotonic()))
-            except PdserveError as error:
-                self._finished.append(JobResult(job.name, None, error, started, time.monotonic()))
-            except Exception as error:  # carried to the loop, which poll() raises it in
-                self._finished.append(_Failure(error))
+            finished = _do(job)
             del job  # what it held, weights perhaps, may go
-            with suppress(BlockingIOError):  # full of wake-ups that nobody has read yet
-                self._announce.send(b"\0")
+            self._finished.push(finished)
+            del finished  # likewise
+
+
+def _do(job: _Job) -> JobResult | Failure:
+    started = time.monotonic()
+    try:
+        return JobResult(job.name, job.run(), None, started, time.monotonic())
+    except PdserveError as error:
+        return JobResult(job.name, None, error, started, time.monotonic())
+    except Exception as error:  # carried to the loop, which poll() raises it in
+        return Failure(error)

@@ -6,8 +6,6 @@ defence against somebody who changes pages on purpose: whoever can write into re
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
 import zlib
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 from ..messages.kv_layout import KVLayout
+from ..runtime.completions import Completions
 from ..runtime.config import VerifyPages
 
 SAMPLE_EVERY = 16  # with "sample": one page of so many, the last page always
@@ -53,8 +52,7 @@ class DigestWorker:
         self._memory = memory
         self._layout = layout
         self._jobs: queue.SimpleQueue[tuple[object, tuple[int, ...]]] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Digests] = queue.SimpleQueue()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._done = Completions[Digests]()
         self._thread: threading.Thread | None = None
 
     def submit(self, key: object, pages: Sequence[int]) -> None:
@@ -66,23 +64,16 @@ class DigestWorker:
 
     def poll(self) -> list[Digests]:
         """Jobs that are done since the last call, in the order of submission."""
-        done: list[Digests] = []
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._event)
-        while not self._done.empty():
-            done.append(self._done.get())
-        return done
+        return self._done.drain()
 
     def fileno(self) -> int:
         """Readable while `poll` has something."""
-        return self._event
+        return self._done.fileno()
 
     def _run(self) -> None:
         while True:
             key, pages = self._jobs.get()
-            # Both in this order: a reader that finds the event set finds the result too.
-            self._done.put(Digests(key, tuple(map(self._digest, pages))))
-            os.eventfd_write(self._event, 1)
+            self._done.push(Digests(key, tuple(map(self._digest, pages))))
 
     def _digest(self, page: int) -> int:
         start = page * self._layout.stride_bytes

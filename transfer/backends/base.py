@@ -1,4 +1,4 @@
-"""What every transfer backend offers, and the two parts that all of them are made of.
+"""What every transfer backend offers, and the queue that its writes wait in.
 
 The loop names each write by a handle, submits it, sleeps on the backend's file descriptor among its other
 ones, and collects results by `poll`. No call blocks: the moving is done on the backend's own thread.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import enum
 import mmap
-import os
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -126,37 +124,6 @@ def anonymous_memory(num_bytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTFORK)  # a child's copy-on-write would move pages under the device
     return memory
-
-
-class Completions:
-    """Results on their way from the backend's threads to the loop, with a descriptor to sleep on."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._results: list[WriteResult] = []
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def push(self, result: WriteResult) -> None:
-        with self._lock:
-            self._results.append(result)
-            if len(self._results) == 1 and self._event >= 0:
-                os.eventfd_write(self._event, 1)
-
-    def drain(self) -> list[WriteResult]:
-        with self._lock:
-            results, self._results = self._results, []
-            if results and self._event >= 0:
-                os.eventfd_read(self._event)
-        return results
-
-    def fileno(self) -> int:
-        return self._event
-
-    def close(self) -> None:
-        with self._lock:
-            event, self._event = self._event, -1
-            if event >= 0:
-                os.close(event)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from ...messages.memory_region import MemoryRegion
+from ...runtime.completions import Completions
 from ...runtime.errors import StartupError
 from ..copy_plan import Run
-from .base import Completions, TransferBackend, WriteResult, WriteState, bounds_error
+from .base import TransferBackend, WriteResult, WriteState, bounds_error
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class FaultyBackend:
         self._contacts: dict[int, int] = {}  # send -> the caller's handle
         self._leaving: dict[str, MemoryRegion] = {}  # peers to let go of when the last late write has landed
         self._send_handles = itertools.count(1)
-        self._results = Completions()
+        self._results = Completions[WriteResult]()
         self._alarm = _Alarm()
         self._readable = select.epoll()
         for fd in (inner.fileno(), self._results.fileno(), self._alarm.fileno()):

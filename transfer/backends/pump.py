@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...messages.memory_region import MemoryRegion
+from ...runtime.completions import Completions
 from ..copy_plan import MAX_RUN_BYTES, Run
-from .base import Completions, FairQueue, Write, WriteResult, WriteState
+from .base import FairQueue, Write, WriteResult, WriteState
 
 CHECK_INTERVAL_S = 0.0003
 # A write that is pending for this long is on its way to a peer that is frozen or out of reach, or so long
@@ -69,7 +70,7 @@ class WritePump:
     def __init__(self, name: str, mover: Mover) -> None:
         self._name = name
         self._mover = mover
-        self._completions = Completions()
+        self._completions = Completions[WriteResult]()
         self._in_flight: dict[int, _InFlight] = {}  # transfer -> , oldest first; the pump's own
         self._wake = threading.Condition()
         # What follows is guarded by `_wake`.

@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...messages.memory_region import MemoryRegion
+from ...runtime.completions import Completions
 from ...runtime.errors import StartupError
 from ..copy_plan import Run
 from .base import (
     PAGE_ALIGNMENT,
     SCRATCH_BYTES,
-    Completions,
     FairQueue,
     Write,
     WriteResult,
@@ -85,7 +85,7 @@ class ShmBackend:
         self._pool_bytes = 0
         self._source: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._mapped: dict[str, _Mapped] = {}  # session -> pool; the copier's own
-        self._completions = Completions()
+        self._completions = Completions[WriteResult]()
         self._wake = threading.Condition()
         # What follows is guarded by `_wake`.
         self._queue = FairQueue(MAX_BYTES_IN_FLIGHT)

@@ -28,7 +28,6 @@ from pdserve.messages.memory_region import MemoryRegion
 from pdserve.runtime.errors import StartupError
 from pdserve.transfer.backends import create_backend, devices, mooncake, nixl, shm
 from pdserve.transfer.backends.base import (
-    Completions,
     FairQueue,
     TransferBackend,
     Write,
@@ -771,20 +770,3 @@ def test_only_what_is_queued_can_be_cancelled() -> None:
     assert take_all(queue) == [1]
     assert [queue.cancel(handle) for handle in (1, 2, 2, 3)] == [False, True, False, False]
     assert len(queue) == 0
-
-
-def test_the_descriptor_is_readable_exactly_while_there_are_results() -> None:
-    completions = Completions()
-
-    def readable() -> bool:
-        return bool(select.select([completions], [], [], 0)[0])
-
-    assert not readable()
-    completions.push(WriteResult(1, DONE))
-    completions.push(WriteResult(2, FAILED, "lost"))
-    assert readable()
-    assert [result.handle for result in completions.drain()] == [1, 2]
-    assert not readable()
-    assert completions.drain() == []
-    completions.close()
-    completions.push(WriteResult(3, DONE))  # a thread that ends late does no harm
