@@ -15,30 +15,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import mmap
 import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from ...messages.memory_region import MemoryRegion
 from ...runtime.errors import StartupError
-from ..copy_plan import Run
-from .base import (
-    PAGE_ALIGNMENT,
-    SCRATCH_BYTES,
-    Write,
-    WriteResult,
-    WriteState,
-    anonymous_memory,
-    bounds_error,
-    page_aligned,
-)
+from .base import SCRATCH_BYTES, Write, WriteState
 from .devices import check_devices, rdma_devices
-from .pump import Ended, RefusedError, WritePump
+from .pump import Ended, RefusedError
+from .pumped import PumpedBackend
 
 logger = logging.getLogger(__name__)
 
@@ -64,94 +54,33 @@ class Engine(Protocol):
     def transfer_check_status(self, batch_id: int, /) -> int: ...
 
 
-class MooncakeBackend:
+class MooncakeBackend(PumpedBackend):
     """See TransferBackend."""
 
-    name = "mooncake"
     settle_s = SETTLE_S
 
     def __init__(self, transport: str, host: str, ib_device: str) -> None:
-        self.transport = transport
         self._engine = start_engine(transport, host, ib_device)
         bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
         self._session = f"{bracketed}:{self._engine.get_rpc_port()}"
-        self._pool: mmap.mmap | None = None
-        self._pool_bytes = 0
-        self._address = 0
-        self._is_registered = False
-        self._pump = WritePump("mooncake", self)
+        super().__init__("mooncake", transport)
 
-    @property
-    def num_outstanding(self) -> int:
-        return self._pump.num_outstanding
-
-    def allocate(self, num_bytes: int) -> memoryview:
-        assert self._pool is None, "allocate is called once"
-        self._pool = anonymous_memory(page_aligned(num_bytes) + PAGE_ALIGNMENT)
-        self._pool_bytes = num_bytes
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._pool))
-        return memoryview(self._pool)[:num_bytes]
-
-    def register(self) -> MemoryRegion:
-        assert self._pool is not None, "allocate comes first"
-        total_bytes = len(self._pool)
-        code = self._engine.register_memory(self._address, total_bytes)
+    def _register(self, num_bytes: int) -> str:
+        code = self._engine.register_memory(self._address, num_bytes)
         if code != 0:
             raise StartupError(
-                f"mooncake cannot register {total_bytes >> 20} MiB (code {code}); over RDMA this is most "
+                f"mooncake cannot register {num_bytes >> 20} MiB (code {code}); over RDMA this is most "
                 "often the limit of locked memory: ulimit -l unlimited"
             )
-        self._is_registered = True
-        return MemoryRegion(
-            session=self._session,
-            address=self._address,
-            num_bytes=total_bytes,
-            scratch_address=self._address + total_bytes - PAGE_ALIGNMENT,
-        )
+        return self._session
 
-    def release(self) -> None:
-        assert self._pool is not None, "allocate comes first"
-        if self._is_registered:
-            self._engine.unregister_memory(self._address)
-            self._is_registered = False
-        self._pool.madvise(mmap.MADV_DONTNEED)
-
-    def first_contact(self, handle: int, region: MemoryRegion) -> None:
-        # TCP would take an unregistered source and RDMA would not: do not let TCP hide it.
-        assert self._is_registered, "register comes first"
-        self._pump.first_contact(handle, region)
-
-    def submit(self, handle: int, region: MemoryRegion, run: Run) -> None:
-        assert self._is_registered, "register comes first"
-        if reason := bounds_error(run, region, self._pool_bytes):
-            self._pump.refuse(handle, reason)
-        else:
-            self._pump.submit(handle, region, run)
-
-    def cancel(self, handles: Iterable[int]) -> None:
-        self._pump.cancel(handles)
-
-    def disconnect(self, region: MemoryRegion) -> None:
-        self._pump.disconnect(region)
-
-    def poll(self) -> list[WriteResult]:
-        return self._pump.poll()
-
-    def fileno(self) -> int:
-        return self._pump.fileno()
-
-    def stuck_s(self, now: float) -> float:
-        return self._pump.stuck_s(now)
-
-    def close(self) -> None:
-        if self._pump.close() and self._is_registered:
-            self._engine.unregister_memory(self._address)
+    def _deregister(self) -> None:
+        self._engine.unregister_memory(self._address)
 
     # ---- what the pump asks (Mover) -----------------------------------------------------------------
 
     def meet(self, region: MemoryRegion) -> int:
-        source = self._address + page_aligned(self._pool_bytes)
-        return self._submit(region.session, source, region.scratch_address, SCRATCH_BYTES)
+        return self._submit(region.session, self._scratch_address, region.scratch_address, SCRATCH_BYTES)
 
     def start(self, write: Write) -> int:
         run = write.run

@@ -15,31 +15,19 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import ctypes
 import importlib
 import itertools
-import mmap
 import os
 import uuid
-from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 from ...messages.memory_region import MemoryRegion
 from ...runtime.errors import StartupError
-from ..copy_plan import Run
-from .base import (
-    PAGE_ALIGNMENT,
-    SCRATCH_BYTES,
-    Write,
-    WriteResult,
-    WriteState,
-    anonymous_memory,
-    bounds_error,
-    page_aligned,
-)
+from .base import SCRATCH_BYTES, Write, WriteState
 from .devices import check_devices, rdma_devices
-from .pump import Ended, RefusedError, WritePump
+from .pump import Ended, RefusedError
+from .pumped import PumpedBackend
 
 SETTLE_S = 2.0
 UCX_TRANSPORTS = {"tcp": "tcp", "rdma": "rc"}  # rc: reliable connections over verbs, and what sets them up
@@ -51,98 +39,41 @@ PROGRESS_DELAY_US = 10_000
 NAME_PREFIX = "pdserve-"
 
 
-class NixlBackend:
+class NixlBackend(PumpedBackend):
     """See TransferBackend."""
 
-    name = "nixl"
     settle_s = SETTLE_S
 
     def __init__(self, transport: str, ib_device: str) -> None:
-        self.transport = transport
         self._bindings = import_bindings()
         self._agent_name = f"{NAME_PREFIX}{uuid.uuid4().hex}"
         self._agent, self._ucx = start_agent(self._bindings, self._agent_name, transport, ib_device)
-        self._pool: mmap.mmap | None = None
-        self._pool_bytes = 0
-        self._address = 0
         self._registered: Any = None  # NIXL's list of what was registered
         self._numbers = itertools.count()
         self._transfers: dict[int, Any] = {}  # number -> NIXL's handle
-        self._pump = WritePump("nixl", self)
+        super().__init__("nixl", transport)
 
-    @property
-    def num_outstanding(self) -> int:
-        return self._pump.num_outstanding
-
-    def allocate(self, num_bytes: int) -> memoryview:
-        assert self._pool is None, "allocate is called once"
-        self._pool = anonymous_memory(page_aligned(num_bytes) + PAGE_ALIGNMENT)
-        self._pool_bytes = num_bytes
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._pool))
-        return memoryview(self._pool)[:num_bytes]
-
-    def register(self) -> MemoryRegion:
-        assert self._pool is not None, "allocate comes first"
-        total_bytes = len(self._pool)
-        memory = self._bindings.nixlRegDList(self._bindings.DRAM_SEG, [(self._address, total_bytes, 0, "")])
+    def _register(self, num_bytes: int) -> str:
+        memory = self._bindings.nixlRegDList(self._bindings.DRAM_SEG, [(self._address, num_bytes, 0, "")])
         try:
             self._agent.registerMem(memory, [self._ucx])
         except Exception as error:
             raise StartupError(
-                f"nixl cannot register {total_bytes >> 20} MiB ({error}); over RDMA this is most often the "
+                f"nixl cannot register {num_bytes >> 20} MiB ({error}); over RDMA this is most often the "
                 "limit of locked memory: ulimit -l unlimited"
             ) from None
         self._registered = memory
         metadata = base64.b64encode(self._agent.getLocalMD()).decode()
-        return MemoryRegion(
-            session=f"{self._agent_name} {metadata}",
-            address=self._address,
-            num_bytes=total_bytes,
-            scratch_address=self._address + total_bytes - PAGE_ALIGNMENT,
-        )
+        return f"{self._agent_name} {metadata}"
 
-    def release(self) -> None:
-        assert self._pool is not None, "allocate comes first"
-        if self._registered is not None:
-            self._agent.deregisterMem(self._registered, [self._ucx])
-            self._registered = None
-        self._pool.madvise(mmap.MADV_DONTNEED)
+    def _deregister(self) -> None:
+        self._agent.deregisterMem(self._registered, [self._ucx])
 
-    def first_contact(self, handle: int, region: MemoryRegion) -> None:
-        assert self._registered is not None, "register comes first"
-        self._pump.first_contact(handle, region)
-
-    def submit(self, handle: int, region: MemoryRegion, run: Run) -> None:
-        assert self._registered is not None, "register comes first"
-        if reason := bounds_error(run, region, self._pool_bytes):
-            self._pump.refuse(handle, reason)
-        else:
-            self._pump.submit(handle, region, run)
-
-    def cancel(self, handles: Iterable[int]) -> None:
-        self._pump.cancel(handles)
-
-    def disconnect(self, region: MemoryRegion) -> None:
-        self._pump.disconnect(region)
-
-    def poll(self) -> list[WriteResult]:
-        return self._pump.poll()
-
-    def fileno(self) -> int:
-        return self._pump.fileno()
-
-    def stuck_s(self, now: float) -> float:
-        return self._pump.stuck_s(now)
-
-    def close(self) -> None:
-        if not self._pump.close():
-            return
+    def _close_engine(self) -> None:
         for transfer in self._transfers.values():
             self._release(transfer)
         self._transfers.clear()
-        if self._registered is not None:
-            self._agent.deregisterMem(self._registered, [self._ucx])
-            self._registered = None
+        super()._close_engine()
         self._agent = None  # over TCP its end is what keeps further writes out: a taken-back key does not
 
     # ---- what the pump asks (Mover) -----------------------------------------------------------------
@@ -155,8 +86,7 @@ class NixlBackend:
             raise RefusedError(f"nixl cannot take the metadata of {name}: {error}") from None
         if met.decode() != name:
             raise RefusedError(f"the metadata of {name} is that of another agent")
-        source = self._address + page_aligned(self._pool_bytes)
-        return self._post(name, source, region.scratch_address, SCRATCH_BYTES)
+        return self._post(name, self._scratch_address, region.scratch_address, SCRATCH_BYTES)
 
     def start(self, write: Write) -> int:
         name, _ = _split(write.region.session)
