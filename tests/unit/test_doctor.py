@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import importlib
 import json
 import os
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +19,7 @@ from pdserve import doctor
 from pdserve.doctor import Finding
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
+from pdserve.tests.http_server import serving
 
 GOOD, BAD = Finding("x", True, "works"), Finding("x", False, "missing", "install it")
 Importer = Callable[[str, Exception], None]
@@ -188,7 +189,7 @@ def test_sockets_of_a_running_node_are_found() -> None:
 # ---- a server that is asked ---------------------------------------------------------------------------
 
 
-class _Answers(http.server.BaseHTTPRequestHandler):
+class _Answers(BaseHTTPRequestHandler):
     """Answers /server_info with what the server holds."""
 
     def do_GET(self) -> None:
@@ -205,18 +206,13 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[bytes], str]]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
+    with serving(_Answers) as server:
 
-    def answer(body: bytes) -> str:
-        server.body = body  # type: ignore[attr-defined]
-        return f"http://127.0.0.1:{server.server_address[1]}"
+        def answer(body: bytes) -> str:
+            vars(server).update(body=body)
+            return server.url
 
-    yield answer
-    server.shutdown()
-    server.server_close()
-    thread.join()
+        yield answer
 
 
 NODE = json.dumps({"entry": {"role": "decode", "zmq_address": "tcp://h:5"}, "transport": "tcp"}).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
@@ -10,9 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +19,7 @@ import pytest
 
 import pdserve
 from pdserve.runtime.listen import bind_http
+from pdserve.tests.http_server import serving
 from pdserve.tests.scripts import load_script
 
 ROOT = Path(pdserve.__file__).resolve().parent
@@ -73,7 +73,7 @@ TIMELINE = event(
 WHOLE = [piece("def"), piece(" f", "stop"), TIMELINE, DONE]
 
 
-class _Streams(http.server.BaseHTTPRequestHandler):
+class _Streams(BaseHTTPRequestHandler):
     """Streams the server's `pieces` in chunks; without the last, empty chunk when `is_cut`."""
 
     protocol_version = "HTTP/1.1"
@@ -96,25 +96,20 @@ class _Streams(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Streams)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
+    with serving(_Streams) as server:
 
-    def stream(
-        pieces: list[bytes],
-        *,
-        status: int = 200,
-        is_cut: bool = False,
-        authorizations: list[str | None] | None = None,
-    ) -> str:
-        kept = [] if authorizations is None else authorizations
-        vars(server).update(pieces=pieces, status=status, is_cut=is_cut, authorizations=kept)
-        return f"http://127.0.0.1:{server.server_address[1]}"
+        def stream(
+            pieces: list[bytes],
+            *,
+            status: int = 200,
+            is_cut: bool = False,
+            authorizations: list[str | None] | None = None,
+        ) -> str:
+            kept = [] if authorizations is None else authorizations
+            vars(server).update(pieces=pieces, status=status, is_cut=is_cut, authorizations=kept)
+            return server.url
 
-    yield stream
-    server.shutdown()
-    server.server_close()
-    thread.join()
+        yield stream
 
 
 def test_both_answers_are_shown_with_their_table(

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import groupby
-from threading import Thread
 
 import pytest
 
@@ -13,6 +12,7 @@ from pdserve.messages.timeline import Span
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
+from pdserve.tests.http_server import serving
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -54,18 +54,13 @@ class _Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[int, bytes], str]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
+    with serving(_Answers) as server:
 
-    def answer(status: int, body: bytes) -> str:
-        vars(server).update(status=status, body=body)
-        return f"http://127.0.0.1:{server.server_address[1]}"
+        def answer(status: int, body: bytes) -> str:
+            vars(server).update(status=status, body=body)
+            return server.url
 
-    yield answer
-    server.shutdown()
-    server.server_close()
-    thread.join()
+        yield answer
 
 
 TOKEN = b'data: {"choices": [{"text": "a", "token_ids": [7]}]}\n\n'

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from queue import Queue
-from threading import Event, Thread
+from threading import Event
 
 import pytest
 
@@ -13,6 +13,7 @@ from pdserve.messages.timeline import Span
 from pdserve.router import trace_export
 from pdserve.router.trace_export import TraceExporter
 from pdserve.runtime.errors import StartupError
+from pdserve.tests.http_server import serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -49,15 +50,10 @@ class _Collector(BaseHTTPRequestHandler):
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Queue[tuple[str, bytes]]]]:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    server = HTTPServer(("127.0.0.1", 0), _Collector)
     bodies: Queue[tuple[str, bytes]] = Queue()
-    vars(server)["bodies"] = bodies
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces", bodies
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(_Collector) as server:
+        vars(server)["bodies"] = bodies
+        yield f"{server.url}/v1/traces", bodies
 
 
 def test_a_collector_receives_the_request_and_its_stages(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import urllib.error
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from pdserve.runtime.direct_http import open_url
 from pdserve.runtime.listen import bind_http
+from pdserve.tests.http_server import serving
 
 
 class _Ready(BaseHTTPRequestHandler):
@@ -25,13 +25,8 @@ class _Ready(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), _Ready)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(_Ready) as server:
+        yield server.url
 
 
 def test_a_proxy_of_the_environment_is_not_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
