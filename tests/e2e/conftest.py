@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.tests.e2e.helpers import clean_cluster
 from pdserve.tests.e2e.reference import Reference
 
 # fp32, so that answers can be compared; NaN in reserved pages, so that a page that did not travel shows;
@@ -20,10 +22,8 @@ FLAGS += ["--enable-return-hidden-states"]
 @pytest.fixture(scope="session")
 def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     log_path = tmp_path_factory.mktemp("cluster") / "log"
-    with LocalCluster([str(SHIPPED_MODEL), *FLAGS], log_path=log_path) as cluster:
+    with clean_cluster([str(SHIPPED_MODEL), *FLAGS], log_path) as cluster:
         yield cluster
-    log = log_path.read_text()
-    assert "Traceback" not in log, log
 
 
 @pytest.fixture
@@ -31,6 +31,12 @@ def cluster(shared_cluster: LocalCluster) -> Iterator[LocalCluster]:
     """The cluster, idle before and after: no page locked, reserved, exposed or quarantined."""
     yield shared_cluster
     shared_cluster.wait_idle(timeout_s=15.0)
+
+
+@pytest.fixture
+def engine(cluster: LocalCluster) -> Iterator[Engine]:
+    with Engine(url=cluster.url) as engine:
+        yield engine
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -41,6 +42,15 @@ def wait_until(condition: Callable[[], T], timeout_s: float, what: str) -> T:
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(0.02)
     return result
+
+
+@contextmanager
+def clean_cluster(arguments: Sequence[str], log_path: Path) -> Iterator[LocalCluster]:
+    """A cluster whose processes log no traceback until they have ended."""
+    with LocalCluster(arguments, log_path=log_path) as cluster:
+        yield cluster
+    log = log_path.read_text()
+    assert "Traceback" not in log, log
 
 
 # ---- HTTP -------------------------------------------------------------------------------------------

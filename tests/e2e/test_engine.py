@@ -9,7 +9,6 @@ import math
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +23,6 @@ from pdserve.tests.e2e.reference import Reference
 
 SAMPLING = {"max_new_tokens": 12, **GREEDY}
 PROMPT = random_ids(70, 40)
-
-
-@pytest.fixture
-def engine(cluster: LocalCluster) -> Iterator[Engine]:
-    with Engine(url=cluster.url) as engine:
-        yield engine
 
 
 def test_blocking_streamed_awaited_and_batched_answers_are_the_same(

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.messages.timeline import FIRST_TOKEN_STAGES, OVERLAPPING, SECOND_TOKEN_STAGES
+from pdserve.tests.e2e.helpers import metric
 
 PAGE_SIZE = 16
 
 
-def metric(cluster: LocalCluster, role: str, name: str) -> float:
+def total(cluster: LocalCluster, role: str, name: str) -> float:
     """The sum of a metric over the nodes of a role."""
-    total = 0.0
-    for worker in cluster.workers(role):
-        text = cluster.get("/metrics", base=worker["url"])
-        for line in text.splitlines():
-            if re.match(rf"{name}(\{{.*\}})? ", line):
-                total += float(line.rsplit(" ", 1)[1])
-    return total
+    return sum(metric(cluster.get("/metrics", base=worker["url"]), name) for worker in cluster.workers(role))
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [1, 15, 16, 17, 64, 65, 300])
@@ -29,8 +22,8 @@ def test_every_page_travels_and_decode_computes_no_prompt(
 ) -> None:
     cluster.flush()  # decode keeps what it was sent before
     layout = cluster.get("/server_info", base=cluster.workers("decode")[0]["url"])["kv_layout"]
-    bytes_before = metric(cluster, "prefill", "pd_kv_transfer_bytes_total")
-    computed_before = metric(cluster, "decode", "pd_prompt_tokens_total")
+    bytes_before = total(cluster, "prefill", "pd_kv_transfer_bytes_total")
+    computed_before = total(cluster, "decode", "pd_prompt_tokens_total")
     answer = cluster.post(
         "/v1/completions",
         {
@@ -45,9 +38,9 @@ def test_every_page_travels_and_decode_computes_no_prompt(
     num_pages = -(-num_prompt_tokens // PAGE_SIZE)
     handoff = next(span for span in answer["timeline"]["spans"] if span["name"] == "handoff")
     assert handoff["num_bytes"] == num_pages * layout["page_bytes"]
-    moved = metric(cluster, "prefill", "pd_kv_transfer_bytes_total") - bytes_before
+    moved = total(cluster, "prefill", "pd_kv_transfer_bytes_total") - bytes_before
     assert moved == num_pages * layout["page_bytes"]
-    assert metric(cluster, "decode", "pd_prompt_tokens_total") == computed_before
+    assert total(cluster, "decode", "pd_prompt_tokens_total") == computed_before
 
 
 def test_timeline_names_every_stage(cluster: LocalCluster) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 
 from pdserve import Engine
@@ -16,12 +14,6 @@ from pdserve.tests.e2e.reference import Reference
 
 PROMPT = random_ids(90, 150)  # three chunks
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
-
-
-@pytest.fixture
-def engine(cluster: LocalCluster) -> Iterator[Engine]:
-    with Engine(url=cluster.url) as engine:
-        yield engine
 
 
 def test_hidden_states_of_prompt_and_output(engine: Engine, reference: Reference) -> None:

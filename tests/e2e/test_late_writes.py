@@ -28,6 +28,7 @@ from pdserve.tests.e2e.helpers import (
     Body,
     Stream,
     all_paired,
+    clean_cluster,
     frozen,
     greedy_ids,
     kill_nodes,
@@ -40,7 +41,7 @@ from pdserve.tests.e2e.helpers import (
 )
 
 NODE_FLAGS = ["--dtype", "float32", "--chunked-prefill-size", "64", "--num-threads", "1"]
-FLAGS = [*NODE_FLAGS, "--poison-reserved-pages"]
+ARGUMENTS = [str(SHIPPED_MODEL), *NODE_FLAGS, "--poison-reserved-pages"]
 pytestmark = pytest.mark.timeout(300)
 SMALL_POOL = ["--kv-cache-gb", "0.0055"]  # 120 pages of 16 tokens
 NUM_PROMPT_PAGES = 40
@@ -50,14 +51,6 @@ LONG: Body = {"prompt": random_ids(50, 16 * NUM_PROMPT_PAGES - 5), "max_tokens":
 PRESSURE: list[Body] = [
     {"prompt": random_ids(60 + number, 120 + 13 * number), "max_tokens": 20, **GREEDY} for number in range(10)
 ]
-
-
-@contextmanager
-def started(log_path: Path, *flags: str) -> Iterator[LocalCluster]:
-    with LocalCluster([str(SHIPPED_MODEL), *FLAGS, *flags], log_path=log_path) as cluster:
-        yield cluster
-    log = log_path.read_text()
-    assert "Traceback" not in log, log
 
 
 @contextmanager
@@ -80,7 +73,7 @@ def remove(cluster: LocalCluster, url: str) -> None:
 def with_one_late_node(tmp_path: Path, delay_s: float) -> Iterator[tuple[LocalCluster, str, str]]:
     """The cluster, the URL of the prefill node that writes late, and of the healthy one, not yet in use."""
     plan = f"delay=1.0,delay_s={delay_s}"
-    with started(tmp_path / "log", *SMALL_POOL, "--faulty", plan) as cluster:
+    with clean_cluster([*ARGUMENTS, *SMALL_POOL, "--faulty", plan], tmp_path / "log") as cluster:
         (late,) = [worker["url"] for worker in cluster.workers("prefill")]
         with extra_node(cluster, "prefill", *SMALL_POOL):
             wait_until(lambda: all_paired(cluster, 2, 1), START_S, "two prefill nodes")
@@ -175,7 +168,7 @@ def test_decode_frozen_and_the_sender_killed(
 @pytest.mark.slow
 def test_frozen_newcomers_hold_nobody_up(tmp_path: Path) -> None:
     """Of either role, frozen as soon as the router knows them: hand-offs of the others go on meanwhile."""
-    with started(tmp_path / "log") as cluster:
+    with clean_cluster(ARGUMENTS, tmp_path / "log") as cluster:
         prompts = [random_ids(80 + number, 200) for number in range(20)]
         expected = [greedy_ids(cluster.url, prompt, 4) for prompt in prompts]
         cluster.flush()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,12 +16,7 @@ from typing import Any
 import pytest
 
 from pdserve.runtime.process import end
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from pdserve.tests.trainer import free_port
 
 
 def is_ready(url: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,12 +15,6 @@ from pdserve.tests.e2e.helpers import GREEDY, all_paired, greedy_ids, kill_nodes
 
 SAMPLING = {"max_new_tokens": 24, **GREEDY}
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
-
-
-@pytest.fixture
-def engine(cluster: LocalCluster) -> Iterator[Engine]:
-    with Engine(url=cluster.url) as engine:
-        yield engine
 
 
 def num_pinned(engine: Engine) -> int:
