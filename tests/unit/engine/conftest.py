@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from pdserve.engine import operators
+from pdserve.engine.engine_thread import EngineThread
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
+from pdserve.engine.job_thread import JobThread
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
 from pdserve.engine.model_config import ModelConfig, kv_layout
 from pdserve.engine.model_runner import ModelRunner
@@ -24,6 +28,16 @@ from pdserve.messages.sampling import SamplingParams
 from pdserve.tests.scripts import load_script
 
 CPU = torch.device("cpu")
+
+
+def wait_for(thread: EngineThread | JobThread, count: int) -> list[Any]:
+    """Sleeps on the file descriptor, as the scheduler's loop does."""
+    results: list[Any] = []
+    while len(results) < count:
+        readable, _, _ = select.select([thread], [], [], 20)
+        assert readable, "nothing finished"
+        results += thread.poll()
+    return results
 
 
 @pytest.fixture(autouse=True)

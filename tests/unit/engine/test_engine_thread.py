@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pdserve.engine.engine_thread import EngineThread, Finished, JobResult
+from pdserve.engine.engine_thread import EngineThread, JobResult
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput
 from pdserve.engine.kv_pool import KVPool
 from pdserve.engine.model_config import ModelConfig, kv_layout
@@ -21,6 +21,7 @@ from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
 from pdserve.runtime.errors import StartupError
+from pdserve.tests.unit.engine.conftest import wait_for
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,6 @@ def batch_of(engine: Engine, step: int, token: int = 5) -> ForwardBatch:
         choices=(0,),
     )
     return ForwardBatch.build(ScheduleBatch((row,)), step=step, config=engine.config, layout=engine.layout)
-
-
-def wait_for(thread: EngineThread, count: int) -> list[Finished]:
-    """Sleeps on the file descriptor, as the scheduler's loop does."""
-    results: list[Finished] = []
-    while len(results) < count:
-        readable, _, _ = select.select([thread], [], [], 20)
-        assert readable, "nothing finished"
-        results += thread.poll()
-    return results
 
 
 def test_forwards_finish_in_order(engine: Engine) -> None:

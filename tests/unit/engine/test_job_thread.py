@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pdserve.engine.engine_thread import JobResult
 from pdserve.engine.job_thread import JobThread
 from pdserve.runtime.errors import StartupError
+from pdserve.tests.unit.engine.conftest import wait_for
 
 
 @pytest.fixture
@@ -19,16 +19,6 @@ def jobs() -> Iterator[JobThread]:
     thread = JobThread()
     yield thread
     assert thread.close()
-
-
-def wait_for(jobs: JobThread, count: int) -> list[JobResult]:
-    """Sleeps on the file descriptor, as the scheduler's loop does."""
-    results: list[JobResult] = []
-    while len(results) < count:
-        readable, _, _ = select.select([jobs], [], [], 20)
-        assert readable, "nothing finished"
-        results += jobs.poll()
-    return results
 
 
 def test_jobs_are_done_in_order_on_another_thread_with_one_core(jobs: JobThread) -> None:

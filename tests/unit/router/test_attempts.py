@@ -24,7 +24,7 @@ MakeRecord = Callable[..., RequestRecord]
 
 @pytest.fixture
 def make(spec: Callable[..., GenerateSpec]) -> MakeRecord:
-    def make(**changes: object) -> RequestRecord:
+    def make(clock_lead_s: Callable[[str], float] = lambda node: 0.0, **changes: object) -> RequestRecord:
         return RequestRecord(
             spec(**changes),
             arrived_at=0.0,
@@ -34,7 +34,7 @@ def make(spec: Callable[..., GenerateSpec]) -> MakeRecord:
             eos_token_ids=(EOS,),
             max_model_len=50,
             clock=SpanClock(lambda: 0.0, 1000.0),
-            clock_lead_s=lambda node: 0.0,
+            clock_lead_s=clock_lead_s,
         )
 
     return make
@@ -181,19 +181,9 @@ def test_spans_of_all_attempts_are_gathered_each_once(make: MakeRecord) -> None:
     assert record.info.spans == [prefill, step]
 
 
-def test_the_two_ways_between_router_and_decode_are_spans(spec: Callable[..., GenerateSpec]) -> None:
+def test_the_two_ways_between_router_and_decode_are_spans(make: MakeRecord) -> None:
     """Decode's clock is 5 s ahead; ours showed 1000 s more than our monotonic one."""
-    record = RequestRecord(
-        spec(),
-        arrived_at=0.0,
-        deadline=100.0,
-        max_attempts=3,
-        resend_interval_s=0.5,
-        eos_token_ids=(EOS,),
-        max_model_len=50,
-        clock=SpanClock(lambda: 0.0, 1000.0),
-        clock_lead_s={"d": 5.0}.__getitem__,
-    )
+    record = make(clock_lead_s={"d": 5.0}.__getitem__)
     attempt = start(record)
     attempt.sent_s = 1.0
     theirs = (Span("decode_queue", 1006.5, 0.5), Span("relay", 1008.0, 0.25))
