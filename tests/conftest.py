@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
 
 # A deadline for an example is an assertion on the machine's speed. The examples are the same in each run,
@@ -9,3 +13,14 @@ from hypothesis import settings
 settings.register_profile("pdserve", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("pdserve")
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """Afterwards, for tests of what configures it."""
+    root, ours = logging.getLogger(), logging.getLogger("pdserve")
+    handlers, level, our_level = list(root.handlers), root.level, ours.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    ours.setLevel(our_level)

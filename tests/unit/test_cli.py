@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -28,15 +27,10 @@ COMMANDS = ("up", "router", "prefill", "decode", "bench", "doctor")
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_was() -> Iterator[None]:
+def process_as_it_was(logging_as_it_was: None) -> Iterator[None]:
     """Commands configure logging and take signals; pytest gets its own back."""
-    root, ours = logging.getLogger(), logging.getLogger("pdserve")
-    kept = list(root.handlers), root.level, ours.level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    root.handlers[:], level, our_level = kept
-    root.setLevel(level)
-    ours.setLevel(our_level)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

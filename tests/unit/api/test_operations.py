@@ -15,11 +15,8 @@ from pdserve.tests.unit.api.conftest import Api
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_was() -> Iterator[None]:
-    ours = logging.getLogger("pdserve")
-    kept = ours.level
+def process_as_it_was(logging_as_it_was: None) -> Iterator[None]:
     yield
-    ours.setLevel(kept)
     gc.unfreeze()
 
 

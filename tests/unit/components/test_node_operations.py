@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from pdserve.messages.operation import (
 from pdserve.runtime.errors import PdserveError, StartupError
 from pdserve.runtime.logs import log_level
 
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 LINK = b"link"
 START = StartProfile(call_id=1, profile_id="p", output_dir="/d")
 
@@ -127,14 +127,6 @@ class Bench:
 @pytest.fixture
 def bench() -> Bench:
     return Bench()
-
-
-@pytest.fixture(autouse=True)
-def level_as_it_was() -> Iterator[None]:
-    ours = logging.getLogger("pdserve")
-    kept = ours.level
-    yield
-    ours.setLevel(kept)
 
 
 def test_the_state_tells_what_held_the_loop(bench: Bench) -> None:
