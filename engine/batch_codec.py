@@ -30,7 +30,7 @@ def _encoded(value: object) -> Any:  # noqa: ANN401  msgspec's hooks are typed s
         case torch.dtype():
             return str(value)
         case _:
-            raise NotImplementedError(f"{type(value).__name__} in a forward batch")
+            raise _unsupported(type(value))
 
 
 def _decoded(kind: type, value: Any) -> Any:  # noqa: ANN401
@@ -41,7 +41,13 @@ def _decoded(kind: type, value: Any) -> Any:  # noqa: ANN401
         if not data:
             return torch.empty(shape, dtype=_dtype(name))
         return torch.frombuffer(bytearray(data), dtype=_dtype(name)).view(shape)
-    raise NotImplementedError(f"{kind} in a forward batch")
+    raise _unsupported(kind)
+
+
+def _unsupported(kind: type) -> NotImplementedError:
+    """What msgspec asks hooks to raise. A TypeError would become a ValidationError while decoding, as if the
+    bytes were wrong and not this module, which lacks a type."""
+    return NotImplementedError(f"a forward batch with a {kind.__name__} cannot be sent to other ranks")
 
 
 def _dtype(name: str) -> torch.dtype:
