@@ -1,17 +1,22 @@
-"""From a prepared answer to an HTTP response, streamed or whole."""
+"""From an HTTP request to its body, and from a prepared answer to the response, streamed or whole."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from .errors import CLIENT_CLOSED_REQUEST
 from .in_flight import InFlightRequests
 from .sse import ClientLeftError, EventStream, unless_client_leaves
-from .text_run import TextJob
+from .text_run import Serving, TextJob
+from .timelines import Laps
+from .validation import FieldRules, parse_object, parse_request, read_body
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Answer(Protocol):
@@ -20,6 +25,17 @@ class Answer(Protocol):
     def events(self) -> AsyncGenerator[bytes, None]: ...
 
     async def whole(self) -> bytes: ...
+
+
+async def receive(
+    http: Request, serving: Serving, request_type: type[S], rules: FieldRules
+) -> tuple[S, Laps]:
+    """The body, and the laps of the request's timeline. Raises RequestError; while the server drains, before
+    anything is read."""
+    laps = serving.timelines.begin(http)
+    serving.in_flight.check_open()
+    raw = parse_object(await read_body(http, serving.limits))
+    return parse_request(raw, request_type, rules), laps
 
 
 async def respond(

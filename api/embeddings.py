@@ -12,7 +12,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from starlette.requests import Request
@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
-from .answering import respond_whole
+from .answering import receive, respond_whole
 from .detokenizer import TextOptions
 from .generation import GenerateSpec
 from .http_metrics import RequestMeter
@@ -28,16 +28,12 @@ from .native_types import NativeFinish
 from .openai_types import CachedTokensDetails
 from .prompts import Prompt, read_prompts
 from .text_run import Serving, TextJob, TextRun
-from .timelines import Laps
 from .validation import (
     NATIVE_RULES,
     OPENAI_RULES,
     bad_value,
     check_model,
     checked_priority,
-    parse_object,
-    parse_request,
-    read_body,
 )
 
 _LAST_STATE = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, hidden_states="sampled")
@@ -106,9 +102,8 @@ class Embeddings:
 
     async def embeddings(self, http: Request) -> Response:
         serving = self._serving
-        laps, raw = await self._begin(http)
+        body, laps = await receive(http, serving, EmbeddingRequest, OPENAI_RULES)
         meter = serving.metrics.meter(streamed=False)
-        body = parse_request(raw, EmbeddingRequest, OPENAI_RULES)
         check_model(body.model, serving.card)
         laps.lap("receive")
         prompts = await self._prompts(body.input, "input")
@@ -130,9 +125,8 @@ class Embeddings:
 
     async def encode(self, http: Request) -> Response:
         serving = self._serving
-        laps, raw = await self._begin(http)
+        body, laps = await receive(http, serving, EncodeRequest, NATIVE_RULES)
         meter = serving.metrics.meter(streamed=False)
-        body = parse_request(raw, EncodeRequest, NATIVE_RULES)
         check_model(body.model, serving.card)
         if (body.text is None) == (body.input_ids is None):
             raise bad_value("text", "Give either `text` or `input_ids`.")
@@ -157,11 +151,6 @@ class Embeddings:
             return answers if is_batch else answers[0]
 
         return await self._respond(http, _Vectors(run, jobs, meter, answer), jobs, request_id)
-
-    async def _begin(self, http: Request) -> tuple[Laps, dict[str, Any]]:
-        laps = self._serving.timelines.begin(http)
-        self._serving.in_flight.check_open()
-        return laps, parse_object(await read_body(http, self._serving.limits))
 
     async def _prompts(self, given: str | list[str | int | list[int]], param: str) -> list[Prompt]:
         serving = self._serving

@@ -12,7 +12,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answering import respond
+from .answering import receive, respond
 from .detokenizer import TextDelta, TextOptions, joined
 from .generation import GenerateSpec, SessionTurn, TurnParams
 from .hidden_states import hidden_states
@@ -39,10 +39,8 @@ from .validation import (
     check_prompt,
     check_range,
     checked_priority,
-    parse_object,
     parse_request,
     parse_stops,
-    read_body,
     resolve_max_tokens,
     sampling_params,
 )
@@ -54,10 +52,7 @@ class Native:
 
     async def handle(self, http: Request) -> Response:
         serving = self._serving
-        laps = serving.timelines.begin(http)
-        serving.in_flight.check_open()
-        raw = parse_object(await read_body(http, serving.limits))
-        body = parse_request(raw, NativeRequest, NATIVE_RULES)
+        body, laps = await receive(http, serving, NativeRequest, NATIVE_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
         check_model(body.model, serving.card)
         laps.lap("receive")

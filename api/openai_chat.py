@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answering import respond
+from .answering import receive, respond
 from .detokenizer import TextDelta, joined
 from .errors import unsupported
 from .generation import GenerateSpec, WeightSpan
@@ -57,9 +57,6 @@ from .validation import (
     check_model,
     check_prompt,
     checked_priority,
-    parse_object,
-    parse_request,
-    read_body,
     resolve_max_tokens,
 )
 
@@ -129,10 +126,7 @@ class ChatCompletions:
 
     async def handle(self, http: Request) -> Response:
         serving = self._serving
-        laps = serving.timelines.begin(http)
-        serving.in_flight.check_open()
-        raw = parse_object(await read_body(http, serving.limits))
-        body = parse_request(raw, ChatRequest, OPENAI_RULES)
+        body, laps = await receive(http, serving, ChatRequest, OPENAI_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
         check_model(body.model, serving.card)
         laps.lap("receive")

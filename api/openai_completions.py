@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answering import respond
+from .answering import receive, respond
 from .detokenizer import TextDelta, empty_delta, joined, text_decoder
 from .errors import unsupported
 from .generation import GenerateSpec
@@ -50,9 +50,6 @@ from .validation import (
     bad_value,
     check_model,
     checked_priority,
-    parse_object,
-    parse_request,
-    read_body,
     resolve_max_tokens,
 )
 
@@ -65,10 +62,7 @@ class Completions:
 
     async def handle(self, http: Request) -> Response:
         serving = self._serving
-        laps = serving.timelines.begin(http)
-        serving.in_flight.check_open()
-        raw = parse_object(await read_body(http, serving.limits))
-        body = parse_request(raw, CompletionRequest, OPENAI_RULES)
+        body, laps = await receive(http, serving, CompletionRequest, OPENAI_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
         check_model(body.model, serving.card)
         laps.lap("receive")
