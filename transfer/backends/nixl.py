@@ -40,7 +40,7 @@ NAME_PREFIX = "pdserve-"
 
 
 class NixlBackend(PumpedBackend):
-    """See TransferBackend."""
+    """See TransferBackend. NIXL's errors have no class in common but Exception."""
 
     settle_s = SETTLE_S
 
