@@ -263,7 +263,9 @@ class WeightUpdater(Generic[C]):
             return _yes(link, message, self._weight_version()), None
         waiting = self._waiting
         if waiting is None or waiting.prepared.update_id != message.update_id:
-            return _no(link, message, f"update {message.update_id} is not prepared here"), None
+            why = f"update {message.update_id} is not prepared here"
+            reply = CallReply(call_id=message.call_id, success=False, message=why, code="not_prepared")
+            return Answer(link, reply), None
         waiting.is_committed = True
         if not idle:
             return _no(link, message, "the node is not idle"), None

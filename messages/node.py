@@ -319,11 +319,13 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
 
 
 class CallReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
-    """The outcome of a control call."""
+    """The outcome of a control call. ``code``: of a no that callers act upon, one that asking again does not
+    change."""
 
     call_id: int
     success: bool
     message: str = ""
+    code: Literal["", "not_prepared"] = ""
 
 
 class RankInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -97,7 +97,8 @@ async def commit_all(
 ) -> list[NodeAnswer[CallReply]]:
     """A node that is not idle yet says no and keeps the update: it is asked again for `patience_s`.
 
-    What a client left behind may still be on the wire when no request runs any more.
+    What a client left behind may still be on the wire when no request runs any more. A node that has not
+    prepared it, or prepared another router's since, is not asked again.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience_s
@@ -106,11 +107,15 @@ async def commit_all(
     while True:
         for answer in await ask_all(pending, lambda link: link.commit_weights(update_id, timeout_s)):
             answers[answer.url] = answer
-            if answer.success or answer.reply is None:
+            if answer.success or answer.reply is None or is_not_prepared(answer):
                 del pending[answer.url]
         if not pending or loop.time() >= deadline:
             return list(answers.values())
         await asyncio.sleep(COMMIT_AGAIN_S)
+
+
+def is_not_prepared(answer: NodeAnswer[CallReply]) -> bool:
+    return answer.reply is not None and answer.reply.code == "not_prepared"
 
 
 async def until(condition: Callable[[], bool], timeout_s: float, clock: Callable[[], float]) -> bool:

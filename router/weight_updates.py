@@ -37,6 +37,7 @@ from ..messages.weights import (
     WeightChecksReply,
     WeightSource,
     WeightsReply,
+    is_of_cluster,
 )
 from .memory_releases import MemoryReleases
 from .options import RouterOptions
@@ -51,6 +52,7 @@ from .weight_rollout import (
     commit_all,
     discard_all,
     failures,
+    is_not_prepared,
     prepare_all,
     until,
 )
@@ -66,6 +68,7 @@ class _Update:
     mode: UpdateMode
     links: Mapping[str, NodeCalls]  # of all nodes, by URL
     nodes: frozenset[str]  # their incarnations: one that is started again meanwhile takes no part
+    before: frozenset[str]  # the updates that they served
 
 
 class WeightUpdates:
@@ -278,8 +281,10 @@ class WeightUpdates:
         mode: UpdateMode,
         links: Mapping[str, NodeCalls],
     ) -> AdminReply:
-        nodes = frozenset(node.incarnation for node in self._registry if node.entry.url in links)
-        update = _Update(update_id, source, weight_version, mode, links, nodes)
+        records = [node for node in self._registry if node.entry.url in links]
+        nodes = frozenset(node.incarnation for node in records)
+        before = frozenset(node.entry.update_id for node in records)
+        update = _Update(update_id, source, weight_version, mode, links, nodes, before)
         self._running = asyncio.create_task(self._roll_out(update))
         return await asyncio.shield(self._running)
 
@@ -336,19 +341,29 @@ class WeightUpdates:
                 await discard_all(update.links, update.update_id)
                 num_running = self._traffic.num_running()
                 return AdminReply(False, f"{num_running} requests were still running; nothing was changed")
-            self._rejoin.committed(update.update_id)
             committed = await commit_all(
                 update.links,
                 update.update_id,
                 timeout_s=self._options.weight_update_s,
                 patience_s=self._options.weight_commit_s,
             )
+            if all(map(is_not_prepared, committed)):  # another router's came between on every node
+                return AdminReply(False, f"this update changed nothing; {failures(committed)}")
+            self._rejoin.committed(update.update_id)
             self._traffic.forget_prefixes()
             self._is_committed = True
             self._expire_again(started)
             # A node that was not idle in time swaps by itself when it is.
-            if await self._hears(lambda: self._serve(update), self._options.weight_ready_s):
+            await self._hears(
+                lambda: self._serve(update) or self._is_replaced(update), self._options.weight_ready_s
+            )
+            if self._serve(update):
                 return AdminReply(True, self._outcome(update))
+            if self._is_replaced(update):
+                version = update.weight_version
+                return AdminReply(
+                    False, f"another router's update took the place of weight version {version}"
+                )
             if reasons := failures(committed):
                 return AdminReply(False, f"{self._outcome(update)}; the update is decided, but {reasons}")
             return AdminReply(False, f"new weights are loaded, but {self._registry.explain_no_pair()}")
@@ -376,6 +391,16 @@ class WeightUpdates:
         # Not by the version's name, which the update before may have had too.
         everywhere = all(node.entry.update_id == update.update_id for node in left)
         return bool(left) and everywhere and bool(self._registry.ready_pairs() or self._memory.is_released)
+
+    def _is_replaced(self, update: _Update) -> bool:
+        """All that took part and live serve newer updates: this one will not come any more."""
+        left = self._left(update)
+        older = {update.update_id, *update.before}
+        return (
+            bool(left)
+            and all(is_of_cluster(node.entry.update_id) for node in left)
+            and not (older & {node.entry.update_id for node in left})
+        )
 
     def _outcome(self, update: _Update) -> str:
         left = self._left(update)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.runtime.process import end
 from pdserve.tests.e2e.helpers import (
     CHAT,
     COMPLETIONS,
@@ -29,6 +33,7 @@ from pdserve.tests.e2e.helpers import (
     wait_until,
 )
 from pdserve.tests.e2e.reference import Reference
+from pdserve.tests.trainer import free_port
 
 UPDATE = "/update_weights_from_disk"
 PROMPT = random_ids(40, 50)  # three whole pages: what is cached of it must not outlive its weights
@@ -211,3 +216,47 @@ def test_one_node_alone_is_refused_without_force(updatable: LocalCluster, pertur
     assert reply.status == 400
     assert "force" in reply.json["message"]
     assert weight_version(updatable) == "default"
+
+
+@pytest.fixture
+def second_router(updatable: LocalCluster) -> Iterator[str]:
+    port = free_port()
+    flags = [word for worker in updatable.workers() for word in (f"--{worker['role']}", worker["url"])]
+    command = ["router", "--model", str(SHIPPED_MODEL), "--port", str(port), *flags]
+    process = subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *command])
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: is_ready(url), 30.0, "the second router")
+        yield url
+    finally:
+        end(process, grace_s=30.0)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return request(url, "/readiness").status == 200
+    except OSError:
+        return False
+
+
+def test_two_routers_that_update_at_once_end_on_one_version(
+    updatable: LocalCluster, second_router: str
+) -> None:
+    """Whoever is driven out says so at once: its requests do not wait for what will not come."""
+    urls = (updatable.url, second_router)
+
+    def versions() -> set[tuple[str, str]]:
+        workers = [worker for url in urls for worker in request(url, "/workers").json["workers"]]
+        return {(worker["weight_version"], worker["model_fingerprint"]) for worker in workers}
+
+    for number, delay_s in enumerate((0.0, 0.03, 0.06, 0.09, 0.12)):
+        names = [f"{router}-{number}" for router in ("first", "second")]
+        first = in_background(
+            lambda name=names[0]: update(urls[0], SHIPPED_MODEL, weight_version=name)  # type: ignore[misc]
+        )[1]
+        time.sleep(delay_s)
+        replies = [update(urls[1], SHIPPED_MODEL, weight_version=names[1]), first()]
+        assert any(reply.status == 200 for reply in replies), replies
+        wait_until(lambda: len(versions()) == 1, 20.0, "one version")
+        assert versions().pop()[0] in names
+        assert greedy_ids(urls[0], PROMPT, 4) == greedy_ids(urls[1], PROMPT, 4)

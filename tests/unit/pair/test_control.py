@@ -276,7 +276,7 @@ def test_a_discarded_update_cannot_be_committed() -> None:
     assert prepare(pair, pair.prefill).success
     assert reply_of(pair, pair.prefill, DiscardWeights(call_id=3, update_id="u1")).success
     assert commit(pair, pair.prefill) == CallReply(
-        call_id=2, success=False, message="update u1 is not prepared here"
+        call_id=2, success=False, message="update u1 is not prepared here", code="not_prepared"
     )
     pair.finish()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -417,8 +417,9 @@ class FakeLink:
 
     async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply:
         await self._answer("commit")
-        if self.node.commit_reply:
-            return CallReply(call_id=1, success=False, message=self.node.commit_reply)
+        if why := self.node.commit_reply:
+            code: Literal["", "not_prepared"] = "not_prepared" if "not prepared" in why else ""
+            return CallReply(call_id=1, success=False, message=why, code=code)
         self.node.entry = msgspec.structs.replace(self.node.entry, **self.prepared)
         return CallReply(call_id=1, success=True)
 

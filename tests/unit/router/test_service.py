@@ -794,6 +794,34 @@ async def test_a_node_that_is_not_idle_yet_is_asked_again(bench: Bench) -> None:
     assert decode.calls.count("commit") == 1, "it has swapped: it is not asked again"
 
 
+async def test_an_update_that_another_router_drove_out_changes_nothing_and_says_so(bench: Bench) -> None:
+    """Its patience is for nodes that are busy: nobody waits for what cannot come."""
+    nodes = await small_cluster(bench, weight_commit_s=3600.0, weight_ready_s=3600.0)
+    for node in nodes:
+        node.commit_reply = "update u is not prepared here"
+    reply = await bench.service.weights.update_weights_from_disk("/new", "v2", "wait")
+    why = "http://p: update u is not prepared here; http://d: update u is not prepared here"
+    assert (reply.success, reply.message) == (False, f"this update changed nothing; {why}")
+    assert not bench.service._queue.held
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_an_update_that_another_router_replaced_is_not_waited_for(bench: Bench, is_there: bool) -> None:
+    prefill, decode = nodes = await small_cluster(bench, weight_ready_s=3600.0)
+    if not is_there:
+        prefill.commit_reply = "update u is not prepared here"
+    decode.peers = ()  # so that it waits for a pair
+    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v2", "wait"))
+    await bench.until(lambda: decode.entry.weight_version == "v2")
+    assert bench.service._queue.held
+    for node in nodes:
+        node.entry = msgspec.structs.replace(node.entry, update_id="theirs", weight_version="v3")
+    reply = await update
+    text = "another router's update took the place of weight version v2"
+    assert (reply.success, reply.message) == (False, text)
+    assert not bench.service._queue.held
+
+
 async def test_a_node_that_dies_during_the_update_is_named(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     decode.hangs_in = "prepare"
