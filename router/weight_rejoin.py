@@ -70,17 +70,20 @@ class WeightRejoin:
         self._not_before = {
             node.incarnation: self._not_before.get(node.incarnation, now + wait_s) for node in late
         }
-        if due := [node for node in late if now >= self._not_before[node.incarnation]]:
+        due = [node for node in late if now >= self._not_before[node.incarnation]]
+        if due and self._begin(due[0]):
             self._not_before[due[0].incarnation] = now + AGAIN_S
-            self._begin(due[0])
 
-    def _begin(self, late: NodeRecord) -> None:
+    def _begin(self, late: NodeRecord) -> bool:
+        """False: it is not connected, or no node that takes work serves them."""
         served, links = self._served(), self._links()
         sources = [node for node in self._registry if node.entry.update_id == served and node.takes_work]
-        if late.entry.url in links and sources:
-            # A prefill node's loop has less to do with the tokens of others than a decode node's.
-            source = min(sources, key=lambda node: (node.entry.role != "prefill", node.entry.url))
-            self._task = self._spawn(self._bring(late.entry, links[late.entry.url], source.entry))
+        if late.entry.url not in links or not sources:
+            return False
+        # A prefill node's loop has less to do with the tokens of others than a decode node's.
+        source = min(sources, key=lambda node: (node.entry.role != "prefill", node.entry.url))
+        self._task = self._spawn(self._bring(late.entry, links[late.entry.url], source.entry))
+        return True
 
     def _late(self, served: str) -> list[NodeRecord]:
         return [node for node in self._registry if served and self._is_late(node, served)]

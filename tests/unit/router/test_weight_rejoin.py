@@ -34,7 +34,8 @@ async def started(bench: Bench) -> tuple[FakeNode, FakeNode, FakeNode]:
 
 
 async def turns(node: FakeNode, count: int) -> None:
-    """It answers so many more pings: what was to happen by time alone has happened."""
+    """It answers so many more pings, each 10 ms or more: at 40 the router has ticked, every 200 ms, and what
+    was to happen by time alone has happened."""
     async with asyncio.timeout(10):
         for _ in range(count):
             num_calls = len(node.calls)
@@ -52,7 +53,7 @@ async def test_it_reads_them_from_a_prefill_node_and_is_ready(bench: Bench) -> N
     assert changes(late) == ["prepare tcp://p v2", "commit"]
     assert late.sources == [FromPeer(zmq_address="tcp://p", update_id="u", fingerprint="new")]
     assert late.entry.update_id == "u"
-    await turns(late, 10)
+    await turns(late, 40)
     assert changes(late) == ["prepare tcp://p v2", "commit"], "once"
     assert changes(prefill) == changes(decode) == []
 
@@ -76,7 +77,7 @@ async def test_an_update_waits_for_it(bench: Bench) -> None:
     await bench.start(weight_rejoin_s=0.02)
     await bench.until(lambda: "commit" in changes(late))
     update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v3", "wait"))
-    await turns(late, 10)
+    await turns(late, 40)
     assert not any(call.startswith("prepare") for node in nodes[:2] for call in node.calls)
     late.commit_reply = ""
     reply = await update
@@ -120,7 +121,7 @@ async def test_what_was_forced_on_one_node_is_left_alone(bench: Bench) -> None:
     serve(nodes[2], weight_version="v9", model_fingerprint="other", update_id=of_one_node("x"))
     await bench.start(weight_rejoin_s=0.02)
     await bench.ready(2)
-    await turns(nodes[2], 10)
+    await turns(nodes[2], 40)
     assert [changes(node) for node in nodes] == [[], [], []]
 
 
@@ -128,7 +129,7 @@ async def test_of_two_updates_the_one_that_this_router_rolled_out_counts(bench: 
     prefill, decode, late = await started(bench)
     serve(late, weight_version="v1.5", model_fingerprint="older", update_id="t")
     await bench.ready(2)
-    await turns(late, 10)
+    await turns(late, 40)
     assert changes(late) == [], "it could be either"
     for node in (prefill, decode):
         node.prepared_fingerprint = "newest"
@@ -150,10 +151,25 @@ async def test_nobody_is_brought_while_memory_is_released(bench: Bench) -> None:
     assert (await bench.service.weights.release_memory_occupation(("weights",))).success
     late = bench.decode("e")
     await bench.service.register_worker(late.entry.url, late.entry)
-    await turns(late, 10)
+    await turns(late, 40)
     assert changes(late) == []
     late.released |= {"weights"}
     decode.peers = (renewed("p-1"),)
     assert (await bench.service.weights.resume_memory_occupation(("weights",))).success
     await bench.until(lambda: late.entry.weight_version == "v2")
     assert prefill.entry.update_id == decode.entry.update_id == "u"
+
+
+async def test_a_node_that_waits_for_a_source_is_brought_as_soon_as_there_is_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what was tried is not tried again for a while."""
+    monkeypatch.setattr(weight_rejoin, "AGAIN_S", 3600.0)
+    prefill, decode, late = serve(bench.prefill()), serve(bench.decode()), bench.decode("e")
+    prefill.draining = decode.draining = True
+    await bench.start(weight_rejoin_s=0.02)
+    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
+    await turns(late, 40)
+    assert changes(late) == []
+    prefill.draining = False
+    await bench.until(lambda: late.entry.weight_version == "v2")
