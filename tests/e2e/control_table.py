@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 import torch
@@ -71,7 +71,7 @@ class Call:
         return f"{urlsplit(self.right.path).path}{shown}"
 
     @staticmethod
-    def names_body(body: object) -> bool:
+    def names_body(body: object) -> TypeGuard[dict[str, object]]:
         return isinstance(body, dict) and next(iter(body), "") == "mode"
 
 

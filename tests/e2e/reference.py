@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 class Reference:
     def __init__(self, model_dir: Path) -> None:
         torch.set_num_threads(1)
-        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def hidden_states(self, token_ids: Sequence[int]) -> torch.Tensor:

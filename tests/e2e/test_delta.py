@@ -64,7 +64,8 @@ def page_bytes(cluster: LocalCluster) -> int:
 
 def chat(cluster: LocalCluster, messages: list[Body], max_tokens: int) -> Body:
     body = {"messages": messages, "max_tokens": max_tokens, "return_token_ids": True, **GREEDY}
-    return cluster.post(CHAT, body)
+    answer: Body = cluster.post(CHAT, body)
+    return answer
 
 
 # The shipped model's template shows it the last message alone.

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -177,7 +177,7 @@ def test_a_start_that_fails_is_one_line_with_the_reason(log_path: Path) -> None:
 
 def test_two_engines_in_one_process_leave_nothing_behind(log_path: Path) -> None:
     before = own_processes()
-    flags = {"num_threads": 1, "kv_cache_gb": 0.05, "api_key": "secret", "log_path": log_path}
+    flags: dict[str, Any] = {"num_threads": 1, "kv_cache_gb": 0.05, "api_key": "secret", "log_path": log_path}
     with Engine(colocated=True, **flags) as first:
         with Engine(colocated=True, host="0.0.0.0", **flags) as second:
             assert second.flush_cache(5.0).success, "its admin key is its own secret"

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types import Completion
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.tests.e2e.helpers import request
@@ -21,6 +22,10 @@ MESSAGES: list[Any] = [{"role": "user", "content": "Add two numbers."}]
 def client(cluster: LocalCluster) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
         yield client
+
+
+def parts_of(answer: Completion | openai.Stream[Completion]) -> list[Completion]:
+    return list(answer) if isinstance(answer, openai.Stream) else [answer]
 
 
 # ---- models -----------------------------------------------------------------------------------------
@@ -81,12 +86,12 @@ def test_usage_comes_last_when_asked_for(client: openai.OpenAI, kind: str) -> No
         "max_tokens": 9,
         "stream": True,
         "stream_options": {"include_usage": True},
+        "extra_body": {"ignore_eos": True},
     }
-    more = {"extra_body": {"ignore_eos": True}}
     chunks = list(
-        client.chat.completions.create(messages=MESSAGES, **fields, **more)
+        client.chat.completions.create(messages=MESSAGES, **fields)
         if kind == "chat"
-        else client.completions.create(prompt=PROMPT, **fields, **more)
+        else client.completions.create(prompt=PROMPT, **fields)
     )
     assert all(chunk.choices for chunk in chunks[:-1])
     assert chunks[-1].choices == []
@@ -109,8 +114,7 @@ def test_two_choices_differ_and_repeat_under_the_same_seed(client: openai.OpenAI
 
     def ask() -> dict[int, str]:
         texts: dict[int, str] = defaultdict(str)
-        answer = client.completions.create(**fields, stream=stream)
-        for part in answer if stream else [answer]:
+        for part in parts_of(client.completions.create(**fields, stream=stream)):
             for choice in part.choices:
                 texts[choice.index] += choice.text
         return dict(texts)
@@ -167,8 +171,7 @@ def test_stop_string_ends_the_text_before_it(client: openai.OpenAI, stream: bool
     full = client.completions.create(**fields).choices[0].text
     stop = full[10:14]
     assert len(stop) == 4, f"the model says too little for this test: {full!r}"
-    answer = client.completions.create(**fields, stop=[stop, "never said"], stream=stream)
-    chunks = list(answer) if stream else [answer]
+    chunks = parts_of(client.completions.create(**fields, stop=[stop, "never said"], stream=stream))
     assert "".join(chunk.choices[0].text for chunk in chunks) == full[: full.index(stop)]
     assert chunks[-1].choices[0].finish_reason == "stop"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -23,8 +24,7 @@ def rl_loop() -> ModuleType:
     """The example, which is a script: it finds its neighbour beside itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
-        import rl_loop
-    return rl_loop
+        return importlib.import_module("rl_loop")
 
 
 @pytest.mark.timeout(600)  # 25 s on two cores of its own

@@ -54,6 +54,7 @@ from pdserve.messages.weights import (
     DiscardWeights,
     GetWeights,
     JoinUpdateGroup,
+    KeepWeights,
     LeaveUpdateGroup,
     MeetInbox,
     MemoryReply,
@@ -209,5 +210,5 @@ class FakeScheduler:
                 return CallReply(call_id=call_id, success=False, message="no engine here")
             case WriteWeights(call_id=call_id):
                 return WeightsWrittenReply(call_id=call_id, success=False, message="no weights here")
-            case GenerateRequest() | CancelRequest() | ResendFrom() | Roster():
+            case GenerateRequest() | CancelRequest() | ResendFrom() | Roster() | KeepWeights():
                 return None

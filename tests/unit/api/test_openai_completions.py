@@ -215,9 +215,10 @@ async def test_streamed_text_is_the_unstreamed_text(api: Api, tokenizer: Tokeniz
 
 
 async def test_what_lm_eval_asks(api: Api) -> None:
+    prompts = [[10, 11, 12], [13, 14]]
     body = {
         "model": "org/tiny",
-        "prompt": [[10, 11, 12], [13, 14]],
+        "prompt": prompts,
         "max_tokens": 1,
         "temperature": 0,
         "echo": True,
@@ -225,7 +226,7 @@ async def test_what_lm_eval_asks(api: Api) -> None:
         "seed": 1234,
     }
     _, answer = await api.post(PATH, body)
-    for choice, prompt in zip(answer["choices"], body["prompt"], strict=True):  # type: ignore[arg-type]
+    for choice, prompt in zip(answer["choices"], prompts, strict=True):
         logprobs = choice["logprobs"]
         lengths = {name: len(logprobs[name]) for name in logprobs}
         assert set(lengths.values()) == {len(prompt) + 1}

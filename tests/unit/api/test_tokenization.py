@@ -56,15 +56,22 @@ def test_chats_render_as_transformers_does(
 ) -> None:
     bos = {"__type": "AddedToken", "content": "<|endoftext|>", "special": True}
     folder = checkpoint(tmp_path, bos_token=bos, eos_token="<|im_end|>", chat_template=template)
-    reference = PreTrainedTokenizerFast(
+    reference = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|endoftext|>", eos_token="<|im_end|>"
     )
-    options = {"add_generation_prompt": mode == "prompt", "continue_final_message": mode == "continue"}
     expected = reference.apply_chat_template(
-        chat, chat_template=template, tokenize=False, enable_thinking=False, **options
+        chat,
+        chat_template=template,
+        tokenize=False,
+        enable_thinking=False,
+        add_generation_prompt=mode == "prompt",
+        continue_final_message=mode == "continue",
     )
     ours = Tokenizer.from_directory(folder).apply_chat_template(
-        chat, template_kwargs={"enable_thinking": False}, **options
+        chat,
+        template_kwargs={"enable_thinking": False},
+        add_generation_prompt=mode == "prompt",
+        continue_final_message=mode == "continue",
     )
     assert ours == expected
 

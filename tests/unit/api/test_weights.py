@@ -137,13 +137,14 @@ async def test_an_update_from_memory_of_a_gpu(api: Api) -> None:
     tensors = (TensorSpec("a", "float32", (2, 3)),)
     source = FromGpuMemory(device_uuid="GPU-1", handle=handle, offset=8, tensors=tensors)
     assert api.admin.calls == [("update ipc", source, None, "retract")]
-    for wrong in (
+    wrongs: list[dict[str, object]] = [
         {"name": "step-7"},  # which of the two?
         {"names": []},
         {"gpu": {**gpu, "handle": gpu["handle"][:8]}},
         {"gpu": {**gpu, "handle": "no base64"}},
         {"gpu": {**gpu, "offset": -1}},
-    ):
+    ]
+    for wrong in wrongs:
         assert (await api.post(route, {**body, **wrong}))[0] == 400, wrong
 
 

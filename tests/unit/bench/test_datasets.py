@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_random_samples_are_of_exact_length_and_decided_by_the_seed() -> None:
     assert draw(lengths, seed=1) == draw(lengths, seed=1) != draw(lengths, seed=2)
 
 
-def write(path: Path, lines: list[object]) -> Path:
+def write(path: Path, lines: Sequence[object]) -> Path:
     file = path / "data.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
     return file

@@ -92,7 +92,8 @@ def test_summary_counts_only_good_requests(make_record: MakeRecord) -> None:
     assert summary.total_token_throughput == 18.0
     assert summary.tokens_per_chunk == 6 / 5
     assert summary.count_sources == {CountSource.CONTINUOUS_USAGE: 2}
-    assert (summary.request_goodput, summary.slo_attainment) == (0.5, pytest.approx(1 / 3))
+    assert summary.request_goodput == 0.5
+    assert summary.slo_attainment == pytest.approx(1 / 3)
 
 
 def test_summary_latencies(make_record: MakeRecord) -> None:
@@ -184,6 +185,8 @@ def test_spans_of_one_name_are_added_up_per_request(make_record: MakeRecord) -> 
     )
     second = make_record([(0.1, 1)], spans=(SpanTime("p", 0.04),))
     prefill, wire = span_stats([first, second])
-    assert (prefill.name, prefill.num_requests, prefill.mean_ms) == ("p", 2, pytest.approx(30.0))
+    assert (prefill.name, prefill.num_requests) == ("p", 2)
+    assert prefill.mean_ms == pytest.approx(30.0)
     assert prefill.p99_ms == pytest.approx(39.8)
-    assert (wire.name, wire.num_requests, wire.mean_ms) == ("wire", 1, pytest.approx(4.0))
+    assert (wire.name, wire.num_requests) == ("wire", 1)
+    assert wire.mean_ms == pytest.approx(4.0)

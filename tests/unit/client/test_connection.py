@@ -6,9 +6,10 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("content-length", 0)))
-        body = json.loads(content) if content else None
+        body: Any = json.loads(content) if content else None
         self.server.bodies.append((self.path, body))
         self.server.authorizations.append(self.headers["authorization"])
         match self.path:
@@ -69,14 +70,15 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, body: dict[str, object]) -> None:
         self.send_response(200)
         self.end_headers()
-        events = {
+        scripts: dict[str, list[object]] = {
             "complete": [{"n": 0}, {"n": 1}, "[DONE]"],
             "cut": [{"n": 0}],
             "failing": [{"n": 0}, {"error": {"message": "It broke.", "type": "server_error"}}],
-        }.get(str(body["text"]))
+        }
+        events = scripts.get(str(body["text"]))
         try:
             for number in range(10**9) if events is None else range(len(events)):
-                event = {"n": number} if events is None else events[number]
+                event: object = {"n": number} if events is None else events[number]
                 text = event if isinstance(event, str) else json.dumps(event)
                 self.wfile.write(f"data: {text}\n\n".encode())
                 if events is None:
@@ -154,7 +156,7 @@ async def cancel_who_waits(engine: AsyncEngine) -> None:
 
 @pytest.mark.parametrize("leave", [leave_after_three, cancel_who_waits])
 def test_leaving_a_stream_ends_the_request(
-    engine: AsyncEngine, router: Router, leave: Callable[[AsyncEngine], object]
+    engine: AsyncEngine, router: Router, leave: Callable[[AsyncEngine], Coroutine[object, object, None]]
 ) -> None:
     for _ in range(30):  # the loop that ends here must leave the closing to the connection's
         asyncio.run(leave(engine))
@@ -216,5 +218,5 @@ def test_closing_ends_who_waits_in_a_thread_and_in_a_loop(
 
 def test_a_misspelled_field_is_refused(engine: AsyncEngine, router: Router) -> None:
     with pytest.raises(TypeError, match="top_logprob_num"):
-        asyncio.run(engine.generate("x", top_logprob_num=3))
+        asyncio.run(engine.generate("x", top_logprob_num=3))  # type: ignore[call-overload]
     assert router.bodies == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.components.node_process import load_replacement
+from pdserve.components.loaded_model import load_replacement
 from pdserve.engine.model_config import ModelConfig
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 
 import pytest
@@ -107,7 +107,7 @@ def test_wrong_transitions_raise_and_change_nothing(pages: PageAllocator) -> Non
     pages.allocate_private("b", 2)  # pages 4 and 5
     pages.share([5], "b")
     before = pages.counts()
-    refused = [
+    refused: list[Callable[[], object]] = [
         lambda: pages.reserve_exposed(room(1), 1),
         lambda: pages.exposed_to_private(room(9), "a"),
         lambda: pages.quarantine(room(9)),
@@ -134,11 +134,12 @@ def test_wrong_transitions_raise_and_change_nothing(pages: PageAllocator) -> Non
 def test_a_quarantined_room_is_not_exposed_any_more(pages: PageAllocator) -> None:
     pages.reserve_exposed(room(1), 2)
     pages.quarantine(room(1))
-    for call in (
+    refused: list[Callable[[], object]] = [
         lambda: pages.quarantine(room(1)),
         lambda: pages.exposed_to_private(room(1), "a"),
         lambda: pages.reserve_exposed(room(1), 1),
-    ):
+    ]
+    for call in refused:
         with pytest.raises(PageStateError):
             call()
 

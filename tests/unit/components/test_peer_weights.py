@@ -269,10 +269,8 @@ def test_writes_that_come_twice_or_late_are_waited_for(node: Node, plan: str) ->
 def test_a_part_of_another_length_or_sum_is_refused(
     node: Node, wrong: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reply = weight_outbox.WeightsWrittenReply
-
     def changed(**given: Any) -> WeightsWrittenReply:  # noqa: ANN401  a message's fields
-        return reply(**{**given, **wrong})
+        return WeightsWrittenReply(**{**given, **wrong})
 
     monkeypatch.setattr(weight_outbox, "WeightsWrittenReply", changed)
     with (

@@ -130,11 +130,11 @@ def serve(kind: TransferKind) -> None:
 def pull(kind: TransferKind, address: str) -> None:
     slot, taken = Inbox.slot, iter(range(1000))
 
-    def frozen(inbox: Inbox, index: int) -> memoryview:
+    def frozen(self: Inbox, index: int) -> memoryview:
         if next(taken) == 2:
             print("frozen", flush=True)
             os.kill(os.getpid(), signal.SIGSTOP)
-        return slot(inbox, index)
+        return slot(self, index)
 
     Inbox.slot = frozen  # type: ignore[method-assign]
     inboxes = Inboxes(lambda: create_backend(kind.backend, kind.transport, "127.0.0.1"), slot_bytes=1 << 20)

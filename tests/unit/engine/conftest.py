@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pytest
 import torch
@@ -28,6 +28,20 @@ from pdserve.messages.sampling import SamplingParams
 from pdserve.tests.scripts import load_script
 
 CPU = torch.device("cpu")
+
+
+class RowFields(TypedDict, total=False):
+    """Of ScheduledRow; any of them, beside the token ids."""
+
+    row_id: str | int
+    num_prompt_tokens: int
+    start: int
+    num_tokens: int
+    pages: Sequence[int]
+    sampling: SamplingParams
+    choices: tuple[int, ...]
+    num_output_tokens: int
+    prompt_logprobs_from: int | None
 
 
 def wait_for(thread: EngineThread | JobThread, count: int) -> list[Any]:
@@ -131,7 +145,7 @@ class Harness:
         assert [row.row_id for row in output.rows] == [row.row_id for row in rows]
         return {row.row_id: row for row in output.rows}
 
-    def row(self, token_ids: Sequence[int], **changes: object) -> ScheduledRow:
+    def row(self, token_ids: Sequence[int], **changes: Unpack[RowFields]) -> ScheduledRow:
         """The whole prompt in one chunk on new pages, choice 0 sampled; `changes` replace fields."""
         row = ScheduledRow(
             row_id="row",

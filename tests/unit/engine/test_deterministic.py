@@ -22,6 +22,7 @@ from pdserve.kernels.linear import BASE_HEIGHT
 from pdserve.messages.sampling import SamplingParams
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError
+from pdserve.tests.unit.engine.conftest import Harness
 
 CPU = torch.device("cpu")
 EVERYTHING = 10_000  # more logprobs than a miniature has tokens: the whole distribution
@@ -32,7 +33,7 @@ GREEDY = SamplingParams(temperature=0.0, num_logprobs=EVERYTHING)
 class Sequence:
     """A prompt on pages of its own, computed piece by piece."""
 
-    engine: Any
+    engine: Harness
     token_ids: list[int]
     sampling: SamplingParams = GREEDY
     pages: list[int] = field(default_factory=list)
@@ -41,7 +42,7 @@ class Sequence:
         self.pages = self.pages or self.engine.pages(len(self.token_ids))
 
     def row(self, start: int, end: int) -> ScheduledRow:
-        row: ScheduledRow = self.engine.row(
+        row = self.engine.row(
             self.token_ids, start=start, num_tokens=end - start, pages=self.pages, sampling=self.sampling
         )
         return replace(row, row_id=id(self))
@@ -73,8 +74,8 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture
-def exact(checkpoint: Callable[..., Path], harness: Callable[..., Any]) -> Callable[..., Any]:
-    def load(model: str = "qwen3", **options: object) -> Any:  # noqa: ANN401  the harness's type is conftest's
+def exact(checkpoint: Callable[..., Path], harness: Callable[..., Harness]) -> Callable[..., Harness]:
+    def load(model: str = "qwen3", **options: object) -> Harness:
         return harness(checkpoint(model), deterministic=True, dtype="float32", num_pages=700, **options)
 
     return load
@@ -91,7 +92,7 @@ def exact(checkpoint: Callable[..., Path], harness: Callable[..., Any]) -> Calla
     indirect=["num_threads"],
 )
 def test_a_chunk_boundary_anywhere_changes_no_bit(
-    exact: Callable[..., Any],
+    exact: Callable[..., Harness],
     prompt: Callable[..., list[int]],
     model: str,
     num_threads: int,
@@ -111,7 +112,7 @@ def test_a_chunk_boundary_anywhere_changes_no_bit(
 
 @pytest.mark.parametrize(("page_size", "num_threads"), [(4, 1), (16, 1), (16, 2)], indirect=["num_threads"])
 def test_every_position_by_prefill_is_what_decode_steps_make_it(
-    exact: Callable[..., Any], prompt: Callable[..., list[int]], page_size: int, num_threads: int
+    exact: Callable[..., Harness], prompt: Callable[..., list[int]], page_size: int, num_threads: int
 ) -> None:
     engine = exact("qwen3", page_size=page_size)
     token_ids = prompt(140, 5)
@@ -131,7 +132,7 @@ def test_every_position_by_prefill_is_what_decode_steps_make_it(
 
 @pytest.mark.parametrize(("seed", "num_threads"), [(0, 1), (1, 1), (2, 2)], indirect=["num_threads"])
 def test_a_row_is_the_same_in_every_batch(
-    exact: Callable[..., Any], prompt: Callable[..., list[int]], seed: int, num_threads: int
+    exact: Callable[..., Harness], prompt: Callable[..., list[int]], seed: int, num_threads: int
 ) -> None:
     """2 to 33 rows: decode steps, whole prompts and late chunks, greedy and drawn, mixed by chance."""
     engine, chance = exact("qwen3", page_size=4), Random(seed)
@@ -161,7 +162,7 @@ def test_a_row_is_the_same_in_every_batch(
 
 
 def test_a_cached_prefix_and_pages_of_another_node_change_no_bit(
-    exact: Callable[..., Any], prompt: Callable[..., list[int]]
+    exact: Callable[..., Harness], prompt: Callable[..., list[int]]
 ) -> None:
     """The prefix was computed in a batch, by a node with another pool; its pages were copied."""
     prefill, decode = exact("llama", page_size=16), exact("llama", page_size=16)
@@ -182,13 +183,14 @@ def test_a_cached_prefix_and_pages_of_another_node_change_no_bit(
 
 
 def test_one_thread_and_two_give_the_same_bits(
-    exact: Callable[..., Any], prompt: Callable[..., list[int]]
+    exact: Callable[..., Harness], prompt: Callable[..., list[int]]
 ) -> None:
     """Where the survey says so: the digest is what two nodes compare."""
     found, results = [], []
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
         engine = exact("qwen3")
+        assert engine.survey is not None
         found.append(engine.survey.arithmetic)
         results.append(Sequence(engine, prompt(100)).compute(40, 41))
     torch.set_num_threads(1)
@@ -198,7 +200,7 @@ def test_one_thread_and_two_give_the_same_bits(
 
 
 def test_the_eager_operators_do_change_bits(
-    checkpoint: Callable[..., Path], harness: Callable[..., Any], prompt: Callable[..., list[int]]
+    checkpoint: Callable[..., Path], harness: Callable[..., Harness], prompt: Callable[..., list[int]]
 ) -> None:
     """The control: what is asserted above is not so of itself."""
     engine = harness(checkpoint("qwen3"), dtype="float32", num_pages=700)

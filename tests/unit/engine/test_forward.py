@@ -56,7 +56,7 @@ WITH_LOGPROBS = SamplingParams(temperature=0.0, num_logprobs=3, num_prompt_logpr
 
 def transformers_logprobs(folder: Path, token_ids: list[int]) -> torch.Tensor:
     """``[len(token_ids), V]``: row p is the distribution of the token at position p + 1."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
     return logits.log_softmax(dim=-1)
@@ -134,7 +134,7 @@ def test_hidden_states_equal_transformers(
     )["row"]
     assert decoded.prompt_hidden_states == b""
 
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids]), output_hidden_states=True).hidden_states[-1][0]
     states = first["row"].prompt_hidden_states + last.prompt_hidden_states

@@ -25,7 +25,7 @@ def test_jobs_are_done_in_order_on_another_thread_with_one_core(jobs: JobThread)
     for number in range(3):
         jobs.submit(
             f"job {number}",
-            lambda number=number: (number, threading.current_thread(), torch.get_num_threads()),
+            lambda number=number: (number, threading.current_thread(), torch.get_num_threads()),  # type: ignore[misc]
         )
     results = wait_for(jobs, 3)
     assert [result.name for result in results] == ["job 0", "job 1", "job 2"]
@@ -48,7 +48,7 @@ def test_a_refusal_is_its_result_and_the_next_job_is_done(jobs: JobThread) -> No
 
 
 def test_a_bug_is_raised_in_the_loop(jobs: JobThread) -> None:
-    jobs.submit("bug", lambda: {}["x"])
+    jobs.submit("bug", lambda: {}["x"])  # type: ignore[index]
     with pytest.raises(KeyError):
         wait_for(jobs, 1)
 

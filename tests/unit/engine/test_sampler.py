@@ -26,7 +26,12 @@ EOS = (3, 4)
 PROMPT, OUTPUT = [5, 6, 6, 90], [6, 7, 7, 7]
 
 
-def entry(index: int, choice: int = 0, num_output_tokens: int = len(OUTPUT), **sampling: object) -> Entry:
+def entry(
+    index: int,
+    choice: int = 0,
+    num_output_tokens: int = len(OUTPUT),
+    **sampling: Any,  # noqa: ANN401  the fields of SamplingParams
+) -> Entry:
     token_ids = PROMPT + OUTPUT
     row = ScheduledRow(
         row_id=index,
@@ -78,7 +83,7 @@ def test_a_row_gets_the_same_alone_and_in_any_batch() -> None:
 
 def test_plain_greedy_asks_for_nothing() -> None:
     batch = SamplingBatch.build([entry(index, temperature=0.0) for index in range(3)], EOS, VOCAB)
-    assert batch.logits_index is batch.drawn is batch.bias is batch.forbidden is None
+    assert all(part is None for part in (batch.logits_index, batch.drawn, batch.bias, batch.forbidden))
     assert not batch.changes_logits
     logits = logits_of(3)
     assert sample(logits, batch) == (logits.argmax(dim=-1).tolist(), [None] * 3)
@@ -86,7 +91,7 @@ def test_plain_greedy_asks_for_nothing() -> None:
 
 def test_draws_are_the_references() -> None:
     logits = logits_of(16)
-    wishes = {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01}
+    wishes: dict[str, Any] = {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01}
     entries = [entry(index, choice=index % 3, seed=index << 60, **wishes) for index in range(16)]
     for index, token in enumerate(sampled(logits, entries)):
         scaled = logits[index].double().numpy() / 0.8

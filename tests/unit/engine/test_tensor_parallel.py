@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from pdserve.messages.kv_layout import kv_heads_of_rank
 from pdserve.messages.sampling import SamplingParams
 from pdserve.runtime.errors import StartupError
 
-from .conftest import CPU, Harness
+from .conftest import CPU, Harness, RowFields
 
 # Heads that divide by 4, with more and with fewer KV heads than 4 ranks; odd vocabularies.
 SPLIT = {
@@ -84,7 +85,7 @@ def replica(tmp_path: Path) -> Callable[[Path, int], Replica]:
     return make
 
 
-def row(token_ids: Sequence[int], **changes: object) -> ScheduledRow:
+def row(token_ids: Sequence[int], **changes: Unpack[RowFields]) -> ScheduledRow:
     return replace(
         ScheduledRow(
             row_id="row",

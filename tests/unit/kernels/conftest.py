@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,8 +17,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel forgets to write is NaN, not whatever the allocator left there."""
     real = torch.empty_like
 
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        tensor: torch.Tensor = real(*args, **kwargs)  # type: ignore[call-overload]
-        return tensor.fill_(float("nan"))
+    def poisoned(like: torch.Tensor, **options: Any) -> torch.Tensor:  # noqa: ANN401  those of empty_like
+        return real(like, **options).fill_(float("nan"))
 
     monkeypatch.setattr(torch, "empty_like", poisoned)

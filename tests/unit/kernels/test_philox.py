@@ -39,7 +39,8 @@ def test_same_integers_as_the_reference(size: int) -> None:
 def test_group_words_are_the_words_of_four_tokens(seed: int) -> None:
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     groups = torch.tensor([0, 7, 37983])
-    words = group_words(*(torch.full((3,), value) for value in (signed, 5, 1000)), groups)
+    seeds, choices, positions = (torch.full((3,), value) for value in (signed, 5, 1000))
+    words = group_words(seeds, choices, positions, groups)
     assert words.tolist() == [
         [philox_reference.token_word(seed, 5, 1000, 4 * group + lane) for lane in range(4)]
         for group in groups.tolist()

@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from pdserve.bench.simulation.nodes import DecodeNode, Place, PrefillNode, Settings
+from pdserve.bench.simulation import nodes
+from pdserve.bench.simulation.nodes import Place, Settings
 from pdserve.bench.simulation.tokens import (
     LAYOUT,
     PAGE_SIZE,
@@ -232,6 +233,14 @@ class FakeServer(Generic[T]):
         decoded = self._to_client.decode(self._to_client.encode(message))
         self.sent.setdefault(link, []).append(decoded)
         return True
+
+
+class PrefillNode(nodes.PrefillNode):
+    server: FakeServer[ToPrefill]  # what `Pair` gives it
+
+
+class DecodeNode(nodes.DecodeNode):
+    server: FakeServer[ClientToNode]  # what `Pair` gives it
 
 
 class Network:

@@ -139,7 +139,8 @@ def verified(pair: Pair) -> None:
 
 def cancelled_in_a_forward(pair: Pair) -> None:
     """The only request, on prefill and then on decode: its forward goes on without it."""
-    for number, node in enumerate((pair.prefill, pair.decode)):
+    nodes: tuple[PrefillNode | DecodeNode, ...] = (pair.prefill, pair.decode)
+    for number, node in enumerate(nodes):
         pair.start(f"r{number}", prompt_of(20, seed=number))
         pair.settle()
         while not node.engine.queued:

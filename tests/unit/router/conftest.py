@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import pytest
 
 from pdserve.api.generation import GenerateSpec, ModelCard
-from pdserve.api.node_calls import NodeUnavailableError, StreamMessage
+from pdserve.api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from pdserve.messages.node import (
     AttemptFailed,
     CallReply,
@@ -94,7 +94,7 @@ def make_spec(
     num_choices: int = 1,
     timeout_s: float | None = None,
     priority: int = 0,
-    **sampling: object,
+    **sampling: Any,  # noqa: ANN401  the fields of SamplingParams
 ) -> GenerateSpec:
     return GenerateSpec(
         request_id=request_id,
@@ -443,11 +443,11 @@ class FakeNet:
 
     def connect(
         self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
-    ) -> FakeLink:
+    ) -> NodeCalls:
         node = next((node for node in self.nodes.values() if node.entry.zmq_address == address), None)
         if node is None:
             raise NodeUnavailableError(f"cannot connect to {address!r}")
-        return FakeLink(node, on_stream, on_lost)
+        return cast(NodeCalls, FakeLink(node, on_stream, on_lost))
 
     async def lookup(self, url: str) -> NodeEntry | None:
         node = self.nodes.get(url)

@@ -16,6 +16,7 @@ from pdserve.router.attempts import AttemptEnded, RequestRecord
 from pdserve.router.ledger import Attempt
 from pdserve.router.pairing import Chosen, Pair
 from pdserve.runtime.errors import RequestError
+from pdserve.tests.present import at_present
 
 EOS = 2
 PAIR, OTHER = Pair("p", "d"), Pair("q", "e")
@@ -50,7 +51,10 @@ def tokens(
     *token_ids: int,
     choice: int = 0,
     finish: FinishReason | None = None,
-    **rest: object,
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = (),
+    num_cached_tokens: int = 0,
+    weight_version: str = "",
+    spans: tuple[Span, ...] = (),
 ) -> TokenOutput:
     return TokenOutput(
         request_id="r",
@@ -59,7 +63,10 @@ def tokens(
         position=position,
         token_ids=token_ids,
         finish=Finish(reason=finish) if finish else None,
-        **rest,
+        prompt_logprobs=prompt_logprobs,
+        num_cached_tokens=num_cached_tokens,
+        weight_version=weight_version,
+        spans=spans,
     )
 
 
@@ -81,7 +88,7 @@ def test_tokens_in_order_are_taken_and_the_last_ends_the_choice(make: MakeRecord
     record = make()
     attempt = start(record)
     assert record.on_tokens(tokens(1, 0, 5, 6), 0.0) == ChoiceDelta(0, (5, 6))
-    assert not record.done
+    assert not at_present(record.done)
     assert record.on_tokens(tokens(1, 2, 7, finish="stop"), 0.0) == ChoiceDelta(0, (7,), (), "stop", None)
     assert record.done
     assert record.choices[0].kept_ids == [5, 6, 7]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from pdserve.router.pairing import (
@@ -17,30 +19,52 @@ from pdserve.router.pairing import (
 )
 
 
-def prefill(name: str, **changes: object) -> PrefillView:
-    values = {"num_queued_tokens": 0, "num_cached_tokens": 0, "is_full": False, "last_used": 0}
-    return PrefillView(incarnation=name, **{**values, **changes})
+def prefill(
+    name: str,
+    *,
+    num_queued_tokens: int = 0,
+    num_cached_tokens: int = 0,
+    is_full: bool = False,
+    last_used: int = 0,
+) -> PrefillView:
+    return PrefillView(
+        incarnation=name,
+        num_queued_tokens=num_queued_tokens,
+        num_cached_tokens=num_cached_tokens,
+        is_full=is_full,
+        last_used=last_used,
+    )
 
 
-def decode(name: str, **changes: object) -> DecodeView:
-    values = {
-        "num_active": 0,
-        "max_active": 16,
-        "num_free_pages": 100,
-        "num_total_pages": 100,
-        "num_wanted_pages": 10,
-        "num_cached_tokens": 0,
-        "last_used": 0,
-    }
-    return DecodeView(incarnation=name, **{**values, **changes})
+def decode(
+    name: str,
+    *,
+    num_active: int = 0,
+    max_active: int = 16,
+    num_free_pages: int = 100,
+    num_wanted_pages: int = 10,
+    num_cached_tokens: int = 0,
+) -> DecodeView:
+    return DecodeView(
+        incarnation=name,
+        num_active=num_active,
+        max_active=max_active,
+        num_free_pages=num_free_pages,
+        num_total_pages=100,
+        num_wanted_pages=num_wanted_pages,
+        num_cached_tokens=num_cached_tokens,
+        last_used=0,
+    )
 
 
 def product(prefills: list[PrefillView], decodes: list[DecodeView]) -> list[ReadyPair]:
     return [ReadyPair(p, d) for p in prefills for d in decodes]
 
 
-def choose(candidates: list[ReadyPair], num_tokens: int = 100, **options: object) -> PairingDecision:
-    return choose_pair(num_tokens, candidates, **{"prefill_credit_tokens": 1000, **options})
+def choose(
+    candidates: list[ReadyPair], num_tokens: int = 100, *, avoid: Sequence[Pair] = (), forced: bool = False
+) -> PairingDecision:
+    return choose_pair(num_tokens, candidates, prefill_credit_tokens=1000, avoid=avoid, forced=forced)
 
 
 def chosen(decision: PairingDecision) -> Pair:

@@ -399,5 +399,5 @@ def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> No
         ("decode", "--crash-after-outputs", "-1"),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(role: str, flag: str, value: str) -> None:
+def test_values_out_of_range_are_refused_by_name(role: ProcessRole, flag: str, value: str) -> None:
     assert refusal(role, given(role, flag, value)).startswith(f"{flag} ")

@@ -276,7 +276,7 @@ def resident_bytes(pool: memoryview) -> int:
     first = ctypes.addressof(ctypes.c_char.from_buffer(pool)) // mmap.PAGESIZE
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         entries = os.pread(pagemap.fileno(), len(pool) // mmap.PAGESIZE * 8, first * 8)
-    return sum(entry >> 63 for (entry,) in struct.iter_unpack("=Q", entries)) * mmap.PAGESIZE
+    return sum(int(entry >> 63) for (entry,) in struct.iter_unpack("=Q", entries)) * mmap.PAGESIZE
 
 
 def test_two_peers_at_once(source: Source, decode: DecodeProcess, spawn: Callable[[], DecodeProcess]) -> None:
@@ -360,7 +360,7 @@ def test_a_frozen_peer_fails_nothing_and_holds_nobody_up(
     for _ in range(3):
         healthy = next(source.handles)
         source.backend.submit(healthy, decode.region, Run(64, 64, 64))
-        results = {}
+        results: dict[int, WriteResult] = {}
         while healthy not in results:
             results |= source.results(1)
         assert results.pop(healthy).state is DONE
@@ -591,7 +591,7 @@ def test_rdma_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest
         create_backend("mooncake", "rdma", "127.0.0.1", "mlx5_7")
 
 
-@pytest.mark.skipif(devices.rdma_devices(), reason="a device is here, and is used")
+@pytest.mark.skipif(bool(devices.rdma_devices()), reason="a device is here, and is used")
 def test_rdma_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mooncake reports success on TCP when a device is there but cannot be opened."""
     monkeypatch.setattr(devices, "INFINIBAND", tmp_path)

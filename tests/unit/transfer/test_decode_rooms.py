@@ -154,7 +154,8 @@ def test_a_refusal_is_shown_and_tried_again_ever_less_often(make: Factory) -> No
         assert node.on(PeerRefused(epoch=node.epoch, reason="TP size differs")) == [CloseLink(P, node.epoch)]
         (view,) = node.rooms.peers()
         assert (view.state, view.is_refused, view.reason) == (PeerState.WAITING, True, "TP size differs")
-        refused_at, actions = node.now, []
+        refused_at = node.now
+        actions: list[DecodeAction] = []
         while not actions:
             node.now = node.rooms.next_deadline()
             actions = node.rooms.tick(node.now)

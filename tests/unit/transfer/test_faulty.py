@@ -10,9 +10,8 @@ import pytest
 
 from pdserve.messages.memory_region import MemoryRegion
 from pdserve.runtime.errors import StartupError
-from pdserve.transfer.backends import faulty
 from pdserve.transfer.backends.base import WriteResult, WriteState
-from pdserve.transfer.backends.faulty import CORRUPT_BYTES, Fault, FaultPlan, FaultyBackend
+from pdserve.transfer.backends.faulty import CORRUPT_BYTES, LATE_S, Fault, FaultPlan, FaultyBackend
 from pdserve.transfer.backends.shm import ShmBackend
 from pdserve.transfer.copy_plan import Run
 
@@ -85,7 +84,7 @@ def test_fail_sends_nothing(make: Callable[..., Pair]) -> None:
 
 def test_late_lands_after_its_failure_and_within_the_settling_time(make: Callable[..., Pair]) -> None:
     pair = make((Fault.LATE, 1.0))
-    assert pair.backend.settle_s == faulty.LATE_S
+    assert pair.backend.settle_s == LATE_S
     assert pair.write().state is FAILED
     assert pair.backend.num_outstanding == 0
     assert bytes(pair.received) == bytes(POOL_BYTES)
@@ -98,7 +97,7 @@ def test_late_is_not_sent_by_a_process_that_was_frozen(
     pair = make((Fault.LATE, 1.0))
     assert pair.write().state is FAILED
     now = time.monotonic()
-    monkeypatch.setattr(faulty.time, "monotonic", lambda: now + 60.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60.0)
     assert pair.backend.poll() == []
     monkeypatch.undo()
     time.sleep(0.05)
@@ -149,10 +148,12 @@ def test_corrupt_says_done_and_is_not(make: Callable[..., Pair]) -> None:
     assert all(pair.received[16 + index] != pair.sent[index] for index in range(3))
 
 
-def test_a_peer_is_let_go_of_when_the_last_late_write_has_landed(make: Callable[..., Pair]) -> None:
+def test_a_peer_is_let_go_of_when_the_last_late_write_has_landed(
+    make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = make((Fault.LATE, 1.0))
     left: list[MemoryRegion] = []
-    pair.backend.inner.disconnect = left.append  # type: ignore[method-assign]
+    monkeypatch.setattr(pair.backend.inner, "disconnect", left.append)
     pair.write()
     pair.backend.disconnect(pair.region)
     assert left == []

@@ -49,8 +49,9 @@ def test_every_head_of_every_layer_arrives_once(split: tuple[int, int, int], dat
     pages = st.permutations(range(6))
     source_pages = data.draw(pages)[:4]
     dest_pages = data.draw(pages)[:4]
-    content = np.arange(6 * num_kv_heads * layout.head_bytes // 4, dtype=np.int32)
-    content = content.reshape(6, num_kv_heads, -1)
+    content = np.arange(6 * num_kv_heads * layout.head_bytes // 4, dtype=np.int32).reshape(
+        6, num_kv_heads, -1
+    )
     source = pools(layout, source_tp, 6, content)
     dest = pools(layout, dest_tp, 6)
     num_writes = [np.zeros_like(pool) for pool in dest]

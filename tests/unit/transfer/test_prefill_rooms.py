@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -173,7 +173,7 @@ def test_a_contact_that_outlives_its_link_ends_quietly(make: Factory) -> None:
         ({"transport": "rdma"}, "transport differs: prefill has 'tcp', decode has 'rdma'; start"),
     ],
 )
-def test_a_mismatch_is_refused_in_words(make: Factory, changes: dict[str, object], expected: str) -> None:
+def test_a_mismatch_is_refused_in_words(make: Factory, changes: dict[str, Any], expected: str) -> None:
     node = Node(make)
     (action,) = node.on(make.hello(**changes))
     assert isinstance(action, SendToDecode)
