@@ -66,7 +66,7 @@ def main() -> int:
             choices=(0,),
         )
 
-    cases = {
+    cases: dict[str, tuple[int, tuple[ScheduledRow, ...]]] = {
         f"prefill of {options.prompt_tokens}": (options.prompt_tokens, (row(0, 0, options.prompt_tokens),))
     }
     for streams in options.streams:

@@ -64,7 +64,7 @@ class Reference:
 
     def __init__(self, model_dir: Path) -> None:
         torch.set_num_threads(1)  # more only fight with the cluster's own
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
         self.vocab_size = int(self.model.config.vocab_size)
 
     @torch.inference_mode()
@@ -84,7 +84,8 @@ class Reference:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """[len(token_ids), vocab_size]: row i predicts token i + 1."""
-        return self.model(torch.tensor([list(token_ids)])).logits[0].float()
+        logits: torch.Tensor = self.model(torch.tensor([list(token_ids)])).logits[0].float()
+        return logits
 
 
 def prompt_lengths() -> list[int]:
@@ -254,7 +255,7 @@ def main() -> int:
     parser.add_argument("--tensor-parallel", action="store_true", help="the pairs of TP sizes instead")
     parser.add_argument("--quick", action="store_true", help="fewer prompts of each kind")
     options, arguments = parser.parse_known_args()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     is_good = True
     with tempfile.TemporaryDirectory() as work_dir:
         if options.tensor_parallel:

@@ -310,7 +310,8 @@ class Attention(nn.Module):
         k = k[:, :, None].expand(-1, -1, groups, -1, -1).reshape(q.shape)
         v = v[:, :, None].expand(-1, -1, groups, -1, -1).reshape(q.shape)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        attended: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        return attended
 
 
 class MLP(nn.Module):
@@ -321,7 +322,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(s.intermediate, s.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
@@ -334,7 +336,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Body(nn.Module):
@@ -354,7 +357,8 @@ class Body(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return self.norm(x)
+        hidden: Tensor = self.norm(x)
+        return hidden
 
 
 class Qwen3(nn.Module):
@@ -389,7 +393,8 @@ def orthogonalize(grads: Tensor) -> Tensor:
         a = x @ x.mT
         b = -4.7750 * a + 2.0315 * a @ a
         x = 3.4445 * x + b @ x
-    return (x.mT if tall else x).float()
+    orthogonal: Tensor = (x.mT if tall else x).float()
+    return orthogonal
 
 
 class Optimizer:
@@ -491,7 +496,7 @@ def bits_per_byte(model: Qwen3, tokenizer: Tokenizer, texts: list[str], context:
             ids[row, : len(window)] = torch.tensor(window)
             counts[row, len(window) - 1 - num : len(window) - 1] = True
         hidden = model.model(ids[:, :-1])[counts]
-        for h, t in zip(hidden.split(2048), ids[:, 1:][counts].split(2048), strict=True):
+        for h, t in zip(torch.split(hidden, 2048), torch.split(ids[:, 1:][counts], 2048), strict=True):
             logits = F.linear(h, model.model.embed_tokens.weight).float()
             nats += F.cross_entropy(logits, t, reduction="sum").item()
     return nats / math.log(2) / sum(len(t.encode()) for t in texts)

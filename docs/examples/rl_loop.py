@@ -34,7 +34,7 @@ from urllib.request import urlopen
 
 import torch
 from torch import Tensor
-from trainer_group import TrainerGroup
+from trainer_group import TrainerGroup  # type: ignore[import-not-found]  # it lies beside this script
 from transformers import AutoModelForCausalLM
 
 from pdserve import Engine
@@ -93,7 +93,7 @@ class Policy:
         called = torch.func.functional_call(
             self._model, weights or dict(self._model.named_parameters()), (ids,)
         )
-        rows = called.logits[0, len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
+        rows: Tensor = called.logits[0, len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
         return rows.gather(1, torch.tensor(sample.output_ids)[:, None])[:, 0]
 
     def train(self, samples: list[Sample]) -> float:

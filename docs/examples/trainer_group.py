@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore, distributed_c10d, rendezvous
+from torch.distributed import TCPStore, distributed_c10d, rendezvous  # type: ignore[attr-defined]
 
 _TIMEOUT = timedelta(seconds=60)
 
