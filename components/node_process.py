@@ -468,11 +468,11 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
     drain_until = math.inf
     while True:
         now = time.monotonic()
-        if node.ranks is None:
-            scheduler.step(now)
-        else:
-            _step_with_ranks(node, node.ranks, scheduler, now)
-        node.loop_times.add(TURN, time.monotonic() - now)
+        with node.loop_times.measured(TURN):
+            if node.ranks is None:
+                scheduler.step(now)
+            else:
+                _step_with_ranks(node, node.ranks, scheduler, now)
         if num_signals and not scheduler.is_draining:
             scheduler.is_draining = True
             drain_until = now + _DRAIN_S

@@ -201,9 +201,8 @@ class DecodeScheduler:
     def step(self, now: float) -> None:
         self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
-            started_s = self.clock.now()
-            self.handle(link, message, now)
-            self.loop_times.handled(message, self.clock.now() - started_s)
+            with self.loop_times.handling(message):
+                self.handle(link, message, now)
         for address, peer_message in self.links.receive():
             if isinstance(peer_message, LinkDown):
                 self.act(self.rooms.on_link_down(address, peer_message.epoch, now), now)

@@ -133,6 +133,7 @@ class LoopTime(msgspec.Struct, frozen=True, kw_only=True):
     last_s: float
     p50_s: float  # of the last ones
     p99_s: float
+    own_p99_s: float  # of them too, in processor time of the loop's thread
     max_s: float  # of all
 
 

@@ -164,9 +164,8 @@ class PrefillScheduler:
     def step(self, now: float) -> None:
         self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
-            started_s = self.clock.now()
-            self.handle(link, message, now)
-            self.loop_times.handled(message, self.clock.now() - started_s)
+            with self.loop_times.handling(message):
+                self.handle(link, message, now)
         for mover in self.movers:
             for result in mover.poll():
                 if result.state is WriteState.FAILED:

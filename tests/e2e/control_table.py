@@ -43,6 +43,7 @@ ROLES = ("prefill", "decode", "router")
 DOCS = Path(__file__).parents[2] / "docs" / "control_plane.md"
 BEGIN, END = "<!-- scripts/control_table -->\n", "<!-- end -->\n"
 NORM = "model.norm.weight"
+_PERCENTILES = ("p50_s", "p99_s", "own_p99_s", "max_s")
 _SERVING = ("ping", "roster", "generate", "cancel", "get_internal_state", "get_request_state", "turn")
 
 
@@ -387,17 +388,18 @@ def tables(bench: Bench, rows: dict[tuple[str, str], Row]) -> Iterator[str]:
                 yield f"| `{name}` | {' | '.join(cells)} | {held} |"
         yield ""
     yield "**Messages**, by the tag in `loop_times`; `turn` is a whole step of the loop:\n"
-    yield "| message | prefill: count | p50, ms | p99 | longest | decode: count | p50, ms | p99 | longest |"
-    yield "|---|" + "---|" * 8
+    columns = [f"{role}: count | p50, ms | p99 | own p99 | longest" for role in ("prefill", "decode")]
+    yield f"| message | {' | '.join(columns)} |"
+    yield "|---|" + "---|" * 10
     times = {role: bench.loop_times(role) for role in ("prefill", "decode")}
     for kind in sorted(set(times["prefill"]) | set(times["decode"])):
         cells = []
         for role in ("prefill", "decode"):
             found = times[role].get(kind)
             cells += (
-                [str(found["count"]), *(f"{found[name] * 1e3:.2f}" for name in ("p50_s", "p99_s", "max_s"))]
+                [str(found["count"]), *(f"{found[name] * 1e3:.2f}" for name in _PERCENTILES)]
                 if found
-                else [""] * 4
+                else [""] * 5
             )
         yield f"| `{kind}` | {' | '.join(cells)} |"
 

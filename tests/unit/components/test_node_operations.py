@@ -130,7 +130,7 @@ def bench() -> Bench:
 
 
 def test_the_state_tells_what_held_the_loop(bench: Bench) -> None:
-    bench.loop_times.add("flush", 0.25)
+    bench.loop_times.add("flush", 0.25, 0.125)
     assert bench.state().loop_times["flush"].max_s == 0.25
 
 
