@@ -27,7 +27,7 @@ from .registry import (
     NodeRestarted,
     NodeSilent,
 )
-from .weight_rollout import until
+from .waiting import until
 
 log = logging.getLogger(__name__)
 

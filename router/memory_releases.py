@@ -10,7 +10,8 @@ from ..api.node_calls import NodeCalls
 from ..messages.weights import MemoryReply, MemoryTag
 from .options import RouterOptions
 from .registry import NodeRegistry
-from .weight_rollout import Hears, NodeAnswer, Traffic, ask_all, failures, until
+from .waiting import Hears, until
+from .weight_rollout import NodeAnswer, Traffic, ask_all, failures
 
 
 class MemoryReleases:

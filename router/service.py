@@ -72,7 +72,8 @@ from .prefix_index import DEFAULT_MAX_PAGES, PrefixIndex
 from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, NodeRestarted, NodeSilent
 from .sessions import SessionTable
 from .view import NODE_CALL_TIMEOUT_S, RouterView
-from .weight_rollout import Traffic, ask_all, until
+from .waiting import until
+from .weight_rollout import Traffic, ask_all
 from .weight_updates import WeightUpdates
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from ..messages.weights import WeightSource
 
 DISCARD_TIMEOUT_S = 10.0
 COMMIT_AGAIN_S = 0.1
-WAIT_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +24,6 @@ class Traffic:
     release: Callable[[], None]
     num_running: Callable[[], int]  # that a held cluster still works on
     forget_prefixes: Callable[[], None]  # what nodes cached is worth nothing under other weights
-
-
-class Hears(Protocol):
-    """`pdserve.router.cluster.Cluster.hears`."""
-
-    def __call__(self, condition: Callable[[], bool], timeout_s: float) -> Awaitable[bool]: ...
 
 
 class Reply(Protocol):
@@ -116,13 +109,3 @@ async def commit_all(
 
 def is_not_prepared(answer: NodeAnswer[CallReply]) -> bool:
     return answer.reply is not None and answer.reply.code == "not_prepared"
-
-
-async def until(condition: Callable[[], bool], timeout_s: float, clock: Callable[[], float]) -> bool:
-    """Whether it has come true in time."""
-    deadline = clock() + timeout_s
-    while not condition():
-        if clock() >= deadline:
-            return False
-        await asyncio.sleep(WAIT_POLL_S)
-    return True

@@ -42,9 +42,9 @@ from ..messages.weights import (
 from .memory_releases import MemoryReleases
 from .options import RouterOptions
 from .registry import NodeRecord, NodeRegistry
+from .waiting import Hears, until
 from .weight_rejoin import WeightRejoin
 from .weight_rollout import (
-    Hears,
     NodeAnswer,
     Traffic,
     ask_all,
@@ -54,7 +54,6 @@ from .weight_rollout import (
     failures,
     is_not_prepared,
     prepare_all,
-    until,
 )
 
 STAGE_TIMEOUT_S = 30.0
