@@ -40,7 +40,7 @@ from .native_types import (
 from .openai_chat import ChatCompletions
 from .openai_completions import Completions
 from .openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
-from .openapi import Bodies
+from .openapi import Bodies, reports
 from .operations import OperationRoutes, Operator
 from .request_log import RequestLog
 from .sessions import SessionRoutes
@@ -119,7 +119,10 @@ def build_router_app(
             POST, ("/v1/chat/completions",), chat.handle, Bodies(ChatRequest, ChatCompletion, streams=True)
         ),
         Operation(
-            ("POST", "PUT"), ("/generate",), native.handle, Bodies(NativeRequest, NativeOutput, streams=True)
+            ("POST", "PUT"),
+            ("/generate",),
+            native.handle,
+            Bodies(NativeRequest, NativeOutput, streams=True, batches=True),
         ),
         Operation(
             POST, ("/tokenize", "/v1/tokenize"), tokens.tokenize, Bodies(TokenizeRequest, TokenizeAnswer)
@@ -138,7 +141,7 @@ def build_router_app(
         ),
         Operation(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer)),
         Operation(POST, ("/open_session",), session_routes.open, Bodies(OpenSessionRequest)),
-        Operation(POST, ("/close_session",), session_routes.close, Bodies(CloseSessionRequest)),
+        Operation(POST, ("/close_session",), session_routes.close, reports(CloseSessionRequest)),
         Operation(GET, ("/v1/models",), cluster.models, Bodies(answer=ModelList)),
         Operation(GET, ("/v1/models/{model_id:path}",), cluster.model, Bodies(answer=ModelEntry)),
         Operation(GET, ("/health", "/ping", "/live", "/liveness"), cluster.health),
@@ -150,22 +153,22 @@ def build_router_app(
         Operation(GET, ("/get_weight_version",), cluster.weight_version),
         Operation(GET, ("/get_load",), cluster.load),
         Operation(GET, ("/v1/loads",), cluster.loads),
-        Operation(GET, ("/metrics",), cluster.metrics),
+        Operation(GET, ("/metrics",), cluster.metrics, Bodies(media_type="text/plain")),
         Operation(GET, ("/requests/{request_id:path}",), cluster.request_state),
         Operation(GET, ("/workers",), cluster.workers),
-        Operation(POST, ("/workers",), cluster.register_worker, Bodies(RegisterRequest)),
-        Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker),
-        Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache, is_admin=True),
+        Operation(POST, ("/workers",), cluster.register_worker, reports(RegisterRequest)),
+        Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker, reports()),
+        Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache, reports(), is_admin=True),
         Operation(
-            POST, ("/pause_generation",), cluster.pause_generation, Bodies(PauseRequest), is_admin=True
+            POST, ("/pause_generation",), cluster.pause_generation, reports(PauseRequest), is_admin=True
         ),
-        Operation(POST, ("/continue_generation",), cluster.continue_generation, is_admin=True),
-        Operation(POST, ("/abort_request",), cluster.abort_request, Bodies(AbortRequest), is_admin=True),
+        Operation(POST, ("/continue_generation",), cluster.continue_generation, reports(), is_admin=True),
+        Operation(POST, ("/abort_request",), cluster.abort_request, reports(AbortRequest), is_admin=True),
         Operation(
             POST,
             ("/assert_peer_death",),
             cluster.assert_peer_death,
-            Bodies(AssertPeerDeathRequest),
+            reports(AssertPeerDeathRequest),
             is_admin=True,
         ),
         *weight_operations(WeightRoutes(weights, limits, is_node=False)),

@@ -44,7 +44,7 @@ def make_app(operations: Sequence[Operation], *, keys: AccessKeys, is_loopback: 
                     methods=[method],
                     response_model=None,
                     responses=operation.bodies.responses(),
-                    openapi_extra=operation.bodies.request_body(),
+                    openapi_extra=operation.bodies.takes(path),
                     include_in_schema=method != "HEAD",
                     tags=["admin"] if operation.is_admin else None,
                 )

@@ -70,7 +70,7 @@ from .mounting import GET, POST, Operation, make_app
 from .native_types import CloseSessionRequest
 from .node_calls import REPLY_MARGIN_S, NodeUnavailableError
 from .node_client import NodeClient
-from .openapi import Bodies
+from .openapi import Bodies, reports
 from .operations import OperationRoutes, ProfileOutcome
 from .server import serve
 from .sessions import read_close
@@ -454,20 +454,22 @@ def build_node_app(
         Operation(GET, ("/v1/models/{model_id:path}",), routes.model, Bodies(answer=ModelEntry)),
         Operation(GET, ("/get_load",), routes.load),
         Operation(GET, ("/v1/loads",), routes.loads),
-        Operation(GET, ("/metrics",), routes.metrics),
+        Operation(GET, ("/metrics",), routes.metrics, Bodies(media_type="text/plain")),
         Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
-        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache, is_admin=True),
-        Operation(POST, ("/pause_generation",), routes.pause_generation, Bodies(PauseRequest), is_admin=True),
-        Operation(POST, ("/continue_generation",), routes.continue_generation, is_admin=True),
-        Operation(POST, ("/abort_request",), routes.abort_request, Bodies(AbortRequest), is_admin=True),
+        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache, reports(), is_admin=True),
+        Operation(
+            POST, ("/pause_generation",), routes.pause_generation, reports(PauseRequest), is_admin=True
+        ),
+        Operation(POST, ("/continue_generation",), routes.continue_generation, reports(), is_admin=True),
+        Operation(POST, ("/abort_request",), routes.abort_request, reports(AbortRequest), is_admin=True),
         Operation(
             POST,
             ("/assert_peer_death",),
             routes.assert_peer_death,
-            Bodies(AssertPeerDeathRequest),
+            reports(AssertPeerDeathRequest),
             is_admin=True,
         ),
-        Operation(POST, ("/close_session",), routes.close_session, Bodies(CloseSessionRequest)),
+        Operation(POST, ("/close_session",), routes.close_session, reports(CloseSessionRequest)),
         *weight_operations(weights),
     ]
     operations += OperationRoutes(operator, Limits()).operations()

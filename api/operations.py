@@ -30,7 +30,7 @@ from ..runtime.logs import set_log_level
 from .answers import json_response, outcome
 from .generation import AdminReply
 from .mounting import GET, POST, Operation
-from .openapi import Bodies
+from .openapi import reports
 from .request_log import LEVELS, RequestLog
 from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
 
@@ -119,23 +119,23 @@ class OperationRoutes:
                 POST,
                 ("/set_internal_state",),
                 self.set_internal_state,
-                Bodies(SetInternalStateRequest),
+                reports(SetInternalStateRequest),
                 is_admin=True,
             ),
             Operation(
                 POST,
                 ("/configure_logging",),
                 self.configure_logging,
-                Bodies(ConfigureLoggingRequest),
+                reports(ConfigureLoggingRequest),
                 is_admin=True,
             ),
-            Operation(POST, ("/slow_down",), self.slow_down, Bodies(SlowDownRequest), is_admin=True),
-            Operation(either, ("/freeze_gc",), self.freeze_gc, is_admin=True),
+            Operation(POST, ("/slow_down",), self.slow_down, reports(SlowDownRequest), is_admin=True),
+            Operation(either, ("/freeze_gc",), self.freeze_gc, reports(), is_admin=True),
             Operation(
-                either, ("/start_profile",), self.start_profile, Bodies(StartProfileRequest), is_admin=True
+                either, ("/start_profile",), self.start_profile, reports(StartProfileRequest), is_admin=True
             ),
             Operation(
-                either, ("/stop_profile",), self.stop_profile, Bodies(answer=ProfileOutcome), is_admin=True
+                either, ("/stop_profile",), self.stop_profile, reports(answer=ProfileOutcome), is_admin=True
             ),
         ]
 

@@ -27,10 +27,10 @@ from ..messages.weights import (
     WeightsReply,
 )
 from ..runtime.errors import RequestError
-from .answers import json_response, outcome
+from .answers import Outcome, json_response, outcome
 from .generation import AdminReply, GroupReply, UpdateMode
 from .mounting import POST, Operation
-from .openapi import NO_BODIES, Bodies
+from .openapi import Bodies, reports
 from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
 
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself says
@@ -385,17 +385,17 @@ class WeightRoutes:
 def weight_operations(routes: WeightRoutes) -> list[Operation]:
     """Under the names that SGLang gave them."""
     changes = [
-        ("/update_weights_from_disk", routes.update_from_disk, Bodies(UpdateWeightsRequest)),
-        ("/update_weights_from_tensor", routes.update_from_tensor, NO_BODIES),
-        ("/update_weights_from_distributed", routes.update_from_distributed, Bodies(DistributedRequest)),
-        ("/update_weights_from_ipc", routes.update_from_ipc, Bodies(IpcRequest)),
-        ("/update_weights_from_peer", routes.update_from_peer, Bodies(PeerRequest)),
-        ("/init_weights_update_group", routes.init_group, Bodies(InitGroupRequest, InitGroupAnswer)),
-        ("/destroy_weights_update_group", routes.destroy_group, Bodies(DestroyGroupRequest)),
-        ("/save_sharded_model", routes.save_sharded, Bodies(SaveShardedRequest)),
-        ("/save_remote_model", routes.save_remote, Bodies(SaveRemoteRequest)),
-        ("/release_memory_occupation", routes.release_memory, Bodies(MemoryRequest)),
-        ("/resume_memory_occupation", routes.resume_memory, Bodies(MemoryRequest)),
+        ("/update_weights_from_disk", routes.update_from_disk, reports(UpdateWeightsRequest)),
+        ("/update_weights_from_tensor", routes.update_from_tensor, reports()),
+        ("/update_weights_from_distributed", routes.update_from_distributed, reports(DistributedRequest)),
+        ("/update_weights_from_ipc", routes.update_from_ipc, reports(IpcRequest)),
+        ("/update_weights_from_peer", routes.update_from_peer, reports(PeerRequest)),
+        ("/init_weights_update_group", routes.init_group, reports(InitGroupRequest, InitGroupAnswer)),
+        ("/destroy_weights_update_group", routes.destroy_group, reports(DestroyGroupRequest)),
+        ("/save_sharded_model", routes.save_sharded, reports(SaveShardedRequest)),
+        ("/save_remote_model", routes.save_remote, reports(SaveRemoteRequest)),
+        ("/release_memory_occupation", routes.release_memory, reports(MemoryRequest)),
+        ("/resume_memory_occupation", routes.resume_memory, reports(MemoryRequest)),
     ]
     return [
         *(Operation(POST, (path,), handler, bodies, is_admin=True) for path, handler, bodies in changes),
@@ -403,14 +403,14 @@ def weight_operations(routes: WeightRoutes) -> list[Operation]:
             ("GET", "POST"),
             ("/get_weights_by_name",),
             routes.get_by_name,
-            Bodies(GetWeightsRequest),
+            Bodies(GetWeightsRequest, refusal=Outcome),
             is_admin=True,
         ),
         Operation(
             POST,
             ("/check_weights", "/weights_checker"),
             routes.check,
-            Bodies(CheckWeightsRequest, CheckWeightsAnswer),
+            reports(CheckWeightsRequest, CheckWeightsAnswer),
             is_admin=True,
         ),
     ]
