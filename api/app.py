@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
@@ -70,6 +72,8 @@ def build_router_app(
     timelines: Timelines,
     keys: AccessKeys = NO_KEYS,
     is_loopback: bool = True,
+    root_path: str = "",
+    allowed_origins: Sequence[str] = (),
     limits: Limits | None = None,
 ) -> FastAPI:
     """The whole surface of a router.
@@ -174,4 +178,6 @@ def build_router_app(
         *weight_operations(WeightRoutes(weights, limits, is_node=False)),
     ]
     operations += OperationRoutes(operator, limits, request_log).operations()
-    return make_app(operations, keys=keys, is_loopback=is_loopback)
+    return make_app(
+        operations, keys=keys, is_loopback=is_loopback, root_path=root_path, allowed_origins=allowed_origins
+    )

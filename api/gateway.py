@@ -29,6 +29,23 @@ OPEN_PATHS = frozenset(
         "/docs",
     }
 )
+DOCS_FILES = "/docs/files"  # scripts and styles of that page: ours, so that it needs no other host
+
+
+class RootPath:
+    """The path under which a proxy shows this server, whether or not the proxy takes it off."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            if not path.startswith(f"{self._root_path}/"):
+                path = self._root_path + path  # what ASGI calls the path holds the root path
+            scope = {**scope, "root_path": self._root_path, "path": path}
+        await self._app(scope, receive, send)
 
 
 class RequestIds:
@@ -78,8 +95,8 @@ class ApiKeys:
         await (self._app if refusal is None else error_response(refusal))(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
-        path = scope["path"]
-        if path in OPEN_PATHS:
+        path = _route_path(scope)
+        if path in OPEN_PATHS or path.startswith(f"{DOCS_FILES}/"):
             return None
         given = _bearer(scope)
         if self._keys.admin and _is_same(given, self._keys.admin):
@@ -98,6 +115,11 @@ class ApiKeys:
         if self._keys.api and not any(_is_same(given, known) for known in self._keys.api):
             return _unauthorized("A valid API key is needed", "invalid_api_key")
         return None
+
+
+def _route_path(scope: Scope) -> str:
+    """The path that routes are looked up by."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def _unauthorized(what: str, code: str) -> RequestError:

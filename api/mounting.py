@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fastapi import FastAPI, Request
+from fastapi_offline import FastAPIOffline
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from ..runtime.process import AccessKeys
 from .errors import install_error_handlers
-from .gateway import ApiKeys, RequestIds
+from .gateway import DOCS_FILES, ApiKeys, RequestIds, RootPath
 from .openapi import NO_BODIES, Bodies, install_schemas
 from .version import VERSION
 
@@ -32,9 +34,20 @@ class Operation:
     is_admin: bool = False  # changes or ends what others do
 
 
-def make_app(operations: Sequence[Operation], *, keys: AccessKeys, is_loopback: bool) -> FastAPI:
-    """`is_loopback`: only this host can reach it, so the admin routes need no key of their own."""
-    app = FastAPI(title="pdserve", version=VERSION, redoc_url=None)
+def make_app(
+    operations: Sequence[Operation],
+    *,
+    keys: AccessKeys,
+    is_loopback: bool,
+    root_path: str = "",
+    allowed_origins: Sequence[str] = (),
+) -> FastAPI:
+    """`is_loopback`: only this host can reach it, so the admin routes need no key of their own.
+
+    `root_path`: where a proxy in front shows it, such as ``/llm``. `allowed_origins`: web pages of these
+    origins may ask, ``*`` for any (https://fetch.spec.whatwg.org/#http-cors-protocol).
+    """
+    app = FastAPIOffline(title="pdserve", version=VERSION, redoc_url=None, static_url=DOCS_FILES)
     for operation in operations:
         for path in operation.paths:
             for method in operation.methods:
@@ -53,4 +66,14 @@ def make_app(operations: Sequence[Operation], *, keys: AccessKeys, is_loopback: 
     admin_paths = [path for operation in operations if operation.is_admin for path in operation.paths]
     app.add_middleware(ApiKeys, keys=keys, admin_paths=admin_paths, is_loopback=is_loopback)
     app.add_middleware(RequestIds)
+    if allowed_origins:  # outermost: a browser's preflight shows no key, and reads refusals too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    if root_path:
+        app.add_middleware(RootPath, root_path=root_path)
     return app

@@ -1,4 +1,4 @@
-"""uvicorn, with a drain that keeps the listener open."""
+"""uvicorn, with a drain that keeps the listeners open."""
 
 from __future__ import annotations
 
@@ -39,15 +39,14 @@ class _AbortsAreMeant(logging.Filter):
 
 async def serve(
     app: FastAPI,
-    listener: socket.socket,
-    *,
+    *listeners: socket.socket,
     in_flight: InFlightRequests | None = None,
     drain_timeout_s: float = 30.0,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until a signal (or `stop`), then drain: new requests get 503, those in flight end first.
 
-    The listener stays open while draining, so that readiness probes and late clients get an answer.
+    The listeners stay open while draining, so that readiness probes and late clients get an answer.
     """
     stop = stop or asyncio.Event()
     config = uvicorn.Config(
@@ -65,7 +64,7 @@ async def serve(
     logging.getLogger("uvicorn.error").addFilter(_AbortsAreMeant())
     draining = asyncio.create_task(_drain(server, stop, in_flight, drain_timeout_s))
     try:
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=list(listeners))
     finally:
         draining.cancel()
         await asyncio.wait({draining})

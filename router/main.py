@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
@@ -25,7 +26,7 @@ from ..engine.model_config import ModelConfig
 from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
-from ..runtime.listen import http_url, is_loopback
+from ..runtime.listen import bind_unix, http_url, is_loopback
 from .links import ZmqConnector
 from .options import RouterOptions
 from .service import RouterService
@@ -45,7 +46,8 @@ def run_router(config: RouterConfig, listener: socket.socket) -> int:
     exporter = None
     if config.otlp_traces_endpoint:
         exporter = TraceExporter(config.otlp_traces_endpoint, card.name)
-    uvloop.run(_serve(config, listener, card, tokenizer, defaults, exporter))
+    listeners = [listener, bind_unix(config.uds)] if config.uds else [listener]
+    uvloop.run(_serve(config, listeners, card, tokenizer, defaults, exporter))
     if exporter is not None:
         exporter.close()
     return 0
@@ -53,7 +55,7 @@ def run_router(config: RouterConfig, listener: socket.socket) -> int:
 
 async def _serve(
     config: RouterConfig,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],  # of TCP first
     card: ModelCard,
     tokenizer: Tokenizer,
     defaults: GenerationDefaults,
@@ -96,12 +98,14 @@ async def _serve(
         in_flight=in_flight,
         timelines=Timelines(clock, registry, card.name, exporter.export if exporter else None),
         keys=config.keys,
-        is_loopback=is_loopback(listener),
+        is_loopback=is_loopback(listeners[0]),
+        root_path=config.root_path,
+        allowed_origins=config.allowed_origins,
     )
     await service.start()
-    _log.info("%s serves %s", http_url(config.host, listener), card.name)
+    _log.info("%s serves %s", http_url(config.host, listeners[0]), card.name)
     serving = asyncio.create_task(
-        serve(app, listener, in_flight=in_flight, drain_timeout_s=config.drain_timeout)
+        serve(app, *listeners, in_flight=in_flight, drain_timeout_s=config.drain_timeout)
     )
     try:
         await asyncio.wait({serving, service.crashed}, return_when=asyncio.FIRST_COMPLETED)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 import yaml
 
 from .errors import StartupError
@@ -24,6 +25,8 @@ VerifyPages: TypeAlias = Literal["off", "sample", "all"]
 ProcessRole: TypeAlias = Literal["up", "router", "prefill", "decode"]
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-python"
 HIDDEN_STATES_FLAG = "--enable-return-hidden-states"
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
+_ROOT_PATH = re.compile(r"(/[\w.~-]+)+")
 _HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
 DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
 
@@ -40,6 +43,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     repeatable: bool = False
     positional: bool = False
+    takes_json_list: bool = False  # of a repeatable one, as vLLM writes it
 
     @property
     def field(self) -> str:
@@ -145,6 +149,13 @@ FLAGS: tuple[Flag, ...] = (
          help="seconds that running requests get after SIGTERM"),
     Flag(names=("--otlp-traces-endpoint",), roles=_ROUTER, default="",
          help="URL that traces are sent to by OTLP/HTTP, such as http://host:4318/v1/traces"),
+    Flag(names=("--allowed-origins",), roles=_ROUTER, repeatable=True, default=(), takes_json_list=True,
+         help="origins of web pages that may ask, such as https://app.example, or * for any; repeatable, or "
+              "a JSON list"),
+    Flag(names=("--root-path",), roles=_ROUTER, default="",
+         help="path under which a proxy in front shows this server, such as /llm"),
+    Flag(names=("--uds",), roles=_ROUTER, default="",
+         help="path of a Unix socket to listen on as well: nodes still come by --host and --port"),
     Flag(names=("--log-requests", "--enable-log-requests"), roles=_ROUTER, kind=bool, default=False,
          help="a line in the log when a request comes and when it ends"),
     Flag(names=("--log-requests-level",), roles=_ROUTER, kind=int, default=2,
@@ -178,6 +189,9 @@ class RouterConfig:
     session_timeout: float
     drain_timeout: float
     otlp_traces_endpoint: str
+    allowed_origins: tuple[str, ...]
+    root_path: str
+    uds: str
     log_requests: bool
     log_requests_level: int
     log_level: str
@@ -281,9 +295,23 @@ def resolve(role: ProcessRole, given: Mapping[str, Any]) -> dict[str, Any]:
     for flag in FLAGS:
         if flag.repeatable and flag.field in values:
             value = values[flag.field]
-            values[flag.field] = (value,) if isinstance(value, str) else tuple(value)
+            items = (value,) if isinstance(value, str) else tuple(value)
+            values[flag.field] = _from_json_lists(flag, items) if flag.takes_json_list else items
     _check(values)
     return values
+
+
+def _from_json_lists(flag: Flag, items: Sequence[str]) -> tuple[str, ...]:
+    flat: list[str] = []
+    for item in items:
+        if not item.lstrip().startswith("["):
+            flat.append(item)
+            continue
+        try:
+            flat += msgspec.json.decode(item, type=list[str])
+        except msgspec.DecodeError as error:
+            raise StartupError(f"{flag.names[0]} {item}: a JSON list of strings is expected") from error
+    return tuple(flat)
 
 
 def _file_layers(path: Path, role: str) -> list[dict[str, Any]]:
@@ -377,6 +405,16 @@ def _check(values: Mapping[str, Any]) -> None:
         _check_key("--api-key", key)
     if key := values.get("admin_api_key"):
         _check_key("--admin-api-key", key)
+    for origin in values.get("allowed_origins") or ():
+        if not _ORIGIN.fullmatch(origin):
+            raise StartupError(
+                f"--allowed-origins {origin}: * or an origin is expected, such as https://app.example"
+            )
+    root_path = values.get("root_path")
+    if root_path and not _ROOT_PATH.fullmatch(root_path):
+        raise StartupError(
+            f"--root-path {root_path}: a path is expected, such as /llm, without a slash at its end"
+        )
     if (port := values.get("port")) is not None and not 0 <= port <= 65535:
         raise StartupError(f"--port {port}: 0 to 65535 is expected")
     for name in ("router", "prefill", "decode"):

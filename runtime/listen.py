@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import os
 import socket
+from pathlib import Path
 
 from .errors import StartupError
 
@@ -40,6 +42,32 @@ def bind_http(host: str, port: int) -> socket.socket:
             _log.warning("port %d is taken, using %d", port, candidate)
         return listener
     raise StartupError(f"ports {port} to {candidates[-1]} on {host} are all taken; choose another --port")
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A listening Unix socket at `path`, which a dead server may have left behind.
+
+    Who may connect, the umask says. Raises StartupError when it is taken, or no socket can be made there.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_left_behind(path):
+            os.unlink(path)
+        listener.bind(path)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = "something listens there" if error.errno == errno.EADDRINUSE else error.strerror or error
+        raise StartupError(f"--uds {path}: {reason}; choose another path") from error
+    return listener
+
+
+def _is_left_behind(path: str) -> bool:
+    """A socket that nobody listens on."""
+    if not Path(path).is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
 def inherit_http(fd: int) -> socket.socket:

@@ -129,13 +129,29 @@ def is_loopback() -> bool:
 
 
 @pytest.fixture
+def root_path() -> str:
+    return ""
+
+
+@pytest.fixture
+def allowed_origins() -> tuple[str, ...]:
+    return ()
+
+
+@pytest.fixture
 def limits() -> Limits:
     return Limits(max_body_bytes=20_000)
 
 
 @pytest_asyncio.fixture
 async def api(
-    tokenizer: Tokenizer, card: ModelCard, keys: AccessKeys, is_loopback: bool, limits: Limits
+    tokenizer: Tokenizer,
+    card: ModelCard,
+    keys: AccessKeys,
+    is_loopback: bool,
+    limits: Limits,
+    root_path: str,
+    allowed_origins: tuple[str, ...],
 ) -> AsyncIterator[Api]:
     generator = FakeGenerator(tokenizer.encode(" quick brown fox jumps"))
     admin = FakeAdmin()
@@ -160,6 +176,8 @@ async def api(
         keys=keys,
         is_loopback=is_loopback,
         limits=limits,
+        root_path=root_path,
+        allowed_origins=allowed_origins,
     )
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from pdserve.tests.unit.api.conftest import Api
 
 CHECKS = (

@@ -4,15 +4,18 @@ import asyncio
 import os
 import signal
 import socket
+from pathlib import Path
 
 import aiohttp
 import pytest
+import uvloop
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from pdserve.api.in_flight import InFlightRequests
 from pdserve.api.server import serve
 from pdserve.runtime.errors import RequestError
+from pdserve.runtime.listen import bind_http, bind_unix, http_url
 
 
 def app_of(in_flight: InFlightRequests) -> FastAPI:
@@ -71,3 +74,22 @@ def test_ids_in_flight() -> None:
     end()
     assert len(in_flight) == 0
     in_flight.begin("a", ["cmpl-a-0"])()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_unix_socket_is_served_beside_the_port(loop: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "router.sock")
+
+    async def ask() -> None:
+        listeners = [bind_http("127.0.0.1", 0), bind_unix(path)]
+        stop = asyncio.Event()
+        server = asyncio.create_task(serve(app_of(InFlightRequests()), *listeners, stop=stop))
+        urls = {http_url("127.0.0.1", listeners[0]): None, "http://localhost": aiohttp.UnixConnector(path)}
+        for url, connector in urls.items():
+            async with aiohttp.ClientSession(connector=connector) as http, http.get(url) as answer:
+                assert await answer.text() == "open"
+        stop.set()
+        await asyncio.wait_for(server, 10)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
+        runner.run(ask())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import aiohttp
@@ -249,6 +250,54 @@ async def test_api_keys(api: Api) -> None:
         assert (await api.post("/v1/completions", body, authorization=header))[0] == 401
     for header in ("Bearer k1", "bearer k2"):
         assert (await api.post("/v1/completions", body, authorization=header))[0] == 200
+
+
+@pytest.mark.parametrize("root_path", ["", "/llm"])
+@pytest.mark.parametrize("keys", [AccessKeys(("k1",))])
+async def test_the_docs_page_needs_no_other_host_and_no_key(api: Api, root_path: str) -> None:
+    async with api.http.get(api.url + "/docs") as answer:
+        page = await answer.text()
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert sources
+    for source in sources:
+        assert source.startswith(f"{root_path}/docs/files/")
+        for prefix in {"", root_path}:  # a proxy may take the root path off, or leave it
+            async with api.http.get(api.url + prefix + source.removeprefix(root_path)) as answer:
+                assert answer.status == 200
+
+
+@pytest.mark.parametrize("root_path", ["/llm"])
+@pytest.mark.parametrize("keys", [AccessKeys(("k1",), "root")])
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+async def test_keys_are_asked_for_under_a_root_path_too(api: Api, prefix: str) -> None:
+    status, _ = await api.post(f"{prefix}/v1/completions", {"prompt": "The"}, authorization="Bearer k1")
+    assert status == 200
+    status, _ = await api.post(f"{prefix}/v1/completions", {"prompt": "The"})
+    assert status == 401
+    status, refusal = await api.post(f"{prefix}/flush_cache", {}, authorization="Bearer k1")
+    assert (status, refusal["error"]["code"]) == (401, "invalid_admin_api_key")
+
+
+@pytest.mark.parametrize("keys", [AccessKeys(("k1",))])
+@pytest.mark.parametrize("allowed_origins", [("https://app.example",)])
+async def test_web_pages_of_an_allowed_origin_may_ask(api: Api) -> None:
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    for origin, allowed in (("https://app.example", "https://app.example"), ("https://b.example", None)):
+        async with api.http.options(
+            api.url + "/v1/completions", headers={"origin": origin, **asks}
+        ) as preflight:
+            assert preflight.headers.get("access-control-allow-origin") == allowed
+            assert preflight.status == (200 if allowed else 400)
+        async with api.http.post(
+            api.url + "/v1/completions", json={"prompt": "The"}, headers={"origin": origin}
+        ) as refused:
+            assert refused.status == 401
+            assert refused.headers.get("access-control-allow-origin") == allowed
+
+
+async def test_without_allowed_origins_no_web_page_may_ask(api: Api) -> None:
+    async with api.http.get(api.url + "/health", headers={"origin": "https://app.example"}) as answer:
+        assert "access-control-allow-origin" not in answer.headers
 
 
 ADMIN_PATHS = ("/flush_cache", "/abort_request", "/assert_peer_death", "/update_weights_from_disk")

@@ -401,3 +401,31 @@ def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> No
 )
 def test_values_out_of_range_are_refused_by_name(role: ProcessRole, flag: str, value: str) -> None:
     assert refusal(role, given(role, flag, value)).startswith(f"{flag} ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--allowed-origins", '["https://a.example", "http://b.example:81"]'],
+        ["--allowed-origins", "https://a.example", "--allowed-origins=http://b.example:81"],
+    ],
+)
+def test_allowed_origins_are_repeated_or_a_json_list(arguments: list[str]) -> None:
+    assert router_config(given("router", *arguments)).allowed_origins == (
+        "https://a.example",
+        "http://b.example:81",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--allowed-origins", "app.example"),
+        ("--allowed-origins", "https://app.example/"),
+        ("--allowed-origins", "[1]"),
+        ("--root-path", "llm"),
+        ("--root-path", "/llm/"),
+    ],
+)
+def test_what_is_no_origin_or_no_path_is_refused_by_name(flag: str, value: str) -> None:
+    assert refusal("router", given("router", flag, value)).startswith(f"{flag} {value}: ")

@@ -7,12 +7,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from pdserve.runtime import listen
 from pdserve.runtime.errors import StartupError
-from pdserve.runtime.listen import bind_http, http_url, inherit_http
+from pdserve.runtime.listen import bind_http, bind_unix, http_url, inherit_http
 
 
 @pytest.fixture
@@ -84,3 +85,30 @@ def test_a_descriptor_is_inherited_with_its_address() -> None:
     with bind_http("127.0.0.1", 0) as listener, inherit_http(os.dup(listener.fileno())) as inherited:
         assert inherited.getsockname() == listener.getsockname()
         assert inherited.family == socket.AF_INET
+
+
+def test_a_unix_socket_that_a_dead_server_left_behind_is_taken_over(tmp_path: Path) -> None:
+    path = str(tmp_path / "router.sock")
+    bind_unix(path).close()
+    with bind_unix(path), socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+
+
+def test_a_unix_socket_that_is_served_is_not_taken(tmp_path: Path) -> None:
+    path = str(tmp_path / "router.sock")
+    with bind_unix(path), pytest.raises(StartupError, match=r"--uds .*: something listens there"):
+        bind_unix(path)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/router.sock", "x" * 200])
+def test_a_unix_socket_that_cannot_be_made_is_one_line(path: str) -> None:
+    with pytest.raises(StartupError, match=r"--uds [^\n]*; choose another path$"):
+        bind_unix(path)
+
+
+def test_a_file_is_not_taken_for_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("kept")
+    with pytest.raises(StartupError):
+        bind_unix(str(path))
+    assert path.read_text() == "kept"
