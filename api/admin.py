@@ -252,6 +252,10 @@ class ClusterRoutes:
     async def loads(self, _: Request) -> Response:
         return json_response({"timestamp": time.time(), "version": self.version, "loads": self._loads()})
 
+    async def server_load(self, _: Request) -> Response:
+        """vLLM's: the requests that are being answered."""
+        return json_response({"server_load": len(self.in_flight)})
+
     def _loads(self) -> list[dict[str, Any]]:
         return [load_body(status.entry, status.load) for status in self.view.workers()]
 
@@ -304,7 +308,7 @@ class ClusterRoutes:
         if body.abort_all:
             replies = [await self.admin.abort_requests("", True)]
         else:
-            generation_ids = self.in_flight.generations_of(body.rid or "")
+            generation_ids = self.in_flight.generations_matching(body.rid or "")
             replies = [
                 await self.admin.abort_requests(generation_id, False) for generation_id in generation_ids
             ]

@@ -137,6 +137,7 @@ def build_router_app(
             tokens.detokenize,
             Bodies(DetokenizeRequest, DetokenizeAnswer),
         ),
+        Operation(GET, ("/tokenizer_info",), tokens.tokenizer_info),
         Operation(
             POST,
             ("/v1/embeddings",),
@@ -157,12 +158,14 @@ def build_router_app(
         Operation(GET, ("/get_weight_version",), cluster.weight_version),
         Operation(GET, ("/get_load",), cluster.load),
         Operation(GET, ("/v1/loads",), cluster.loads),
+        Operation(GET, ("/load",), cluster.server_load),
         Operation(GET, ("/metrics",), cluster.metrics, Bodies(media_type="text/plain")),
         Operation(GET, ("/requests/{request_id:path}",), cluster.request_state),
         Operation(GET, ("/workers",), cluster.workers),
         Operation(POST, ("/workers",), cluster.register_worker, reports(RegisterRequest)),
         Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker, reports()),
         Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache, reports(), is_admin=True),
+        Operation(POST, ("/reset_prefix_cache",), cluster.flush_cache, reports(), is_admin=True),
         Operation(
             POST, ("/pause_generation",), cluster.pause_generation, reports(PauseRequest), is_admin=True
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -105,6 +106,15 @@ class InFlightRequests:
                 self._emptied.set()
 
         return end
+
+    def generations_matching(self, request_id: str) -> tuple[str, ...]:
+        """The cluster's ids of the request of this id, else of all requests whose ids begin so (SGLang
+        aborts by prefix); the id itself when there are none."""
+        bare = bare_id(request_id)
+        if bare in self._generation_ids:
+            return self._generation_ids[bare]
+        found = [ids for key, ids in self._generation_ids.items() if key.startswith(bare)]
+        return tuple(itertools.chain.from_iterable(found)) or (request_id,)
 
     def generations_of(self, request_id: str) -> tuple[str, ...]:
         """The cluster's ids of a request; the id itself when it is none of ours."""

@@ -387,6 +387,10 @@ class NodeWeights:
         reply = await self._link.client.resume_memory(tags, WEIGHTS_TIMEOUT_S)
         return AdminReply(reply.success, reply.message)
 
+    async def released_memory(self) -> frozenset[MemoryTag]:
+        reply = await self._link.client.resume_memory((), WEIGHTS_TIMEOUT_S, if_released=True)
+        return frozenset(reply.released)
+
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         return {self._url: await self._link.client.get_weights(name, truncate_size, WEIGHTS_TIMEOUT_S)}
 
@@ -457,6 +461,7 @@ def build_node_app(
         Operation(GET, ("/metrics",), routes.metrics, Bodies(media_type="text/plain")),
         Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
         Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache, reports(), is_admin=True),
+        Operation(POST, ("/reset_prefix_cache",), routes.flush_cache, reports(), is_admin=True),
         Operation(
             POST, ("/pause_generation",), routes.pause_generation, reports(PauseRequest), is_admin=True
         ),

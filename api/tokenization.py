@@ -48,12 +48,15 @@ class Tokenizer:
         *,
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._chat = None if chat_template is None else ChatTemplate(chat_template, special_tokens or {})
         self.special_tokens = dict(special_tokens or {})
+        self.chat_template = chat_template
+        self.config = dict(config or {})  # tokenizer_config.json as it is
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
@@ -75,6 +78,7 @@ class Tokenizer:
             RustTokenizer.from_file(str(vocabulary)),
             special_tokens=_special_tokens(config),
             chat_template=_chat_template(folder, config),
+            config=config,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in vLLM's shapes."""
+"""/tokenize, /detokenize and /tokenizer_info, in vLLM's shapes."""
 
 from __future__ import annotations
 
@@ -51,6 +51,13 @@ class TokenRoutes:
                 tokens=token_ids,
                 token_strs=strings,
             )
+        )
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        """tokenizer_config.json, its special tokens as plain strings, and the chat template in use."""
+        tokenizer = self.tokenizer
+        return json_response(
+            {**tokenizer.config, **tokenizer.special_tokens, "chat_template": tokenizer.chat_template}
         )
 
     async def detokenize(self, http: Request) -> Response:

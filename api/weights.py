@@ -5,7 +5,7 @@ Tensors travel as a safetensors file, which holds numbers and nothing that runs.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NoReturn, Protocol
 
 import msgspec
@@ -29,7 +29,7 @@ from ..messages.weights import (
 from ..runtime.errors import RequestError
 from .answers import Outcome, json_response, outcome
 from .generation import AdminReply, GroupReply, UpdateMode
-from .mounting import POST, Operation
+from .mounting import GET, POST, Operation
 from .openapi import Bodies, reports
 from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
 
@@ -147,7 +147,9 @@ class GetWeightsRequest(msgspec.Struct, kw_only=True):
 
 
 class CheckWeightsRequest(msgspec.Struct, kw_only=True):
-    action: Literal["checksum"] = "checksum"
+    """``snapshot`` keeps the nodes' checksums here, ``compare`` tells what has changed since then."""
+
+    action: Literal["checksum", "snapshot", "compare"] = "checksum"
 
 
 class CheckWeightsAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,6 +214,10 @@ class WeightAdmin(Protocol):
 
     async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply: ...
 
+    async def released_memory(self) -> frozenset[MemoryTag]:
+        """What any node has released and not resumed."""
+        ...
+
     async def weights_by_name(self, name: str, truncate_size: int) -> Mapping[str, WeightsReply]:
         """The first rows of one tensor, by node's URL."""
         ...
@@ -226,6 +232,7 @@ class WeightRoutes:
         self._admin = admin
         self._limits = limits
         self._is_node = is_node
+        self._snapshot: WeightChecksReply | None = None
 
     async def update_from_disk(self, http: Request) -> Response:
         raw = parse_object(await read_body(http, self._limits))
@@ -341,6 +348,26 @@ class WeightRoutes:
         reply = await self._admin.resume_memory_occupation(await self._tags(http))
         return outcome(reply.success, reply.message)
 
+    async def sleep(self, http: Request) -> Response:
+        """vLLM's name of a release. Both of its levels: nothing stays in the node's memory, and the weights
+        come back as they were."""
+        if (level := http.query_params.get("level", "1")) not in ("1", "2"):
+            raise bad_value("level", f"`level` must be 1 or 2, got {level!r}.")
+        reply = await self._admin.release_memory_occupation(MEMORY_TAGS)
+        return outcome(reply.success, reply.message)
+
+    async def wake_up(self, http: Request) -> Response:
+        """vLLM's name of a resume: of all, or of what each ``tags`` in the query names."""
+        wanted = http.query_params.getlist("tags")
+        if unknown := [tag for tag in wanted if tag not in MEMORY_TAGS]:
+            raise bad_value("tags", f"`tags` must be of {', '.join(MEMORY_TAGS)}, got {unknown[0]!r}.")
+        tags = tuple(tag for tag in MEMORY_TAGS if tag in wanted) or MEMORY_TAGS
+        reply = await self._admin.resume_memory_occupation(tags)
+        return outcome(reply.success, reply.message)
+
+    async def is_sleeping(self, _: Request) -> Response:
+        return json_response({"is_sleeping": bool(await self._admin.released_memory())})
+
     async def _tags(self, http: Request) -> tuple[MemoryTag, ...]:
         raw = parse_object(await read_body(http, self._limits) or b"{}")
         tags = parse_request(raw, MemoryRequest, _NO_RULES).tags
@@ -370,11 +397,16 @@ class WeightRoutes:
 
     async def check(self, http: Request) -> Response:
         """Every node's checksums; whether they are all the same, and which tensors are not."""
-        parse_request(
-            parse_object(await read_body(http, self._limits) or b"{}"), CheckWeightsRequest, _NO_RULES
-        )
+        raw = parse_object(await read_body(http, self._limits) or b"{}")
+        action = parse_request(raw, CheckWeightsRequest, _NO_RULES).action
         replies = dict(await self._admin.check_weights())
         success, message = compare(replies)
+        if action == "snapshot" and success:
+            self._snapshot = next(iter(replies.values()))
+        elif action == "compare" and success:
+            if self._snapshot is None:
+                raise RequestError("There is no snapshot to compare with.", code="no_snapshot")
+            success, message = _since(self._snapshot, next(iter(replies.values())))
         answer = CheckWeightsAnswer(success=success, message=message, nodes=replies)
         return json_response(answer, 200 if success else 400)
 
@@ -383,7 +415,7 @@ class WeightRoutes:
 
 
 def weight_operations(routes: WeightRoutes) -> list[Operation]:
-    """Under the names that SGLang gave them."""
+    """Under the names that SGLang gave them, and vLLM."""
     changes = [
         ("/update_weights_from_disk", routes.update_from_disk, reports(UpdateWeightsRequest)),
         ("/update_weights_from_tensor", routes.update_from_tensor, reports()),
@@ -395,10 +427,13 @@ def weight_operations(routes: WeightRoutes) -> list[Operation]:
         ("/save_sharded_model", routes.save_sharded, reports(SaveShardedRequest)),
         ("/save_remote_model", routes.save_remote, reports(SaveRemoteRequest)),
         ("/release_memory_occupation", routes.release_memory, reports(MemoryRequest)),
+        ("/sleep", routes.sleep, reports()),
+        ("/wake_up", routes.wake_up, reports()),
         ("/resume_memory_occupation", routes.resume_memory, reports(MemoryRequest)),
     ]
     return [
         *(Operation(POST, (path,), handler, bodies, is_admin=True) for path, handler, bodies in changes),
+        Operation(GET, ("/is_sleeping",), routes.is_sleeping),
         Operation(
             ("GET", "POST"),
             ("/get_weights_by_name",),
@@ -421,15 +456,25 @@ def compare(replies: Mapping[str, WeightChecksReply]) -> tuple[bool, str]:
     failed = [f"{url}: {reply.message}" for url, reply in replies.items() if not reply.success]
     if failed or not replies:
         return False, "; ".join(failed) or "no node is connected"
-    first, *others = replies.values()
-    names = sorted({name for reply in replies.values() for name in reply.tensors})
-    unlike = [
-        name for name in names if any(other.tensors.get(name) != first.tensors.get(name) for other in others)
-    ]
-    if not unlike:
-        return True, f"{len(names)} tensors are the same on {len(replies)} nodes: {first.whole}"
+    first = next(iter(replies.values()))
+    if unlike := _unlike(list(replies.values())):
+        return False, f"these tensors differ between nodes: {unlike}"
+    return True, f"{len(first.tensors)} tensors are the same on {len(replies)} nodes: {first.whole}"
+
+
+def _since(snapshot: WeightChecksReply, now: WeightChecksReply) -> tuple[bool, str]:
+    """Whether nothing has changed, and what to say about it."""
+    if unlike := _unlike([snapshot, now]):
+        return False, f"these tensors have changed since the snapshot: {unlike}"
+    return True, f"{len(now.tensors)} tensors are as they were at the snapshot: {now.whole}"
+
+
+def _unlike(replies: Sequence[WeightChecksReply]) -> str:
+    """Names of the tensors whose checksums are not all the same; empty if there are none."""
+    names = sorted({name for reply in replies for name in reply.tensors})
+    unlike = [name for name in names if len({reply.tensors.get(name) for reply in replies}) > 1]
     more = f" and {len(unlike) - _MAX_NAMED} more" if len(unlike) > _MAX_NAMED else ""
-    return False, f"these tensors differ between nodes: {', '.join(unlike[:_MAX_NAMED])}{more}"
+    return f"{', '.join(unlike[:_MAX_NAMED])}{more}"
 
 
 def _ipc_source(body: IpcRequest) -> FromSharedMemory | FromGpuMemory:

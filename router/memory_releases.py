@@ -89,6 +89,13 @@ class MemoryReleases:
                 return AdminReply(False, f"memory is resumed, but {self._registry.explain_no_pair()}")
             return AdminReply(True, text)
 
+    async def released(self, links: Mapping[str, NodeCalls]) -> frozenset[MemoryTag]:
+        """What any of `links` has released, whichever router asked for it."""
+        wait_s = self._options.weight_commit_s
+        return _still_released(
+            await ask_all(links, lambda link: link.resume_memory((), wait_s, if_released=True))
+        )
+
     @contextlib.contextmanager
     def _moving(self) -> Iterator[None]:
         self.is_moving = True

@@ -242,6 +242,9 @@ class WeightUpdates:
         """On every node that has released it."""
         return self._busy() or await self._memory.resume(tags, self._links())
 
+    async def released_memory(self) -> frozenset[MemoryTag]:
+        return await self._memory.released(self._links())
+
     def tick(self, now: float) -> None:
         """Nodes that were started again come to the weights of the others, unless an update needs them."""
         if self._num_alone == int(self._is_committed) and not self._memory.is_released:

@@ -162,6 +162,7 @@ class FakeAdmin:
         self.metrics: Callable[[], str] = str
         self.named_weights: dict[str, WeightsReply] = {}
         self.weight_checks: dict[str, WeightChecksReply] = {}
+        self.released: frozenset[MemoryTag] = frozenset()
 
     def readiness(self) -> tuple[bool, str]:
         return self.ready
@@ -239,6 +240,9 @@ class FakeAdmin:
     async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
         self.calls.append(("resume", tags))
         return self.reply
+
+    async def released_memory(self) -> frozenset[MemoryTag]:
+        return self.released
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         self.calls.append(("get weights", name, truncate_size))

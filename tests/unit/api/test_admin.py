@@ -117,6 +117,20 @@ async def test_flush_cache(api: Api, method: str) -> None:
         assert (answer.status, await answer.json()) == (400, {"success": False, "message": "busy"})
 
 
+async def test_vllms_names_of_a_flush_and_of_the_load(api: Api) -> None:
+    assert (await api.post("/reset_prefix_cache", {}))[0] == 200
+    assert api.admin.calls == [("flush", 0.0)]
+    end = api.in_flight.begin("a", ["cmpl-a"])
+    assert await api.get("/load") == (200, {"server_load": 1})
+    end()
+
+
+async def test_tokenizer_info_is_what_lm_eval_reads(api: Api) -> None:
+    status, info = await api.get("/tokenizer_info")
+    assert (status, info["eos_token"]) == (200, "<|im_end|>")
+    assert "<|im_start|>" in info["chat_template"]
+
+
 async def test_abort_request(api: Api) -> None:
     assert (await api.post("/abort_request", {"rid": "elsewhere"}))[0] == 200
     assert (await api.post("/abort_request", {"rid": "", "abort_all": True}))[0] == 200

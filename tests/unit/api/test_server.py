@@ -67,6 +67,11 @@ def test_ids_in_flight() -> None:
     end = in_flight.begin("a", ["cmpl-a-0", "cmpl-a-1"])
     assert in_flight.generations_of("a") == in_flight.generations_of("cmpl-a") == ("cmpl-a-0", "cmpl-a-1")
     assert in_flight.generations_of("b") == ("b",)
+    begun = in_flight.begin("ab", ["cmpl-ab-0"])
+    assert in_flight.generations_matching("a") == ("cmpl-a-0", "cmpl-a-1")  # the very id comes first
+    assert in_flight.generations_matching("cmpl-ab") == ("cmpl-ab-0",)
+    assert in_flight.generations_matching("c") == ("c",)
+    begun()
     for request_id, generations in (("a", ["x"]), ("chatcmpl-a", ["x"]), ("b", ["cmpl-a-1"])):
         with pytest.raises(RequestError) as caught:
             in_flight.begin(request_id, generations)
@@ -74,6 +79,11 @@ def test_ids_in_flight() -> None:
     end()
     assert len(in_flight) == 0
     in_flight.begin("a", ["cmpl-a-0"])()
+    ends = [in_flight.begin(f"batch7-{n}", [f"cmpl-batch7-{n}"]) for n in range(2)]
+    assert in_flight.generations_matching("batch7") == ("cmpl-batch7-0", "cmpl-batch7-1")
+    assert in_flight.generations_of("batch7") == ("batch7",)
+    for end in ends:
+        end()
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

@@ -192,6 +192,19 @@ async def test_memory_occupation(api: Api) -> None:
     assert api.admin.calls == [("release", every), ("resume", one), ("release", ("graphs",)), ("resume", one)]
 
 
+async def test_vllms_names_of_a_release_and_a_resume(api: Api) -> None:
+    assert (await api.post("/sleep?level=1", {}))[0] == 200
+    assert (await api.post("/sleep?level=3", {}))[0] == 400
+    assert await api.get("/is_sleeping") == (200, {"is_sleeping": False})
+    api.admin.released = frozenset({"weights"})
+    assert await api.get("/is_sleeping") == (200, {"is_sleeping": True})
+    assert (await api.post("/wake_up?tags=kv_cache&tags=weights", {}))[0] == 200
+    assert (await api.post("/wake_up?tags=dreams", {}))[0] == 400
+    assert (await api.post("/wake_up", {}))[0] == 200
+    every = ("weights", "kv_cache", "graphs")
+    assert api.admin.calls == [("release", every), ("resume", every[:2]), ("resume", every)]
+
+
 async def test_weights_by_name_is_what_all_nodes_agree_on(api: Api) -> None:
     reply = WeightsReply(call_id=1, success=True, dtype="float32", values=[[0.5, 1.0]])
     api.admin.named_weights = {"http://p": reply, "http://d": reply}
@@ -232,6 +245,25 @@ async def test_a_check_compares_all_nodes(api: Api) -> None:
     api.admin.weight_checks["http://d"] = WeightChecksReply(call_id=1, success=False, message="lost")
     assert (await api.post("/check_weights", {}))[1]["message"] == "http://d: lost"
     assert (await api.post("/check_weights", {"action": "reset_tensors"}))[0] == 400
+
+
+async def test_a_check_tells_what_has_changed_since_a_snapshot(api: Api) -> None:
+    route = "/weights_checker"
+    assert (await api.post(route, {"action": "compare"}))[
+        0
+    ] == 400  # nothing happened: "no node is connected"
+    before = WeightChecksReply(call_id=1, success=True, tensors={"a": "1", "b": "2"}, whole="w")
+    api.admin.weight_checks = {"http://p": before, "http://d": before}
+    status, refusal = await api.post(route, {"action": "compare"})
+    assert (status, refusal["error"]["code"]) == (400, "no_snapshot")
+    assert (await api.post(route, {"action": "snapshot"}))[0] == 200
+    status, answer = await api.post(route, {"action": "compare"})
+    assert (status, answer["message"]) == (200, "2 tensors are as they were at the snapshot: w")
+    after = WeightChecksReply(call_id=1, success=True, tensors={"a": "1", "b": "3"}, whole="v")
+    api.admin.weight_checks = {"http://p": after, "http://d": after}
+    status, answer = await api.post(route, {"action": "compare"})
+    assert (status, answer["success"]) == (400, False)
+    assert answer["message"] == "these tensors have changed since the snapshot: b"
 
 
 async def test_saving(api: Api) -> None:
