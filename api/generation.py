@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
+from ..messages.bounds import Int64
 from ..messages.node import FinishReason, NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams, TokenLogprob
 from ..messages.timeline import Span
@@ -45,7 +46,7 @@ class TurnParams(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     rid: str | None = None
-    offset: int | None = None
+    offset: Int64 | None = None
     replace: bool = False  # the turns that continued it before are forgotten
     drop_previous_output: bool = False  # it continues that turn's prompt
 

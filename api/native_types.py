@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from ..messages.bounds import Count, Name
 from .generation import TurnParams, WeightSpan
 from .openai_types import CachedTokensDetails
 
@@ -57,13 +58,13 @@ class NativeRequest(msgspec.Struct, kw_only=True):
 
 
 class OpenSessionRequest(msgspec.Struct, kw_only=True):
-    capacity_of_str_len: int = 0  # the most tokens that it keeps; 0: as many as any
-    session_id: str = ""  # default: a new one
+    capacity_of_str_len: Count = 0  # the most tokens that it keeps; 0: as many as any
+    session_id: Name = ""  # default: a new one
     timeout: float | None = None  # seconds that it may be idle; default: --session-timeout
 
 
 class CloseSessionRequest(msgspec.Struct, kw_only=True):
-    session_id: str
+    session_id: Name
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

@@ -14,6 +14,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..messages.bounds import Name, Path, Positive
 from ..messages.operation import (
     MAX_FORWARD_SLEEP_S,
     Activity,
@@ -63,7 +64,7 @@ class Operator(Protocol):
 class SetInternalStateRequest(msgspec.Struct, kw_only=True):
     """Flags that may be changed while nodes run, by their names with underscores."""
 
-    server_args: dict[str, SettingValue]
+    server_args: dict[Name, SettingValue]
 
 
 class ConfigureLoggingRequest(msgspec.Struct, kw_only=True):
@@ -79,8 +80,9 @@ class SlowDownRequest(msgspec.Struct, kw_only=True):
 
 
 class StartProfileRequest(msgspec.Struct, kw_only=True):
-    output_dir: str | None = None  # on each node; default /tmp
-    num_steps: int | None = None  # forwards, of each stage with `profile_by_stage`; none: until it is stopped
+    output_dir: Path | None = None  # on each node; default /tmp
+    # Forwards, of each stage with `profile_by_stage`; none: until it is stopped.
+    num_steps: Positive | None = None
     activities: list[Activity] | None = None
     profile_by_stage: bool = False
     record_shapes: bool | None = None
@@ -181,8 +183,6 @@ class OperationRoutes:
 
     async def start_profile(self, http: Request) -> Response:
         body = parse_request(await self._object(http), StartProfileRequest, _PROFILE_RULES)
-        if body.num_steps is not None and body.num_steps < 1:
-            raise bad_value("num_steps", "`num_steps` must be 1 or more.")
         profile_id = body.profile_id or uuid.uuid4().hex[:8]
         if not _FILE_SAFE.fullmatch(profile_id):
             raise bad_value("profile_id", "`profile_id` takes letters, digits, dots, dashes and underscores.")

@@ -17,7 +17,18 @@ import msgspec
 from fastapi import Request
 
 from ..engine.model_config import read_generation_defaults
-from ..messages.sampling import HiddenStates, SamplingParams
+from ..messages.node import MAX_PRIORITY
+from ..messages.sampling import (
+    MAX_BIAS,
+    MAX_LOGIT_BIASES,
+    MAX_OUTPUT_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
+    HiddenStates,
+    SamplingParams,
+)
 from ..runtime.errors import RequestError
 from .errors import unsupported
 from .generation import ModelCard
@@ -25,12 +36,7 @@ from .generation import ModelCard
 S = TypeVar("S", bound=msgspec.Struct)
 
 GREEDY_BELOW_TEMPERATURE = 1e-5  # where dividing logits by it would overflow
-MAX_TEMPERATURE = 1e4  # float32 logits are divided by it, forbidden ones (-inf) too: infinity would give NaN
-MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # likewise
-MAX_PRIORITY = 10**6  # messages carry integers of 64 bits
 MAX_STOPS = 16
-MAX_STOP_TOKEN_IDS = 1024
-MAX_LOGIT_BIASES = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +205,7 @@ def _invalid(message: str) -> RequestError:
     if missing:
         return RequestError(f"`{missing[1]}` is required.", param=missing[1], code="missing_parameter")
     what, _, path = message.partition(" - at `")
+    what = re.sub(r"matching regex .*", "without NUL characters", what)  # all that bodies have patterns for
     param = path.rstrip("`").removeprefix("$").removeprefix(".") or None
     return RequestError(f"`{param}`: {what}." if param else f"{what}.", param=param, code="invalid_type")
 
@@ -325,9 +332,9 @@ def sampling_params(
     repetition_penalty = _or(wanted.repetition_penalty, defaults.repetition_penalty)
     check_range("repetition_penalty", repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
     frequency_penalty = _or(wanted.frequency_penalty, 0.0)
-    check_range("frequency_penalty", frequency_penalty, -2, 2)
+    check_range("frequency_penalty", frequency_penalty, -MAX_OUTPUT_PENALTY, MAX_OUTPUT_PENALTY)
     presence_penalty = _or(wanted.presence_penalty, 0.0)
-    check_range("presence_penalty", presence_penalty, -2, 2)
+    check_range("presence_penalty", presence_penalty, -MAX_OUTPUT_PENALTY, MAX_OUTPUT_PENALTY)
     if wanted.min_tokens < 0 or wanted.min_tokens > max_tokens:
         name = wanted.min_tokens_name
         raise bad_value(name, f"`{name}` must be between 0 and the {max_tokens} tokens at most generated.")
@@ -361,10 +368,12 @@ def _logit_bias(biases: Mapping[str, float], card: ModelCard) -> dict[int, float
         raise bad_value("logit_bias", f"`logit_bias` takes at most {MAX_LOGIT_BIASES} tokens.")
     checked: dict[int, float] = {}
     for key, bias in biases.items():
-        if not re.fullmatch(r"\d{1,18}", key) or int(key) >= card.vocab_size:
+        if not re.fullmatch(r"[0-9]{1,18}", key) or int(key) >= card.vocab_size:
             raise bad_value("logit_bias", f"`logit_bias`: {key!r} is no token id below {card.vocab_size}.")
-        if not -100 <= bias <= 100:
-            raise bad_value("logit_bias", f"`logit_bias` must be between -100 and 100, got {bias}.")
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise bad_value(
+                "logit_bias", f"`logit_bias` must be between {-MAX_BIAS:g} and {MAX_BIAS:g}, got {bias}."
+            )
         checked[int(key)] = bias
     return checked
 

@@ -5,15 +5,20 @@ Tensors travel as a safetensors file, which holds numbers and nothing that runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Literal, NoReturn, Protocol
+from typing import Annotated, Literal, NoReturn, Protocol
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..messages.bounds import Count, Name, Path, Positive, Rank, WorldSize
 from ..messages.weights import (
     CUDA_HANDLE_BYTES,
+    MAX_GROUP_TIMEOUT_S,
+    MAX_TRUNCATE,
     MEMORY_TAGS,
     TENSOR_DTYPES,
     FromGpuMemory,
@@ -42,15 +47,13 @@ _NO_PICKLE = (
     "What comes over these sockets is pickled, and is not read: give `gpu` with a CUDA memory handle, or put "
     "a safetensors file into /dev/shm and give its `name`."
 )
-_MAX_TRUNCATE = 1000
 DEFAULT_SHARD_BYTES = 5 << 30
-_MAX_TIMEOUT_S = 3600
 _MAX_NAMED = 8  # tensors that one message names
 
 
 class UpdateWeightsRequest(msgspec.Struct, kw_only=True):
-    model_path: str
-    weight_version: str | None = None
+    model_path: Path
+    weight_version: Name | None = None
     mode: str = "wait"  # what running requests do
     abort_all_requests: bool = False  # the same as mode "abort"
     force: bool = False  # one node alone, against the rest of its cluster
@@ -59,12 +62,12 @@ class UpdateWeightsRequest(msgspec.Struct, kw_only=True):
 class DistributedRequest(msgspec.Struct, kw_only=True):
     """What a trainer's rank 0 broadcasts next. ``flattened_bucket``: all tensors as one row of bytes."""
 
-    names: list[str]
+    names: list[Name]
     dtypes: list[str]
-    shapes: list[list[int]]
-    group_name: str = "weight_update_group"
+    shapes: list[Annotated[list[Count], Meta(max_length=8)]]
+    group_name: Name = "weight_update_group"
     load_format: Literal["flattened_bucket"] | None = None
-    weight_version: str | None = None
+    weight_version: Name | None = None
     mode: str = "wait"  # what running requests do
     abort_all_requests: bool = False  # the same as mode "abort"
     timeout: float = 300.0
@@ -74,9 +77,9 @@ class DistributedRequest(msgspec.Struct, kw_only=True):
 class GpuMemory(msgspec.Struct, kw_only=True):
     """Memory of a GPU that the caller holds. ``device_uuid`` as `nvidia-smi -L` tells it."""
 
-    device_uuid: str
+    device_uuid: Name
     handle: bytes  # base64 of the cudaIpcMemHandle_t of the allocation
-    offset: int = 0  # bytes, where the first tensor begins in it
+    offset: Count = 0  # bytes, where the first tensor begins in it
 
 
 class IpcRequest(msgspec.Struct, kw_only=True):
@@ -85,10 +88,10 @@ class IpcRequest(msgspec.Struct, kw_only=True):
 
     name: str | None = None
     gpu: GpuMemory | None = None
-    names: list[str] = []
+    names: list[Name] = []
     dtypes: list[str] = []
-    shapes: list[list[int]] = []
-    weight_version: str | None = None
+    shapes: list[Annotated[list[Count], Meta(max_length=8)]] = []
+    weight_version: Name | None = None
     mode: str = "wait"
     abort_all_requests: bool = False  # the same as mode "abort"
     force: bool = False
@@ -98,7 +101,7 @@ class PeerRequest(msgspec.Struct, kw_only=True):
     """``peer``: URL of a node, of this cluster or of another one, that serves the weights wanted."""
 
     peer: str
-    weight_version: str | None = None  # default: the peer's
+    weight_version: Name | None = None  # default: the peer's
     mode: str = "wait"
     abort_all_requests: bool = False  # the same as mode "abort"
     force: bool = False
@@ -107,11 +110,11 @@ class PeerRequest(msgspec.Struct, kw_only=True):
 class InitGroupRequest(msgspec.Struct, kw_only=True):
     """Nodes become ranks from ``rank_offset`` on of a process group whose rank 0 listens at the master's."""
 
-    master_address: str
+    master_address: Name
     master_port: int
-    rank_offset: int
-    world_size: int
-    group_name: str = "weight_update_group"
+    rank_offset: Rank
+    world_size: WorldSize
+    group_name: Name = "weight_update_group"
     backend: GroupBackend = "gloo"
     timeout: float = 120.0
 
@@ -123,7 +126,7 @@ class InitGroupAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DestroyGroupRequest(msgspec.Struct, kw_only=True):
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
 
 
 class MemoryRequest(msgspec.Struct, kw_only=True):
@@ -133,16 +136,16 @@ class MemoryRequest(msgspec.Struct, kw_only=True):
 
 
 class SaveShardedRequest(msgspec.Struct, kw_only=True):
-    path: str  # a new folder, on the host of the node that writes it
-    max_size: int = DEFAULT_SHARD_BYTES  # of a file
+    path: Path  # a new folder, on the host of the node that writes it
+    max_size: Positive = DEFAULT_SHARD_BYTES  # of a file
 
 
 class SaveRemoteRequest(msgspec.Struct, kw_only=True):
-    url: str  # as fsspec takes it: s3://bucket/folder
+    url: Path  # as fsspec takes it: s3://bucket/folder
 
 
 class GetWeightsRequest(msgspec.Struct, kw_only=True):
-    name: str
+    name: Name
     truncate_size: int = 100
 
 
@@ -327,8 +330,6 @@ class WeightRoutes:
         body = parse_request(raw, SaveShardedRequest, _SHARDED_RULES)
         if not body.path.startswith("/"):
             raise bad_value("path", "`path` must be an absolute path of the node's host.")
-        if body.max_size < 1:
-            raise bad_value("max_size", "`max_size` must be 1 byte or more.")
         reply = await self._admin.save_model(body.path, is_remote=False, max_shard_bytes=body.max_size)
         return outcome(reply.success, reply.message)
 
@@ -381,11 +382,11 @@ class WeightRoutes:
             raw = parse_object(await read_body(http, self._limits))
         else:
             raw = dict(http.query_params)
-            if raw.get("truncate_size", "").isdigit():
+            if re.fullmatch("[0-9]{1,9}", raw.get("truncate_size", "")):
                 raw["truncate_size"] = int(raw["truncate_size"])
         body = parse_request(raw, GetWeightsRequest, _NO_RULES)
-        if not 0 < body.truncate_size <= _MAX_TRUNCATE:
-            raise bad_value("truncate_size", f"`truncate_size` must be 1 to {_MAX_TRUNCATE}.")
+        if not 0 < body.truncate_size <= MAX_TRUNCATE:
+            raise bad_value("truncate_size", f"`truncate_size` must be 1 to {MAX_TRUNCATE}.")
         replies = await self._admin.weights_by_name(body.name, body.truncate_size)
         failed = [f"{url}: {reply.message}" for url, reply in replies.items() if not reply.success]
         if failed or not replies:
@@ -484,13 +485,11 @@ def _ipc_source(body: IpcRequest) -> FromSharedMemory | FromGpuMemory:
         if len(gpu.handle) != CUDA_HANDLE_BYTES:
             text = f"`gpu.handle` must be {CUDA_HANDLE_BYTES} bytes in base64, a cudaIpcMemHandle_t."
             raise bad_value("gpu", text)
-        if gpu.offset < 0:
-            raise bad_value("gpu", "`gpu.offset` must be 0 or more.")
         return FromGpuMemory(
             device_uuid=gpu.device_uuid, handle=gpu.handle, offset=gpu.offset, tensors=_specs(body)
         )
     name = body.name or ""
-    if not name or "/" in name or name.startswith("."):
+    if not re.fullmatch(r"[^./\x00][^/\x00]{0,254}", name):
         raise bad_value("name", "`name` must be the plain name of a file in /dev/shm.")
     return FromSharedMemory(name=name)
 
@@ -505,15 +504,15 @@ def _specs(body: DistributedRequest | IpcRequest) -> tuple[TensorSpec, ...]:
         plain = dtype.removeprefix("torch.")
         if plain not in TENSOR_DTYPES:
             raise bad_value("dtypes", f"{dtype!r} of {name} is none of {', '.join(TENSOR_DTYPES)}.")
-        if any(size < 0 for size in shape):
-            raise bad_value("shapes", f"the shape of {name} is {shape}.")
         specs.append(TensorSpec(name, plain, tuple(shape)))
     return tuple(specs)
 
 
 def _timeout_s(seconds: float) -> float:
-    if not 0 < seconds <= _MAX_TIMEOUT_S:
-        raise bad_value("timeout", f"`timeout` must be more than 0 and at most {_MAX_TIMEOUT_S} seconds.")
+    if not 0 < seconds <= MAX_GROUP_TIMEOUT_S:
+        raise bad_value(
+            "timeout", f"`timeout` must be more than 0 and at most {MAX_GROUP_TIMEOUT_S:g} seconds."
+        )
     return seconds
 
 

@@ -20,7 +20,8 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from ..messages.channel import ClientChannel, MalformedMessage
+from ..messages.channel import ClientChannel
+from ..messages.malformed import MalformedMessage
 from ..messages.node import CallReply, NodeToClient
 from ..messages.weights import (
     STAGE_PART_BYTES,

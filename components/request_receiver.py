@@ -6,8 +6,12 @@ import logging
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from ..messages.channel import MalformedMessage, ServerChannel
-from ..messages.node import CallReply
+import msgspec
+
+from ..messages.channel import ServerChannel
+from ..messages.malformed import Head, MalformedMessage
+from ..messages.node import AttemptFailed, CallReply
+from ..messages.peer import Drained, RoomFailed, RoomId
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -17,7 +21,7 @@ class RequestReceiver(Generic[T]):
     """Reads a node's ROUTER socket without blocking.
 
     A frame that is not a message of this node is logged and dropped, and refused by name if its sender waits
-    for a reply: it never reaches a handler, and it never ends the loop. `max_per_step` bounds what one turn
+    for an answer: it never reaches a handler, and it never ends the loop. `max_per_step` bounds what one turn
     of the loop handles.
     """
 
@@ -31,10 +35,27 @@ class RequestReceiver(Generic[T]):
             if isinstance(message, MalformedMessage):
                 self.num_malformed += 1
                 _log.warning("dropped a malformed message from %s: %s", link.hex(), message.error)
-                if message.call_id is not None:
-                    text = f"this node does not understand {message.tag!r}: {message.error}"
-                    self._channel.send(link, CallReply(call_id=message.call_id, success=False, message=text))
+                why = f"this node does not understand {message.head.type!r}: {message.error}"
+                for answer in refusals(message.head, why):
+                    self._channel.send(link, answer)
             else:
                 yield link, message
             if count >= self._max_per_step:
                 return
+
+
+def refusals(head: Head, why: str) -> tuple[msgspec.Struct, ...]:
+    """What the sender waits for, as a no that no retry changes. Nothing was done of its message."""
+    match head:
+        case Head(type="generate", request_id=request_id, attempt=attempt):
+            failed = AttemptFailed(
+                request_id=request_id, attempt=attempt, code="invalid", reason=why, retriable=False
+            )
+            return (failed,)
+        case Head(type="prefill_request", room=RoomId() as room, epoch=epoch):
+            refused = RoomFailed(room=room, epoch=epoch, reason=why, code="invalid", retriable=False)
+            return refused, Drained(room=room, epoch=epoch, clean=True)
+        case Head(call_id=int() as call_id):
+            return (CallReply(call_id=call_id, success=False, message=why),)
+        case _:
+            return ()

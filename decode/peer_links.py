@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import zmq
 
-from ..messages.channel import ClientChannel, MalformedMessage
+from ..messages.channel import ClientChannel
+from ..messages.malformed import MalformedMessage
 from ..messages.peer import PeerToDecode, PeerToPrefill
 from ..runtime.waiting import Waiter
 

@@ -28,6 +28,7 @@ from typing import assert_never
 
 import msgspec
 
+from ..components import request_limits
 from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
@@ -386,8 +387,6 @@ class DecodeScheduler:
         message = request.message
         if not message.choices or len(set(message.choices)) != len(message.choices):
             return f"choices are {message.choices}: at least one is expected, and none twice"
-        if message.stream_interval < 0:
-            return f"stream_interval is {message.stream_interval}: 0 or more is expected"
         if len(message.prompt_ids) >= self.limits.max_model_len:
             return (
                 f"the prompt has {len(message.prompt_ids)} tokens; the decode node takes fewer than "
@@ -401,10 +400,7 @@ class DecodeScheduler:
             )
         if message.sampling.hidden_states == "all" and not self.limits.returns_hidden_states:
             return f"the decode node was started without {HIDDEN_STATES_FLAG}"
-        token_ids = request.sequences[0].token_ids
-        if not token_ids or min(token_ids) < 0 or max(token_ids) >= self.status.model.vocab_size:
-            return f"token ids from 0 to {self.status.model.vocab_size - 1} are expected, at least one"
-        return None
+        return request_limits.refusal(request.sequences[0].token_ids, message.sampling, self.status.model)
 
     def has_prefill(self, message: GenerateRequest) -> bool:
         if not message.prefill_incarnation:

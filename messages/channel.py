@@ -15,6 +15,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from .codec import Codec
+from .malformed import MalformedMessage, malformed
 
 T = TypeVar("T")
 
@@ -28,29 +29,6 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 2)
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
-
-
-class MalformedMessage(msgspec.Struct, frozen=True):
-    """Stands for a frame that is not a message of this receiver. `call_id`: of one that asks for a reply."""
-
-    error: str
-    tag: str = ""
-    call_id: int | None = None
-
-
-class _Head(msgspec.Struct):
-    """What can be told of a message that this receiver does not know."""
-
-    type: str = ""
-    call_id: int | None = None
-
-
-def _malformed(payload: bytes, error: msgspec.DecodeError) -> MalformedMessage:
-    try:
-        head = msgspec.msgpack.decode(payload, type=_Head)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        head = _Head()
-    return MalformedMessage(str(error), head.type, head.call_id)
 
 
 class ServerChannel(Generic[T]):
@@ -82,7 +60,7 @@ class ServerChannel(Generic[T]):
             try:
                 yield link, self._codec.decode(payload)
             except msgspec.DecodeError as error:
-                yield link, _malformed(payload, error)
+                yield link, malformed(payload, error)
 
     def send(self, link: bytes, message: msgspec.Struct) -> bool:
         """False when the client is gone."""
@@ -133,7 +111,7 @@ class ClientChannel(Generic[T]):
             try:
                 yield self._codec.decode(payload)
             except msgspec.DecodeError as error:
-                yield _malformed(payload, error)
+                yield malformed(payload, error)
 
     def _read_monitor(self) -> None:
         while self.monitor.poll(0):

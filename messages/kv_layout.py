@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated, TypeAlias
+
 import msgspec
+from msgspec import Meta
+
+from .bounds import Count, Dimension
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KVDtype: TypeAlias = Annotated[str, Meta(pattern=rf"\A({'|'.join(DTYPE_BYTES)})\Z")]
 
 
 def kv_heads_of_rank(num_kv_heads: int, tp_size: int, rank: int) -> range:
@@ -27,12 +33,12 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     A head slice of a page is one run for all layers, so different TP sizes need no staging.
     """
 
-    num_kv_heads: int
-    num_layers: int
-    page_size: int  # tokens
-    head_dim: int
-    dtype: str  # a key of DTYPE_BYTES
-    page_stride_bytes: int = 0  # 0: pages are dense
+    num_kv_heads: Dimension
+    num_layers: Dimension
+    page_size: Dimension  # tokens
+    head_dim: Dimension
+    dtype: KVDtype
+    page_stride_bytes: Count = 0  # 0: pages are dense
 
     @property
     def head_bytes(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from .bounds import Count, Number, Text
+
 
 class MemoryRegion(msgspec.Struct, frozen=True, kw_only=True):
     """Registered memory that a peer may write into: the pool of one rank of a decode node, or an inbox for
@@ -15,7 +17,7 @@ class MemoryRegion(msgspec.Struct, frozen=True, kw_only=True):
     the region that nothing else uses, for the first contact.
     """
 
-    session: str
-    address: int
-    num_bytes: int
-    scratch_address: int
+    session: Text
+    address: Number
+    num_bytes: Count
+    scratch_address: Number

@@ -6,14 +6,37 @@ the reply repeats. Generation is answered by any number of TokenOutputs, straigh
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
+from .bounds import (
+    MAX_TOKENS,
+    Blob,
+    Choice,
+    Choices,
+    Count,
+    Finite,
+    Int64,
+    Name,
+    Names,
+    Number,
+    Page,
+    Path,
+    Pid,
+    Rank,
+    Rate,
+    Seconds,
+    Text,
+    TokenId,
+    TokenIds,
+    ZmqAddress,
+)
 from .kv_layout import KVLayout
 from .operation import InternalStateReply, NodeOperation, ProfileReply
-from .sampling import SamplingParams, TokenLogprob
-from .timeline import Span
+from .sampling import HiddenStateRows, Logprobs, PromptLogprobs, SamplingParams
+from .timeline import Spans
 from .weights import (
     CheckWeights,
     CommitWeights,
@@ -41,66 +64,71 @@ from .weights import (
 )
 
 Role: TypeAlias = Literal["prefill", "decode"]
+MAX_PRIORITY = 10**6
+Priority: TypeAlias = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+_FEW = Meta(max_length=2**16)  # of nodes, ranks, flags
+_Flag: TypeAlias = Text | Int64 | Finite | bool | Annotated[list[Text], _FEW] | None
 
 
 class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
     """How a node is known in the cluster."""
 
-    url: str  # of its HTTP front: what people write
+    url: Name  # of its HTTP front: what people write
     role: Role
-    incarnation: str
-    zmq_address: str  # tcp://host:port of its scheduler
-    model_name: str
-    model_fingerprint: str
-    weight_version: str
+    incarnation: Name
+    zmq_address: ZmqAddress  # tcp://host:port of its scheduler
+    model_name: Name
+    model_fingerprint: Name
+    weight_version: Name
     colocated: bool = False  # a decode node that prefills locally
-    update_id: str = ""  # of the update that its weights came with; empty: those it started with
+    update_id: Name = ""  # of the update that its weights came with; empty: those it started with
 
 
 class PeerTraffic(msgspec.Struct, frozen=True, kw_only=True):
     """What the writes of a prefill node to one decode node came to."""
 
-    num_bytes: int  # in place, since the peer was first met
-    busy_s: float  # time with writes to it outstanding
-    bytes_per_s: float  # the rate of the last seconds of that time
+    num_bytes: Count  # in place, since the peer was first met
+    busy_s: Seconds  # time with writes to it outstanding
+    bytes_per_s: Rate  # the rate of the last seconds of that time
 
 
 class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
     """A node's load right now; ``/v1/loads`` and pairing read it."""
 
-    num_running_reqs: int = 0
-    num_waiting_reqs: int = 0
-    num_queued_tokens: int = 0  # prompt tokens accepted and not computed yet
-    num_used_pages: int = 0
-    num_free_pages: int = 0  # free or evictable
-    num_total_pages: int = 0
-    page_size: int = 0
-    num_locked_pages: int = 0
-    num_pinned_pages: int = 0  # on decode: of sessions
-    num_reserved_pages: int = 0
-    num_exposed_pages: int = 0
-    num_quarantined_pages: int = 0
-    max_running_requests: int = 0
-    num_prompt_tokens_computed: int = 0
-    num_prompt_tokens_received: int = 0  # on decode: their KV came from a prefill node
-    num_cached_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
-    peers: dict[str, PeerTraffic] = {}  # prefill: decode incarnation -> what was written to it
+    num_running_reqs: Count = 0
+    num_waiting_reqs: Count = 0
+    num_queued_tokens: Count = 0  # prompt tokens accepted and not computed yet
+    num_used_pages: Count = 0
+    num_free_pages: Count = 0  # free or evictable
+    num_total_pages: Count = 0
+    page_size: Count = 0
+    num_locked_pages: Count = 0
+    num_pinned_pages: Count = 0  # on decode: of sessions
+    num_reserved_pages: Count = 0
+    num_exposed_pages: Count = 0
+    num_quarantined_pages: Count = 0
+    max_running_requests: Count = 0
+    num_prompt_tokens_computed: Count = 0
+    num_prompt_tokens_received: Count = 0  # on decode: their KV came from a prefill node
+    num_cached_prompt_tokens: Count = 0
+    num_generated_tokens: Count = 0
+    # On prefill: decode incarnation -> what was written to it.
+    peers: Annotated[dict[Name, PeerTraffic], _FEW] = {}
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a router must know of the model that a node serves."""
 
-    model_name: str
-    model_path: str
-    model_type: str
-    architectures: tuple[str, ...]
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    dtype: str
-    weight_version: str
-    model_fingerprint: str
+    model_name: Name
+    model_path: Path
+    model_type: Name
+    architectures: Annotated[tuple[Name, ...], _FEW]
+    vocab_size: TokenId
+    max_model_len: Count
+    eos_token_ids: Annotated[tuple[TokenId, ...], _FEW]
+    dtype: Name
+    weight_version: Name
+    model_fingerprint: Name
 
 
 # ---- to a node --------------------------------------------------------------------------------------
@@ -113,45 +141,45 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate")
     unfinished choice is tried again alone, with the output ids that the router kept.
     """
 
-    request_id: str
-    attempt: int  # unique within the request; grows
-    prompt_ids: tuple[int, ...]
-    output_ids: tuple[int, ...]
-    choices: tuple[int, ...]
+    request_id: Name
+    attempt: Number  # unique within the request; grows
+    prompt_ids: TokenIds
+    output_ids: TokenIds
+    choices: Choices
     sampling: SamplingParams
-    prefill_incarnation: str  # the paired prefill node; empty: prefill locally
-    weight_version: str = ""  # that the router takes both nodes to serve; empty: whatever they do
-    deadline_s: float  # remaining seconds
-    stream_interval: int = 1  # tokens per TokenOutput; 0: one at the end
-    priority: int = 0
-    num_prefill_tokens_ahead: int = 0  # that the prefill node computes before the first token; 0: unknown
-    session_id: str = ""  # whose pages stay here when it ends, for as long as nobody needs them
-    session_timeout_s: float = 0.0  # or the session is idle for so long
+    prefill_incarnation: Name  # the paired prefill node; empty: prefill locally
+    weight_version: Name = ""  # that the router takes both nodes to serve; empty: whatever they do
+    deadline_s: Seconds  # remaining seconds
+    stream_interval: Count = 1  # tokens per TokenOutput; 0: one at the end
+    priority: Priority = 0
+    num_prefill_tokens_ahead: Count = 0  # that the prefill node computes before the first token; 0: unknown
+    session_id: Name = ""  # whose pages stay here when it ends, for as long as nobody needs them
+    session_timeout_s: Seconds = 0.0  # or the session is idle for so long
     was_retracted: bool = False  # an earlier attempt was: all pages it can need are reserved before this one
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
     """Stop these choices of an attempt (all of them when ``choices`` is empty) and release what they hold."""
 
-    request_id: str
-    attempt: int
-    choices: tuple[int, ...] = ()
+    request_id: Name
+    attempt: Number
+    choices: Choices = ()
 
 
 class ResendFrom(msgspec.Struct, frozen=True, kw_only=True, tag="resend"):
     """The receiver saw a gap: send this choice's output again from ``position``."""
 
-    request_id: str
-    attempt: int
-    choice: int
-    position: int
+    request_id: Name
+    attempt: Number
+    choice: Choice
+    position: Count
 
 
 class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     """Abort by exact request id, or every request when ``all_requests``."""
 
-    call_id: int
-    request_id: str = ""
+    call_id: Number
+    request_id: Name = ""
     all_requests: bool = False
 
 
@@ -161,39 +189,39 @@ class AssertPeerDeath(msgspec.Struct, frozen=True, kw_only=True, tag="assert_pee
     A decode node lets go of what it held for fear of a late write. It refuses while that incarnation answers.
     """
 
-    call_id: int
-    incarnation: str
+    call_id: Number
+    incarnation: Name
 
 
 class Roster(msgspec.Struct, frozen=True, kw_only=True, tag="roster"):
     """The nodes a router knows. A node takes the union over routers."""
 
-    router_id: str
-    nodes: tuple[NodeEntry, ...]
+    router_id: Name
+    nodes: Annotated[tuple[NodeEntry, ...], _FEW]
 
 
 class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
-    call_id: int
+    call_id: Number
 
 
 class FlushCache(msgspec.Struct, frozen=True, kw_only=True, tag="flush"):
     """Drop the prefix cache when idle. ``timeout_s`` 0: now or never."""
 
-    call_id: int
-    timeout_s: float = 0.0
+    call_id: Number
+    timeout_s: Seconds = 0.0
 
 
 class GetServerInfo(msgspec.Struct, frozen=True, kw_only=True, tag="get_server_info"):
-    call_id: int
+    call_id: Number
 
 
 class GetMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="get_metrics"):
-    call_id: int
+    call_id: Number
 
 
 class GetRequestState(msgspec.Struct, frozen=True, kw_only=True, tag="get_request_state"):
-    call_id: int
-    request_id: str
+    call_id: Number
+    request_id: Name
 
 
 # What prefill and decode nodes answer alike (`components/node_control.py`).
@@ -242,32 +270,32 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
     """Why a choice ended on decode. ``matched``: the stop or EOS token id."""
 
     reason: FinishReason
-    matched: int | None = None
+    matched: TokenId | None = None
 
 
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one choice. ``position`` counts the choice's output tokens before ``token_ids[0]``,
     those kept from earlier attempts included; the router takes only exactly the next position."""
 
-    request_id: str
-    attempt: int
-    choice: int
-    position: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()  # as long as token_ids, when asked for
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # once, with the first token
-    hidden_states: tuple[bytes, ...] = ()  # float32, as long as token_ids: what each was sampled from
-    prompt_hidden_states: bytes = b""  # float32, [prompt tokens, hidden size]; once, with the first token
-    num_cached_tokens: int = 0
-    weight_version: str = ""
+    request_id: Name
+    attempt: Number
+    choice: Choice
+    position: Count
+    token_ids: TokenIds
+    logprobs: Logprobs = ()  # as long as token_ids, when asked for
+    prompt_logprobs: PromptLogprobs = ()  # once, with the first token
+    hidden_states: HiddenStateRows = ()  # float32, as long as token_ids: what each was sampled from
+    prompt_hidden_states: Blob = b""  # float32, [prompt tokens, hidden size]; once, with the first token
+    num_cached_tokens: Count = 0
+    weight_version: Name = ""
     finish: Finish | None = None
-    spans: tuple[Span, ...] = ()
+    spans: Spans = ()
 
 
 class TokenOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     """All that one step has for one receiver."""
 
-    outputs: tuple[TokenOutput, ...]
+    outputs: Annotated[tuple[TokenOutput, ...], Meta(max_length=MAX_TOKENS)]
 
 
 FailureCode: TypeAlias = Literal[
@@ -288,10 +316,10 @@ FailureCode: TypeAlias = Literal[
 class AttemptFailed(msgspec.Struct, frozen=True, kw_only=True, tag="attempt_failed"):
     """This attempt's unfinished choices end here; everything sent before stands."""
 
-    request_id: str
-    attempt: int
+    request_id: Name
+    attempt: Number
     code: FailureCode
-    reason: str
+    reason: Text
     retriable: bool
 
 
@@ -308,58 +336,59 @@ def is_same_process(incarnation: str, other: str) -> bool:
 class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     """Answers Ping from the scheduler's own loop."""
 
-    call_id: int
+    call_id: Number
     entry: NodeEntry
     load: NodeLoad
-    ready_peers: tuple[str, ...]  # incarnations of prefill nodes that this decode node may use
-    refused_peers: dict[str, str]  # url -> reason
-    quarantined_pages: dict[str, int] = {}  # by incarnation of the prefill node that may still write them
+    ready_peers: Names  # incarnations of prefill nodes that this decode node may use
+    refused_peers: Annotated[dict[Name, Text], _FEW]  # url -> reason
+    # By incarnation of the prefill node that may still write them.
+    quarantined_pages: Annotated[dict[Name, Count], _FEW] = {}
     draining: bool = False
-    unix_s: float = 0.0  # the node's clock when it was sent
+    unix_s: Seconds = 0.0  # the node's clock when it was sent
 
 
 class CallReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     """The outcome of a control call. ``code``: of a no that callers act upon, one that asking again does not
     change."""
 
-    call_id: int
+    call_id: Number
     success: bool
-    message: str = ""
+    message: Text = ""
     code: Literal["", "not_prepared"] = ""
 
 
 class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One rank of a replica: its process, and the address of its memory for peers."""
 
-    rank: int
-    pid: int
-    session: str
+    rank: Rank
+    pid: Pid
+    session: Text
 
 
 class ServerInfoReply(msgspec.Struct, frozen=True, kw_only=True, tag="server_info"):
-    call_id: int
+    call_id: Number
     entry: NodeEntry
     model: ModelInfo
-    config: dict[str, str | int | float | bool | list[str] | None]  # the resolved flags
+    config: Annotated[dict[Name, _Flag], _FEW]  # the resolved flags
     load: NodeLoad
     kv_layout: KVLayout | None = None
-    transport: str = ""  # what KV pages really travel over: "tcp", "rdma" or "shm"
-    ranks: tuple[RankInfo, ...] = ()  # as many as the TP size
+    transport: Name = ""  # what KV pages really travel over: "tcp", "rdma" or "shm"
+    ranks: Annotated[tuple[RankInfo, ...], _FEW] = ()  # as many as the TP size
 
 
 class MetricsReply(msgspec.Struct, frozen=True, kw_only=True, tag="metrics"):
-    call_id: int
-    text: str  # Prometheus exposition format
+    call_id: Number
+    text: Page  # Prometheus exposition format
 
 
 class RequestStateReply(msgspec.Struct, frozen=True, kw_only=True, tag="request_state"):
     """Where a request is on this node; ``state`` is empty when the node does not know it."""
 
-    call_id: int
-    state: str = ""
-    age_s: float = 0.0  # in this state
-    waits_for: str = ""
-    details: dict[str, str | int | float] = {}
+    call_id: Number
+    state: Name = ""
+    age_s: Seconds = 0.0  # in this state
+    waits_for: Text = ""
+    details: Annotated[dict[Name, Text | Int64 | Finite], _FEW] = {}
 
 
 NodeToClient: TypeAlias = (

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
 from ..runtime.pause_gate import PauseMode
+from .bounds import Count, Finite, Int64, Name, Number, Path, Positive, Rank, Seconds, Text
 
-SettingValue: TypeAlias = int | float | None
+SettingValue: TypeAlias = Int64 | Finite | None
+_FEW = Meta(max_length=2**10)
 
 # The flags that may be changed while a node runs, by the role that has them.
 SETTINGS: Mapping[str, frozenset[str]] = {
@@ -23,54 +26,55 @@ MAX_FORWARD_SLEEP_S = 60.0
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 Activity: TypeAlias = Literal["CPU", "GPU"]
+ProfileId: TypeAlias = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,100}\Z")]
 
 
 class GetInternalState(msgspec.Struct, frozen=True, kw_only=True, tag="get_internal_state"):
-    call_id: int
+    call_id: Number
 
 
 class SetInternalState(msgspec.Struct, frozen=True, kw_only=True, tag="set_internal_state"):
     """Change these settings, all or none."""
 
-    call_id: int = 0
-    settings: dict[str, SettingValue]
+    call_id: Number = 0
+    settings: Annotated[dict[Name, SettingValue], _FEW]
 
 
 class ConfigureLogging(msgspec.Struct, frozen=True, kw_only=True, tag="configure_logging"):
     """The level of messages that the process shows from now on."""
 
-    call_id: int = 0
+    call_id: Number = 0
     log_level: LogLevel
 
 
 class SlowDown(msgspec.Struct, frozen=True, kw_only=True, tag="slow_down"):
     """Sleep before each forward, at most MAX_FORWARD_SLEEP_S; 0: no more."""
 
-    call_id: int = 0
-    forward_sleep_s: float
+    call_id: Number = 0
+    forward_sleep_s: Annotated[float, Meta(ge=0, le=MAX_FORWARD_SLEEP_S)]
 
 
 class FreezeGc(msgspec.Struct, frozen=True, kw_only=True, tag="freeze_gc"):
     """What lives now is never looked at by the garbage collector again: its pauses get shorter."""
 
-    call_id: int = 0
+    call_id: Number = 0
 
 
 class StartProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile"):
     """Record forwards with torch's profiler; with `by_stage` prefill and decode steps in a trace each."""
 
-    call_id: int = 0
-    profile_id: str  # names the traces
-    output_dir: str  # on the node
-    num_steps: int | None = None  # forwards, of each stage with `by_stage`; None: until it is stopped
+    call_id: Number = 0
+    profile_id: ProfileId  # names the traces
+    output_dir: Path  # on the node
+    num_steps: Positive | None = None  # forwards, of each stage with `by_stage`; None: until it is stopped
     by_stage: bool = False
-    activities: tuple[Activity, ...] = ("CPU", "GPU")
+    activities: Annotated[tuple[Activity, ...], Meta(max_length=2)] = ("CPU", "GPU")
     record_shapes: bool = False
     with_stack: bool = False
 
 
 class StopProfile(msgspec.Struct, frozen=True, kw_only=True, tag="stop_profile"):
-    call_id: int = 0
+    call_id: Number = 0
 
 
 class PauseGeneration(msgspec.Struct, frozen=True, kw_only=True, tag="pause_generation"):
@@ -80,21 +84,21 @@ class PauseGeneration(msgspec.Struct, frozen=True, kw_only=True, tag="pause_gene
     where it is ("in_place").
     """
 
-    call_id: int = 0
+    call_id: Number = 0
     mode: PauseMode
 
 
 class ContinueGeneration(msgspec.Struct, frozen=True, kw_only=True, tag="continue_generation"):
     """Idempotent."""
 
-    call_id: int = 0
+    call_id: Number = 0
 
 
 class CloseSession(msgspec.Struct, frozen=True, kw_only=True, tag="close_session"):
     """Keep this session's pages no longer than those of others. Idempotent."""
 
-    call_id: int = 0
-    session_id: str
+    call_id: Number = 0
+    session_id: Name
 
 
 NodeOperation: TypeAlias = (
@@ -129,42 +133,44 @@ ClusterOperation: TypeAlias = (
 class LoopTime(msgspec.Struct, frozen=True, kw_only=True):
     """How long the node's loop was held by one kind of message."""
 
-    count: int
-    last_s: float
-    p50_s: float  # of the last ones
-    p99_s: float
-    own_p99_s: float  # of them too, in processor time of the loop's thread
-    max_s: float  # of all
+    count: Count
+    last_s: Seconds
+    p50_s: Seconds  # of the last ones
+    p99_s: Seconds
+    own_p99_s: Seconds  # of them too, in processor time of the loop's thread
+    max_s: Seconds  # of all
 
 
 class InternalState(msgspec.Struct, frozen=True, kw_only=True):
     """How a node stands, and how it is set."""
 
-    settings: dict[str, SettingValue]  # that may be changed
-    requests: dict[str, int]  # in each state
-    pause: str  # the mode; empty: it computes
-    forward_sleep_s: float
+    settings: Annotated[dict[Name, SettingValue], _FEW]  # that may be changed
+    requests: Annotated[dict[Name, Count], _FEW]  # in each state
+    pause: Name  # the mode; empty: it computes
+    forward_sleep_s: Seconds
     is_profiling: bool
-    log_level: str
+    log_level: Name
     is_gc_frozen: bool  # since an operator asked for it
-    memory_rss_bytes: int  # of all ranks
-    rank_rss_bytes: tuple[int, ...] = ()  # rank by rank
-    loop_times: dict[str, LoopTime] = {}  # by the tag of the message; "turn" is a whole step of the loop
+    memory_rss_bytes: Count  # of all ranks
+    rank_rss_bytes: Annotated[tuple[Count, ...], _FEW] = ()  # rank by rank
+    # By the tag of the message; "turn" is a whole step of the loop.
+    loop_times: Annotated[dict[Name, LoopTime], _FEW] = {}
 
 
 class InternalStateReply(msgspec.Struct, frozen=True, kw_only=True, tag="internal_state"):
-    call_id: int
+    call_id: Number
     state: InternalState
 
 
 class ProfileReply(msgspec.Struct, frozen=True, kw_only=True, tag="profile"):
     """The traces that were written, on the node; or why there are none."""
 
-    call_id: int
+    call_id: Number
     success: bool
-    message: str = ""
-    traces: tuple[str, ...] = ()
-    rank_traces: tuple[tuple[int, str], ...] = ()  # of further TP ranks: which one, and its file
+    message: Text = ""
+    traces: Annotated[tuple[Path, ...], _FEW] = ()
+    # Of further TP ranks: which one, and its file.
+    rank_traces: Annotated[tuple[tuple[Rank, Path], ...], _FEW] = ()
 
     @property
     def all_traces(self) -> list[str]:

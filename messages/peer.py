@@ -6,15 +6,33 @@ KV pages themselves do not travel here: prefill writes them one-sided into decod
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
+from .bounds import (
+    MAX_PAGES,
+    Blob,
+    Choice,
+    Choices,
+    Count,
+    Name,
+    Names,
+    Number,
+    Pages,
+    Seconds,
+    Text,
+    TokenId,
+    TokenIds,
+    Unsigned64,
+    WorldSize,
+)
 from .kv_layout import KVLayout
 from .memory_region import MemoryRegion
 from .node import FailureCode
-from .sampling import SamplingParams, TokenLogprob
-from .timeline import Span
+from .sampling import PromptLogprobs, SamplingParams, TokenLogprob
+from .timeline import Spans
 
 PROTOCOL_VERSION = 3
 
@@ -22,26 +40,26 @@ PROTOCOL_VERSION = 3
 class RoomId(msgspec.Struct, frozen=True, array_like=True):
     """One attempt at one hand-off. ``counter`` only grows within a decode incarnation."""
 
-    decode_incarnation: str
-    counter: int
+    decode_incarnation: Name
+    counter: Number
 
 
 class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What both sides of a pair must agree on before any hand-off."""
 
-    incarnation: str  # uuid per start of the process
-    protocol_version: int
-    model_fingerprint: str
-    weight_version: str
-    update_id: str = ""  # of the update that these weights came with; empty: the node started with them
+    incarnation: Name  # uuid per start of the process
+    protocol_version: Number
+    model_fingerprint: Name
+    weight_version: Name
+    update_id: Name = ""  # of the update that these weights came with; empty: the node started with them
     layout: KVLayout  # of all heads; a rank's pool has `layout.of_rank(tp_size)`
-    tp_size: int  # may differ between the two
+    tp_size: WorldSize  # may differ between the two
     # With --deterministic: a digest of what the node's processor and threads make of given products; nodes
     # that compute with the same bits have the same. Empty without.
-    arithmetic: str = ""
+    arithmetic: Name = ""
     verifies_pages: bool = False  # decode only
-    backend: str  # "mooncake" | "nixl" | "shm"
-    transport: str  # "tcp" | "rdma" | "shm"
+    backend: Name  # "mooncake" | "nixl" | "shm"
+    transport: Name  # "tcp" | "rdma" | "shm"
 
 
 # ---- decode to prefill ------------------------------------------------------------------------------
@@ -50,46 +68,46 @@ class PeerIdentity(msgspec.Struct, frozen=True, kw_only=True):
 class PeerHello(msgspec.Struct, frozen=True, kw_only=True, tag="peer_hello"):
     """Opens an epoch. Answered by PeerWelcome or PeerRefused."""
 
-    epoch: int
+    epoch: Number
     identity: PeerIdentity
-    regions: tuple[MemoryRegion, ...]  # of each rank
-    num_pages: int  # of each rank's pool: a page has the same number in all of them
+    regions: Annotated[tuple[MemoryRegion, ...], Meta(max_length=2**15)]  # of each rank
+    num_pages: Count  # of each rank's pool: a page has the same number in all of them
 
 
 class PeerPing(msgspec.Struct, frozen=True, kw_only=True, tag="peer_ping"):
-    epoch: int
-    seq: int
+    epoch: Number
+    seq: Number
 
 
 class ContactPong(msgspec.Struct, frozen=True, kw_only=True, tag="contact_pong"):
     """Answers ContactPing: decode is alive now, so prefill's engine may meet it."""
 
-    epoch: int
+    epoch: Number
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_request"):
     """Everything prefill needs, in one message; the destination pages are already reserved."""
 
     room: RoomId
-    epoch: int
-    request_id: str
-    attempt: int
-    prompt_ids: tuple[int, ...]
-    output_ids: tuple[int, ...]  # kept from earlier attempts; empty at the first
-    choices: tuple[int, ...]  # choice indices whose first token prefill samples
+    epoch: Number
+    request_id: Name
+    attempt: Number
+    prompt_ids: TokenIds
+    output_ids: TokenIds  # kept from earlier attempts; empty at the first
+    choices: Choices  # choice indices whose first token prefill samples
     sampling: SamplingParams
-    dest_pages: tuple[int, ...]  # one per page of prompt + output_ids, in order
-    num_cached_tokens: int  # leading tokens (whole pages) that decode already holds
-    weight_version: str
-    deadline_s: float  # remaining seconds
-    digest_pages: tuple[int, ...] = ()  # indices into dest_pages: HandoffDone carries a digest of each
+    dest_pages: Pages  # one per page of prompt + output_ids, in order
+    num_cached_tokens: Count  # leading tokens (whole pages) that decode already holds
+    weight_version: Name
+    deadline_s: Seconds  # remaining seconds
+    digest_pages: Pages = ()  # indices into dest_pages: HandoffDone carries a digest of each
 
 
 class AbortRoom(msgspec.Struct, frozen=True, kw_only=True, tag="abort_room"):
     """Repeated by decode until Drained."""
 
     room: RoomId
-    epoch: int
+    epoch: Number
 
 
 # ---- prefill to decode ------------------------------------------------------------------------------
@@ -98,36 +116,36 @@ class AbortRoom(msgspec.Struct, frozen=True, kw_only=True, tag="abort_room"):
 class ContactPing(msgspec.Struct, frozen=True, kw_only=True, tag="contact_ping"):
     """Asks decode to prove that it is alive right before the first contact of the transfer engines."""
 
-    epoch: int
+    epoch: Number
 
 
 class PeerWelcome(msgspec.Struct, frozen=True, kw_only=True, tag="peer_welcome"):
     """The handshake and the first contact are done: the pair is ready."""
 
-    epoch: int
+    epoch: Number
     identity: PeerIdentity
-    contact_s: float  # how long the first 8-byte write took
-    settle_s: float  # bytes of a failed write may still land for this long
-    transfer_addresses: tuple[str, ...] = ()  # host:port of every rank's transfer engine, where it has one
+    contact_s: Seconds  # how long the first 8-byte write took
+    settle_s: Seconds  # bytes of a failed write may still land for this long
+    transfer_addresses: Names = ()  # host:port of every rank's transfer engine, where it has one
 
 
 class PeerRefused(msgspec.Struct, frozen=True, kw_only=True, tag="peer_refused"):
-    epoch: int
-    reason: str  # one that a person can act on
+    epoch: Number
+    reason: Text  # one that a person can act on
     code: FailureCode = "peer_lost"  # how rooms end that were on their way
-    update_id: str = ""  # of prefill's identity: what it serves is decided, for decode too
+    update_id: Name = ""  # of prefill's identity: what it serves is decided, for decode too
 
 
 class PeerPong(msgspec.Struct, frozen=True, kw_only=True, tag="peer_pong"):
-    epoch: int
-    seq: int
-    busy_until_s: float = 0.0  # a long hold is announced: no suspicion for this many seconds
-    unix_s: float = 0.0  # prefill's clock when it was sent
+    epoch: Number
+    seq: Number
+    busy_until_s: Seconds = 0.0  # a long hold is announced: no suspicion for this many seconds
+    unix_s: Seconds = 0.0  # prefill's clock when it was sent
 
 
 class SampledFirstToken(msgspec.Struct, frozen=True, array_like=True):
-    choice: int
-    token_id: int
+    choice: Choice
+    token_id: TokenId
     logprob: TokenLogprob | None = None
 
 
@@ -135,31 +153,32 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True, tag="first_token"):
     """Sent as soon as it is sampled, while the last pages may still be in flight."""
 
     room: RoomId
-    epoch: int
-    weight_version: str  # that computed it, and the pages
-    tokens: tuple[SampledFirstToken, ...]  # one per choice
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    prompt_hidden_states: bytes = b""  # float32, [prompt tokens, hidden size], when asked for
-    hidden_state: bytes = b""  # float32: the one that the tokens were sampled from, when asked for
-    num_cached_tokens: int = 0  # prompt tokens that prefill's prefix cache held
-    spans: tuple[Span, ...] = ()
+    epoch: Number
+    weight_version: Name  # that computed it, and the pages
+    tokens: Annotated[tuple[SampledFirstToken, ...], Meta(max_length=2**15)]  # one per choice
+    prompt_logprobs: PromptLogprobs = ()
+    prompt_hidden_states: Blob = b""  # float32, [prompt tokens, hidden size], when asked for
+    hidden_state: Blob = b""  # float32: the one that the tokens were sampled from, when asked for
+    num_cached_tokens: Count = 0  # prompt tokens that prefill's prefix cache held
+    spans: Spans = ()
 
 
 class HandoffDone(msgspec.Struct, frozen=True, kw_only=True, tag="handoff_done"):
     """Every write is in place. Implies Drained(clean)."""
 
     room: RoomId
-    epoch: int
-    num_bytes: int
-    spans: tuple[Span, ...] = ()  # "handoff": first write to last byte; "wire": of each chunk
-    digests: tuple[int, ...] = ()  # one for each of the request's digest_pages
+    epoch: Number
+    num_bytes: Count
+    spans: Spans = ()  # "handoff": first write to last byte; "wire": of each chunk
+    # One for each of the request's digest_pages.
+    digests: Annotated[tuple[Unsigned64, ...], Meta(max_length=MAX_PAGES)] = ()
 
 
 class RoomBusy(msgspec.Struct, frozen=True, kw_only=True, tag="room_busy"):
     """Prefill's short queue is full; nothing was written. Implies Drained(clean). No failure."""
 
     room: RoomId
-    epoch: int
+    epoch: Number
 
 
 class RoomFailed(msgspec.Struct, frozen=True, kw_only=True, tag="room_failed"):
@@ -169,8 +188,8 @@ class RoomFailed(msgspec.Struct, frozen=True, kw_only=True, tag="room_failed"):
     """
 
     room: RoomId
-    epoch: int
-    reason: str
+    epoch: Number
+    reason: Text
     code: FailureCode
     retriable: bool
 
@@ -183,7 +202,7 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True, tag="drained"):
     """
 
     room: RoomId
-    epoch: int
+    epoch: Number
     clean: bool
 
 

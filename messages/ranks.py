@@ -7,13 +7,15 @@ depends on a rank's own clock or queue.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
+from .bounds import Blob, Count, Handles, Name, Number, Pages, Path, Positive, Rank, Text, WorldSize
 from .memory_region import MemoryRegion
 from .operation import LogLevel, StartProfile
-from .weights import MemoryTag
+from .weights import MemoryTags
 
 # ---- rank 0 to a further rank -----------------------------------------------------------------------
 
@@ -21,67 +23,67 @@ from .weights import MemoryTag
 class RankStart(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     """The first message: all that a rank must know to load its share."""
 
-    rank: int
-    size: int
-    model_path: str
-    dtype: str
-    page_size: int
-    num_pages: int
-    transfer_backend: str
-    transport: str
-    host: str  # by which peers reach this rank's memory
-    ib_device: str
-    faults: str  # of writes that go wrong on purpose, see transfer/backends/faulty.py
+    rank: Rank
+    size: WorldSize
+    model_path: Path
+    dtype: Name
+    page_size: Positive
+    num_pages: Positive
+    transfer_backend: Name
+    transport: Name
+    host: Name  # by which peers reach this rank's memory
+    ib_device: Name
+    faults: Name  # of writes that go wrong on purpose, see transfer/backends/faulty.py
     deterministic: bool
-    num_threads: int
-    rendezvous: str  # path of a file by which the ranks find one another
-    trace_name: str  # names the rank in the files of its profiles
+    num_threads: Positive
+    rendezvous: Path  # path of a file by which the ranks find one another
+    trace_name: Name  # names the rank in the files of its profiles
 
 
 class RunForward(msgspec.Struct, frozen=True, kw_only=True, tag="forward"):
-    batch: bytes  # a forward batch, see engine/batch_codec.py
+    batch: Blob  # a forward batch, see engine/batch_codec.py
 
 
 class CopyPages(msgspec.Struct, frozen=True, kw_only=True, tag="copy_pages"):
     """Answered by RankDone, as all with a ``call_id`` are that do not say otherwise."""
 
-    call_id: int
-    source: tuple[int, ...]
-    dest: tuple[int, ...]
+    call_id: Number
+    source: Pages
+    dest: Pages
 
 
 class PoisonPages(msgspec.Struct, frozen=True, kw_only=True, tag="poison_pages"):
     """Fill pages with NaN (tests)."""
 
-    call_id: int
-    pages: tuple[int, ...]
+    call_id: Number
+    pages: Pages
 
 
 class LoadShard(msgspec.Struct, frozen=True, kw_only=True, tag="load_shard"):
     """Load the rank's share of a checkpoint beside the weights that serve."""
 
-    call_id: int
-    model_path: str
+    call_id: Number
+    model_path: Path
 
 
 class UpdateShard(msgspec.Struct, frozen=True, kw_only=True, tag="update_shard"):
     """Make new weights of those that serve and the tensors of a safetensors file, beside them."""
 
-    call_id: int
-    file: str
+    call_id: Number
+    file: Path
 
 
 class CheckShard(msgspec.Struct, frozen=True, kw_only=True, tag="check_shard"):
     """Compute checksums of the rank's share; answered by RankChecked."""
 
-    call_id: int
+    call_id: Number
 
 
 class FillTensors(msgspec.Struct, frozen=True, kw_only=True, tag="fill_tensors"):
     """Write the rank's parts of these tensors into the safetensors file that was laid out for them."""
 
-    call_id: int
-    file: str
+    call_id: Number
+    file: Path
 
 
 class SwapShard(msgspec.Struct, frozen=True, kw_only=True, tag="swap_shard"):
@@ -95,21 +97,21 @@ class DropShard(msgspec.Struct, frozen=True, kw_only=True, tag="drop_shard"):
 class MoveMemory(msgspec.Struct, frozen=True, kw_only=True, tag="move_memory"):
     """Release the memory that is named here and take the other back; answered by RankMoved."""
 
-    call_id: int
-    released: tuple[MemoryTag, ...]
+    call_id: Number
+    released: MemoryTags
 
 
 class StartRankProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile"):
     """From the next forward on."""
 
-    call_id: int
+    call_id: Number
     plan: StartProfile
 
 
 class StopRankProfile(msgspec.Struct, frozen=True, kw_only=True, tag="stop_profile"):
     """Answered by RankTraced."""
 
-    call_id: int
+    call_id: Number
 
 
 class SetRankLogLevel(msgspec.Struct, frozen=True, kw_only=True, tag="set_log_level"):
@@ -123,22 +125,22 @@ class FreezeRankGc(msgspec.Struct, frozen=True, kw_only=True, tag="freeze_gc"):
 class MeetRegion(msgspec.Struct, frozen=True, kw_only=True, tag="meet"):
     """A first contact with a rank of a peer. Its handle is reported by WritesEnded, as a write's is."""
 
-    handle: int
+    handle: Number
     region: MemoryRegion
 
 
 class WriteRun(msgspec.Struct, frozen=True, kw_only=True, tag="write"):
     """One contiguous write. Offsets are in bytes from the start of each pool."""
 
-    handle: int
+    handle: Number
     region: MemoryRegion
-    source: int
-    dest: int
-    num_bytes: int
+    source: Count
+    dest: Count
+    num_bytes: Count
 
 
 class CancelRuns(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
-    handles: tuple[int, ...]
+    handles: Handles
 
 
 class LeaveRegion(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
@@ -179,46 +181,46 @@ class RankReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The rank cannot start, for a reason that a person can act on."""
 
-    reason: str
+    reason: Text
 
 
 class RankDone(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """With an error it answers any call."""
 
-    call_id: int
-    error: str = ""
+    call_id: Number
+    error: Text = ""
 
 
 class RankChecked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
     """What this rank adds to the checksum of each tensor, in hex."""
 
-    call_id: int
-    sums: dict[str, str]
+    call_id: Number
+    sums: Annotated[dict[Name, Name], Meta(max_length=2**20)]
 
 
 class RankMoved(msgspec.Struct, frozen=True, kw_only=True, tag="moved"):
     """The memory is as it was asked for."""
 
-    call_id: int
+    call_id: Number
     region: MemoryRegion  # of the pool, as it was registered last
 
 
 class RankTraced(msgspec.Struct, frozen=True, kw_only=True, tag="traced"):
     """The files of the profile that has ended."""
 
-    call_id: int
-    rank: int
-    traces: tuple[str, ...]
+    call_id: Number
+    rank: Rank
+    traces: Annotated[tuple[Path, ...], Meta(max_length=2**10)]
 
 
 class WriteEnd(msgspec.Struct, frozen=True, array_like=True):
-    handle: int
+    handle: Number
     state: Literal["done", "failed", "cancelled"]
-    reason: str = ""
+    reason: Text = ""
 
 
 class WritesEnded(msgspec.Struct, frozen=True, kw_only=True, tag="writes_ended"):
-    ends: tuple[WriteEnd, ...]
+    ends: Annotated[tuple[WriteEnd, ...], Meta(max_length=2**24)]
 
 
 RankAnswer: TypeAlias = RankDone | RankChecked | RankMoved | RankTraced

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
+
+from .bounds import MAX_TOKENS, Blob, Count, Measured, TokenId, Unsigned64
+
+MAX_TEMPERATURE = 1e4  # float32 logits are divided by it, forbidden ones (-inf) too: infinity would give NaN
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # likewise
+MAX_OUTPUT_PENALTY = 2.0  # and as much below zero
+MAX_BIAS = 100.0  # likewise
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIASES = 1024
+
+Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)]
+Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+RepetitionPenalty: TypeAlias = Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)]
+OutputPenalty: TypeAlias = Annotated[float, Meta(ge=-MAX_OUTPUT_PENALTY, le=MAX_OUTPUT_PENALTY)]
+LogitBias: TypeAlias = Annotated[
+    dict[TokenId, Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]], Meta(max_length=MAX_LOGIT_BIASES)
+]
+StopTokenIds: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)]
+NumLogprobs: TypeAlias = Annotated[int, Meta(ge=0, le=2**15)]
+TopLogprobs: TypeAlias = Annotated[tuple[tuple[TokenId, Measured], ...], Meta(max_length=2**15)]
 
 # Hidden states of the last layer, behind the final norm: none; for each output token the one that it was
 # sampled from; those and the ones of every prompt token.
@@ -12,30 +33,30 @@ HiddenStates: TypeAlias = Literal["none", "sampled", "all"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the tokens of one request are chosen. Validated where the request enters (``api``).
+    """How the tokens of one request are chosen. Checked with a reason where the request enters (``api``).
 
     Stop *strings* are not here: they are matched where ids become text. ``seed`` is always set;
     whoever creates the request draws one if the client gave none.
     """
 
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    min_p: float = 0.0
-    seed: int = 0  # [0, 2**64)
-    repetition_penalty: float = 1.0  # over prompt and output
-    frequency_penalty: float = 0.0  # over output
-    presence_penalty: float = 0.0  # over output
-    logit_bias: dict[int, float] = {}
-    stop_token_ids: tuple[int, ...] = ()
+    temperature: Temperature = 1.0  # 0 is greedy
+    top_p: Probability = 1.0
+    top_k: TokenId = 0  # 0 keeps all
+    min_p: Probability = 0.0
+    seed: Unsigned64 = 0  # [0, 2**64)
+    repetition_penalty: RepetitionPenalty = 1.0  # over prompt and output
+    frequency_penalty: OutputPenalty = 0.0  # over output
+    presence_penalty: OutputPenalty = 0.0  # over output
+    logit_bias: LogitBias = {}
+    stop_token_ids: StopTokenIds = ()
     ignore_eos: bool = False
-    min_tokens: int = 0
-    max_tokens: int = 16
+    min_tokens: Count = 0
+    max_tokens: Count = 16
     # None: no logprobs. k: the chosen token's and the k most likely, of the raw logits.
-    num_logprobs: int | None = None
+    num_logprobs: NumLogprobs | None = None
     # None: no prompt logprobs. k: of every prompt token from `prompt_logprobs_start` on.
-    num_prompt_logprobs: int | None = None
-    prompt_logprobs_start: int = 0
+    num_prompt_logprobs: NumLogprobs | None = None
+    prompt_logprobs_start: Count = 0
     hidden_states: HiddenStates = "none"
 
     @property
@@ -46,6 +67,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability of one chosen (or prompt) token and of the most likely ones at its position."""
 
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+    token_id: TokenId
+    logprob: Measured
+    top: TopLogprobs = ()  # (token id, logprob), best first
+
+
+Logprobs: TypeAlias = Annotated[tuple[TokenLogprob, ...], Meta(max_length=MAX_TOKENS)]
+PromptLogprobs: TypeAlias = Annotated[tuple[TokenLogprob | None, ...], Meta(max_length=MAX_TOKENS)]
+HiddenStateRows: TypeAlias = Annotated[tuple[Blob, ...], Meta(max_length=MAX_TOKENS)]

@@ -9,8 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 import msgspec
+from msgspec import Meta
+
+from .bounds import Count, Name, Seconds
 
 # In the order in which a request passes them. Between two nodes a span begins where one sent and ends where
 # the other read, so it holds the encoding, the network, the receiver's loop and the decoding.
@@ -57,15 +61,18 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     clock, see `runtime/peer_clock.py`), ``duration_s`` is measured on the monotonic clock.
     """
 
-    name: str
-    start_unix_s: float
-    duration_s: float
-    num_bytes: int = 0
-    num_tokens: int = 0  # of a chunk
+    name: Name
+    start_unix_s: Seconds
+    duration_s: Seconds
+    num_bytes: Count = 0
+    num_tokens: Count = 0  # of a chunk
 
     @property
     def end_unix_s(self) -> float:
         return self.start_unix_s + self.duration_s
+
+
+Spans: TypeAlias = Annotated[tuple[Span, ...], Meta(max_length=2**20)]
 
 
 @dataclass(frozen=True, slots=True)

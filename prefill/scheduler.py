@@ -22,6 +22,7 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
+from ..components import request_limits
 from ..components.invariant_checker import IdleCheck, check_idle
 from ..components.load_inquirer import LoadInquirer
 from ..components.loaded_model import LoadedModel
@@ -279,7 +280,7 @@ class PrefillScheduler:
                 case DisconnectPeer():
                     self.movers[action.rank].disconnect(action.region)
                 case AdmitRoom():
-                    self.jobs[action.request.room] = self.new_job(action.request)
+                    self.accept(action.request, now)
                 case ReleaseRoom():
                     self.release(action)
                 case _:
@@ -294,32 +295,34 @@ class PrefillScheduler:
         takes_work = not self.is_draining and self.control.takes_work
         return num_waiting < self.limits.max_waiting and not is_stuck and takes_work
 
-    def new_job(self, request: PrefillRequest) -> PrefillJob:
+    def accept(self, request: PrefillRequest, now: float) -> None:
         arrived = self.clock.now()
         token_ids = (*request.prompt_ids, *request.output_ids)
-        return PrefillJob(message=request, token_ids=token_ids, state_since_s=arrived, reached_s=arrived)
+        job = PrefillJob(message=request, token_ids=token_ids, state_since_s=arrived, reached_s=arrived)
+        self.jobs[request.room] = job
+        if (reason := self.impossible(job)) is not None:
+            self.act(self.rooms.fail_room(job.room, "invalid", reason, retriable=False), now)
+
+    def impossible(self, job: PrefillJob) -> str | None:
+        """Why this prompt can never be computed here; None if it can."""
+        num_pages = self.layout.pages_for(job.num_tokens)
+        if num_pages > self.allocator.num_pages:
+            return f"the prompt needs {num_pages} KV pages, the prefill node has {self.allocator.num_pages}"
+        if job.message.sampling.hidden_states == "all" and not self.limits.returns_hidden_states:
+            return f"the prefill node was started without {HIDDEN_STATES_FLAG}"
+        return request_limits.refusal(job.token_ids, job.message.sampling, self.status.model)
 
     def admit_waiting(self, now: float) -> None:
         """Oldest first; who does not get all of its pages lets nobody pass, or long prompts would starve."""
         for job in list(self.jobs.values()):
             if job.state is not JobState.WAITING:
                 continue
-            num_pages = self.layout.pages_for(job.num_tokens)
-            if num_pages > self.allocator.num_pages:
-                reason = (
-                    f"the prompt needs {num_pages} KV pages, the prefill node has {self.allocator.num_pages}"
-                )
-                self.act(self.rooms.fail_room(job.room, "invalid", reason, retriable=False), now)
-            elif job.message.sampling.hidden_states == "all" and not self.limits.returns_hidden_states:
-                reason = f"the prefill node was started without {HIDDEN_STATES_FLAG}"
-                self.act(self.rooms.fail_room(job.room, "invalid", reason, retriable=False), now)
-            elif not self.take_pages(job, num_pages):
+            if not self.take_pages(job, self.layout.pages_for(job.num_tokens)):
                 return
-            else:
-                job.enter(JobState.COMPUTING, now)
-                self.load_inquirer.count_prompt(num_cached=job.num_cached)
-                # What is cached needs no forward: it travels while the first chunk computes.
-                self.send_pages(job, now)
+            job.enter(JobState.COMPUTING, now)
+            self.load_inquirer.count_prompt(num_cached=job.num_cached)
+            # What is cached needs no forward: it travels while the first chunk computes.
+            self.send_pages(job, now)
 
     def take_pages(self, job: PrefillJob, num_pages: int) -> bool:
         """Locks the cached prefix and allocates the rest; all or nothing."""

@@ -45,6 +45,7 @@ from ...engine.forward_batch import ForwardBatch
 from ...engine.job_thread import JobThread
 from ...engine.schedule_batch import ScheduleBatch
 from ...messages.channel import ServerChannel
+from ...messages.malformed import MalformedMessage
 from ...messages.memory_region import MemoryRegion
 from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
 from ...messages.peer import PROTOCOL_VERSION, PeerIdentity, PeerToDecode, PeerToPrefill
@@ -156,7 +157,7 @@ class Settings:
 class Server(Protocol[T_co]):
     """A node's bound socket, in place of ServerChannel."""
 
-    def receive(self) -> Iterator[tuple[bytes, T_co]]: ...
+    def receive(self) -> Iterator[tuple[bytes, T_co | MalformedMessage]]: ...
 
     def send(self, link: bytes, message: msgspec.Struct) -> bool: ...
 

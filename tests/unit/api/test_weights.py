@@ -107,7 +107,8 @@ async def test_a_distributed_update(api: Api) -> None:
         ({"names": ["a"]}, "names"),
         ({"names": ["a", "a"]}, "twice"),
         ({"dtypes": ["float32", "quaternion"]}, "quaternion"),
-        ({"shapes": [[2, -3], []]}, "shape of a"),
+        ({"shapes": [[2, -3], []]}, "`shapes[0][1]`"),
+        ({"shapes": [[2, 2**70], []]}, "`shapes[0][1]`"),
         ({"timeout": 0}, "timeout"),
         ({"mode": "in_place"}, "other weights computed"),
         ({"load_format": "pickle"}, "load_format"),
@@ -293,3 +294,30 @@ async def test_an_update_from_a_peer(api: Api) -> None:
     for wrong in ({"peer": "tcp://p:1"}, {}, {**body, "mode": "in_place"}):
         assert (await api.post("/update_weights_from_peer", wrong))[0] == 400, wrong
     assert api.admin.calls == [("update peer", "http://p:8100", None, "retract")]
+
+
+GROUP: dict[str, Any] = {"master_address": "h", "master_port": 5, "rank_offset": 1, "world_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/save_sharded_model", {"path": "/m", "max_size": 2**70}, "max_size"),
+        ("/save_sharded_model", {"path": "/m\0", "max_size": 1}, "path"),
+        ("/update_weights_from_disk", {"model_path": "/m\0"}, "model_path"),
+        ("/update_weights_from_ipc", {"name": "x" * 5000}, "name"),
+        ("/init_weights_update_group", {**GROUP, "world_size": 2**40}, "world_size"),
+        ("/init_weights_update_group", {**GROUP, "rank_offset": 2**40}, "rank_offset"),
+        ("/get_weights_by_name", {"name": "w", "truncate_size": 2**70}, "truncate_size"),
+    ],
+)
+async def test_a_value_that_no_message_carries_is_refused_by_name(
+    api: Api, path: str, body: dict[str, Any], field: str
+) -> None:
+    status, answer = await api.post(path, body)
+    assert (status, answer["error"]["param"]) == (400, field), answer
+
+
+async def test_a_truncate_size_in_other_digits_is_no_number(api: Api) -> None:
+    async with api.http.get(f"{api.url}/get_weights_by_name?name=w&truncate_size=%C2%B2") as answer:
+        assert answer.status == 400

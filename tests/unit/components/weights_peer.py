@@ -20,7 +20,8 @@ from pdserve.components.weight_images import WeightImage, WeightImages
 from pdserve.components.weight_inbox import Inbox, Inboxes
 from pdserve.components.weight_outbox import WeightOutbox
 from pdserve.engine.engine_thread import JobResult
-from pdserve.messages.channel import MalformedMessage, ServerChannel
+from pdserve.messages.channel import ServerChannel
+from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.node import ClientToNode
 from pdserve.messages.weights import (
     FromPeer,

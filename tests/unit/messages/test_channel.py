@@ -10,7 +10,8 @@ import msgspec
 import pytest
 import zmq
 
-from pdserve.messages.channel import ClientChannel, MalformedMessage, ServerChannel
+from pdserve.messages.channel import ClientChannel, ServerChannel
+from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.node import CallReply, ClientToNode, NodeToClient, Ping
 from pdserve.runtime.listen import bind_http
 

@@ -28,6 +28,7 @@ from pdserve.bench.simulation.tokens import (
 from pdserve.components.page_allocator import PageAllocator
 from pdserve.decode.peer_links import LinkDown
 from pdserve.messages.codec import Codec
+from pdserve.messages.malformed import MalformedMessage, malformed
 from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.node import (
     AttemptFailed,
@@ -210,15 +211,19 @@ class FakeServer(Generic[T]):
         self._codec: Codec[T] = Codec(receives)
         self._to_client: Codec[NodeToClient] = Codec(NodeToClient)
         self._to_decode: Codec[PeerToDecode] = Codec(PeerToDecode)
-        self.inbox: deque[tuple[bytes, T]] = deque()
+        self.inbox: deque[tuple[bytes, T | MalformedMessage]] = deque()
         self.sent: dict[bytes, list[NodeToClient]] = {}
         self.gone: set[bytes] = set()
         self.wires: dict[bytes, Wire] = {}
 
     def deliver(self, link: bytes, message: msgspec.Struct) -> None:
-        self.inbox.append((link, self._codec.decode(self._codec.encode(message))))
+        payload = self._codec.encode(message)
+        try:
+            self.inbox.append((link, self._codec.decode(payload)))
+        except msgspec.DecodeError as error:
+            self.inbox.append((link, malformed(payload, error)))
 
-    def receive(self) -> Iterator[tuple[bytes, T]]:
+    def receive(self) -> Iterator[tuple[bytes, T | MalformedMessage]]:
         while self.inbox:
             yield self.inbox.popleft()
 

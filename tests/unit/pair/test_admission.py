@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdserve.bench.simulation.tokens import VOCAB_SIZE
+
 from .cluster import ADDRESS, Pair, expected_tokens, prompt_of
 
 NOTHING_IS_RETRACTED = 11.0
@@ -151,6 +153,32 @@ def test_a_request_that_makes_no_sense_ends_alone(options: dict[str, Any], reaso
     assert reason in failure.reason
     pair.finish()
     pair.check_answer("good", prompt_of(10), 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": (VOCAB_SIZE,) * 10}, "token ids from 0"),
+        ({"num_logprobs": VOCAB_SIZE + 1}, "logprobs"),
+        ({"num_prompt_logprobs": VOCAB_SIZE + 1}, "logprobs"),
+    ],
+)
+def test_what_the_model_cannot_compute_is_refused_by_both_nodes(
+    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill does not rely on decode: whoever is its peer, an id outside of its vocabulary ends no node."""
+    pair = Pair()
+    pair.start("bad", **{"prompt": prompt_of(10), **change})
+    failure = pair.stream("bad").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("invalid", False)
+    assert reason in failure.reason
+    monkeypatch.setattr(pair.decode.scheduler, "impossible", lambda _: None)
+    pair.start("worse", **{"prompt": prompt_of(10), **change})
+    failure = pair.stream("worse").failure
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("invalid", False)
+    assert reason in failure.reason
 
 
 def test_a_prompt_longer_than_this_node_takes_is_invalid() -> None:
