@@ -28,6 +28,7 @@ from .runtime.process import (
     die_with_parent,
     end_now,
     handed_keys,
+    ignore_stray_signals,
     leave_last_words,
     usable_cores,
 )
@@ -119,6 +120,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
             given["api_key"] = keys.api
         if keys.admin:
             given["admin_api_key"] = keys.admin
+    if command not in ("bench", "doctor", "up"):
+        ignore_stray_signals()
     try:
         return runs[command](given)
     except StartupError as error:
@@ -260,7 +263,8 @@ def _up(given: dict[str, Any]) -> int:
         if not supervisor.wait_ready(lambda: _why_not_ready(url), _READY_TIMEOUT_S):
             return 0
         print(f"pdserve is ready at {url}", flush=True)
-        return supervisor.run()
+        supervisor.run()
+        return 0
 
 
 def _router_child(given: Mapping[str, Any], listener: socket.socket) -> Child:

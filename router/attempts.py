@@ -23,7 +23,7 @@ from .pairing import Chosen, Pair
 from .prefix_index import page_hashes
 
 COST_NO_ATTEMPT: frozenset[FailureCode] = frozenset(
-    {"busy", "version_skew", "not_ready", "retracted", "paused"}
+    {"busy", "version_skew", "not_ready", "retracted", "paused", "shutting_down"}
 )
 
 
@@ -33,7 +33,7 @@ class ChoiceState:
     kept_ids: list[int] = field(default_factory=list)
     attempt: Attempt | None = None
     finished: bool = False
-    num_failures: int = 0  # that count
+    num_failures: int = 0  # that count, since its last token
     num_free_failures: int = 0  # in a row
     was_retracted: bool = False
     failed_pairs: tuple[Pair, ...] = ()
@@ -217,7 +217,7 @@ class RequestRecord:
         if output.position != len(choice.kept_ids):
             return self._on_other_position(choice, output, now)
         choice.kept_ids.extend(output.token_ids)
-        choice.num_free_failures = 0
+        choice.num_failures = choice.num_free_failures = 0
         if output.weight_version:
             self._on_opening(output)
             self._note_weights(choice, output)
@@ -316,7 +316,7 @@ class RequestRecord:
                 choice.failed_pairs = (*choice.failed_pairs, pair)
         if idle and max(choice.num_failures for choice in idle) >= self._max_attempts:
             raise RequestError(
-                f"{self._max_attempts} attempts failed; the last one: {failure.reason}",
+                f"{self._max_attempts} attempts failed without a token; the last one: {failure.reason}",
                 status=503,
                 code=failure.code,
                 error_type="service_unavailable",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class RouterOptions:
     """Defaults are those of the flags; what is no flag is a constant of the design."""
 
-    max_attempts: int = 3  # counted failures of one choice; busy, skew and not_ready are free
+    max_attempts: int = 3  # failures of one choice without a token in between; COST_NO_ATTEMPT are free
     max_queued_requests: int = 1024
     request_timeout_s: float = 600.0
     max_sessions: int = 1024

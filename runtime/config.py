@@ -133,7 +133,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--decode",), roles=_ROUTER, repeatable=True, default=(),
          help="URL of a decode node; repeatable"),
     Flag(names=("--max-attempts",), roles=_ROUTER, kind=int, default=3,
-         help="times a request is tried, in mid-stream too"),
+         help="times a request is tried without a token in between, in mid-stream too"),
     Flag(names=("--request-timeout",), roles=_ROUTER, kind=float, default=600.0, help="seconds"),
     Flag(names=("--max-queued-requests",), roles=_ROUTER, kind=int, default=1024,
          help="requests waiting before new ones get 429"),

@@ -48,6 +48,13 @@ def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGTERM) ->
         os.kill(os.getpid(), number)
 
 
+def ignore_stray_signals() -> None:
+    """Signals whose default is to end the process, and that mean nothing to a server: a log rotation's
+    SIGHUP must cut no stream."""
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def adopt_orphans() -> None:
     """From now on, what a descendant leaves behind becomes a child of this process (Linux only)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)

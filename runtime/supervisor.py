@@ -1,7 +1,7 @@
 """Runs a cluster's processes on this host: `pdserve up`.
 
 A child that ends before the cluster was ready ends the start, with the reason. Later a node that dies is
-started again, and the router goes on with the others meanwhile; a process that keeps dying is given up.
+started again, and the router goes on with the others meanwhile; one that keeps dying after growing pauses.
 
 The supervisor takes in the processes that a dead child leaves behind. Once the last of them has ended, it
 knows that nothing of that incarnation lives any more, and says so: the *obituary*.
@@ -34,8 +34,9 @@ from .process import (
 )
 
 _log = logging.getLogger(__name__)
-_RESTART_AFTER_S = 1.0
-_MAX_RESTARTS = 5
+_RESTART_AFTER_S = 1.0  # doubles with each death in a row
+_MAX_RESTART_AFTER_S = 60.0
+_UNHEALTHY_AFTER = 3  # deaths in a row
 _STEADY_AFTER_S = 60.0  # a child that ran for this long does not "keep dying"
 _POLL_S = 0.1
 
@@ -53,11 +54,11 @@ class Child:
     keys: AccessKeys = NO_KEYS
     process: subprocess.Popen[bytes] | None = None
     last_words: LastWords | None = None
-    num_restarts: int = 0  # since it last ran steadily
+    num_deaths: int = 0  # since it last ran steadily
     has_incarnation: bool = False  # a node, which is told at each start under which name it lives
     incarnation: str = ""
     started_at: float = field(default=0.0)
-    died_at: float = field(default=0.0)
+    restart_at: float = field(default=0.0)  # when it is dead
 
     def start(self) -> None:
         if self.last_words is not None:
@@ -87,6 +88,11 @@ class Child:
         return f": {words}" if words else ""
 
 
+def restart_pause_s(num_deaths: int) -> float:
+    """Before a child is started again that has died so many times in a row."""
+    return min(_MAX_RESTART_AFTER_S, _RESTART_AFTER_S * 2.0 ** (min(num_deaths, 10) - 1))
+
+
 class Supervisor:
     """Starts children in order. The first one, the router, ends before the others are told to: what it has
     accepted needs them. A second signal ends all at once. With `owner_pid`, our parent's, the end of that
@@ -113,6 +119,8 @@ class Supervisor:
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signal.SIGHUP, self._on_signal)  # the terminal is gone
         for child in self._children:
             child.start()
         return self
@@ -160,37 +168,39 @@ class Supervisor:
             time.sleep(_POLL_S)
         return False
 
-    def run(self) -> int:
-        """Until SIGTERM, SIGINT or the owner's end. Exit code 1 when a process kept dying."""
+    def run(self) -> None:
+        """Until SIGTERM, SIGINT, SIGHUP or the owner's end."""
         while not self._is_stopping:
             now = time.monotonic()
             for child in self._children:
-                if not self._keep_alive(child, now):
-                    return 1
+                self._keep_alive(child, now)
             self._bury()
             time.sleep(_POLL_S)
-        return 0
 
-    def _keep_alive(self, child: Child, now: float) -> bool:
+    def _keep_alive(self, child: Child, now: float) -> None:
         process = child.process
         if process is None:
-            if now - child.died_at >= _RESTART_AFTER_S:
+            if now >= child.restart_at:
                 child.start()
-            return True
+            return
         if process.poll() is None:
-            return True
+            return
         if now - child.started_at > _STEADY_AFTER_S:
-            child.num_restarts = 0
-        if child.num_restarts >= _MAX_RESTARTS:
-            _log.error("%s; it was started %d times, giving up", obituary(child.name, process), _MAX_RESTARTS)
-            return False
-        _log.error("%s; starting it again", obituary(child.name, process))
+            child.num_deaths = 0
         child.process = None
-        child.died_at = now
-        child.num_restarts += 1
+        child.num_deaths += 1
+        pause_s = restart_pause_s(child.num_deaths)
+        child.restart_at = now + pause_s
+        ended = f"{obituary(child.name, process)}{child.reason}"
+        if child.num_deaths < _UNHEALTHY_AFTER:
+            _log.error("%s; starting it again", ended)
+        else:
+            _log.error(
+                "%s; %s is unhealthy: %d deaths, each soon after a start; starting it again in %g s",
+                *(ended, child.name, child.num_deaths, pause_s),
+            )
         if child.incarnation:
             self._dying.append(child.incarnation)
-        return True
 
     def _bury(self) -> None:
         """Tells of the dead once no orphan is left. Whose it was cannot be seen: all wait for it."""

@@ -61,7 +61,7 @@ Source: TypeAlias = Literal["disk", "tensor", "distributed"]
 
 NUM_PREFILL, NUM_DECODE = 1, 2
 FLAGS = ("--dtype", "float32", "--num-threads", "1", "--kv-cache-gb", "0.2", "--log-level", "warning")
-KILLS_PER_CLUSTER = 5  # `pdserve up` gives up on a process that keeps dying
+KILLS_PER_CLUSTER = 5  # `pdserve up` pauses ever longer before it starts a process that keeps dying
 BOUND_S = 120.0  # for anything to end: a node that is started again on a busy machine takes longest
 GROUP = "trainer"
 

@@ -253,7 +253,7 @@ def test_a_late_failure_changes_nothing(make: MakeRecord) -> None:
     assert record.choices[0].num_failures == 1
 
 
-@pytest.mark.parametrize("code", ["busy", "version_skew", "not_ready", "retracted"])
+@pytest.mark.parametrize("code", ["busy", "version_skew", "not_ready", "retracted", "shutting_down"])
 def test_what_is_nobodys_failure_costs_no_attempt(make: MakeRecord, code: FailureCode) -> None:
     record = make()
     for number in range(1, 11):
@@ -304,9 +304,28 @@ def test_the_third_failure_is_the_last(make: MakeRecord) -> None:
         start(record)
         record.on_failed(failed(number))
     start(record)
-    with pytest.raises(RequestError, match="3 attempts failed; the last one: why peer_lost") as error:
+    with pytest.raises(
+        RequestError, match="3 attempts failed without a token; the last one: why peer_lost"
+    ) as error:
         record.on_failed(failed(3))
     assert (error.value.status, error.value.code) == (503, "peer_lost")
+
+
+def test_a_token_clears_the_count(make: MakeRecord) -> None:
+    """A long stream outlives any number of nodes, as long as it goes on in between."""
+    record = make(max_tokens=40)
+    for number in range(1, 11):
+        start(record)
+        record.on_tokens(tokens(number, number - 1, 5), 0.0)
+        assert retried(record.on_failed(failed(number))) == [(0,)]
+        assert record.choices[0].num_failures == 1
+    for number in (11, 12):
+        start(record)
+        if number == 12:
+            with pytest.raises(RequestError):
+                record.on_failed(failed(number))
+        else:
+            record.on_failed(failed(number))
 
 
 def test_failures_are_counted_by_choice(make: MakeRecord) -> None:

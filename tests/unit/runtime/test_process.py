@@ -58,6 +58,17 @@ def stubborn() -> Iterator[subprocess.Popen[bytes]]:
     process.communicate()
 
 
+def test_signals_that_mean_nothing_to_a_server_do_not_end_it() -> None:
+    code = (
+        "import os, signal; from pdserve.runtime.process import ignore_stray_signals;"
+        "ignore_stray_signals();"
+        "[signal.raise_signal(getattr(signal, f'SIG{name}')) for name in ('HUP', 'USR1', 'USR2', 'ALRM')];"
+        "print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done
+
+
 def test_end_asks_first(sleeper: subprocess.Popen[bytes]) -> None:
     end(sleeper, grace_s=DEADLINE_S)
     assert sleeper.returncode == -signal.SIGTERM

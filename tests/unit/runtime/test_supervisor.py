@@ -16,6 +16,7 @@ from pdserve.runtime import supervisor as supervisor_module
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.process import NO_KEYS, AccessKeys, wait_or_kill
 from pdserve.runtime.supervisor import Child, Supervisor
+from pdserve.tests.present import at_present
 
 DEADLINE_S = 30.0
 SLEEP = "import time; time.sleep(600)"
@@ -37,7 +38,7 @@ def tiny_children(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """The supervisor takes the process's signal handlers; pytest gets its own back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -98,7 +99,7 @@ def test_the_end_of_the_owner_ends_the_wait_and_the_run() -> None:
         with Supervisor([started], owner_pid=owner_pid) as supervisor:
             assert supervisor.wait_ready(str, DEADLINE_S) == (not is_gone)
             if is_gone:
-                assert supervisor.run() == 0
+                supervisor.run()
         assert process_of(started).returncode == -signal.SIGTERM
 
 
@@ -127,7 +128,7 @@ def test_a_signal_ends_the_wait(number: signal.Signals) -> None:
 def test_a_signal_ends_the_run_and_the_children(number: signal.Signals) -> None:
     started = child(f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(600)")
     with Supervisor([started]) as supervisor:
-        assert supervisor.run() == 0
+        supervisor.run()
     assert process_of(started).returncode == -signal.SIGTERM
 
 
@@ -137,16 +138,17 @@ def test_a_child_that_dies_is_started_again(caplog: pytest.LogCaptureFixture) ->
         first, unharmed = process_of(mortal), process_of(other)
         first.kill()
         first.wait()
-        assert wait_for(lambda: keep_alive_once(supervisor, mortal) and mortal.process is not None)
+        assert wait_for(lambda: is_alive_again(supervisor, mortal))
         assert process_of(mortal).pid != first.pid
         assert process_of(mortal).poll() is None
         assert process_of(other) is unharmed
-    assert mortal.num_restarts == 1
+    assert mortal.num_deaths == 1
     assert f"decode 0 (pid {first.pid}) was ended by SIGKILL; starting it again" in caplog.messages
 
 
-def keep_alive_once(supervisor: Supervisor, child: Child) -> bool:
-    return supervisor._keep_alive(child, time.monotonic())
+def is_alive_again(supervisor: Supervisor, child: Child) -> bool:
+    supervisor._keep_alive(child, time.monotonic())
+    return child.process is not None
 
 
 def test_an_obituary_waits_for_the_last_process_of_an_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +177,7 @@ def test_an_obituary_waits_for_the_last_process_of_an_incarnation(monkeypatch: p
         process = process_of(mortal)
         process.kill()
         process.wait()
-        assert supervisor._keep_alive(mortal, time.monotonic())
+        supervisor._keep_alive(mortal, time.monotonic())
         for _ in range(3):
             supervisor._bury()
         assert buried == [], "its orphan lives"
@@ -217,29 +219,54 @@ def test_each_start_is_an_incarnation_of_its_own(monkeypatch: pytest.MonkeyPatch
     router.close()
 
 
-def test_a_child_that_keeps_dying_is_given_up(
+def test_a_child_that_keeps_dying_is_started_after_growing_pauses_and_the_others_live_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(supervisor_module, "_MAX_RESTARTS", 2)
+    monkeypatch.setattr(supervisor_module, "_RESTART_AFTER_S", 1.0)
     mortal, healthy = child("raise SystemExit(9)"), child(SLEEP, "router")
+    pauses = []
     with Supervisor([mortal, healthy]) as supervisor:
-        assert supervisor.run() == 1
-    assert mortal.num_restarts == 2
-    assert caplog.messages[-1].endswith("ended with exit code 9; it was started 2 times, giving up")
-    assert process_of(healthy).returncode == -signal.SIGTERM
+        now = time.monotonic()
+        for _ in range(9):
+            process_of(mortal).wait()
+            supervisor._keep_alive(mortal, now)
+            assert mortal.process is None
+            pauses.append(mortal.restart_at - now)
+            supervisor._keep_alive(mortal, mortal.restart_at - 0.001)
+            assert at_present(mortal.process) is None
+            supervisor._keep_alive(mortal, mortal.restart_at)
+            assert at_present(mortal.process) is not None
+        assert process_of(healthy).poll() is None
+        process_of(mortal).wait()
+    assert pauses == pytest.approx([1, 2, 4, 8, 16, 32, 60, 60, 60])
+    assert caplog.messages[1].endswith("ended with exit code 9; starting it again")
+    assert caplog.messages[2].endswith(
+        "is unhealthy: 3 deaths, each soon after a start; starting it again in 4 s"
+    )
 
 
-def test_a_child_that_dies_now_and_then_is_always_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "_MAX_RESTARTS", 1)
+def test_a_child_that_dies_now_and_then_is_started_again_at_once() -> None:
     mortal = child("")
     with Supervisor([mortal]) as supervisor:
         for _ in range(3):
             process_of(mortal).wait()
             an_hour_later = time.monotonic() + 3600.0
-            assert supervisor._keep_alive(mortal, an_hour_later)
-            assert mortal.num_restarts == 1
-            assert supervisor._keep_alive(mortal, an_hour_later)
+            supervisor._keep_alive(mortal, an_hour_later)
+            assert mortal.num_deaths == 1
+            supervisor._keep_alive(mortal, an_hour_later)
             assert mortal.process is not None
+
+
+def test_a_lost_terminal_ends_the_run_in_order_unless_it_was_to_be_ignored() -> None:
+    """`nohup` leaves SIGHUP ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    started = child("import os, signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(600)")
+    with Supervisor([started]) as supervisor:
+        supervisor.run()
+    assert process_of(started).returncode == -signal.SIGTERM
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Supervisor([child(SLEEP)]):
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_the_router_has_ended_before_the_nodes_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
