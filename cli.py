@@ -18,7 +18,16 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from .runtime.config import add_flags, forwarded_flags, node_config, resolve, router_config
+from .runtime.config import (
+    DEFAULT_PORTS,
+    NodeConfig,
+    RouterConfig,
+    add_flags,
+    forwarded_flags,
+    node_config,
+    resolve,
+    router_config,
+)
 from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
 from .runtime.listen import bind_http, http_url, inherit_http, is_loopback
@@ -147,10 +156,15 @@ def _add_child_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--last-words-fd", type=int, default=None, help=argparse.SUPPRESS)
 
 
-def _listener(given: Mapping[str, Any], host: str, port: int) -> socket.socket:
+def _listener(
+    given: Mapping[str, Any], role: Literal["router", "prefill", "decode"], config: RouterConfig | NodeConfig
+) -> socket.socket:
+    """On the port that was asked for and no other; the role's own may be any that follows it."""
     if given.get("listen_fd") is not None:
         return inherit_http(given["listen_fd"])
-    return bind_http(host, port)
+    if config.port is not None:
+        return bind_http(config.host, config.port)
+    return bind_http(config.host, DEFAULT_PORTS[role], or_next=True)
 
 
 # ---- one process per role ---------------------------------------------------------------------------
@@ -161,13 +175,13 @@ def _router(given: dict[str, Any]) -> int:
     configure_logging("router", config.log_level, config.log_format)
     from .router.main import run_router
 
-    return run_router(config, _listener(given, config.host, config.port))
+    return run_router(config, _listener(given, "router", config))
 
 
 def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
     config = node_config(role, given)
     configure_logging(role, config.log_level, config.log_format)
-    listener = _listener(given, config.host, config.port)
+    listener = _listener(given, role, config)
     incarnation = str(given.get("incarnation", ""))
     if role == "prefill":
         from .prefill.main import run_prefill
@@ -243,7 +257,7 @@ def _up(given: dict[str, Any]) -> int:
     if num_decode < 1 or (num_prefill < 1 and not is_colocated):
         raise StartupError("--num-prefill and --num-decode must be 1 or more (or use --colocated)")
 
-    listener = bind_http(config.host, config.port)
+    listener = _listener(given, "router", config)
     admin_key = config.admin_api_key
     if not admin_key and not is_loopback(listener):
         given["admin_api_key"] = admin_key = secrets.token_urlsafe()  # our own, to announce deaths with

@@ -7,10 +7,13 @@ Both spellings are read: transformers 4 (``rope_theta``, ``rope_scaling``, ``tor
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
 
 from ..messages.kv_layout import DTYPE_BYTES, KVLayout
 from ..runtime.errors import StartupError
@@ -19,6 +22,8 @@ from .models.llama import LLAMA
 from .models.mistral import MISTRAL
 from .models.qwen2 import QWEN2
 from .models.qwen3 import QWEN3
+
+log = logging.getLogger(__name__)
 
 FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
@@ -36,11 +41,13 @@ _ROPE_KNOWN = frozenset(
         "high_freq_factor",
         "original_max_position_embeddings",
         "attention_factor",
+        "attn_factor",
         "beta_fast",
         "beta_slow",
         "mscale",
         "mscale_all_dim",
         "truncate",
+        "finetuned",  # of the first yarn code: what its dynamic form does to short prompts; read by nobody
     }
 )
 
@@ -59,7 +66,8 @@ class RopeConfig:
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     original_max_position_embeddings: int = 0  # llama3, yarn
-    attention_factor: float | None = None  # yarn; None: from factor, mscale and mscale_all_dim
+    attention_factor: float | None = None  # yarn; None: from factor, mscale, mscale_all_dim, attn_factor
+    attn_factor: float = 1.0  # yarn: multiplies what follows from factor, mscale and mscale_all_dim
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     mscale: float | None = None  # yarn
@@ -87,13 +95,14 @@ class ModelConfig:
     o_bias: bool  # on attention's output projection
     mlp_bias: bool
     qk_norm: bool
-    max_model_len: int  # tokens; with yarn, what it extends the original length to
+    max_model_len: int  # tokens; with linear and yarn, what they extend the original length to
     dtype: str  # a key of DTYPE_BYTES
     eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_dir(cls, path: Path) -> ModelConfig:
-        """Read ``path/config.json``; EOS ids of ``generation_config.json`` are added to its own.
+        """Read ``path/config.json``; EOS ids of ``generation_config.json`` and of the tokenizer are added to
+        its own. Where there is none at all a warning says so.
 
         Raises `StartupError` with the name of the field for anything missing, malformed or not supported.
         """
@@ -119,12 +128,17 @@ class ModelConfig:
         max_positions = raw.positive("max_position_embeddings")
         rope = _rope(raw, max_positions)
         generation = read_generation_defaults(path)
-        eos = raw.token_ids("eos_token_id")
-        eos += tuple(token for token in generation.get("eos_token_id", ()) if token not in eos)
+        vocab_size = raw.positive("vocab_size")
+        eos = (*raw.token_ids("eos_token_id"), *generation.get("eos_token_id", ()))
+        tokenizer_eos = read_tokenizer_eos(path)
+        if tokenizer_eos is not None and tokenizer_eos < vocab_size:
+            eos = (*eos, tokenizer_eos)
+        if not eos:
+            log.warning("%s names no EOS token: answers end at their length or at a stop string only", path)
         return cls(
             family=family.name,
             architecture=family.architecture,
-            vocab_size=raw.positive("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=raw.positive("intermediate_size"),
             num_layers=raw.positive("num_hidden_layers"),
@@ -138,9 +152,9 @@ class ModelConfig:
             o_bias=raw.bias(family.o_bias),
             mlp_bias=raw.bias(family.mlp_bias),
             qk_norm=family.qk_norm,
-            max_model_len=max(max_positions, _yarn_length(rope)),
+            max_model_len=max(max_positions, _extended_length(rope, max_positions)),
             dtype=_dtype(raw),
-            eos_token_ids=eos,
+            eos_token_ids=tuple(dict.fromkeys(eos)),
         )
 
 
@@ -162,6 +176,60 @@ def read_generation_defaults(path: Path) -> dict[str, Any]:
     if eos:
         defaults["eos_token_id"] = eos
     return defaults
+
+
+class _AddedToken(msgspec.Struct):
+    content: str
+    id: int = -1  # in tokenizer_config.json the key is
+
+
+class _TokenizerConfig(msgspec.Struct):
+    """The part of tokenizer_config.json that is read here."""
+
+    eos_token: str | _AddedToken | None = None
+    added_tokens_decoder: dict[int, _AddedToken] = {}
+
+
+class _Vocabulary(msgspec.Struct):
+    vocab: dict[str, int] | list[tuple[str, float]] = {}  # a list: of a unigram model, indices are ids
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The part of tokenizer.json that is read here."""
+
+    added_tokens: list[_AddedToken] = []
+    model: _Vocabulary = msgspec.field(default_factory=_Vocabulary)
+
+
+def read_tokenizer_eos(path: Path) -> int | None:
+    """The id of the ``eos_token`` of ``tokenizer_config.json``. None: it names none, or none with an id.
+
+    Files that cannot be read are no error here: a node needs no tokenizer, and who needs one says why.
+    """
+    config = _decode_file(path / "tokenizer_config.json", _TokenizerConfig)
+    if config is None or config.eos_token is None:
+        return None
+    eos = config.eos_token if isinstance(config.eos_token, str) else config.eos_token.content
+    for token_id, token in config.added_tokens_decoder.items():
+        if token.content == eos:
+            return token_id
+    tokenizer = _decode_file(path / "tokenizer.json", _TokenizerFile)
+    if tokenizer is None:
+        return None
+    for token in tokenizer.added_tokens:
+        if token.content == eos:
+            return token.id
+    vocab = tokenizer.model.vocab
+    if isinstance(vocab, dict):
+        return vocab.get(eos)
+    return next((index for index, (piece, _) in enumerate(vocab) if piece == eos), None)
+
+
+def _decode_file(file: Path, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def resolve_dtype(dtype: str, config: ModelConfig, native: Container[str]) -> str:
@@ -279,7 +347,8 @@ def _refuse_unsupported(raw: _RawConfig, family: Family) -> None:
 
 def _rope(raw: _RawConfig, max_positions: int) -> RopeConfig:
     """transformers 5 keeps everything in ``rope_parameters``; transformers 4 has ``rope_theta`` beside
-    ``rope_scaling``, whose type is ``rope_type`` or, older, ``type``."""
+    ``rope_scaling``, whose type is ``rope_type`` or, older, ``type``. The original length may stand at the
+    top level too, and counts first there, as in transformers."""
     field = "rope_parameters" if raw.values.get("rope_parameters") is not None else "rope_scaling"
     values = dict(raw.optional(field, dict) or {})
     theta = values.pop("rope_theta", raw.values.get("rope_theta"))
@@ -299,7 +368,11 @@ def _rope(raw: _RawConfig, max_positions: int) -> RopeConfig:
     if unknown := values.keys() - _ROPE_KNOWN:
         raise raw.error(f"{field}: {', '.join(sorted(unknown))} is not supported")
     used = _RawConfig({**values, "rope_theta": theta}, raw.source)
-    original = used.optional("original_max_position_embeddings", int) or max_positions
+    original = (
+        raw.optional("original_max_position_embeddings", int)
+        or used.optional("original_max_position_embeddings", int)
+        or max_positions
+    )
     return RopeConfig(
         rope_type=rope_type,
         theta=used.number("rope_theta", 10000.0),
@@ -308,6 +381,7 @@ def _rope(raw: _RawConfig, max_positions: int) -> RopeConfig:
         high_freq_factor=used.number("high_freq_factor", 4.0),
         original_max_position_embeddings=original,
         attention_factor=used.optional("attention_factor", float),
+        attn_factor=used.number("attn_factor", 1.0),
         beta_fast=used.number("beta_fast", 32.0),
         beta_slow=used.number("beta_slow", 1.0),
         mscale=used.optional("mscale", float),
@@ -316,8 +390,15 @@ def _rope(raw: _RawConfig, max_positions: int) -> RopeConfig:
     )
 
 
-def _yarn_length(rope: RopeConfig) -> int:
-    return int(rope.original_max_position_embeddings * rope.factor) if rope.rope_type == "yarn" else 0
+def _extended_length(rope: RopeConfig, max_positions: int) -> int:
+    """Tokens that the rope reaches, 0 for a type whose ``max_position_embeddings`` says that itself."""
+    match rope.rope_type:
+        case "linear":
+            return int(max_positions * rope.factor)
+        case "yarn":
+            return int(rope.original_max_position_embeddings * rope.factor)
+        case _:
+            return 0
 
 
 def _dtype(raw: _RawConfig) -> str:

@@ -47,8 +47,10 @@ def attention_scale(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
-    return _mscale(rope.factor, 1.0)
+        scale = _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    else:
+        scale = _mscale(rope.factor, 1.0)
+    return rope.attn_factor * scale
 
 
 def _mscale(factor: float, mscale: float) -> float:

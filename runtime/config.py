@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -27,6 +29,10 @@ SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-python
 HIDDEN_STATES_FLAG = "--enable-return-hidden-states"
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 _ROOT_PATH = re.compile(r"(/[\w.~-]+)+")
+_URL = re.compile(r"[^\s?#]+")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%\w+)?")  # a name, or IPv6
+_THREADS_A_CORE = 8  # more wait for one another
 _HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
 DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
 
@@ -64,7 +70,7 @@ FLAGS: tuple[Flag, ...] = (
          help="name that clients ask for (default: the path as given)"),
     Flag(names=("--host",), roles=_ALL, default="127.0.0.1", help="address to listen on"),
     Flag(names=("--port",), roles=_ALL, kind=int,
-         help="HTTP port, or the next free one (default: router 8000, prefill 8100, decode 8200)"),
+         help="HTTP port (default: router 8000, prefill 8100, decode 8200, or the next free one)"),
     Flag(names=("--advertise-host",), roles=_NODES,
          help="address that peers reach this node by (default: --host, or this host's own)"),
     Flag(names=("--api-key",), roles=_ALL, repeatable=True, default=(),
@@ -174,7 +180,7 @@ class RouterConfig:
     model: str
     served_model_name: str
     host: str
-    port: int
+    port: int | None  # None: the role's own, or the next free one
     api_key: tuple[str, ...]
     admin_api_key: str
     max_model_len: int | None
@@ -210,7 +216,7 @@ class NodeConfig:
     model: str
     served_model_name: str
     host: str
-    port: int
+    port: int | None  # None: the role's own, or the next free one
     advertise_host: str
     api_key: tuple[str, ...]
     admin_api_key: str
@@ -417,10 +423,40 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if (port := values.get("port")) is not None and not 0 <= port <= 65535:
         raise StartupError(f"--port {port}: 0 to 65535 is expected")
+    if values.get("max_model_len") == 1:
+        raise StartupError("--max-model-len 1: 2 or more is expected, a token of prompt and one of output")
+    num_threads, num_cores = values.get("num_threads"), os.cpu_count() or 1
+    if num_threads is not None and num_threads > _THREADS_A_CORE * num_cores:
+        raise StartupError(f"--num-threads {num_threads}: this host has {num_cores} cores")
     for name in ("router", "prefill", "decode"):
         for url in values.get(name) or ():
-            if not str(url).startswith(("http://", "https://")):
-                raise StartupError(f"--{name} {url}: a URL is expected, such as http://127.0.0.1:8000")
+            _check_url(f"--{name}", str(url))
+    if (host := values.get("advertise_host")) and not _HOST.fullmatch(host):
+        raise StartupError(f"--advertise-host {host}: a name or an address is expected, without a port")
+    if values.get("ib_device") and values.get("transport") != "rdma":
+        raise StartupError(
+            f"--ib-device {values['ib_device']}: --transport {values['transport']} uses no RDMA device; "
+            "give --transport rdma, or leave --ib-device out"
+        )
+    if values.get("transport") == "rdma" and values.get("transfer_backend") == "shm":
+        raise StartupError(
+            "--transport rdma: --transfer-backend shm has no wire; give mooncake or nixl, or leave it out"
+        )
+
+
+def _check_url(flag: str, url: str) -> None:
+    """One that can be asked. Whether somebody answers there is told by who asks."""
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and parts.port != 0 and parts.hostname is not None
+    except ValueError:  # a bracket that is not closed, a port over 65535
+        is_whole = False
+    if not is_whole or not _URL.fullmatch(url):
+        raise StartupError(f"{flag} {url}: a URL is expected, such as http://127.0.0.1:8000")
+    if parts.username is not None:  # it holds a secret: not shown
+        raise StartupError(f"{flag}: a URL without user and password is expected; --api-key is what is sent")
+    if not _HOST.fullmatch(parts.hostname or ""):
+        raise StartupError(f"{flag} {url}: {parts.hostname!r} is no name and no address of a host")
 
 
 def _check_key(flag: str, key: str) -> None:
@@ -454,7 +490,6 @@ def node_config(role: Literal["prefill", "decode"], given: Mapping[str, Any]) ->
 
 def _filled(values: Mapping[str, Any], role: str, config_type: type) -> dict[str, Any]:
     filled = dict(values)
-    filled["port"] = DEFAULT_PORTS[role] if values["port"] is None else values["port"]
     is_shipped = values["model"] == str(SHIPPED_MODEL)
     path_as_given = SHIPPED_MODEL.name if is_shipped else values["model"]
     filled["served_model_name"] = values["served_model_name"] or path_as_given

@@ -18,13 +18,14 @@ _log = logging.getLogger(__name__)
 _PORTS_TRIED = 100
 
 
-def bind_http(host: str, port: int) -> socket.socket:
-    """A listening TCP socket on `port`, or on the next free one after it (which is said in the log).
+def bind_http(host: str, port: int, *, or_next: bool = False) -> socket.socket:
+    """A listening TCP socket on `port`; with `or_next` on the next free one after it, which the log says.
 
-    `port` 0 takes any free one. Raises StartupError when none of 100 ports is free or the host is not ours.
+    `port` 0 takes any free one. Raises StartupError when the port, or each of 100, is taken or the host is
+    not ours.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    candidates = range(port, min(port + _PORTS_TRIED, 65536))
+    candidates = range(port, min(port + (_PORTS_TRIED if or_next else 1), 65536))
     for candidate in candidates:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -33,13 +34,15 @@ def bind_http(host: str, port: int) -> socket.socket:
             listener.listen(2048)
         except OSError as error:
             listener.close()
-            if error.errno == errno.EADDRINUSE and port:
+            if error.errno == errno.EADDRINUSE and or_next:
                 continue
             raise StartupError(
                 f"cannot listen on {host}:{candidate}: {error.strerror}; choose another --host or --port"
             ) from error
-        if port and candidate != port:
-            _log.warning("port %d is taken, using %d", port, candidate)
+        if candidate != port and or_next:
+            _log.warning(
+                "port %d is taken by another program: listening on port %d; --port fixes it", port, candidate
+            )
         return listener
     raise StartupError(f"ports {port} to {candidates[-1]} on {host} are all taken; choose another --port")
 

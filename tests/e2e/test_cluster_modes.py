@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,23 +37,15 @@ def expected(shared_cluster: LocalCluster) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def taken_port() -> Iterator[int]:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen()
-        yield int(holder.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
 def guarded_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("guarded") / "log"
 
 
 @pytest.fixture(scope="module")
-def guarded(taken_port: int, guarded_log: Path) -> Iterator[LocalCluster]:
-    """Over shared memory, with API keys, on a port that is taken."""
+def guarded(guarded_log: Path) -> Iterator[LocalCluster]:
+    """Over shared memory, with API keys."""
     keys = [word for key in KEYS for word in ("--api-key", key)]
-    flags = [*FLAGS, "--transfer-backend", "shm", "--port", str(taken_port), *keys]
+    flags = [*FLAGS, "--transfer-backend", "shm", *keys]
     with clean_cluster(flags, guarded_log) as cluster:
         yield cluster
 
@@ -90,7 +81,7 @@ def test_colocated_answers_the_same(
         cluster.flush()
 
 
-# ---- keys and ports ---------------------------------------------------------------------------------
+# ---- keys -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/models", "/workers", "/flush_cache", "/server_info"])
@@ -115,14 +106,6 @@ def test_nodes_ask_for_the_key_too(guarded: LocalCluster) -> None:
     for worker in request(guarded.url, "/workers", headers=headers).json["workers"]:
         assert request(worker["url"], "/server_info").status == 401
         assert request(worker["url"], "/server_info", headers=headers).status == 200
-
-
-def test_a_taken_port_means_the_next_free_one(
-    guarded: LocalCluster, taken_port: int, guarded_log: Path
-) -> None:
-    port = int(guarded.url.rsplit(":", 1)[1])
-    assert taken_port < port <= taken_port + 100
-    assert f"port {taken_port} is taken, using {port}" in guarded_log.read_text()
 
 
 # ---- what operators look at -------------------------------------------------------------------------

@@ -203,8 +203,8 @@ class NoChildrenError(StartupError):
     """Ends `up` where it would start its processes."""
 
 
-def children(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Child]:
-    """The processes that `up` would start."""
+def children(monkeypatch: pytest.MonkeyPatch, *arguments: str, port: str = "--port=0") -> list[Child]:
+    """The processes that `up` would start; with `port` empty on the default one."""
     started: list[Child] = []
 
     def take(wanted: Sequence[Child], on_reaped: object, owner_pid: int | None) -> None:
@@ -214,7 +214,7 @@ def children(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Child]:
         raise NoChildrenError("taken")
 
     monkeypatch.setattr(cli, "Supervisor", take)
-    assert cli.main(["up", "--port", "0", *arguments]) == 1
+    assert cli.main(["up", *([port] if port else []), *arguments]) == 1
     return started
 
 
@@ -300,14 +300,24 @@ def test_nodes_find_a_router_that_listens_everywhere(monkeypatch: pytest.MonkeyP
     assert values(prefill)["host"] == "0.0.0.0"
 
 
-def test_up_takes_the_next_port_when_its_own_is_taken(
+def test_up_takes_the_next_port_when_the_default_one_is_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with bind_http("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        _, prefill, _ = children(monkeypatch, "--port", str(port))
-    assert f"port {port} is taken, using " in capsys.readouterr().err
+        monkeypatch.setattr(cli, "DEFAULT_PORTS", {"router": port})
+        _, prefill, _ = children(monkeypatch, port="")
+    assert f"port {port} is taken by another program: listening on port " in capsys.readouterr().err
     assert values(prefill)["router"] != [f"http://127.0.0.1:{port}"]
+
+
+@pytest.mark.parametrize("command", ["up", "router", "prefill", "decode"])
+def test_f14_a_port_that_was_asked_for_and_is_taken_ends_the_start(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    with bind_http("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1:{port}: " in failure(capsys, command, "--port", str(port))
 
 
 def test_a_cluster_that_does_not_get_ready_says_what_is_missing(

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pdserve.engine.model_config import (
     ModelConfig,
@@ -16,6 +19,7 @@ from pdserve.engine.model_config import (
     read_generation_defaults,
     resolve_dtype,
 )
+from pdserve.engine.rope import attention_scale, inverse_frequencies
 from pdserve.runtime.errors import StartupError
 
 BASE = {
@@ -89,6 +93,91 @@ def test_yarn_extends_the_length(read: Callable[..., ModelConfig]) -> None:
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     assert read(rope_scaling=scaling).max_model_len == 1024
     assert read(rope_scaling=scaling, max_position_embeddings=1024).max_model_len == 1024
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "yarn-top-level": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+        "original_max_position_embeddings": 64,
+    },
+    "yarn-both": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        "original_max_position_embeddings": 64,
+    },
+    "yarn-finetuned": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "finetuned": True, "attn_factor": 1.0}
+    },
+    "yarn-mscale": {"rope_scaling": {"type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.0}},
+    "yarn-attention-factor": {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0.9}},
+}
+
+
+@pytest.mark.parametrize("changes", ROPES.values(), ids=ROPES.keys())
+def test_m_rope_is_that_of_transformers(
+    read: Callable[..., ModelConfig], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    rope = read(**changes, rope_theta=500000.0).rope
+    theirs = LlamaConfig.from_pretrained(tmp_path)
+    frequencies, scale = ROPE_INIT_FUNCTIONS[rope.rope_type](theirs)
+    torch.testing.assert_close(inverse_frequencies(rope, 8), frequencies)
+    assert attention_scale(rope) == pytest.approx(scale)
+
+
+def test_m_attn_factor_multiplies_the_scale_that_follows(read: Callable[..., ModelConfig]) -> None:
+    """As in yarn's own code and vLLM; transformers does not read it."""
+    scaling = {"type": "yarn", "factor": 4.0}
+    plain, halved = read(rope_scaling=scaling), read(rope_scaling={**scaling, "attn_factor": 0.5})
+    assert attention_scale(halved.rope) == pytest.approx(attention_scale(plain.rope) / 2)
+    stated = read(rope_scaling={**scaling, "attn_factor": 0.5, "attention_factor": 1.5})
+    assert attention_scale(stated.rope) == 1.5
+
+
+def test_m_linear_scaling_extends_the_length(read: Callable[..., ModelConfig]) -> None:
+    assert read(rope_scaling={"type": "linear", "factor": 4.0}).max_model_len == 1024
+
+
+def test_f6_eos_of_the_tokenizer_too(
+    read: Callable[..., ModelConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(name: str, **values: object) -> None:
+        (tmp_path / name).write_text(json.dumps(values))
+
+    write("generation_config.json", eos_token_id=7)
+    decoder = {"5": {"content": "<|im_end|>", "special": True}}
+    write("tokenizer_config.json", eos_token="<|im_end|>", added_tokens_decoder=decoder)
+    assert read(eos_token_id=9).eos_token_ids == (9, 7, 5)
+    assert read(eos_token_id=5).eos_token_ids == (5, 7)
+    write("tokenizer_config.json", eos_token={"content": "</s>", "lstrip": False})
+    write("tokenizer.json", added_tokens=[{"id": 2, "content": "</s>"}])
+    assert read(eos_token_id=9).eos_token_ids == (9, 7, 2)
+    write("tokenizer.json", model={"type": "BPE", "vocab": {"a": 0, "</s>": 3}})
+    assert read(eos_token_id=9).eos_token_ids == (9, 7, 3)
+    write("tokenizer.json", model={"type": "Unigram", "vocab": [["a", -1.0], ["</s>", 0.0]]})
+    assert read(eos_token_id=9).eos_token_ids == (9, 7, 1)
+    write("tokenizer.json", model={"type": "BPE", "vocab": {"</s>": 100}})  # no row of the model
+    assert read(eos_token_id=9).eos_token_ids == (9, 7)
+    (tmp_path / "tokenizer.json").write_text("no JSON")
+    assert read(eos_token_id=9).eos_token_ids == (9, 7)
+    assert caplog.messages == []
+
+
+def test_f6_no_eos_at_all_is_said(
+    read: Callable[..., ModelConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read().eos_token_ids == ()
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path} names no EOS token")
 
 
 def test_eos_of_both_files(read: Callable[..., ModelConfig], tmp_path: Path) -> None:

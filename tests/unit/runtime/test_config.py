@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from pdserve.runtime.config import (
-    DEFAULT_PORTS,
     FLAGS,
     SHIPPED_MODEL,
     Flag,
@@ -154,9 +153,8 @@ def test_the_configs_hold_exactly_the_flags_of_their_roles() -> None:
 def test_without_flags_the_shipped_model_is_served_under_its_name() -> None:
     router = router_config({})
     assert (router.model, router.served_model_name) == (str(SHIPPED_MODEL), "tiny-python")
-    assert (router.host, router.port, router.api_key) == ("127.0.0.1", DEFAULT_PORTS["router"], ())
-    assert node_config("prefill", {}).port == 8100
-    assert node_config("decode", {}).port == 8200
+    assert (router.host, router.port, router.api_key) == ("127.0.0.1", None, ())
+    assert node_config("prefill", {}).port is None
     assert node_config("decode", {}).num_threads >= 1
 
 
@@ -223,7 +221,7 @@ def test_router_is_a_block_when_it_is_a_mapping(write_config: WriteConfig) -> No
     path = write_config("router: {port: 9000}\nprefill: {router: [http://r:1]}\n")
     assert router_config({"config": path}).port == 9000
     prefill = node_config("prefill", {"config": path})
-    assert (prefill.port, prefill.router) == (8100, ("http://r:1",))
+    assert (prefill.port, prefill.router) == (None, ("http://r:1",))
 
 
 def test_an_empty_block_says_nothing(write_config: WriteConfig) -> None:
@@ -303,6 +301,43 @@ def test_a_bad_value_names_its_flag_and_what_is_expected(
     role: ProcessRole, arguments: str, named: str
 ) -> None:
     assert named in refusal(role, given(role, *arguments.split()))
+
+
+@pytest.mark.parametrize(
+    ("role", "arguments", "named"),
+    [
+        ("decode", "--router http://[", "--router http://[: a URL is expected"),
+        ("decode", "--router http://:99999", "--router http://:99999: a URL is expected"),
+        ("decode", "--router http://a:99999", "--router http://a:99999: a URL is expected"),
+        ("decode", "--router http://a:x", "--router http://a:x: a URL is expected"),
+        ("decode", "--router http://a:0", "--router http://a:0: a URL is expected"),
+        ("decode", "--router http://", "--router http://: a URL is expected"),
+        ("decode", "--router http:a", "--router http:a: a URL is expected"),
+        ("decode", "--router http://a?b=c", "--router http://a?b=c: a URL is expected"),
+        ("decode", "--router http://a..b", "'a..b' is no name"),
+        ("router", "--prefill http://-a", "'-a' is no name"),
+        ("router", "--decode http://user:pw@a:1", "--decode: a URL without user and password"),
+        ("decode", "--advertise-host a:8000/", "--advertise-host a:8000/: a name or an address"),
+        ("decode", "--advertise-host http://a", "--advertise-host http://a: a name or an address"),
+        ("prefill", "--ib-device mlx5_0", "--ib-device mlx5_0: --transport tcp uses no RDMA device; give"),
+        ("prefill", "--transport rdma --transfer-backend shm", "--transfer-backend shm has no wire"),
+        ("router", "--max-model-len 1", "--max-model-len 1: 2 or more"),
+        ("decode", "--num-threads 1000000", "--num-threads 1000000: this host has "),
+    ],
+)
+def test_f16_a_value_that_cannot_mean_anything_is_refused(
+    role: ProcessRole, arguments: str, named: str
+) -> None:
+    message = refusal(role, given(role, *arguments.split()))
+    assert named in message
+    assert "pw" not in message.split("password")[0]  # a secret is not shown
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a", "https://a.b:1/llm", "http://10.0.0.1:80", "http://[::1]:8000", "http://a_b-c.d."]
+)
+def test_a_url_that_can_be_asked_is_kept(url: str) -> None:
+    assert node_config("decode", given("decode", "--router", url)).router == (url,)
 
 
 # ---- flags for children -------------------------------------------------------------------------------

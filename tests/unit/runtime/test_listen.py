@@ -36,17 +36,26 @@ def test_port_0_takes_any_and_listens() -> None:
 def test_a_taken_port_gives_the_next_free_one_and_says_so(
     taken: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "pdserve"), bind_http("127.0.0.1", taken) as listener:
+    with (
+        caplog.at_level(logging.WARNING, "pdserve"),
+        bind_http("127.0.0.1", taken, or_next=True) as listener,
+    ):
         port = listener.getsockname()[1]
     assert taken < port < taken + 100
-    assert caplog.messages == [f"port {taken} is taken, using {port}"]
+    said = f"port {taken} is taken by another program: listening on port {port}; --port fixes it"
+    assert caplog.messages == [said]
+
+
+def test_f14_a_port_that_was_asked_for_is_that_or_none(taken: int) -> None:
+    with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{taken}: Address already in use; "):
+        bind_http("127.0.0.1", taken)
 
 
 def test_a_free_port_is_taken_silently(taken: int, caplog: pytest.LogCaptureFixture) -> None:
-    with bind_http("127.0.0.1", taken + 1) as first:
+    with bind_http("127.0.0.1", taken + 1, or_next=True) as first:
         free = first.getsockname()[1]
     caplog.clear()
-    with bind_http("127.0.0.1", free) as listener:
+    with bind_http("127.0.0.1", free, or_next=True) as listener:
         assert listener.getsockname()[1] == free
     assert caplog.messages == []
 
@@ -54,7 +63,7 @@ def test_a_free_port_is_taken_silently(taken: int, caplog: pytest.LogCaptureFixt
 def test_when_every_port_is_taken_the_range_is_named(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "_PORTS_TRIED", 1)
     with pytest.raises(StartupError, match=f"ports {taken} to {taken} on 127.0.0.1 are all taken.*--port"):
-        bind_http("127.0.0.1", taken)
+        bind_http("127.0.0.1", taken, or_next=True)
 
 
 def test_the_range_ends_with_the_last_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +72,7 @@ def test_the_range_ends_with_the_last_port(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
     with pytest.raises(StartupError, match="ports 65530 to 65535 on"):
-        bind_http("127.0.0.1", 65530)
+        bind_http("127.0.0.1", 65530, or_next=True)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
