@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections.abc import Iterator
 
@@ -13,6 +14,18 @@ from hypothesis import settings
 settings.register_profile("pdserve", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("pdserve")
+
+# Of the simulation: other seeds every day, the same for all who run it on that day.
+FIRST_SEED_OF_TODAY = 1000 * datetime.datetime.now(datetime.UTC).date().toordinal()
+
+
+def pytest_report_header() -> str:
+    return f"simulation: today's seeds begin at {FIRST_SEED_OF_TODAY}"
+
+
+@pytest.fixture
+def first_seed_of_today() -> int:
+    return FIRST_SEED_OF_TODAY
 
 
 @pytest.fixture

@@ -6,6 +6,9 @@ Life cycle of a peer (a prefill node, known by the address of its control socket
        ^                │ refused, silence, link down
        └────────────────┴──────────────────────┘      every connect is a new epoch on a new socket
 
+No state waits for a message that may be lost: `waiting` ends by its retry, the others by silence at the
+latest (`moves_on_at`). A node refuses a ping of an epoch that it does not know, so silence is not hidden.
+
 Life cycle of a room:
 
     open ─HandoffDone─> complete             its pages are the request's own
@@ -63,6 +66,9 @@ from .actions import (
 
 PING_S = 1.0
 SILENCE_S = 2.0  # without a pong for so long, a peer is lost
+# ... and for so long, one that announced to be busy. Its word that this is over can be lost with the
+# connection: to believe the announcement to its end would be to wait minutes for nobody.
+BUSY_SILENCE_S = 10.0
 RETRY_S = 0.2
 MAX_RETRY_S = 2.0
 ABORT_S = 0.5
@@ -103,9 +109,6 @@ class _Peer:
     busy_until: float = 0.0
     reason: str = ""  # why it is not ready
     is_refused: bool = False
-
-    def silent_at(self) -> float:
-        return max(self.heard, self.busy_until) + SILENCE_S
 
 
 @dataclass(slots=True)
@@ -224,6 +227,10 @@ class DecodeRooms:
     def state_of(self, room_id: RoomId) -> RoomState | None:
         room = self._rooms.get(room_id)
         return None if room is None else room.state
+
+    def moves_on_at(self) -> dict[str, float]:
+        """Address of each peer -> when it leaves its state at the latest, if nothing more is heard of it."""
+        return {peer.address: _moves_on_at(peer) for peer in self._peers.values()}
 
     def peers(self) -> list[PrefillPeerView]:
         """Every peer, and every address that is no peer any more but still holds pages in quarantine."""
@@ -469,7 +476,7 @@ class DecodeRooms:
     def _tick_peer(self, peer: _Peer, now: float) -> list[DecodeAction]:
         if peer.state is PeerState.WAITING:
             return self._connect(peer, now) if now >= peer.retry_at else []
-        if now >= peer.silent_at():
+        if now >= _silent_at(peer):
             return self._lose(peer, f"no answer for {now - peer.heard:.1f} s", now)
         if now < peer.next_ping:
             return []
@@ -649,4 +656,15 @@ def _is_ready(peer: _Peer) -> bool:
 def _peer_due(peer: _Peer) -> float:
     if peer.state is PeerState.WAITING:
         return peer.retry_at
-    return min(peer.next_ping, peer.silent_at())
+    return min(peer.next_ping, _silent_at(peer))
+
+
+def _silent_at(peer: _Peer) -> float:
+    """When its silence ends the epoch: later while it is busy, but not as late as it may say."""
+    if peer.busy_until <= peer.heard + SILENCE_S:
+        return peer.heard + SILENCE_S
+    return min(peer.busy_until + SILENCE_S, peer.heard + BUSY_SILENCE_S)
+
+
+def _moves_on_at(peer: _Peer) -> float:
+    return peer.retry_at if peer.state is PeerState.WAITING else _silent_at(peer)

@@ -7,6 +7,8 @@ Life cycle of a link (one connection of a decode node; one epoch):
                                     └failed─> refused
     any state ─newer hello, silence, new identity─> ended: its rooms fail
 
+So each state ends by silence at the latest (`moves_on_at`).
+
 Life cycle of a room:
 
     request ─> busy, skew or invalid: answered at once, nothing was written
@@ -228,6 +230,10 @@ class PrefillRooms:
             )
             for link in self._links.values()
         ]
+
+    def moves_on_at(self) -> dict[str, float]:
+        """Incarnation at the other end of each link -> when the link ends, if nothing more is heard on it."""
+        return {link.incarnation: link.heard + SILENCE_S for link in self._links.values()}
 
     def traffic(self, now: float) -> dict[str, PeerTraffic]:
         """What was written to each decode incarnation that is linked now."""
@@ -574,7 +580,7 @@ class PrefillRooms:
                 )
         self._due = min(
             (
-                *(link.heard + SILENCE_S for link in self._links.values()),
+                *self.moves_on_at().values(),
                 *(room.deadline for room in self._rooms.values() if not room.is_draining),
             ),
             default=float("inf"),

@@ -32,6 +32,7 @@ from ...prefill.job import JobState
 from ...router.options import RouterOptions
 from ...router.service import RouterService
 from ...runtime.errors import RequestError
+from ...transfer.prefill_rooms import LinkState
 from .clock import EventQueue
 from .network import Connection, Host, Network, PeerConnections, Process
 from .nodes import INITIAL_VERSION, DecodeNode, Place, PrefillNode
@@ -45,6 +46,7 @@ CHECK_EVERY = 50
 MAX_EVENTS = 60_000
 REST_S = 20.0  # after the last fault and the last request, the cluster is at rest within this
 OVERDUE_S = 0.4
+LONGEST_SILENCE_S = 10.0  # nobody waits longer for a peer that says nothing
 LOOKUP_S = 0.002
 MODEL = ModelCard(
     name="model",
@@ -594,6 +596,10 @@ class SimulatedCluster:
         else:
             overdue = ["a room"] if node.rooms.next_deadline() < overdue_at else []
         _require(not overdue, f"{life.process.name} works beyond a deadline: {overdue}")
+        until = self.events.now + LONGEST_SILENCE_S
+        for peer, moves_on_at in node.rooms.moves_on_at().items():
+            when = moves_on_at - self.events.now
+            _require(overdue_at <= moves_on_at <= until, f"{life.process.name} waits {when:.1f} s for {peer}")
 
     def _check_deadlines(self, life: Life, now: float) -> None:
         """Whoever waits is looked at again by a time that is known."""
@@ -629,6 +635,14 @@ class SimulatedCluster:
         for life in self.lives.values():
             if isinstance(life.node, DecodeNode) and life.node.rooms.ready_peers().keys() != prefills:
                 found.append(f"{life.process.name} is ready with {list(life.node.rooms.ready_peers())} only")
+        decodes = {each.process.name for each in self.lives.values() if each.role == "decode"}
+        for life in self.lives.values():
+            if isinstance(life.node, PrefillNode):
+                ready = {
+                    peer.incarnation for peer in life.node.rooms.peers() if peer.state is LinkState.READY
+                }
+                if ready != decodes:
+                    found.append(f"{life.process.name} is ready for {sorted(ready)} only")
         found += [
             f"a router runs {router.num_running} requests" for router in self.routers if router.num_running
         ]

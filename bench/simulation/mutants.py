@@ -18,12 +18,12 @@ from ...components.prefix_cache import PrefixCache
 from ...decode.request_pages import RequestPages
 from ...decode.scheduler import DecodeScheduler
 from ...decode.sequence import DecodeRequest, RequestState
-from ...messages.peer import Drained, HandoffDone, PrefillRequest, RoomId
+from ...messages.peer import Drained, HandoffDone, PeerRefused, PrefillRequest, RoomId
 from ...messages.timeline import Span
 from ...prefill.scheduler import PrefillScheduler
 from ...router import registry
 from ...router.attempts import RequestRecord
-from ...transfer import prefill_rooms
+from ...transfer import decode_rooms, prefill_rooms
 from ...transfer.actions import FirstTokenArrived, PagesReleased, RoomEnded, SendToDecode
 from ...transfer.backends.base import WriteResult, WriteState
 from ...transfer.decode_rooms import SETTLE_TICK_S, DecodeRooms, PeerState, RoomState
@@ -148,6 +148,26 @@ def _sticky_blacklist(original: Method) -> Method:
     return tick_peer
 
 
+def _busy_believed(original: Method) -> Method:
+    return lambda peer: max(original(peer), peer.busy_until)
+
+
+def _no_silence_before_ready(original: Method) -> Method:
+    return lambda peer: original(peer) if peer.state is PeerState.READY else float("inf")
+
+
+def _refusal_ignored(original: Method) -> Method:
+    def on_message(self: DecodeRooms, address: str, message: Any, now: float) -> Any:  # noqa: ANN401
+        if not isinstance(message, PeerRefused):
+            return original(self, address, message, now)
+        peer = self._peers.get(address)
+        if peer is not None and message.epoch == peer.epoch:
+            peer.heard = now
+        return []
+
+    return on_message
+
+
 # ---- rooms on prefill -------------------------------------------------------------------------------
 
 
@@ -190,6 +210,14 @@ def _clean_after_failure(original: Method) -> Method:
         return original(self, room)
 
     return close_if_drained
+
+
+def _failed_contact_not_told(original: Method) -> Method:
+    def on_met(self: PrefillRooms, link: Any, result: WriteResult, now: float) -> Any:  # noqa: ANN401
+        is_current = self._decodes[link.incarnation].link is link
+        return original(self, link, result, now) if result.state is WriteState.DONE or not is_current else []
+
+    return on_met
 
 
 def _no_mark(original: Method) -> Method:
@@ -411,6 +439,28 @@ MUTANTS = (
         "sticky-blacklist",
         "a peer that was lost twice in a row is never tried again (5: #13054)",
         (Patch(DecodeRooms, "_tick_peer", _sticky_blacklist),),
+    ),
+    Mutant(
+        "busy-believed",
+        "a peer that announced to be busy may be silent for as long as it said, cut off or not",
+        (Patch(decode_rooms, "_silent_at", _busy_believed),),
+        flavour="updated",
+    ),
+    Mutant(
+        "no-silence-before-ready",
+        "a handshake waits for its answer without a deadline",
+        (Patch(decode_rooms, "_silent_at", _no_silence_before_ready),),
+    ),
+    Mutant(
+        "refusal-ignored",
+        "a refused peer pings on in an epoch that is over",
+        (Patch(DecodeRooms, "on_message", _refusal_ignored),),
+        flavour="updated",
+    ),
+    Mutant(
+        "failed-contact-not-told",
+        "decode is not told that the first contact failed, and pings keep the link as it is",
+        (Patch(PrefillRooms, "_on_met", _failed_contact_not_told),),
     ),
     Mutant(
         "drained-too-early",

@@ -36,7 +36,7 @@ from pdserve.transfer.actions import (
     RoomEnded,
     SendToPrefill,
 )
-from pdserve.transfer.decode_rooms import DecodeRooms, PeerState, RoomState
+from pdserve.transfer.decode_rooms import BUSY_SILENCE_S, MAX_RETRY_S, DecodeRooms, PeerState, RoomState
 
 if TYPE_CHECKING:
     from .conftest import Factory
@@ -181,9 +181,36 @@ def test_a_peer_is_pinged_each_second_and_lost_after_two_of_silence(node: Node) 
 
 
 def test_an_announced_pause_is_no_silence(node: Node) -> None:
-    node.on(PeerPong(epoch=node.epoch, seq=0, busy_until_s=20.0))
-    assert of(PeerLost, node.run(21.0, peer_answers=False)) == []
-    assert len(of(PeerLost, node.run(1.5, peer_answers=False))) == 1
+    node.on(PeerPong(epoch=node.epoch, seq=0, busy_until_s=5.0))
+    assert of(PeerLost, node.run(6.5, peer_answers=False)) == []
+    assert len(of(PeerLost, node.run(1.0, peer_answers=False))) == 1
+
+
+def test_an_announced_pause_is_believed_for_a_while_only(node: Node) -> None:
+    """The connection may be gone, and the word that the pause is over with it."""
+    node.on(PeerPong(epoch=node.epoch, seq=0, busy_until_s=120.0))
+    assert of(PeerLost, node.run(BUSY_SILENCE_S - 0.5, peer_answers=False)) == []
+    assert len(of(PeerLost, node.run(1.0, peer_answers=False))) == 1
+
+
+def test_a_busy_peer_that_answers_is_not_lost(node: Node) -> None:
+    for _ in range(3):
+        node.on(PeerPong(epoch=node.epoch, seq=0, busy_until_s=120.0))
+        assert of(PeerLost, node.run(BUSY_SILENCE_S - 0.5, peer_answers=False)) == []
+
+
+def test_every_state_of_a_peer_ends_by_itself(node: Node) -> None:
+    """Whatever was announced: a handshake whose refusal is lost is made again."""
+    node.on(PeerRefused(epoch=node.epoch, reason="other weights"))
+    assert node.rooms.moves_on_at()[P] - node.now <= MAX_RETRY_S
+    epoch = node.epoch
+    node.run(MAX_RETRY_S, peer_answers=False)
+    assert node.epoch == epoch + 1
+    node.on(ContactPing(epoch=node.epoch))
+    node.on(PeerPong(epoch=node.epoch, seq=0, busy_until_s=120.0))
+    assert node.rooms.moves_on_at()[P] - node.now <= BUSY_SILENCE_S
+    opened = of(OpenLink, node.run(BUSY_SILENCE_S + MAX_RETRY_S, peer_answers=False))
+    assert opened == [OpenLink(P, epoch + 2)]
 
 
 def test_a_held_loop_does_not_take_its_own_pause_for_silence(node: Node) -> None:

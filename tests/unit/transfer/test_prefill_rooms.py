@@ -491,6 +491,22 @@ def test_a_held_loop_does_not_take_its_own_pause_for_silence(node: Node) -> None
     assert node.rooms.peers() == []
 
 
+@pytest.mark.parametrize("state", list(LinkState))
+def test_a_link_in_whatever_state_ends_by_itself(state: LinkState, make: Factory) -> None:
+    node = Node(make)
+    node.on(make.hello())
+    if state is not LinkState.PINGED:
+        (meet,) = node.on(ContactPong(epoch=1))
+        assert isinstance(meet, MeetPeer)
+        if state is LinkState.READY:
+            node.end(meet.handle)
+    assert [peer.state for peer in node.rooms.peers()] == [state]
+    assert node.rooms.moves_on_at() == {"D1": node.now + SILENCE_S}
+    node.now = node.rooms.next_deadline()
+    node.rooms.tick(node.now)
+    assert node.rooms.peers() == []
+
+
 def test_a_pause_is_announced(node: Node) -> None:
     assert node.rooms.announce_busy(40.0, node.now) == [sent(PeerPong(epoch=1, seq=0, busy_until_s=30.0))]
     node.now = 15.0
