@@ -78,6 +78,8 @@ class RequestIds:
 class ApiKeys:
     """``Authorization: Bearer KEY`` on everything but the open paths; without keys, no check.
 
+    ``request.state.client``: the key, where it was checked.
+
     Admin paths take the admin key alone, which opens the others too. Without an admin key they are ordinary
     paths for whom only this host can reach, and closed for everyone else.
     """
@@ -114,6 +116,8 @@ class ApiKeys:
                 )
         if self._keys.api and not any(_is_same(given, known) for known in self._keys.api):
             return _unauthorized("A valid API key is needed", "invalid_api_key")
+        if self._keys.api:
+            scope.setdefault("state", {})["client"] = given
         return None
 
 

@@ -136,7 +136,14 @@ class Generation(Protocol):
 
 
 class Generator(Protocol):
-    async def generate(self, spec: GenerateSpec) -> Generation:
+    def check_wait(self, client: str) -> None:
+        """Raises RequestError (429 with Retry-After) when a request that comes now would wait for too long.
+
+        `client`: the API key that it shows, or nothing; clients take turns.
+        """
+        ...
+
+    async def generate(self, spec: GenerateSpec, client: str = "") -> Generation:
         """Queue and start a request.
 
         Raises RequestError: 429 with Retry-After when the queue is full, 503 when no pair of nodes is ready.

@@ -131,7 +131,7 @@ class TextRun:
         spec = self._jobs[prompt].spec
         self._laps.lap("prepare")
         log = self._serving.request_log.begins(spec)
-        generation = await self._serving.generator.generate(spec)
+        generation = await self._serving.generator.generate(spec, self._laps.client)
         self._generations[prompt] = generation
         self._serving.timelines.start(spec, generation.info, self._laps)
         try:

@@ -38,6 +38,7 @@ class Laps:
 
     clock: SpanClock
     received: float  # monotonic seconds
+    client: str = ""  # the API key that it showed
     traceparent: str = ""  # W3C headers, as the client sent them
     tracestate: str = ""
     reached: float = field(init=False)
@@ -119,7 +120,10 @@ class Timelines:
     def begin(self, http: Request) -> Laps:
         received = getattr(http.state, "received_s", self.clock.now())
         headers = http.headers
-        return Laps(self.clock, received, headers.get("traceparent", ""), headers.get("tracestate", ""))
+        client = getattr(http.state, "client", "")
+        return Laps(
+            self.clock, received, client, headers.get("traceparent", ""), headers.get("tracestate", "")
+        )
 
     def start(self, spec: GenerateSpec, info: GenerationInfo, laps: Laps) -> None:
         """The generation is under way; `info` goes on filling up."""

@@ -406,6 +406,7 @@ def _cluster(
     if model_path is not None:
         given["model"] = str(model_path)
     given.setdefault("log_level", "warning")
+    given.setdefault("max_queue_wait", 0.0)  # who has a cluster of their own gives it all the work at once
     return ClusterProcess(
         arguments_of(given, _ROLES),
         None if log_path is None else Path(log_path),

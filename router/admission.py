@@ -1,8 +1,18 @@
-"""The router's queue: bounded, retries first, oldest first. Values and ``now`` in, decisions out."""
+"""The router's queue: bounded by length and by wait, retries first, oldest first, clients in turns.
+
+Values and ``now`` in, decisions out.
+
+How long a new request would wait is told from the rate at which the queue was served in the last seconds.
+Where that is longer than anybody wants to wait it is refused at once, and told when to come again: what
+is accepted is then answered in time, however many ask. Clients (API keys) take turns by start-time fair
+queueing (Goyal, Vin, Cheng 1996): a ticket's tag is one more than the client's last, or than the one served.
+"""
 
 from __future__ import annotations
 
-from bisect import insort
+import math
+from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +21,9 @@ from ..runtime.errors import RequestError
 from .pairing import Pair
 
 MAX_RETRY_AFTER_S = 60.0
+RATE_WINDOW_S = 10.0  # of which the rate of service is that
+MIN_WINDOW_S = 0.5  # less tells no rate
+SHORT_QUEUE = 16  # as many may wait however long it takes: no overload
 
 
 @dataclass(order=True, slots=True)
@@ -19,6 +32,7 @@ class Ticket:
 
     is_new: bool  # False: was dispatched before
     rank: int  # the negative of the request's priority
+    tag: float  # of fair queueing, of a new one; 0 of others
     arrived_at: float
     sequence: int
     request_id: str = field(compare=False)
@@ -30,10 +44,21 @@ class Ticket:
     unpaired_since: float | None = field(compare=False, default=None)  # no pair of nodes for it since then
 
 
+def _place(ticket: Ticket) -> tuple[bool, int, float]:
+    return ticket.is_new, ticket.rank, ticket.tag
+
+
 class AdmissionQueue:
-    def __init__(self, *, max_new: int, patience_s: float) -> None:
+    """`max_wait_s`: how long a new request may be expected to wait; infinity for any time."""
+
+    def __init__(self, *, max_new: int, patience_s: float, max_wait_s: float = math.inf) -> None:
         self._max_new = max_new
         self._patience_s = patience_s
+        self._max_wait_s = max_wait_s
+        self._taken_at: deque[float] = deque()  # within the window, while others waited
+        self._served_since: float | None = None  # the queue was not empty, and might go; None: it is not so
+        self._tag = 0.0  # of the newest that was taken
+        self._last_tags: dict[str, float] = {}  # by client
         self._tickets: list[Ticket] = []
         self._num_new = 0
         self._sequence = 0
@@ -72,6 +97,7 @@ class AdmissionQueue:
 
     def release(self) -> None:
         self._held = self._holds_all = False
+        self._forget_rate()
 
     def pause(self, *, new_only: bool = False) -> None:
         """Nothing goes, retries included, or with `new_only` no new request. Apart from holds: a weight
@@ -82,8 +108,33 @@ class AdmissionQueue:
 
     def resume(self) -> None:
         self._pause = ""
+        self._forget_rate()
 
-    def offer(self, request_id: str, choices: tuple[int, ...], priority: int, now: float) -> Ticket:
+    def check_wait(self, client: str, now: float) -> None:
+        """Raises RequestError 429 when a new request of this client would wait for too long.
+
+        Not while new ones are held or no pair of nodes is ready: how long that takes, no rate tells.
+        """
+        stands = self._held or self._pause or any(each.unpaired_since is not None for each in self._tickets)
+        if stands or len(self._tickets) < SHORT_QUEUE:
+            return
+        num_ahead = bisect_right(self._tickets, (True, 0, self._next_tag(client)), key=_place)
+        rate = self._rate(now)
+        if rate is None or num_ahead < SHORT_QUEUE or num_ahead <= rate * self._max_wait_s:
+            return
+        wait_s = num_ahead / rate if rate else math.inf
+        raise RequestError(
+            f"{num_ahead} requests go first, which takes about {wait_s:.1f} s; --max-queue-wait is "
+            f"{self._max_wait_s:g} s",
+            status=429,
+            code="queue_wait",
+            error_type="rate_limit_error",
+            retry_after_s=min(MAX_RETRY_AFTER_S, max(1.0, wait_s - self._max_wait_s)),
+        )
+
+    def offer(
+        self, request_id: str, choices: tuple[int, ...], priority: int, now: float, client: str = ""
+    ) -> Ticket:
         """A new request. Raises RequestError 429 when the queue is full."""
         if self._num_new >= self._max_new:
             oldest = next(ticket for ticket in self._tickets if ticket.is_new)
@@ -94,17 +145,22 @@ class AdmissionQueue:
                 error_type="rate_limit_error",
                 retry_after_s=min(MAX_RETRY_AFTER_S, max(1.0, now - oldest.arrived_at)),
             )
+        if not self._num_new:
+            self._last_tags.clear()
+        tag = self._last_tags[client] = self._next_tag(client)
         self._num_new += 1
         return self._insert(
             Ticket(
                 is_new=True,
                 rank=-priority,
+                tag=tag,
                 arrived_at=now,
                 sequence=self._next_sequence(),
                 request_id=request_id,
                 choices=choices,
                 queued_at=now,
-            )
+            ),
+            now,
         )
 
     def again(
@@ -123,6 +179,7 @@ class AdmissionQueue:
             Ticket(
                 is_new=False,
                 rank=-priority,
+                tag=0.0,
                 arrived_at=arrived_at,
                 sequence=self._next_sequence(),
                 request_id=request_id,
@@ -130,7 +187,8 @@ class AdmissionQueue:
                 queued_at=now,
                 not_before=now + delay_s,
                 avoid=avoid,
-            )
+            ),
+            now,
         )
 
     def due(self, now: float) -> Iterator[Ticket]:
@@ -151,11 +209,15 @@ class AdmissionQueue:
     def take(self, ticket: Ticket, now: float) -> None:
         """The ticket is dispatched."""
         self._last_taken_at = now
+        self._tag = max(self._tag, ticket.tag)
+        self._taken_at.append(now)
         self.remove(ticket)
 
     def remove(self, ticket: Ticket) -> None:
         self._tickets.remove(ticket)
         self._num_new -= ticket.is_new
+        if not self._tickets:
+            self._forget_rate()
 
     def remove_request(self, request_id: str) -> None:
         for ticket in self.of_request(request_id):
@@ -178,7 +240,24 @@ class AdmissionQueue:
             if ticket.unpaired_since is not None and now - ticket.unpaired_since >= timeout_s
         ]
 
-    def _insert(self, ticket: Ticket) -> Ticket:
+    def _next_tag(self, client: str) -> float:
+        return max(self._tag, self._last_tags.get(client, 0.0)) + 1.0
+
+    def _rate(self, now: float) -> float | None:
+        """Tickets taken per second of late; None while too little is known."""
+        if self._served_since is None or now - self._served_since < MIN_WINDOW_S:
+            return None
+        while self._taken_at and self._taken_at[0] < now - RATE_WINDOW_S:
+            self._taken_at.popleft()
+        return len(self._taken_at) / min(RATE_WINDOW_S, now - self._served_since)
+
+    def _forget_rate(self) -> None:
+        self._taken_at.clear()
+        self._served_since = None
+
+    def _insert(self, ticket: Ticket, now: float) -> Ticket:
+        if self._served_since is None:
+            self._served_since = now
         insort(self._tickets, ticket)
         return ticket
 

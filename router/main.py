@@ -68,6 +68,7 @@ async def _serve(
         RouterOptions(
             max_attempts=config.max_attempts,
             max_queued_requests=config.max_queued_requests,
+            max_queue_wait_s=config.max_queue_wait,
             request_timeout_s=config.request_timeout,
             max_sessions=config.max_sessions,
             session_timeout_s=config.session_timeout,

@@ -11,6 +11,7 @@ class RouterOptions:
 
     max_attempts: int = 3  # failures of one choice without a token in between; COST_NO_ATTEMPT are free
     max_queued_requests: int = 1024
+    max_queue_wait_s: float = 5.0  # that a new request may be expected to wait; 0: any time
     request_timeout_s: float = 600.0
     max_sessions: int = 1024
     session_timeout_s: float = 600.0  # idle, before a session is closed

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 import uuid
 from collections import Counter
@@ -120,7 +121,11 @@ class RouterService:
         )
         self._nodes = self._cluster.registry
         self.operator = ClusterOperator(self._cluster, self._node_clocks.lead_s)
-        self._queue = AdmissionQueue(max_new=options.max_queued_requests, patience_s=options.gate_patience_s)
+        self._queue = AdmissionQueue(
+            max_new=options.max_queued_requests,
+            patience_s=options.gate_patience_s,
+            max_wait_s=min(options.max_queue_wait_s or math.inf, options.request_timeout_s),
+        )
         self._ledger = Ledger()
         self._sessions = SessionTable(
             max_sessions=options.max_sessions, idle_timeout_s=options.session_timeout_s
@@ -209,7 +214,14 @@ class RouterService:
 
     # ---- Generator ------------------------------------------------------------------------------
 
-    async def generate(self, spec: GenerateSpec) -> RoutedGeneration:
+    def check_wait(self, client: str) -> None:
+        try:
+            self._queue.check_wait(client, self._clock())
+        except RequestError:
+            self.counters.requests["refused"] += 1
+            raise
+
+    async def generate(self, spec: GenerateSpec, client: str = "") -> RoutedGeneration:
         """Returns once the request is dispatched. Raises RequestError when it is refused or cannot be."""
         now = self._clock()
         if self.is_draining:
@@ -234,7 +246,7 @@ class RouterService:
             attempt_numbers=self._attempt_numbers,
         )
         try:
-            self._queue.offer(spec.request_id, tuple(range(spec.num_choices)), spec.priority, now)
+            self._queue.offer(spec.request_id, tuple(range(spec.num_choices)), spec.priority, now, client)
         except RequestError:
             self.counters.requests["refused"] += 1
             raise

@@ -143,6 +143,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--request-timeout",), roles=_ROUTER, kind=float, default=600.0, help="seconds"),
     Flag(names=("--max-queued-requests",), roles=_ROUTER, kind=int, default=1024,
          help="requests waiting before new ones get 429"),
+    Flag(names=("--max-queue-wait",), roles=_ROUTER, kind=float, default=5.0,
+         help="seconds that a new request may be expected to wait, by the rate of late, before it gets 429; "
+              "0: any time"),
     Flag(names=("--stream-interval",), roles=_ROUTER, kind=int, default=1,
          help="tokens in an event of a stream, behind the first"),
     Flag(names=("--force-stream-interval",), roles=_ROUTER, kind=int, default=16,
@@ -189,6 +192,7 @@ class RouterConfig:
     max_attempts: int
     request_timeout: float
     max_queued_requests: int
+    max_queue_wait: float
     stream_interval: int
     force_stream_interval: int
     max_sessions: int
@@ -399,6 +403,8 @@ def _check(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not 0 < value < math.inf:
             raise StartupError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+    if not 0 <= (values.get("max_queue_wait") or 0.0) < math.inf:
+        raise StartupError(f"--max-queue-wait {values['max_queue_wait']}: 0 or more seconds are expected")
     if not 0 <= (values.get("session_cache_fraction") or 0.0) <= 1:
         raise StartupError(f"--session-cache-fraction {values['session_cache_fraction']}: 0 to 1 is expected")
     if not 0 <= (values.get("log_requests_level") or 0) <= 3:

@@ -131,6 +131,8 @@ class FakeGenerator:
         self.token_ids = tuple(token_ids)
         self.script: Callable[[GenerateSpec], Sequence[Step]] | None = None
         self.refusal: RequestError | None = None
+        self.overload: RequestError | None = None
+        self.clients: list[str] = []  # of all requests that came
         self.prompt_hidden_states = b""
         self.weight_spans: dict[int, list[WeightSpan]] = {}
         self.generations: list[FakeGeneration] = []
@@ -139,7 +141,12 @@ class FakeGenerator:
     def specs(self) -> list[GenerateSpec]:
         return [generation.spec for generation in self.generations]
 
-    async def generate(self, spec: GenerateSpec) -> FakeGeneration:
+    def check_wait(self, client: str) -> None:
+        self.clients.append(client)
+        if self.overload is not None:
+            raise self.overload
+
+    async def generate(self, spec: GenerateSpec, client: str = "") -> FakeGeneration:
         if self.refusal is not None:
             raise self.refusal
         steps = self._default(spec) if self.script is None else self.script(spec)

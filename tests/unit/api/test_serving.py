@@ -300,6 +300,17 @@ async def test_without_allowed_origins_no_web_page_may_ask(api: Api) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate", "/v1/embeddings"])
+@pytest.mark.parametrize("keys", [AccessKeys(("k1", "k2"))])
+async def test_overload_is_answered_before_the_body_is_looked_at(api: Api, path: str) -> None:
+    api.generator.overload = RequestError("later", status=429, code="queue_wait", retry_after_s=6.2)
+    async with api.http.post(
+        api.url + path, data="no JSON", headers={"authorization": "Bearer k2"}
+    ) as answer:
+        assert (answer.status, answer.headers["retry-after"]) == (429, "7")
+    assert api.generator.clients == ["k2"]
+
+
 ADMIN_PATHS = ("/flush_cache", "/abort_request", "/assert_peer_death", "/update_weights_from_disk")
 
 

@@ -142,3 +142,108 @@ def test_a_request_or_one_choice_of_it_leaves(queue: AdmissionQueue) -> None:
     assert (queue.of_request("a"), queue.num_new) == ([], 0)
     queue.remove_request("b")
     assert len(queue) == 0
+
+
+# ---- by expected wait -------------------------------------------------------------------------------------
+
+
+def served(
+    rate: float, num_waiting: int, *, max_wait_s: float = 5.0, seconds: float = 20.0
+) -> AdmissionQueue:
+    """A queue that was served at this rate for so long, and in which so many wait at its end."""
+    queue = AdmissionQueue(max_new=10_000, patience_s=1.0, max_wait_s=max_wait_s)
+    num_taken = int(rate * seconds)
+    tickets = [offer(queue, str(number)) for number in range(num_taken + num_waiting)]
+    for number, ticket in enumerate(tickets[:num_taken]):
+        queue.take(ticket, (number + 1) / rate)
+    return queue
+
+
+@pytest.mark.parametrize(
+    ("rate", "num_waiting", "is_refused"), [(10, 49, False), (10, 60, True), (100, 400, False)]
+)
+def test_a_request_that_would_wait_for_too_long_is_refused(
+    rate: float, num_waiting: int, is_refused: bool
+) -> None:
+    queue = served(rate, num_waiting)
+    if not is_refused:
+        queue.check_wait("", 20.0)
+        return
+    with pytest.raises(RequestError) as refused:
+        queue.check_wait("", 20.0)
+    assert (refused.value.status, refused.value.code) == (429, "queue_wait")
+
+
+def test_retry_after_is_when_the_queue_will_be_short_enough() -> None:
+    queue = served(10, 200)
+    with pytest.raises(RequestError) as refused:
+        queue.check_wait("", 20.0)
+    assert refused.value.retry_after_s == pytest.approx(200 / 10 - 5, rel=0.02)
+
+
+def test_the_rate_is_that_of_the_last_seconds() -> None:
+    """What was fast and stands still now is slow: nothing was taken in the last 10 s."""
+    queue = served(100, 100)
+    queue.check_wait("", 20.0)
+    with pytest.raises(RequestError) as refused:
+        queue.check_wait("", 40.0)
+    assert refused.value.retry_after_s == 60.0
+
+
+def test_without_a_rate_nothing_is_refused() -> None:
+    queue = AdmissionQueue(max_new=10_000, patience_s=1.0, max_wait_s=5.0)
+    for number in range(100):
+        offer(queue, str(number), now=7.0)
+    queue.check_wait("", 7.4)
+    with pytest.raises(RequestError):
+        queue.check_wait("", 8.0)  # half a second, and none was taken
+
+
+def test_a_short_queue_is_no_overload_however_slow() -> None:
+    served(0.1, 15).check_wait("", 200.0)
+
+
+@pytest.mark.parametrize("why", ["held", "paused", "no pair"])
+def test_while_requests_are_kept_on_purpose_none_is_refused(why: str) -> None:
+    queue = served(10, 200)
+    match why:
+        case "held":
+            queue.hold()
+        case "paused":
+            queue.pause()
+        case _:
+            next(iter(queue)).unpaired_since = 20.0
+    queue.check_wait("", 20.0)
+    if why != "no pair":
+        queue.release()
+        queue.resume()
+        queue.check_wait("", 20.0)  # what was measured before tells nothing now
+
+
+def test_clients_take_turns() -> None:
+    queue = AdmissionQueue(max_new=100, patience_s=1.0)
+    for number in range(4):
+        queue.offer(f"a{number}", (0,), 0, 0.0, "a")
+    for number in range(2):
+        queue.offer(f"b{number}", (0,), 0, 1.0, "b")
+    assert due(queue, 1.0) == ["a0", "b0", "a1", "b1", "a2", "a3"]
+
+
+def test_a_client_that_comes_late_goes_next_and_gains_nothing_by_having_waited() -> None:
+    queue = AdmissionQueue(max_new=100, patience_s=1.0)
+    tickets = [queue.offer(f"a{number}", (0,), 0, 0.0, "a") for number in range(5)]
+    for ticket in tickets[:3]:
+        queue.take(ticket, 1.0)
+    for number in range(3):
+        queue.offer(f"b{number}", (0,), 0, 2.0, "b")
+    assert due(queue, 2.0) == ["a3", "b0", "a4", "b1", "b2"]
+
+
+def test_a_quiet_client_is_not_refused_for_what_another_one_asks() -> None:
+    queue = AdmissionQueue(max_new=10_000, patience_s=1.0, max_wait_s=5.0)
+    tickets = [queue.offer(str(number), (0,), 0, 0.0, "loud") for number in range(300)]
+    for number, ticket in enumerate(tickets[:100]):
+        queue.take(ticket, (number + 1) / 10)
+    with pytest.raises(RequestError):
+        queue.check_wait("loud", 10.0)
+    queue.check_wait("quiet", 10.0)
