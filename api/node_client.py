@@ -20,6 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ..messages.codec import Codec
 from ..messages.node import ClientToNode, NodeToClient
+from ..runtime.containment import Containment, nobody_waits
 from .node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class NodeClient(NodeCalls):
     ) -> None:
         super().__init__(address, on_stream)
         self._on_lost = on_lost
+        self._containment = Containment()
         self._codec: Codec[NodeToClient] = Codec(NodeToClient)
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -90,7 +92,9 @@ class NodeClient(NodeCalls):
             except msgspec.DecodeError as error:
                 log.warning("node at %s sent what is no message: %s", self.address, error)
                 continue
-            self._arrive(message)
+            kind = str(message.__struct_config__.tag)
+            with self._containment.around(f"{kind} of {self.address}", nobody_waits):
+                self._arrive(message)
 
     async def _watch_connection(self) -> None:
         event = parse_monitor_message(await self._monitor.recv_multipart())["event"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from ..messages.peer import RoomId
+from ..runtime.errors import BrokenInvariantError
 from .page_allocator import PageAllocator
 from .prefix_cache import PrefixCache
 
@@ -40,7 +41,7 @@ class IdleCheck:
         return True
 
 
-class InvariantViolation(Exception):  # noqa: N818, it is a finding
+class InvariantViolation(BrokenInvariantError):  # noqa: N818, it is a finding
     """What does not hold, one sentence each in `violations`. Ends the process: it is a bug of ours."""
 
     def __init__(self, violations: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeAlias
 from ..messages.node import AttemptFailed, FailureCode, Finish, TokenOutput, TokenOutputs
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span
+from ..runtime.errors import BrokenInvariantError
 
 Send: TypeAlias = Callable[[bytes, "TokenOutputs | AttemptFailed"], None]
 
@@ -34,7 +35,7 @@ class StreamKey(NamedTuple):
     attempt: int
 
 
-class StreamStateError(Exception):
+class StreamStateError(BrokenInvariantError):
     """An attempt or choice was not in the state that a call requires. Always a bug of ours."""
 
 

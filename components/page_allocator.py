@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..messages.peer import RoomId
+from ..runtime.errors import BrokenInvariantError
 
 
-class PageStateError(Exception):
+class PageStateError(BrokenInvariantError):
     """A page was not in the state that a transition requires. Always a bug of ours, never a client's."""
 
 

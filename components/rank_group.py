@@ -56,7 +56,7 @@ from ..messages.ranks import (
     WritesEnded,
 )
 from ..messages.weights import MemoryTag
-from ..runtime.errors import StartupError
+from ..runtime.errors import BrokenInvariantError, StartupError
 from ..runtime.process import end, obituary, spawn, wait_or_kill
 from ..runtime.waiting import Waiter
 from ..transfer.backends.rank import RankMover
@@ -71,7 +71,7 @@ _CALL_S = 10.0  # a copy of pages on another rank that takes longer is a hang
 _REAP_S = 1.0  # between the failure of a collective and the death that caused it
 
 
-class LostRankError(RuntimeError):
+class LostRankError(BrokenInvariantError):
     """A rank died or hangs; the replica ends."""
 
 

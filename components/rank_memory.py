@@ -16,7 +16,7 @@ from ..engine.weight_file import has_memory, read_weights, save_weights, without
 from ..engine.weights import Weights
 from ..messages.memory_region import MemoryRegion
 from ..messages.weights import MemoryTag
-from ..runtime.errors import StartupError
+from ..runtime.errors import BrokenInvariantError, StartupError
 from ..transfer.backends.base import TransferBackend
 from .rank_group import RankCall, alongside
 
@@ -81,7 +81,7 @@ def move_together(
     def job() -> None:
         try:
             alongside(others, lambda: move(after))
-        except StartupError:
+        except Exception:  # whatever it is, all ranks are to be as they were
             if ranks is not None:
                 _move_back(move, ranks, before)
             raise
@@ -99,7 +99,7 @@ def _move_back(
             _log.warning("the ranks differ in what they have released: %s", error)
             return
         # A node of which one part has its memory cannot serve: it ends, loudly.
-        raise RuntimeError(f"a rank cannot have its memory back: {error}") from error
+        raise BrokenInvariantError(f"a rank cannot have its memory back: {error}") from error
 
 
 def _put_away(weights: Weights) -> int:

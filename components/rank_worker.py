@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
 import torch
 
 from ..engine.batch_codec import decode_batch
-from ..engine.engine_thread import EngineThread, JobResult
+from ..engine.engine_thread import EngineThread, JobResult, run_job
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_config import ModelConfig, kv_layout
@@ -26,6 +27,7 @@ from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import RankCollective, Shard
 from ..engine.weight_file import require_memory
 from ..engine.weights import Weights, load_weights
+from ..messages.malformed import head_of
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
     CancelRuns,
@@ -58,7 +60,8 @@ from ..messages.ranks import (
     WriteRun,
     WritesEnded,
 )
-from ..runtime.errors import PdserveError, StartupError
+from ..runtime.containment import Containment
+from ..runtime.errors import BrokenInvariantError, StartupError
 from ..runtime.logs import set_log_level
 from ..runtime.process import return_free_memory
 from ..runtime.waiting import Waiter
@@ -133,6 +136,7 @@ class RankWorker:
         self._engine = EngineThread(self._runner, start.num_threads, profiler=self._profiler)
         self._jobs = JobThread()
         self._loaded: Weights | None = None
+        self._containment = Containment()
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -140,7 +144,9 @@ class RankWorker:
 
     def step(self, messages: list[ToRank]) -> None:
         for message in messages:
-            self._handle(message)
+            kind = str(message.__struct_config__.tag)
+            with self._containment.around(kind, partial(self._give_up, message)):
+                self._handle(message)
         ends = tuple(
             WriteEnd(result.handle, result.state.value, result.reason) for result in self._backend.poll()
         )
@@ -148,8 +154,7 @@ class RankWorker:
             self._pipe.send(WritesEnded(ends=ends))
         for finished in (*self._engine.poll(), *self._jobs.poll()):
             if isinstance(finished, JobResult):
-                answer: RankAnswer = finished.value
-                self._pipe.send(answer)
+                self._pipe.send(finished.value)
 
     def close(self) -> None:
         self._backend.close()
@@ -204,9 +209,20 @@ class RankWorker:
             case DropShard():
                 self._loaded = None
             case RankStart():
-                raise RuntimeError("rank 0 starts a rank once")
+                raise BrokenInvariantError("rank 0 starts a rank once")
             case _:
                 assert_never(message)
+
+    def _give_up(self, message: ToRank, why: str) -> None:
+        """Rank 0 hears why. Without a forward or a swap this rank is not what rank 0 takes it for."""
+        match message:
+            case MeetRegion() | WriteRun():
+                self._pipe.send(WritesEnded(ends=(WriteEnd(message.handle, "failed", why),)))
+            case RunForward() | SwapShard():
+                raise BrokenInvariantError(f"this rank cannot follow rank 0: {why}")
+            case _:
+                if (call_id := head_of(message).call_id) is not None:
+                    self._pipe.send(RankDone(call_id=call_id, error=why))
 
     def _start(self, call_id: int, run: Callable[[], RankAnswer]) -> None:
         self._jobs.submit("rank 0's", _answering(call_id, run))
@@ -260,9 +276,7 @@ def _answering(call_id: int, run: Callable[[], RankAnswer]) -> Callable[[], Rank
     """A job."""
 
     def job() -> RankAnswer:
-        try:
-            return run()
-        except PdserveError as error:
-            return RankDone(call_id=call_id, error=str(error))
+        done = run_job("rank 0's", run)
+        return done.value if done.error is None else RankDone(call_id=call_id, error=str(done.error))
 
     return job

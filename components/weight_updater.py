@@ -36,7 +36,7 @@ from ..messages.weights import (
     WeightChecksReply,
     WeightsReply,
 )
-from ..runtime.errors import PdserveError
+from ..runtime.errors import BrokenInvariantError, PdserveError
 from .staged_weights import StagedFile
 from .update_groups import UpdateGroups
 
@@ -354,7 +354,7 @@ class WeightUpdater(Generic[C]):
     def finish(self, value: Any, error: PdserveError | None) -> Answer | None:  # noqa: ANN401
         """The oldest job is done: it returned `value`, or raised `error`. None: another one follows it."""
         if not self._jobs:
-            raise RuntimeError("a job is done that nobody asked for")
+            raise BrokenInvariantError("a job is done that nobody asked for")
         job = self._jobs.popleft()
         match job.message:
             case PrepareWeights():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache, PrefixMatch
 from ..messages.peer import RoomId
+from ..runtime.errors import BrokenInvariantError
 from .sequence import DecodeRequest, Sequence
 from .session_pins import SessionPins
 
@@ -150,7 +151,9 @@ class RequestPages:
 
     def _reserved(self, request: DecodeRequest, num_pages: int, pages: list[int] | None) -> list[int]:
         if pages is None:
-            raise RuntimeError(f"{num_pages} pages were admitted, but {self._allocator.num_free} are free")
+            raise BrokenInvariantError(
+                f"{num_pages} pages were admitted, but {self._allocator.num_free} are free"
+            )
         is_certain = request.message.was_retracted
         for sequence, growth in zip(request.sequences, self.need(request).growth, strict=True):
             sequence.growth = growth
@@ -184,7 +187,9 @@ class RequestPages:
             other.pages = list(shared.pages)
             if num_in_partial:
                 if not self._grow(other):
-                    raise RuntimeError(f"choice {other.choice} of {other.key} lacks the page it was promised")
+                    raise BrokenInvariantError(
+                        f"choice {other.choice} of {other.key} lacks the page it was promised"
+                    )
                 self._copy_page(first.pages[num_whole], other.pages[num_whole])
 
     def _share(self, request: DecodeRequest, first: Sequence, num_whole: int) -> PrefixMatch:
@@ -218,7 +223,9 @@ class RequestPages:
 
     def _grow(self, sequence: Sequence) -> bool:
         if sequence.growth == 0:
-            raise RuntimeError(f"choice {sequence.choice} of {sequence.key} grows beyond what it may need")
+            raise BrokenInvariantError(
+                f"choice {sequence.choice} of {sequence.key} grows beyond what it may need"
+            )
         if sequence.promised:
             sequence.promised -= 1
             self._num_promised -= 1
@@ -228,7 +235,7 @@ class RequestPages:
         self._make_free(1)
         pages = self._allocator.allocate_private(sequence.owner, 1, near=near)
         if pages is None:
-            raise RuntimeError(f"{self._num_promised} pages are promised, more than can be had")
+            raise BrokenInvariantError(f"{self._num_promised} pages are promised, more than can be had")
         sequence.growth -= 1
         sequence.pages += pages
         if self._poison is not None:
@@ -272,6 +279,6 @@ class RequestPages:
         """Raises RuntimeError unless the promises add up."""
         promised = sum(sequence.promised for request in requests for sequence in request.sequences)
         if promised != self._num_promised or self.num_available < 0:
-            raise RuntimeError(
+            raise BrokenInvariantError(
                 f"{self._num_promised} pages promised, requests say {promised}, {self.num_available} are left"
             )

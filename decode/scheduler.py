@@ -23,6 +23,7 @@ import logging
 import math
 from array import array
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -39,13 +40,14 @@ from ..components.node_status import NodeStatus
 from ..components.output_streamer import OutputStreamer, StreamKey
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
-from ..components.request_receiver import RequestReceiver
+from ..components.request_receiver import RequestReceiver, refusals
 from ..components.stop_conditions import check_finish
 from ..components.weight_updater import Prepared
 from ..engine.engine_thread import EngineThread, JobResult
 from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput, SampledToken
 from ..engine.job_thread import JobThread
 from ..engine.schedule_batch import ScheduleBatch
+from ..messages.malformed import head_of
 from ..messages.node import (
     AbortRequests,
     AssertPeerDeath,
@@ -75,11 +77,13 @@ from ..messages.peer import (
     PeerPing,
     PeerPong,
     PeerRefused,
+    PeerToDecode,
     RoomId,
     SampledFirstToken,
 )
 from ..messages.timeline import SpanClock, covered_s, duration_of
 from ..runtime.config import HIDDEN_STATES_FLAG, VerifyPages
+from ..runtime.containment import Containment, nobody_waits
 from ..runtime.pause_gate import PauseGate
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.actions import (
@@ -195,6 +199,7 @@ class DecodeScheduler:
         self.next_deadline_check = 0.0
         self.idle_check = IdleCheck()
         self.gate = PauseGate()
+        self.containment = Containment()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
@@ -202,29 +207,25 @@ class DecodeScheduler:
     def step(self, now: float) -> None:
         self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
-            with self.loop_times.handling(message):
+            with self.loop_times.handling(message), self.contained(link, message, now):
                 self.handle(link, message, now)
         for address, peer_message in self.links.receive():
             if isinstance(peer_message, LinkDown):
                 self.act(self.rooms.on_link_down(address, peer_message.epoch, now), now)
             else:
-                if isinstance(peer_message, PeerPong):
-                    pong = peer_message
-                    self.peer_clocks.answered(address, pong.seq, self.clock.unix_now(), pong.unix_s)
-                elif isinstance(peer_message, PeerRefused):
-                    self.control.heard({peer_message.update_id})
-                self.act(self.rooms.on_message(address, peer_message, now), now)
+                with self.contained_peer(peer_message, now):
+                    self.handle_peer(address, peer_message, now)
         for incarnation in self.death_probe.poll():
             self.act(self.rooms.peer_death_proven(incarnation, now), now)
         for digests in self.digests.poll():
             self.compare_digests(digests, now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
-                self.reply(self.control.finish_job(finished), now)
+                self.finish_job(finished, now)
             else:
                 self.apply(finished, now)
         for job in self.side_jobs.poll():
-            self.reply(self.control.finish_job(job), now)
+            self.finish_job(job, now)
         self.act(self.rooms.tick(now), now)
         self.death_probe.watch(self.rooms.suspects())
         self.expire(now)
@@ -302,6 +303,43 @@ class DecodeScheduler:
                 self.send(link, self.request_state(message, now))
             case _:
                 assert_never(message)
+
+    def handle_peer(self, address: str, message: PeerToDecode, now: float) -> None:
+        match message:
+            case PeerPong(seq=seq, unix_s=unix_s):
+                self.peer_clocks.answered(address, seq, self.clock.unix_now(), unix_s)
+            case PeerRefused(update_id=update_id):
+                self.control.heard({update_id})
+            case _:
+                pass
+        self.act(self.rooms.on_message(address, message, now), now)
+
+    def contained(self, link: bytes, message: ClientToNode, now: float) -> AbstractContextManager[None]:
+        """What raises in handling it ends what it was about, and nothing else."""
+
+        def give_up(why: str) -> None:
+            if isinstance(message, GenerateRequest):
+                self.cancel(StreamKey(link, message.request_id, message.attempt), (), now)
+            for answer in refusals(head_of(message), why):
+                self.send(link, answer)
+
+        return self.containment.around(str(message.__struct_config__.tag), give_up)
+
+    def contained_peer(self, message: PeerToDecode, now: float) -> AbstractContextManager[None]:
+        """Likewise. A peer whose word was not understood is silent, and loses its epoch by that."""
+
+        def give_up(why: str) -> None:
+            room = head_of(message).room
+            request = None if room is None else self.by_room.get(room)
+            if request is not None:
+                self.fail(request, "transfer_failed", why, retriable=True)
+                self.drop_room(request, now)
+
+        return self.containment.around(str(message.__struct_config__.tag), give_up)
+
+    def finish_job(self, job: JobResult, now: float) -> None:
+        with self.containment.around(f"the end of {job.name!r}", nobody_waits):
+            self.reply(self.control.finish_job(job), now)
 
     def act(self, actions: list[DecodeAction], now: float) -> None:
         for action in actions:
@@ -626,11 +664,30 @@ class DecodeScheduler:
         rows += prefill_rows(self.in_state(RequestState.LOCAL_PREFILL), budget)
         if not rows:
             return
+        try:
+            batch = self.build(ScheduleBatch(rows=tuple(row.row for row in rows)))
+        except Exception:  # which of them is at fault says each one alone
+            if not self.give_up_faulty(rows):
+                raise
+            self.launch_forward(now)
+            return
         for row in rows:
             self.mark_in_forward(row, now)
-        batch = ScheduleBatch(rows=tuple(row.row for row in rows))
         self.forward = rows
-        self.engine.submit(self.build(batch))
+        self.engine.submit(batch)
+
+    def give_up_faulty(self, rows: Iterable[Row]) -> bool:
+        """Fails the requests of whose rows no batch can be made. False: there is none."""
+        num_before = self.containment.num_faults
+        for row in rows:
+
+            def give_up(why: str, request: DecodeRequest = row.request) -> None:
+                self.fail(request, "invalid", why, retriable=False)
+
+            if row.request.live_sequences:
+                with self.containment.around("a row", give_up):
+                    self.build(ScheduleBatch(rows=(row.row,)))
+        return self.containment.num_faults > num_before
 
     def decode_rows(self, now: float) -> list[DecodeRow]:
         """One token of every choice that has a page for it. Oldest first, so that they find pages first."""

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from ..components.prefix_cache import PrefixCache, PrefixMatch
+from ..runtime.errors import BrokenInvariantError
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ class SessionPins:
         """Raises RuntimeError unless what is pinned in the cache is what sessions pin, within the bound."""
         pages = {page for pin in self._pins.values() for page in pin.match.pages}
         if not len(pages) == self._cache.num_pinned <= self._max_pages:
-            raise RuntimeError(
+            raise BrokenInvariantError(
                 f"sessions pin {len(pages)} pages of at most {self._max_pages}, the cache says "
                 f"{self._cache.num_pinned}"
             )

@@ -6,6 +6,7 @@ is readable while there is something to take. torch releases the GIL in its kern
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,15 +17,17 @@ from typing import Any, TypeAlias
 import torch
 
 from ..runtime.completions import Completions
-from ..runtime.errors import PdserveError
+from ..runtime.errors import BrokenInvariantError, PdserveError, UnexpectedError
 from .forward_batch import ForwardBatch, ForwardOutput
 from .model_runner import ModelRunner
 from .step_profiler import StepProfiler
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a job returned, or the `PdserveError` it raised."""
+    """What a job returned, or the error that it ended with."""
 
     name: str
     value: Any
@@ -58,6 +61,26 @@ class Failure:
 
 
 Finished: TypeAlias = ForwardOutput | JobResult
+
+
+def run_job(name: str, run: Callable[[], Any]) -> JobResult:
+    """Do it, and contain what it raises (see runtime/containment.py): nobody but who asked for it is told.
+
+    Libraries that are written in Rust panic with what is no Exception. What a broken invariant raises is
+    raised on.
+    """
+    started = time.monotonic()
+    value, failed = None, None
+    try:
+        value = run()
+    except PdserveError as error:
+        failed = error
+    except (BrokenInvariantError, AssertionError):
+        raise
+    except BaseException as error:
+        _log.exception("the job %r failed, and nothing else with it", name)
+        failed = UnexpectedError(f"{name}: {type(error).__name__}: {error}")
+    return JobResult(name, value, failed, started, time.monotonic())
 
 
 class StepTimes:
@@ -172,8 +195,4 @@ class EngineThread:
             self._times.measured(work, output.finished - output.started)
             return output
         self.progress = Progress(None, work.name, started, work.expected_s)
-        try:
-            value, failed = work.run(), None
-        except PdserveError as error:
-            value, failed = None, error
-        return JobResult(work.name, value, failed, started, time.monotonic())
+        return run_job(work.name, work.run)

@@ -6,7 +6,6 @@ Forwards go on meanwhile on the engine's thread, and the loop on its own.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -15,8 +14,7 @@ from typing import Any
 import torch
 
 from ..runtime.completions import Completions
-from ..runtime.errors import PdserveError
-from .engine_thread import Failure, JobResult
+from .engine_thread import Failure, JobResult, run_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class JobThread:
         return self._finished.fileno()
 
     def poll(self) -> list[JobResult]:
-        """What has finished since the last call, in order. Raises what no job may raise: a bug."""
+        """What has finished since the last call, in order. Raises a broken invariant that a job found."""
         results: list[JobResult] = []
         for result in self._finished.drain():
             if isinstance(result, Failure):
@@ -71,10 +69,7 @@ class JobThread:
 
 
 def _do(job: _Job) -> JobResult | Failure:
-    started = time.monotonic()
     try:
-        return JobResult(job.name, job.run(), None, started, time.monotonic())
-    except PdserveError as error:
-        return JobResult(job.name, None, error, started, time.monotonic())
-    except Exception as error:  # carried to the loop, which poll() raises it in
+        return run_job(job.name, job.run)
+    except Exception as error:  # a broken invariant, carried to the loop, which poll() raises it in
         return Failure(error)

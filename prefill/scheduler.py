@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeAlias, assert_never
 
 import msgspec
@@ -32,13 +33,14 @@ from ..components.node_control import ControlCall, ControlResult, NodeControl
 from ..components.node_status import NodeStatus
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
-from ..components.request_receiver import RequestReceiver
+from ..components.request_receiver import RequestReceiver, refusals
 from ..components.weight_updater import Prepared
 from ..engine.engine_thread import EngineThread, JobResult
 from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from ..engine.job_thread import JobThread
 from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
 from ..messages.kv_layout import KVLayout
+from ..messages.malformed import head_of
 from ..messages.node import (
     AbortRequests,
     AssertPeerDeath,
@@ -78,6 +80,7 @@ from ..messages.weights import (
     PrepareWeights,
 )
 from ..runtime.config import HIDDEN_STATES_FLAG
+from ..runtime.containment import Containment, nobody_waits
 from ..runtime.pause_gate import PauseGate
 from ..transfer.actions import (
     AdmitRoom,
@@ -158,6 +161,7 @@ class PrefillScheduler:
         self.forwards: deque[list[tuple[PrefillJob, ScheduledRow]]] = deque()  # on the engine thread
         self.idle_check = IdleCheck()
         self.gate = PauseGate()
+        self.containment = Containment()
         self.is_draining = False
 
     # ---- the loop -----------------------------------------------------------------------------------
@@ -165,7 +169,7 @@ class PrefillScheduler:
     def step(self, now: float) -> None:
         self.move_deadlines(self.gate.stood_still_s(now))
         for link, message in self.receiver.receive():
-            with self.loop_times.handling(message):
+            with self.loop_times.handling(message), self.contained(link, message, now):
                 self.handle(link, message, now)
         for mover in self.movers:
             for result in mover.poll():
@@ -176,11 +180,11 @@ class PrefillScheduler:
             self.take_digests(done, now)
         for finished in self.engine.poll():
             if isinstance(finished, JobResult):
-                self.reply(self.control.finish_job(finished), now)
+                self.finish_job(finished, now)
             else:
                 self.apply(finished, now)
         for job in self.side_jobs.poll():
-            self.reply(self.control.finish_job(job), now)
+            self.finish_job(job, now)
             self.act(self.rooms.announce_busy(now, now), now)
         self.act(self.rooms.tick(now), now)
         if not self.gate.is_paused:
@@ -258,6 +262,22 @@ class PrefillScheduler:
                 _log.warning("dropped a %s: this is a prefill node", type(message).__name__)
             case _:
                 assert_never(message)
+
+    def contained(self, link: bytes, message: ToPrefill, now: float) -> AbstractContextManager[None]:
+        """What raises in handling it ends what it was about, and nothing else."""
+
+        def give_up(why: str) -> None:
+            if isinstance(message, PrefillRequest) and self.rooms.is_open(message.room):
+                self.act(self.rooms.fail_room(message.room, "invalid", why, retriable=False), now)
+                return
+            for answer in refusals(head_of(message), why):
+                self.send(link, answer)
+
+        return self.containment.around(str(message.__struct_config__.tag), give_up)
+
+    def finish_job(self, job: JobResult, now: float) -> None:
+        with self.containment.around(f"the end of {job.name!r}", nobody_waits):
+            self.reply(self.control.finish_job(job), now)
 
     def act(self, actions: list[PrefillAction], now: float) -> None:
         for action in actions:
@@ -351,13 +371,31 @@ class PrefillScheduler:
             )
             if not chunks:
                 return
-            self.engine.submit(self.build(ScheduleBatch(rows=tuple(row for _, row in chunks))))
+            try:
+                batch = self.build(ScheduleBatch(rows=tuple(row for _, row in chunks)))
+            except Exception:  # which of them is at fault says each one alone
+                if not self.give_up_faulty(chunks, now):
+                    raise
+                continue
+            self.engine.submit(batch)
             submitted = self.clock.now()
             self.forwards.append(chunks)
             for job, row in chunks:
                 job.submitted_s.append(submitted)
                 job.num_scheduled += row.num_tokens
                 job.num_forwards += 1
+
+    def give_up_faulty(self, chunks: Iterable[tuple[PrefillJob, ScheduledRow]], now: float) -> bool:
+        """Fails the prompts of which no batch can be made. False: there is none."""
+        num_before = self.containment.num_faults
+        for job, row in chunks:
+
+            def give_up(why: str, job: PrefillJob = job) -> None:
+                self.act(self.rooms.fail_room(job.room, "invalid", why, retriable=False), now)
+
+            with self.containment.around("a chunk", give_up):
+                self.build(ScheduleBatch(rows=(row,)))
+        return self.containment.num_faults > num_before
 
     def apply(self, output: ForwardOutput, now: float) -> None:
         """A forward is done: its whole pages may travel, and who reached the end has a first token."""

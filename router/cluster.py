@@ -16,6 +16,7 @@ from ..api.entry_lookup import EntryLookup
 from ..api.generation import AdminReply
 from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
+from ..runtime.containment import Containment, nobody_waits
 from .links import Connector
 from .options import RouterOptions
 from .registry import (
@@ -82,6 +83,7 @@ class Cluster:
         self._roster_due_at = 0.0
         self._may_suspect = True  # not while nodes stand still to load weights
         self._num_waits = 0
+        self._containment = Containment()
         self._is_awaited = asyncio.Event()  # something waits for what nodes say: `hears`
         self._tasks: set[asyncio.Task[None]] = set()
         self.crashed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -257,9 +259,9 @@ class Cluster:
                     self._on_link_lost(incarnation, str(error))
                     return
             else:
-                events = self.registry.pong(incarnation, pong, self._clock())
-                self._apply(events)
-                self._handler.on_pong(incarnation, pong)
+                with self._containment.around(f"the pong of {incarnation}", nobody_waits):
+                    self._apply(self.registry.pong(incarnation, pong, self._clock()))
+                    self._handler.on_pong(incarnation, pong)
             await self._rest_between_pings()
 
     async def _rest_between_pings(self) -> None:
@@ -278,10 +280,10 @@ class Cluster:
         while True:
             known = self.registry.get(found)
             if known is None or not self.registry.healthy(known):
-                entry = await self._lookup(url)
-                if entry is not None:
-                    found = entry.incarnation
-                    self._apply(self.registry.register(entry, self._clock()))
+                with self._containment.around(f"the facts of {url}", nobody_waits):
+                    if (entry := await self._lookup(url)) is not None:
+                        found = entry.incarnation
+                        self._apply(self.registry.register(entry, self._clock()))
             await asyncio.sleep(self._options.poll_interval_s)
 
     # ---- roster ---------------------------------------------------------------------------------

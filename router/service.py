@@ -21,6 +21,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, assert_never
 from urllib.parse import urlsplit
 
@@ -47,6 +48,7 @@ from ..messages.node import (
 )
 from ..messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from ..messages.timeline import SpanClock
+from ..runtime.containment import Containment
 from ..runtime.errors import RequestError
 from ..runtime.pause_gate import PauseGate, PauseMode
 from ..runtime.peer_clock import PeerClocks
@@ -134,6 +136,7 @@ class RouterService:
         self._generations: dict[str, RoutedGeneration] = {}
         self._attempt_numbers = itertools.count(1)  # one row for all requests: none is used twice
         self.is_draining = False
+        self.containment = Containment()
         self._pause = PauseGate()
         self.weights = WeightUpdates(
             options,
@@ -318,10 +321,13 @@ class RouterService:
             if generation is None:  # it failed for good in this very loop
                 continue
             turn = self._clock()
-            decision = self._choose(ticket, generation.record, pairs, now)
+            decision: PairingDecision = NoPair()
+            with self._contained("dispatch", ticket.request_id):
+                decision = self._choose(ticket, generation.record, pairs, now)
             match decision:
                 case Chosen():
-                    self._start_attempt(generation, ticket, decision, turn, now)
+                    with self._contained("dispatch", ticket.request_id):
+                        self._start_attempt(generation, ticket, decision, turn, now)
                 case NoRoom(waits_for):
                     ticket.unpaired_since = None
                     ticket.waits_for = waits_for
@@ -479,10 +485,24 @@ class RouterService:
         now = self._clock()
         if isinstance(message, TokenOutputs):
             for output in message.outputs:
-                self._on_tokens(output, now)
+                with self._contained("tokens", output.request_id):
+                    self._on_tokens(output, now)
         else:
-            self._fail_attempt(message, now)
+            with self._contained("attempt_failed", message.request_id):
+                self._fail_attempt(message, now)
             self._dispatch(now)
+
+    def _contained(self, kind: str, request_id: str) -> AbstractContextManager[None]:
+        """What raises in it ends this request, and nothing else."""
+
+        def give_up(why: str) -> None:
+            if (generation := self._generations.get(request_id)) is not None:
+                error_type = "server_error"
+                self._fail(
+                    generation, RequestError(why, status=500, code="internal_error", error_type=error_type)
+                )
+
+        return self.containment.around(kind, give_up)
 
     def _on_tokens(self, output: TokenOutput, now: float) -> None:
         attempt = self._ledger.get(output.request_id, output.attempt)

@@ -3,10 +3,13 @@
     PdserveError
     ├── RequestError      ends one request with a clear HTTP error        caught by the HTTP surface
     ├── TransferError     fails one room, retriably                       caught by the hand-off
+    ├── UnexpectedError   ends one job                                    caught by who asked for it
     ├── UnreachableError  a cluster does not answer, or no longer         caught by who uses `Engine`
     └── StartupError      one line that says what to mend, exit code 1    caught by the command line
 
-Anything else ends the process loudly, and the supervisor says why.
+A `BrokenInvariantError`, or an assertion that fails, says that our own state is wrong: it ends the process
+loudly, and the supervisor says why. Anything else that one message or one job raises ends that one alone,
+see `containment.py`; outside of both it ends the process too.
 """
 
 from __future__ import annotations
@@ -44,6 +47,14 @@ class TransferError(PdserveError):
 
 class UnreachableError(PdserveError):
     """The cluster that an `Engine` speaks to has ended, was shut down, or cannot be reached."""
+
+
+class BrokenInvariantError(RuntimeError):
+    """What must hold between our own parts does not: a bug of ours, whatever a message said."""
+
+
+class UnexpectedError(PdserveError):
+    """A job raised what it says it never does. The message names it; the log has the traceback."""
 
 
 class StartupError(PdserveError):

@@ -404,6 +404,7 @@ class PrefillNode(_Base[ToPrefill]):
         return {state.value: [room for room, job in jobs if job.state is state] for state in JobState}
 
     def check(self) -> None:
+        assert not self.scheduler.containment.num_faults, "a handler has raised"
         check_pages(self.allocator, self.caches, owners=self.scheduler.jobs.keys())
         check_requests(self.states)
 
@@ -500,6 +501,7 @@ class DecodeNode(_Base[ClientToNode]):
     def check(self) -> None:
         """Between two turns of the loop: each page has one owner that is alive, and the parts agree."""
         scheduler = self.scheduler
+        assert not scheduler.containment.num_faults, "a handler has raised"
         sequences = self._sequences()
         rooms = [*self.allocator.exposed_rooms(), *self.allocator.quarantined_rooms()]
         check_pages(

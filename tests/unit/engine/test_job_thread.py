@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pdserve.engine.job_thread import JobThread
-from pdserve.runtime.errors import StartupError
+from pdserve.runtime.errors import BrokenInvariantError, StartupError
 from pdserve.tests.unit.engine.conftest import wait_for
 
 
@@ -47,9 +47,30 @@ def test_a_refusal_is_its_result_and_the_next_job_is_done(jobs: JobThread) -> No
     assert second.value == 1
 
 
-def test_a_bug_is_raised_in_the_loop(jobs: JobThread) -> None:
-    jobs.submit("bug", lambda: {}["x"])  # type: ignore[index]
-    with pytest.raises(KeyError):
+class PanicError(BaseException):
+    """As Rust's panics arrive in Python: no Exception."""
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), PanicError("index out of bounds")])
+def test_what_a_job_never_says_that_it_raises_ends_that_job_alone(
+    jobs: JobThread, error: BaseException
+) -> None:
+    def fail() -> None:
+        raise error
+
+    jobs.submit("load", fail)
+    jobs.submit("next", lambda: 1)
+    first, second = wait_for(jobs, 2)
+    assert str(first.error) == f"load: {type(error).__name__}: {error}"
+    assert second.value == 1
+
+
+def test_a_broken_invariant_is_raised_in_the_loop(jobs: JobThread) -> None:
+    def fail() -> None:
+        raise BrokenInvariantError("two owners")
+
+    jobs.submit("check", fail)
+    with pytest.raises(BrokenInvariantError):
         wait_for(jobs, 1)
 
 

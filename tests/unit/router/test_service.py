@@ -24,6 +24,7 @@ from pdserve.messages.node import (
 from pdserve.messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, KeepWeights, UpdateGroupSpec
+from pdserve.router.attempts import RequestRecord
 from pdserve.runtime.errors import RequestError
 
 Spec = Callable[..., GenerateSpec]
@@ -1410,3 +1411,26 @@ async def test_no_session_without_a_pair(bench: Bench) -> None:
     with pytest.raises(RequestError) as refused:
         bench.service.open_session("", 0, None)
     assert refused.value.status == 503
+
+
+@pytest.mark.parametrize("method", ["on_tokens", "open_attempt", "num_tokens"])
+async def test_a_fault_in_one_request_ends_that_one_alone(
+    bench: Bench, spec: Spec, expected: Expected, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it comes as tokens arrive or as it is dispatched: the router and its other requests go on."""
+    await small_cluster(bench)
+    intact = getattr(RequestRecord, method)
+
+    def faulty(record: RequestRecord, *rest: object) -> Any:  # noqa: ANN401
+        if record.request_id == "bad":
+            raise KeyError("x")
+        return intact(record, *rest)
+
+    monkeypatch.setattr(RequestRecord, method, faulty)
+    with pytest.raises(RequestError, match="KeyError") as caught:
+        await read(await bench.service.generate(spec("bad")))
+    assert caught.value.status == 500
+    generation = await bench.service.generate(spec("good"))
+    assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
+    assert bench.service.violations() == []
+    assert not bench.service.crashed.done()
