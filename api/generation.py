@@ -30,6 +30,7 @@ class ModelCard:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     created: int  # unix seconds
+    vocabulary_digest: str = ""  # of its tokenizer; empty: not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from ..messages.weights import (
 )
 from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
+from ..runtime.logs import Complaints
 from ..runtime.process import NO_KEYS, AccessKeys
 from .admin import (
     METRICS_MEDIA_TYPE,
@@ -140,17 +141,26 @@ class Registrar:
 
     def __init__(self, url: str, router_urls: Sequence[str], key: str) -> None:
         self._url = url
-        self._is_registered = dict.fromkeys((router.rstrip("/") for router in router_urls), False)
+        routers = [router.rstrip("/") for router in router_urls]
+        self._problems = dict.fromkeys(routers, "it was not asked yet")  # of each; empty: registered
+        self._complaints = Complaints()
         headers = {"authorization": f"Bearer {key}"} if key else {}
         timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S)
         self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
 
+    @property
+    def problem(self) -> str:
+        """Why no router has this node; empty when one has it, or when it was told of none."""
+        if not all(self._problems.values()):
+            return ""
+        return "; ".join(f"{router}: {problem}" for router, problem in self._problems.items())
+
     async def renew(self, entry: NodeEntry) -> None:
         body = {"url": self._url, "entry": msgspec.structs.asdict(entry)}
-        await asyncio.gather(*(self._renew_at(router, body) for router in self._is_registered))
+        await asyncio.gather(*(self._renew_at(router, body) for router in self._problems))
 
     async def leave(self) -> None:
-        await asyncio.gather(*(self._leave(router) for router in self._is_registered))
+        await asyncio.gather(*(self._leave(router) for router in self._problems))
         await self._session.close()
 
     async def _renew_at(self, router: str, body: dict[str, Any]) -> None:
@@ -159,13 +169,13 @@ class Registrar:
                 problem = "" if answer.ok else f"{answer.status}: {(await answer.text())[:300]}"
         except (aiohttp.ClientError, TimeoutError) as error:
             problem = f"{type(error).__name__}: {error}"
-        is_registered = not problem
-        if is_registered != self._is_registered[router]:
-            self._is_registered[router] = is_registered
-            if is_registered:
-                log.info("registered with %s", router)
-            else:
-                log.warning("registration with %s failed: %s", router, problem)
+        was_registered, self._problems[router] = not self._problems[router], problem
+        if problem:
+            if self._complaints.is_due(router, problem, time.monotonic()):
+                log.warning("registration with %s failed, it is tried each second: %s", router, problem)
+        elif not was_registered:
+            self._complaints.forget(router)
+            log.info("registered with %s", router)
 
     async def _leave(self, router: str) -> None:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
@@ -175,8 +185,9 @@ class Registrar:
 class NodeRoutes:
     """Handlers of a node's own routes. What they answer comes from the scheduler."""
 
-    def __init__(self, link: SchedulerLink, url: str) -> None:
+    def __init__(self, link: SchedulerLink, registrar: Registrar, url: str) -> None:
         self._link = link
+        self._registrar = registrar
         self._url = url
         self._limits = Limits()
 
@@ -191,11 +202,14 @@ class NodeRoutes:
         return json_response({"status": "ok"})
 
     async def ready(self, http: Request) -> Response:
-        """The scheduler is alive and takes work."""
+        """The scheduler is alive, takes work, and a router has the node if it was told of any."""
         pong = self._link.pong
         if pong is not None and pong.draining:
             raise _unavailable("The node is draining.", "draining")
-        return await self.health(http)
+        answer = await self.health(http)
+        if problem := self._registrar.problem:
+            raise _unavailable(f"No router has this node: {problem}", "not_registered")
+        return answer
 
     async def version_info(self, _: Request) -> Response:
         return json_response({"version": VERSION})
@@ -501,7 +515,7 @@ async def serve_node_front(
     registrar = Registrar(url, router_urls, keys.first)
     weights = WeightRoutes(NodeWeights(link, url, HttpEntryLookup(keys.first)), Limits(), is_node=True)
     operator = NodeOperator(link, url)
-    app = build_node_app(NodeRoutes(link, url), operator, weights, keys, is_loopback(listener))
+    app = build_node_app(NodeRoutes(link, registrar, url), operator, weights, keys, is_loopback(listener))
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:

@@ -31,7 +31,7 @@ from ..engine.engine_thread import EngineThread
 from ..engine.forward_batch import ForwardBatch
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import KVPool
-from ..engine.model_config import ModelConfig, kv_layout, resolve_dtype
+from ..engine.model_config import ModelConfig, kv_layout, read_vocabulary_digest, resolve_dtype
 from ..engine.model_runner import ModelRunner
 from ..engine.named_weights import merge_checksums, part_checksums, whole_checksum
 from ..engine.operators import EAGER, deterministic, survey_with_threads
@@ -49,7 +49,7 @@ from ..messages.weights import MemoryTag, TransferKind
 from ..runtime.config import NodeConfig
 from ..runtime.cpu_features import native_dtypes
 from ..runtime.errors import StartupError
-from ..runtime.listen import http_url
+from ..runtime.listen import http_url, resolves
 from ..runtime.process import (
     available_memory_bytes,
     end,
@@ -317,6 +317,11 @@ def start_node(
     shard = Shard(0, size)
     max_model_len = _max_model_len(config, model_config)
     host = config.advertise_host or routable_host(config.host)
+    if not resolves(host):
+        _log.warning(
+            "--advertise-host %s does not resolve on this host; peers must know it to reach this node",
+            host,
+        )
 
     trace_name = f"{config.role}-{incarnation[:8]}"
     zmq_address = f"tcp://{host}:{server_port}"
@@ -383,6 +388,9 @@ def start_node(
         model_fingerprint=model.fingerprint,
         weight_version=INITIAL_WEIGHT_VERSION,
         colocated=config.colocated,
+        vocab_size=model.config.vocab_size,
+        max_model_len=max_model_len,
+        vocabulary_digest=read_vocabulary_digest(path),
     )
     pids = (os.getpid(), *(() if ranks is None else ranks.pids))
     regions = (rank_memory.region, *(() if ranks is None else ranks.regions))

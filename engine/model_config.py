@@ -6,6 +6,7 @@ Both spellings are read: transformers 4 (``rope_theta``, ``rope_scaling``, ``tor
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Container, Mapping
@@ -223,6 +224,20 @@ def read_tokenizer_eos(path: Path) -> int | None:
     if isinstance(vocab, dict):
         return vocab.get(eos)
     return next((index for index, (piece, _) in enumerate(vocab) if piece == eos), None)
+
+
+def read_vocabulary_digest(path: Path) -> str:
+    """Of which token id means what in ``path/tokenizer.json``, 32 hex digits; empty without such a file.
+
+    However the file is written, the same vocabulary has the same digest.
+    """
+    tokenizer = _decode_file(path / "tokenizer.json", _TokenizerFile)
+    if tokenizer is None:
+        return ""
+    vocab = tokenizer.model.vocab
+    pieces = vocab if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+    pieces = pieces | {token.content: token.id for token in tokenizer.added_tokens}
+    return hashlib.blake2b(msgspec.json.encode(sorted(pieces.items())), digest_size=16).hexdigest()
 
 
 def _decode_file(file: Path, kind: type[T]) -> T | None:

@@ -82,6 +82,9 @@ class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: Name
     colocated: bool = False  # a decode node that prefills locally
     update_id: Name = ""  # of the update that its weights came with; empty: those it started with
+    vocab_size: Count = 0  # token ids of its model; 0: it does not say
+    max_model_len: Count = 0  # tokens of prompt and output that it takes; 0: it does not say
+    vocabulary_digest: Name = ""  # of the tokenizer in its model's folder; empty: there is none
 
 
 class PeerTraffic(msgspec.Struct, frozen=True, kw_only=True):

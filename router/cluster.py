@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..api.entry_lookup import EntryLookup
-from ..api.generation import AdminReply
+from ..api.generation import AdminReply, ModelCard
 from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
 from ..runtime.containment import Containment, nobody_waits
+from ..runtime.logs import Complaints
 from .links import Connector
 from .options import RouterOptions
 from .registry import (
@@ -27,6 +28,7 @@ from .registry import (
     NodeRegistry,
     NodeRestarted,
     NodeSilent,
+    why_unfit,
 )
 from .waiting import until
 
@@ -59,6 +61,7 @@ class Cluster:
         self,
         options: RouterOptions,
         *,
+        model: ModelCard,
         router_id: str,
         connect: Connector,
         lookup: EntryLookup,
@@ -72,6 +75,7 @@ class Cluster:
             prefill_wait_s=options.prefill_wait_s,
         )
         self._options = options
+        self._model = model
         self._router_id = router_id
         self._connect = connect
         self._lookup = lookup
@@ -80,6 +84,7 @@ class Cluster:
         self._handler = handler
         self._connections: dict[str, _Connection] = {}  # by incarnation
         self._connect_not_before: dict[str, float] = {}
+        self._complaints = Complaints()  # about static URLs
         self._roster_due_at = 0.0
         self._may_suspect = True  # not while nodes stand still to load weights
         self._num_waits = 0
@@ -152,10 +157,19 @@ class Cluster:
         by_hand = entry is None
         if entry is None and (entry := await self._lookup(url)) is None:
             return AdminReply(False, f"{url}/server_info does not answer as a node")
+        if reason := self._refusal(entry):
+            return AdminReply(False, f"this node does not fit: {reason}")
         self._apply(self.registry.register(entry, self._clock(), by_hand=by_hand))
         if self.registry.was_removed(entry.incarnation):
             return AdminReply(False, "this node was taken out; restart it, or register its URL by hand")
         return AdminReply(True)
+
+    def _refusal(self, entry: NodeEntry) -> str:
+        """Why the node is not taken; empty when it is."""
+        reason = why_unfit(self._model, entry)
+        if reason and self.registry.refuse(entry, reason, self._clock()):
+            log.warning("%s node does not fit: %s: %s", entry.role, entry.url, reason)
+        return reason
 
     def remove(self, url: str) -> AdminReply:
         """The node gets no new work, and is forgotten once what it works on has ended."""
@@ -281,7 +295,12 @@ class Cluster:
             known = self.registry.get(found)
             if known is None or not self.registry.healthy(known):
                 with self._containment.around(f"the facts of {url}", nobody_waits):
-                    if (entry := await self._lookup(url)) is not None:
+                    entry = await self._lookup(url)
+                    if entry is None:
+                        if self._complaints.is_due(url, "silent", self._clock()):
+                            log.warning("nothing at %s answers as a node; it is asked again and again", url)
+                    elif not self._refusal(entry):
+                        self._complaints.forget(url)
                         found = entry.incarnation
                         self._apply(self.registry.register(entry, self._clock()))
             await asyncio.sleep(self._options.poll_interval_s)

@@ -22,7 +22,7 @@ from ..api.server import serve
 from ..api.timelines import Timelines
 from ..api.tokenization import Tokenizer
 from ..api.validation import GenerationDefaults
-from ..engine.model_config import ModelConfig
+from ..engine.model_config import ModelConfig, read_vocabulary_digest
 from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
@@ -135,4 +135,5 @@ def _model_card(config: RouterConfig, path: Path) -> ModelCard:
         max_model_len=max_model_len,
         eos_token_ids=model.eos_token_ids,
         created=int(time.time()),
+        vocabulary_digest=read_vocabulary_digest(path),
     )

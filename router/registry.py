@@ -14,8 +14,11 @@ from typing import TypeAlias
 
 import msgspec
 
+from ..api.generation import ModelCard
 from ..messages.node import NodeEntry, NodeLoad, Pong, is_same_process
 from ..messages.weights import is_of_cluster
+
+_MAX_UNFIT = 64  # URLs that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,19 @@ def _weights(entry: NodeEntry) -> tuple[str, str]:
     return entry.model_fingerprint, entry.weight_version
 
 
+def why_unfit(model: ModelCard, entry: NodeEntry) -> str:
+    """Why a router that serves `model` cannot use the node; empty when nothing it says is wrong."""
+    if entry.vocab_size and entry.vocab_size != model.vocab_size:
+        sizes = f"{entry.vocab_size} token ids, this router's {model.vocab_size}"
+        return f"its model has {sizes}; start both with the same model"
+    if entry.vocabulary_digest and model.vocabulary_digest not in ("", entry.vocabulary_digest):
+        return "its token ids have other meanings than this router's; start both with the same model"
+    if entry.max_model_len and entry.max_model_len < model.max_model_len:
+        lengths = f"{entry.max_model_len} tokens, this router advertises {model.max_model_len}"
+        return f"it takes {lengths}; start both with --max-model-len {entry.max_model_len}"
+    return ""
+
+
 class NodeRegistry:
     def __init__(self, *, lease_s: float, pong_timeout_s: float, prefill_wait_s: float = math.inf) -> None:
         self._lease_s = lease_s
@@ -99,6 +115,7 @@ class NodeRegistry:
         self._by_url: dict[str, str] = {}  # url -> incarnation
         self._superseded: deque[str] = deque(maxlen=256)  # by a restart: a late registration changes nothing
         self._removed: set[str] = set()  # taken out: they come back by hand or as another incarnation
+        self._unfit: dict[str, tuple[str, float]] = {}  # url -> why, until when that is worth telling
 
     def __iter__(self) -> Iterator[NodeRecord]:
         return iter(self._nodes.values())
@@ -139,6 +156,13 @@ class NodeRegistry:
         self._nodes[entry.incarnation] = NodeRecord(entry=entry, lease_until=now + self._lease_s)
         self._by_url[entry.url] = entry.incarnation
         return [NodeRestarted(before.entry, entry) if before is not None else NodeJoined(entry)]
+
+    def refuse(self, entry: NodeEntry, reason: str, now: float) -> bool:
+        """It came and does not fit. Whether that is news."""
+        known, _ = self._unfit.get(entry.url, ("", 0.0))
+        if known or len(self._unfit) < _MAX_UNFIT:
+            self._unfit[entry.url] = (reason, now + self._lease_s)
+        return known != reason
 
     def pong(self, incarnation: str, pong: Pong, now: float) -> list[NodeEvent]:
         """``incarnation``: who was asked. A process may have become another incarnation of itself; another
@@ -215,6 +239,7 @@ class NodeRegistry:
     def expire(self, now: float) -> list[NodeEvent]:
         """Nodes that fell silent, nodes whose lease ended."""
         self._is_prefill_awaited = now < self._prefill_awaited_until
+        self._unfit = {url: told for url, told in self._unfit.items() if now <= told[1]}
         events: list[NodeEvent] = []
         for node in list(self._nodes.values()):
             if node.last_pong_at is not None and now - node.last_pong_at > self._pong_timeout_s:
@@ -281,6 +306,8 @@ class NodeRegistry:
         """What is missing, in words that a person can act on."""
         decodes = [node for node in self._nodes.values() if node.entry.role == "decode"]
         prefills = [node for node in self._nodes.values() if node.entry.role == "prefill"]
+        if self._unfit:
+            return "; ".join(f"{url} does not fit: {reason}" for url, (reason, _) in self._unfit.items())
         if not decodes:
             return "no decode node is registered"
         if not prefills and not any(node.entry.colocated for node in decodes):

@@ -114,6 +114,7 @@ class RouterService:
         self._node_clocks = PeerClocks()  # by incarnation
         self._cluster = Cluster(
             options,
+            model=model,
             router_id=self.router_id,
             connect=connect,
             lookup=lookup,

@@ -34,6 +34,26 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
+class Complaints:
+    """When to speak of what goes on being wrong: at once, when it is wrong in another way, and rarely."""
+
+    def __init__(self, interval_s: float = 60.0) -> None:
+        self._interval_s = interval_s
+        self._said: dict[str, tuple[str, float]] = {}  # subject -> what was said of it, and when
+
+    def is_due(self, subject: str, problem: str, now: float) -> bool:
+        """Whether to say it now; True counts as said."""
+        said, at = self._said.get(subject, ("", now))
+        if said == problem and now - at < self._interval_s:
+            return False
+        self._said[subject] = (problem, now)
+        return True
+
+    def forget(self, subject: str) -> None:
+        """It is well."""
+        self._said.pop(subject, None)
+
+
 def configure_logging(process: str, level: str, log_format: str) -> None:
     """Send the log of this process to stderr. `process` names it in every line, e.g. "decode"."""
     handler = logging.StreamHandler(sys.stderr)

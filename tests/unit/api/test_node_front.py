@@ -12,7 +12,8 @@ import pytest_asyncio
 import zmq.asyncio
 
 from pdserve.api import node_front
-from pdserve.api.node_front import serve_node_front
+from pdserve.api.generation import AdminReply
+from pdserve.api.node_front import Registrar, serve_node_front
 from pdserve.messages.node import (
     AssertPeerDeath,
     FlushCache,
@@ -20,6 +21,7 @@ from pdserve.messages.node import (
 from pdserve.messages.operation import CloseSession, PauseGeneration, SlowDown
 from pdserve.messages.weights import CommitWeights, DiscardWeights, FromTensors, PrepareWeights, StageWeights
 from pdserve.tests.unit.api.conftest import Api, eventually
+from pdserve.tests.unit.api.fakes import ENTRY
 from pdserve.tests.unit.api.scheduler import FakeScheduler
 
 
@@ -98,6 +100,41 @@ async def test_a_draining_node_does_not_renew_its_lease(api: Api, front: Front) 
     assert len(api.admin.calls) == num_calls
     assert (await front.get("/ready"))[1]["error"]["code"] == "draining"
     assert (await front.get("/health"))[0] == 200
+
+
+async def test_f3_a_node_that_cannot_register_says_why(
+    api: Api, front: Front, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with asyncio.timeout(10):
+        while (await front.get("/ready"))[0] != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    api.admin.reply = AdminReply(False, "it does not fit")
+    num_calls = len(api.admin.calls)
+    await eventually(lambda: len(api.admin.calls) >= num_calls + 5)
+    status, answer = await front.get("/ready")
+    assert (status, answer["error"]["code"]) == (503, "not_registered")
+    assert f"No router has this node: {api.url}: 400: " in answer["error"]["message"]
+    assert "it does not fit" in answer["error"]["message"]
+    assert (await front.get("/health"))[0] == 200
+    warnings = [message for message in caplog.messages if message.startswith("registration with ")]
+    assert len(warnings) == 1, "at once, and then rarely"
+    api.admin.reply = AdminReply(True)
+    num_calls = len(api.admin.calls)
+    await eventually(lambda: len(api.admin.calls) >= num_calls + 2)
+    assert (await front.get("/ready"))[0] == 200
+
+
+async def test_f3_nobody_at_the_router_s_url_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    registrar = Registrar("http://node", [url], "")
+    assert registrar.problem == f"{url}: it was not asked yet"
+    await registrar.renew(ENTRY)
+    await registrar.renew(ENTRY)
+    assert f"{url}: ClientConnectorError: Cannot connect to host 127.0.0.1" in registrar.problem
+    (warning,) = caplog.messages
+    assert warning.startswith(f"registration with {url} failed, it is tried each second: ClientConn")
+    await registrar.leave()
 
 
 async def test_it_ends_with_its_scheduler(front: Front) -> None:

@@ -17,6 +17,7 @@ from pdserve.engine.model_config import (
     RopeConfig,
     kv_layout,
     read_generation_defaults,
+    read_vocabulary_digest,
     resolve_dtype,
 )
 from pdserve.engine.rope import attention_scale, inverse_frequencies
@@ -170,6 +171,21 @@ def test_f6_eos_of_the_tokenizer_too(
     (tmp_path / "tokenizer.json").write_text("no JSON")
     assert read(eos_token_id=9).eos_token_ids == (9, 7)
     assert caplog.messages == []
+
+
+def test_f1_the_digest_is_of_what_ids_mean(tmp_path: Path) -> None:
+    def digest(indent: int | None, vocab: object, *added: tuple[int, str]) -> str:
+        tokens = [{"id": number, "content": content} for number, content in added]
+        values = {"added_tokens": tokens, "model": {"vocab": vocab}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values, indent=indent))
+        return read_vocabulary_digest(tmp_path)
+
+    assert read_vocabulary_digest(tmp_path) == ""
+    one = digest(None, {"a": 0, "b": 1}, (2, "</s>"))
+    assert digest(4, {"b": 1, "a": 0}, (2, "</s>")) == one
+    assert digest(None, [["a", -1.0], ["b", -2.0]], (2, "</s>")) == one
+    assert digest(None, {"a": 1, "b": 0}, (2, "</s>")) != one
+    assert digest(None, {"a": 0, "b": 1}, (3, "</s>")) != one
 
 
 def test_f6_no_eos_at_all_is_said(

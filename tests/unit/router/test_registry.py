@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,9 @@ from pdserve.router.registry import (
     NodeRegistry,
     NodeRestarted,
     NodeSilent,
+    why_unfit,
 )
+from pdserve.tests.unit.router.conftest import MODEL
 
 Entry = Callable[..., NodeEntry]
 
@@ -307,3 +310,33 @@ def test_a_first_prefill_node_gets_time_to_join(entry: Entry) -> None:
     assert len(registry.ready_pairs()) == 1
     join(registry, entry("prefill", "p"), 32.0)
     assert registry.ready_pairs() == [], "not connected yet"
+
+
+def test_f1_a_node_of_another_model_does_not_fit(entry: Entry) -> None:
+    model = replace(MODEL, vocabulary_digest="ours")
+    assert why_unfit(model, entry()) == "", "it does not say"
+    fitting = {"vocab_size": 1000, "max_model_len": 1000, "vocabulary_digest": "ours"}
+    assert why_unfit(model, entry(**fitting)) == ""
+    assert why_unfit(model, entry(**fitting | {"vocabulary_digest": ""})) == ""
+    assert why_unfit(MODEL, entry(**fitting)) == ""
+    assert "999 token ids, this router's 1000;" in why_unfit(model, entry(**fitting | {"vocab_size": 999}))
+    assert "other meanings" in why_unfit(model, entry(**fitting | {"vocabulary_digest": "theirs"}))
+
+
+def test_m_a_node_takes_at_least_what_the_router_advertises(entry: Entry) -> None:
+    assert why_unfit(MODEL, entry(max_model_len=1001)) == ""
+    reason = why_unfit(MODEL, entry(max_model_len=999))
+    assert reason == ("it takes 999 tokens, this router advertises 1000; start both with --max-model-len 999")
+
+
+def test_f1_an_unfit_node_is_what_readiness_names_while_it_comes(
+    registry: NodeRegistry, entry: Entry
+) -> None:
+    assert registry.refuse(entry(), "it is another", 0.0)
+    assert not registry.refuse(entry(), "it is another", 4.0)
+    assert registry.explain_no_pair() == "http://d does not fit: it is another"
+    registry.expire(9.0)
+    assert "does not fit" in registry.explain_no_pair()
+    registry.expire(9.1)
+    assert registry.explain_no_pair() == "no decode node is registered"
+    assert registry.refuse(entry(), "it is another", 10.0), "it is news again"
