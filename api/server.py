@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from .http_protocol import HttpProtocol
 from .in_flight import InFlightRequests
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ async def serve(
     stop = stop or asyncio.Event()
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         access_log=False,

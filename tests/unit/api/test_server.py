@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 import uvloop
 from fastapi import FastAPI, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from pdserve.api.in_flight import InFlightRequests
 from pdserve.api.server import serve
@@ -25,7 +25,73 @@ def app_of(in_flight: InFlightRequests) -> FastAPI:
     async def draining(_: Request) -> Response:
         return Response("draining" if in_flight.is_draining else "open")
 
+    @app.api_route("/echo", methods=["POST", "PUT"])
+    async def echo(request: Request) -> Response:
+        return Response(await request.body() or b"nothing")
+
+    @app.post("/stream")
+    async def stream(request: Request) -> StreamingResponse:
+        body = await request.body()
+        return StreamingResponse(iter([b"data: ", body, b"\n\n"]))
+
     return app
+
+
+async def talk(*parts: bytes) -> bytes:
+    """What a server of `app_of` says to these bytes, sent one after the other, until it hangs up."""
+    listener = bind_http("127.0.0.1", 0)
+    stop = asyncio.Event()
+    server = asyncio.create_task(serve(app_of(InFlightRequests()), listener, stop=stop))
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+        await asyncio.sleep(0)
+    heard = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    stop.set()
+    await asyncio.wait_for(server, 10)
+    return heard
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAA\r\n"
+WEBSOCKET = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n"
+LAST = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 4\r\n\r\nlast"
+
+
+@pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+@pytest.mark.parametrize("size", [1, 7, 10_000], ids=lambda size: f"in-{size}s")
+async def test_f2_an_offer_to_upgrade_keeps_its_body(offer: bytes, framing: str, size: int) -> None:
+    head = b"POST /echo HTTP/1.1\r\nHost: x\r\n" + offer
+    if framing == "length":
+        request = head + b"Content-Length: 5\r\n\r\nfirst"
+    else:
+        request = head + b"Transfer-Encoding: chunked\r\n\r\n2\r\nfi\r\n3\r\nrst\r\n0\r\n\r\n"
+    whole = request + request + LAST
+    heard = await talk(*(whole[start : start + size] for start in range(0, len(whole), size)))
+    assert heard.count(b"HTTP/1.1 200 OK") == 3
+    assert heard.count(b"\r\n\r\nfirst") == 2
+    assert heard.endswith(b"\r\n\r\nlast")
+
+
+async def test_f2_an_offer_without_a_body_is_answered() -> None:
+    heard = await talk(b"PUT /echo HTTP/1.1\r\nHost: x\r\n" + H2C + b"\r\n" + LAST)
+    assert heard.count(b"HTTP/1.1 200 OK") == 2
+    assert b"\r\n\r\nnothing" in heard
+
+
+async def test_a_tunnel_is_refused() -> None:
+    heard = await talk(b"CONNECT x:1 HTTP/1.1\r\nHost: x:1\r\n\r\n")
+    assert heard.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(("path", "body"), [("echo", b"hello"), ("stream", b"data: hello\n\n")])
+async def test_http_1_0_is_answered_without_chunks(path: str, body: bytes) -> None:
+    heard = await talk(b"POST /%s HTTP/1.0\r\nContent-Length: 5\r\n\r\nhello" % path.encode())
+    head, _, rest = heard.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert rest == body
 
 
 @pytest.mark.parametrize("how", ["stop", "signal"])
