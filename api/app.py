@@ -147,7 +147,7 @@ def build_router_app(
         Operation(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer)),
         Operation(POST, ("/open_session",), session_routes.open, Bodies(OpenSessionRequest)),
         Operation(POST, ("/close_session",), session_routes.close, reports(CloseSessionRequest)),
-        Operation(GET, ("/v1/models",), cluster.models, Bodies(answer=ModelList)),
+        Operation(GET, ("/v1/models", "/v1/models/"), cluster.models, Bodies(answer=ModelList)),
         Operation(GET, ("/v1/models/{model_id:path}",), cluster.model, Bodies(answer=ModelEntry)),
         Operation(GET, ("/health", "/ping", "/live", "/liveness"), cluster.health),
         Operation(GET, ("/ready", "/readiness"), cluster.ready),

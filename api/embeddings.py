@@ -155,7 +155,12 @@ class Embeddings:
     async def _prompts(self, given: str | list[str | int | list[int]], param: str) -> list[Prompt]:
         serving = self._serving
         return await read_prompts(
-            given, param, card=serving.card, tokenizer=serving.tokenizer, limits=serving.limits
+            given,
+            param,
+            card=serving.card,
+            tokenizer=serving.tokenizer,
+            limits=serving.limits,
+            generates=False,
         )
 
     async def _respond(

@@ -45,6 +45,8 @@ from .validation import (
     sampling_params,
 )
 
+DEFAULT_MAX_NEW_TOKENS = 128  # SGLang's
+
 
 class Native:
     def __init__(self, serving: Serving) -> None:
@@ -59,6 +61,13 @@ class Native:
         prompts, is_batch = await self._prompts(body)
         laps.lap("tokenize")
         samplings = _samplings(body, len(prompts))
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            check_prompt(
+                prompt,
+                serving.card,
+                "text" if body.input_ids is None else "input_ids",
+                generates=sampling.max_new_tokens != 0,
+            )
         request_id, rids = self._ids(http, body, len(prompts))
         turns = self._turns(body, rids, prompts, samplings)
         jobs = [
@@ -113,8 +122,6 @@ class Native:
         limit = self._serving.limits.max_prompts
         if not 1 <= len(prompts) <= limit:
             raise bad_value(param, f"`{param}` takes 1 to {limit} prompts, got {len(prompts)}.")
-        for prompt in prompts:
-            check_prompt(prompt, self._serving.card, param)
         return prompts, is_batch
 
     def _turns(
@@ -135,7 +142,12 @@ class Native:
             if sampling.n > 1:
                 raise bad_value("n", "A turn of a session has one output: `n` must be 1.")
             turn = self._serving.sessions.begin_turn(params, rid, prompt)
-            check_prompt(turn.prompt_ids, self._serving.card, "session_params")
+            check_prompt(
+                turn.prompt_ids,
+                self._serving.card,
+                "session_params",
+                generates=sampling.max_new_tokens != 0,
+            )
             turns.append(turn)
         return turns
 
@@ -150,6 +162,9 @@ class Native:
         serving = self._serving
         prompt_ids = new_ids if turn is None else turn.prompt_ids
         check_range("n", sampling.n, 1, serving.limits.max_choices)
+        is_scored = sampling.max_new_tokens == 0
+        if is_scored and sampling.n != 1:
+            raise bad_value("n", "`n` must be 1 when `max_new_tokens` is 0.")
         check_range("top_logprobs_num", body.top_logprobs_num, 0, serving.limits.max_logprobs)
         check_range("logprob_start_len", body.logprob_start_len, -1, len(prompt_ids) - 1)
         num_logprobs = body.top_logprobs_num if body.return_logprob else None
@@ -182,8 +197,16 @@ class Native:
                 fields,
                 serving.defaults,
                 serving.card,
-                max_tokens=resolve_max_tokens(
-                    sampling.max_new_tokens, None, len(prompt_ids), serving.card, "max_new_tokens"
+                max_tokens=(
+                    1
+                    if is_scored
+                    else resolve_max_tokens(
+                        sampling.max_new_tokens,
+                        DEFAULT_MAX_NEW_TOKENS,
+                        len(prompt_ids),
+                        serving.card,
+                        "max_new_tokens",
+                    )
                 ),
                 num_logprobs=num_logprobs,
                 num_prompt_logprobs=num_logprobs if scores_prompt else None,
@@ -195,7 +218,7 @@ class Native:
             priority=checked_priority(body.priority),
             session=None if turn is None else turn.hold,
         )
-        return TextJob(spec, options)
+        return TextJob(spec, options, is_scored)
 
 
 def _turn_params(body: NativeRequest, num_prompts: int) -> Sequence[TurnParams | None]:

@@ -18,7 +18,9 @@ from .openai_types import CachedTokensDetails
 class NativeSampling(msgspec.Struct, kw_only=True):
     """``sampling_params`` of /generate."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = (
+        None  # default: 128, as far as the context has room; 0: only the prompt counts
+    )
     min_new_tokens: int = 0
     n: int = 1
     temperature: float | None = None
@@ -76,6 +78,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+    tools: list[dict[str, Any]] = []
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):

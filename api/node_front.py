@@ -468,7 +468,7 @@ def build_node_app(
         Operation(GET, ("/version",), routes.version_info),
         Operation(GET, ("/server_info", "/get_server_info"), routes.server_info),
         Operation(GET, ("/model_info", "/get_model_info"), routes.model_info),
-        Operation(GET, ("/v1/models",), routes.models, Bodies(answer=ModelList)),
+        Operation(GET, ("/v1/models", "/v1/models/"), routes.models, Bodies(answer=ModelList)),
         Operation(GET, ("/v1/models/{model_id:path}",), routes.model, Bodies(answer=ModelEntry)),
         Operation(GET, ("/get_load",), routes.load),
         Operation(GET, ("/v1/loads",), routes.loads),

@@ -84,6 +84,7 @@ class Completions:
             tokenizer=self._serving.tokenizer,
             limits=self._serving.limits,
             add_special_tokens=body.add_special_tokens,
+            generates=body.max_tokens != 0,
         )
 
     def _jobs(self, body: CompletionRequest, prompts: Sequence[Prompt], answer_id: str) -> list[TextJob]:
@@ -98,7 +99,6 @@ class Completions:
         num_prompt_logprobs = max((number for number in wanted if number is not None), default=None)
         if body.max_tokens == 0:
             _check_scoring(body)
-        max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
         options = text_options(body)
         specs = [
             GenerateSpec(
@@ -107,8 +107,16 @@ class Completions:
                 sampling=openai_sampling(
                     body,
                     serving,
-                    max_tokens=resolve_max_tokens(
-                        max_tokens, DEFAULT_MAX_TOKENS, len(prompt.token_ids), serving.card, "max_tokens"
+                    max_tokens=(
+                        1
+                        if body.max_tokens == 0
+                        else resolve_max_tokens(
+                            body.max_tokens,
+                            DEFAULT_MAX_TOKENS,
+                            len(prompt.token_ids),
+                            serving.card,
+                            "max_tokens",
+                        )
                     ),
                     num_logprobs=num_logprobs,
                     num_prompt_logprobs=num_prompt_logprobs,
@@ -119,7 +127,7 @@ class Completions:
             )
             for position, prompt in enumerate(prompts)
         ]
-        return [TextJob(spec, options) for spec in specs]
+        return [TextJob(spec, options, is_scored=body.max_tokens == 0) for spec in specs]
 
 
 def _check_scoring(body: CompletionRequest) -> None:
@@ -178,11 +186,9 @@ class _CompletionAnswer:
         return msgspec.json.encode(self._completion(choices, usage, self._run.weight_version, is_last=True))
 
     def _deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        if self._body.max_tokens != 0:
-            return self._run.deltas()
-        if self._jobs[0].spec.sampling.num_prompt_logprobs is not None:
-            return self._run.scores()
-        return self._echoes()
+        if self._body.max_tokens == 0 and self._jobs[0].spec.sampling.num_prompt_logprobs is None:
+            return self._echoes()
+        return self._run.deltas()
 
     async def _echoes(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """Nothing but the prompts is asked for: no node is needed."""
@@ -270,19 +276,28 @@ class _CompletionAnswer:
             self._tokenizer,
             token_ids,
             self._run.info(prompt).prompt_logprobs,
-            self._offsets(token_ids),
+            self._offsets(self._prompts[prompt]),
             num_top,
         )
         return concatenated(echoed, generated)
 
-    def _offsets(self, token_ids: Sequence[int]) -> list[int]:
-        """Where the text of each prompt token begins."""
-        decoder = text_decoder(self._tokenizer, skip_special_tokens=self._body.skip_special_tokens)
+    def _offsets(self, prompt: Prompt) -> list[int]:
+        """Where the text of each prompt token begins in the echo.
+
+        A prompt given as text is echoed as it is: a special token counts where the text spells it, and not
+        where the tokenizer has added it.
+        """
+        skips_special = prompt.text is not None or self._body.skip_special_tokens
+        decoder = text_decoder(self._tokenizer, skip_special_tokens=skips_special)
         offsets: list[int] = []
         num_chars = 0
-        for token_id in token_ids:
+        for token_id in prompt.token_ids:
             offsets.append(num_chars)
-            num_chars += len(decoder.push(token_id))
+            piece = decoder.push(token_id)
+            if prompt.text is not None and token_id in self._tokenizer.special_ids:
+                spelled = self._tokenizer.token_string(token_id)
+                piece = spelled if prompt.text.startswith(spelled, num_chars) else ""
+            num_chars += len(piece)
         return offsets
 
     def _prompt_logprobs(self, prompt: int) -> PromptLogprobs | UnsetType:

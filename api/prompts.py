@@ -23,8 +23,9 @@ async def read_prompts(
     tokenizer: Tokenizer,
     limits: Limits,
     add_special_tokens: bool = True,
+    generates: bool = True,
 ) -> list[Prompt]:
-    """Raises RequestError that names `param`."""
+    """`generates`: tokens are wanted behind each. Raises RequestError that names `param`."""
     if isinstance(given, list) and all(isinstance(item, int) for item in given):
         given = [[item for item in given if isinstance(item, int)]]
     items = [given] if isinstance(given, str) else given
@@ -39,5 +40,5 @@ async def read_prompts(
             prompts.append(Prompt(tuple(ids), item))
         elif isinstance(item, list):
             prompts.append(Prompt(tuple(item), None))
-        check_prompt(prompts[-1].token_ids, card, param)
+        check_prompt(prompts[-1].token_ids, card, param, generates=generates)
     return prompts

@@ -53,6 +53,7 @@ class TextJob:
 
     spec: GenerateSpec
     options: TextOptions
+    is_scored: bool = False  # only what is said of the prompt is wanted, not the one token that comes with it
 
 
 class TextRun:
@@ -90,11 +91,18 @@ class TextRun:
         empty text, as vLLM does: who measures the time between tokens sees each when it came.
         """
         detokenizers = [
-            [Detokenizer(self._serving.tokenizer, job.options) for _ in range(job.spec.num_choices)]
+            [
+                Detokenizer(self._serving.tokenizer, job.options, job.spec.prompt_ids)
+                for _ in range(job.spec.num_choices)
+            ]
             for job in self._jobs
         ]
         async with self._arrivals() as arrivals:
             async for prompt, delta in arrivals:
+                if self._jobs[prompt].is_scored:
+                    if delta.finish_reason is not None:
+                        yield prompt, empty_delta("abort" if delta.finish_reason == "abort" else "length")
+                    continue
                 detokenizer = detokenizers[prompt][delta.choice]
                 if detokenizer.is_finished:
                     continue
@@ -109,13 +117,6 @@ class TextRun:
                 yield prompt, shown
                 if first is not None:  # who reads this asks for more once the event has been written
                     first.streamed()
-
-    async def scores(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        """For specs of one token that only serve the prompt's logprobs: (prompt, an empty delta) each."""
-        async with self._arrivals() as arrivals:
-            async for prompt, delta in arrivals:
-                if delta.finish_reason is not None:
-                    yield prompt, empty_delta("length")
 
     @contextlib.asynccontextmanager
     async def _arrivals(self) -> AsyncGenerator[AsyncGenerator[tuple[int, ChoiceDelta], None], None]:

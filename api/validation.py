@@ -6,9 +6,11 @@ answer; only what is known to be harmless is ignored.
 
 from __future__ import annotations
 
+import codecs
+import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +34,8 @@ from ..messages.sampling import (
 from ..runtime.errors import RequestError
 from .errors import unsupported
 from .generation import ModelCard
+
+_log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -60,9 +64,21 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> GenerationDefaults:
+        """Of a value that no request might have, a warning tells: nobody could do anything about it then."""
         values = read_generation_defaults(Path(directory))
         values.pop("eos_token_id", None)  # the model's business
-        return cls(**values)
+        if values.get("top_p") == 0:  # transformers keeps the likeliest token then
+            del values["top_p"]
+            values["top_k"] = 1
+        defaults = cls()
+        for name, value in values.items():
+            try:
+                _SAMPLING_CHECKS[name](name, value)
+            except RequestError as error:
+                _log.warning("generation_config.json is ignored here: %s", error.message)
+            else:
+                defaults = msgspec.structs.replace(defaults, **{name: value})
+        return defaults
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +167,14 @@ TOKEN_RULES = FieldRules(harmless=_HARMLESS)
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body. Raises RequestError (413) as soon as it is too large."""
+    """The whole body. Raises RequestError: 415 when it is compressed, 413 as soon as it is too large."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RequestError(
+            f"`Content-Encoding: {encoding}` is not supported: send the body as it is.",
+            status=415,
+            code="unsupported_content_encoding",
+        )
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -163,8 +186,9 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
+    """A byte order mark before the JSON is ignored (RFC 8259, 8.1). Raises RequestError."""
     try:
-        value = msgspec.json.decode(body)
+        value = msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"The body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -241,16 +265,18 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise bad_value(name, f"`{name}` must be between {low:g} and {high:g}, got {value}.")
 
 
-def check_prompt(prompt_ids: Sequence[int], card: ModelCard, param: str) -> None:
+def check_prompt(prompt_ids: Sequence[int], card: ModelCard, param: str, *, generates: bool = True) -> None:
+    """`generates`: tokens are wanted behind it, else only what the model says of it."""
     if not prompt_ids:
         raise bad_value(param, "The prompt is empty.")
     if min(prompt_ids) < 0 or max(prompt_ids) >= card.vocab_size:
         wrong = next(token_id for token_id in prompt_ids if not 0 <= token_id < card.vocab_size)
         raise bad_value(param, f"Token id {wrong} is outside the vocabulary of {card.vocab_size} tokens.")
-    if len(prompt_ids) >= card.max_model_len:
+    if len(prompt_ids) + generates > card.max_model_len:
+        more = " and at least one more" if generates else ""
         raise RequestError(
             f"The prompt has {len(prompt_ids)} tokens; the model's context of {card.max_model_len} tokens "
-            "must hold it and at least one more.",
+            f"must hold it{more}.",
             param=param,
             code="context_length_exceeded",
         )
@@ -320,17 +346,15 @@ def sampling_params(
     hidden_states: HiddenStates = "none",
 ) -> SamplingParams:
     temperature = _or(wanted.temperature, defaults.temperature)
-    check_range("temperature", temperature, 0, MAX_TEMPERATURE)
+    _check_temperature("temperature", temperature)
     top_p = _or(wanted.top_p, defaults.top_p)
-    if not 0 < top_p <= 1:
-        raise bad_value("top_p", f"`top_p` must be above 0 and at most 1, got {top_p}.")
+    _check_top_p("top_p", top_p)
     top_k = defaults.top_k if wanted.top_k is None else wanted.top_k
-    if top_k < -1:
-        raise bad_value("top_k", f"`top_k` must be -1 or 0 (all), or positive, got {top_k}.")
+    _check_top_k("top_k", top_k)
     min_p = _or(wanted.min_p, defaults.min_p)
-    check_range("min_p", min_p, 0, 1)
+    _check_min_p("min_p", min_p)
     repetition_penalty = _or(wanted.repetition_penalty, defaults.repetition_penalty)
-    check_range("repetition_penalty", repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+    _check_repetition_penalty("repetition_penalty", repetition_penalty)
     frequency_penalty = _or(wanted.frequency_penalty, 0.0)
     check_range("frequency_penalty", frequency_penalty, -MAX_OUTPUT_PENALTY, MAX_OUTPUT_PENALTY)
     presence_penalty = _or(wanted.presence_penalty, 0.0)
@@ -357,6 +381,37 @@ def sampling_params(
         prompt_logprobs_start=prompt_logprobs_start,
         hidden_states=hidden_states,
     )
+
+
+def _check_temperature(name: str, value: float) -> None:
+    check_range(name, value, 0, MAX_TEMPERATURE)
+
+
+def _check_top_p(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise bad_value(name, f"`{name}` must be above 0 and at most 1, got {value}.")
+
+
+def _check_top_k(name: str, value: float) -> None:
+    if value < -1:
+        raise bad_value(name, f"`{name}` must be -1 or 0 (all), or positive, got {value}.")
+
+
+def _check_min_p(name: str, value: float) -> None:
+    check_range(name, value, 0, 1)
+
+
+def _check_repetition_penalty(name: str, value: float) -> None:
+    check_range(name, value, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+
+
+_SAMPLING_CHECKS: Mapping[str, Callable[[str, float], None]] = {
+    "temperature": _check_temperature,
+    "top_p": _check_top_p,
+    "top_k": _check_top_k,
+    "min_p": _check_min_p,
+    "repetition_penalty": _check_repetition_penalty,
+}
 
 
 def _or(value: float | None, default: float) -> float:

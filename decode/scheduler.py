@@ -425,10 +425,12 @@ class DecodeScheduler:
         message = request.message
         if not message.choices or len(set(message.choices)) != len(message.choices):
             return f"choices are {message.choices}: at least one is expected, and none twice"
-        if len(message.prompt_ids) >= self.limits.max_model_len:
+        # The last token of an output is never read again, so scoring takes a prompt of the whole context.
+        num_most = self.limits.max_model_len - (message.sampling.max_tokens > 1)
+        if len(message.prompt_ids) > num_most:
             return (
-                f"the prompt has {len(message.prompt_ids)} tokens; the decode node takes fewer than "
-                f"{self.limits.max_model_len}, prompt and output together"
+                f"the prompt has {len(message.prompt_ids)} tokens; the decode node takes at most {num_most} "
+                f"of its {self.limits.max_model_len} for prompt and output together"
             )
         need, num_choices = self.pages.need(request).total, len(request.sequences)
         if need > self.allocator.num_pages or num_choices > self.limits.max_running:

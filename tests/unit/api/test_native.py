@@ -191,3 +191,30 @@ async def test_a_stop_string_cuts_hidden_states_with_the_tokens(api: Api) -> Non
     body = {"input_ids": [10, 11], "return_hidden_states": True, "sampling_params": {"stop": "brown"}}
     answer = (await api.post(PATH, body))[1]
     assert len(answer["meta_info"]["hidden_states"]) == len(answer["output_ids"]) == 2
+
+
+async def test_f12_the_default_length_is_what_has_room(api: Api) -> None:
+    status, _ = await api.post(PATH, {"input_ids": [5] * 200})
+    assert status == 200
+    assert api.generator.specs[0].sampling.max_tokens == 56
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_f12_max_new_tokens_0_scores_the_prompt(api: Api, stream: bool) -> None:
+    body = {
+        "input_ids": [5] * 256,
+        "sampling_params": {"max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "stream": stream,
+    }
+    if stream:
+        [answer] = chunks(await api.stream(PATH, body))
+    else:
+        _, answer = await api.post(PATH, body)
+    meta = answer["meta_info"]
+    assert (answer["text"], answer["output_ids"], meta["completion_tokens"]) == ("", [], 0)
+    assert meta["finish_reason"] == {"type": "length", "length": 0}
+    assert len(meta["input_token_logprobs"]) == 256
+    status, answer = await api.post(PATH, {**body, "sampling_params": {"max_new_tokens": 0, "n": 2}})
+    assert (status, answer["error"]["param"]) == (400, "n")

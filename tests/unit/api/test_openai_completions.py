@@ -351,3 +351,23 @@ async def test_where_cached_tokens_were(api: Api, path: str) -> None:
     assert not any("sglext" in part for part in parts)
     del body["return_cached_tokens_details"]
     assert "sglext" not in (await api.post(path, body))[1]
+
+
+async def test_f13_offsets_count_echoed_special_tokens(api: Api) -> None:
+    prompt = "<|im_start|>The fox"
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 4}
+    _, answer = await api.post(PATH, body)
+    choice = answer["choices"][0]
+    offsets = choice["logprobs"]["text_offset"]
+    names = choice["logprobs"]["tokens"]
+    assert names[0] == "<|im_start|>"
+    assert all(choice["text"][offset:].startswith(name) for offset, name in zip(offsets, names, strict=True))
+
+
+async def test_a_prompt_of_the_whole_context_is_scored_and_no_token_longer(api: Api) -> None:
+    body: dict[str, Any] = {"prompt": [5] * 256, "max_tokens": 0, "echo": True, "logprobs": 0}
+    status, answer = await api.post(PATH, body)
+    assert status == 200
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 256
+    status, answer = await api.post(PATH, {**body, "prompt": [5] * 257})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")

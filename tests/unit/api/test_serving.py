@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import gzip
 import json
 import re
 from typing import Any
@@ -427,3 +429,21 @@ async def test_an_answer_says_which_weights_made_which_tokens(
     of_first = [c for c in choices if c["index"] == 0]
     assert [c.get("weight_versions") for c in of_first] == [None] * (len(of_first) - 1) + [told]
     assert all("weight_versions" not in c for c in choices if c["index"] == 1)
+
+
+async def test_the_list_of_models_may_end_in_a_slash(api: Api) -> None:
+    assert await api.get("/v1/models/") == await api.get("/v1/models")
+    assert (await api.get("/v1/models/org/tiny"))[1]["id"] == "org/tiny"
+
+
+async def test_a_byte_order_mark_is_ignored_and_a_compressed_body_refused(api: Api) -> None:
+    body = json.dumps({"prompt": "The"}).encode()
+    url = f"{api.url}/v1/completions"
+    async with api.http.post(url, data=codecs.BOM_UTF8 + body) as answer:
+        assert answer.status == 200
+    async with api.http.post(url, data=body, headers={"Content-Encoding": "identity"}) as answer:
+        assert answer.status == 200
+    packed = gzip.compress(body)
+    async with api.http.post(url, data=packed, headers={"Content-Encoding": "gzip"}) as answer:
+        assert answer.status == 415
+        assert (await answer.json())["error"]["code"] == "unsupported_content_encoding"

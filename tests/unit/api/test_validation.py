@@ -71,3 +71,27 @@ def test_top_k_of_all_is_one_value(card: ModelCard) -> None:
     assert [sampling(card, top_k=top_k).top_k for top_k in (-1, 0, 1, card.vocab_size + 1)] == [
         *(0, 0, 1, card.vocab_size)
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [("top_p", 1.5, "at most 1"), ("temperature", -1, "between 0"), ("min_p", 2, "between 0")],
+)
+def test_defaults_that_no_request_may_have_are_ignored_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, value: float, bound: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value, "top_k": 20}))
+    assert GenerationDefaults.from_directory(tmp_path) == GenerationDefaults(top_k=20)
+    assert name in caplog.text
+    assert bound in caplog.text
+
+
+def test_a_default_top_p_of_0_keeps_the_likeliest_token(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 0}))
+    assert GenerationDefaults.from_directory(tmp_path) == GenerationDefaults(top_k=1)
+
+
+def test_a_prompt_of_the_whole_context_can_be_scored(card: ModelCard) -> None:
+    check_prompt([5] * 256, card, "prompt", generates=False)
+    with pytest.raises(RequestError, match=r"257 tokens.*context of 256 tokens must hold it\."):
+        check_prompt([5] * 257, card, "prompt", generates=False)
