@@ -17,7 +17,7 @@ import jinja2.parser
 import jinja2.runtime
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..runtime.errors import RequestError
+from ..runtime.errors import PdserveError, RequestError
 
 # Appended to the message to be continued, so that the cut is found whatever the template adds after it. The
 # trailing space tells whether the template strips its messages.
@@ -69,11 +69,22 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+class UnreadableTemplateError(PdserveError):
+    """A checkpoint's chat template is no template. The message says why."""
+
+
 class ChatTemplate:
-    """One compiled template. ``special_tokens`` (``bos_token`` …) are visible to it by name."""
+    """One compiled template. ``special_tokens`` (``bos_token`` …) are visible to it by name.
+
+    Raises UnreadableTemplateError.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        self._template = _environment().from_string(source)
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError) as error:
+            # from jinja2's parser, or from Python's, which compiles what jinja2 makes of it
+            raise UnreadableTemplateError(f"it cannot be compiled: {error}") from error
         self._special_tokens = dict(special_tokens)
         self._knows_developer = "developer" in source
 
@@ -83,6 +94,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text. Raises RequestError (400) when the template refuses the messages."""
@@ -97,7 +109,7 @@ class ChatTemplate:
             chat[-1]["content"] += _CONTINUE_TAG
         variables = {
             **self._special_tokens,
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             **(template_kwargs or {}),
             "messages": chat,

@@ -1,7 +1,8 @@
 """Token ids to text, piece by piece, and the stop strings that end it.
 
-The pieces of a choice, joined, are ``tokenizer.decode`` of its ids: exactly, also when the output ends inside
-a multi-byte character. What a later token may still change is held back until it cannot.
+The pieces of a choice, joined, are what its ids add to ``tokenizer.decode`` of the prompt: exactly, also when
+the output ends inside a multi-byte character. What a later token may still change is held back until it
+cannot.
 
 When a stop string completes, the choice ends with the token whose text completed it: that token's id and
 logprobs are the last ones given and it is counted in the usage; the text is cut before the stop string (or
@@ -14,7 +15,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Protocol
 
 from ..messages.node import FinishReason
@@ -50,22 +51,41 @@ class ByteLevelDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+_NUM_CONTEXT_TOKENS = 4  # of a prompt; what stands further left changes no token's text
+
+
 class WindowDecoder:
     """For any other vocabulary: decodes a short window twice, without and with the new tokens.
 
     A window begins with the tokens of the piece before, because a token's text may depend on what stands left
     of it, and is cut only behind text that later tokens cannot change: not after a replacement character, and
     not inside a run of byte tokens, which are decoded together or all become replacement characters.
+    The first window begins with the end of the prompt: a SentencePiece decoder drops the space before the
+    first word of what it is given, and that is the prompt's, not the answer's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._window: list[int] = []
-        self._num_shown = 0  # leading tokens of the window whose text was given
+        self._window = self._context(prompt_ids)
+        self._num_shown = len(self._window)  # leading tokens of the window whose text was given
+
+    def _context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, without byte tokens: bytes of an answer must not join their run."""
+        visible = (
+            token_id
+            for token_id in reversed(prompt_ids)
+            if not self._is_hidden(token_id) and not self._tokenizer.is_byte_token(token_id)
+        )
+        return list(islice(visible, _NUM_CONTEXT_TOKENS))[::-1]
+
+    def _is_hidden(self, token_id: int) -> bool:
+        return token_id in self._skipped or not self._tokenizer.token_string(token_id)
 
     def push(self, token_id: int) -> str:
-        if token_id in self._skipped or not self._tokenizer.token_string(token_id):
+        if self._is_hidden(token_id):
             return ""  # as if it were not there: a run of byte tokens goes on behind it
         self._window.append(token_id)
         if self._tokenizer.is_byte_token(token_id):
@@ -90,9 +110,13 @@ class WindowDecoder:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
-def text_decoder(tokenizer: Tokenizer, *, skip_special_tokens: bool) -> TextDecoder:
-    kind = ByteLevelDecoder if tokenizer.is_byte_level else WindowDecoder
-    return kind(tokenizer, skip_special_tokens)
+def text_decoder(
+    tokenizer: Tokenizer, *, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()
+) -> TextDecoder:
+    """For tokens that stand behind `prompt_ids`."""
+    if tokenizer.is_byte_level:
+        return ByteLevelDecoder(tokenizer, skip_special_tokens)
+    return WindowDecoder(tokenizer, skip_special_tokens, prompt_ids)
 
 
 class StopStrings:
@@ -108,12 +132,13 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, piece: str) -> str:
-        """The text that may be shown now. Sets ``matched`` when a stop string has completed."""
+    def push(self, piece: str, *, may_match: bool = True) -> str:
+        """The text that may be shown now. Sets ``matched`` when a stop string has completed in `piece`; where
+        it must not match, what may become one later is held back all the same."""
         if not self._stops or not piece:
             return piece
         text = self._held + piece
-        match = self._first_match(text)
+        match = self._first_match(text, len(self._held)) if may_match else None
         if match is not None:
             start, self.matched = match
             self._held = ""
@@ -126,8 +151,13 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, text: str) -> tuple[int, str] | None:
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+    def _first_match(self, text: str, num_old: int) -> tuple[int, str] | None:
+        """Where a stop string begins that ends behind the first `num_old` characters, and which."""
+        found = [
+            (start + len(stop), start, stop)
+            for stop in self._stops
+            if (start := text.find(stop, max(0, num_old - len(stop) + 1))) >= 0
+        ]
         if not found:
             return None
         _, start, stop = min(found)
@@ -195,8 +225,10 @@ class TextOptions:
 class Detokenizer:
     """One choice's tokens to text."""
 
-    def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
-        self._decoder = text_decoder(tokenizer, skip_special_tokens=options.skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions, prompt_ids: Sequence[int] = ()) -> None:
+        self._decoder = text_decoder(
+            tokenizer, skip_special_tokens=options.skip_special_tokens, prompt_ids=prompt_ids
+        )
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._include_stop = options.include_stop
         self._min_tokens = options.min_tokens
@@ -253,4 +285,4 @@ class Detokenizer:
 
     def _show(self, piece: str) -> str:
         self._num_chars += len(piece)
-        return piece if self._num_tokens < self._min_tokens else self._stops.push(piece)
+        return self._stops.push(piece, may_match=self._num_tokens >= self._min_tokens)

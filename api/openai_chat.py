@@ -61,7 +61,9 @@ from .validation import (
 )
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
+_UNSUPPORTED_IN_MESSAGES = ("function_call", "audio")
+# Clients send them empty; templates ask whether they are there.
+_ASSISTANT_FIELDS = ("tool_calls", *_UNSUPPORTED_IN_MESSAGES, "refusal", "annotations")
 _ROLE_DELTA = ChatDelta(role="assistant", content="")
 
 
@@ -79,8 +81,36 @@ def _normalized(message: Mapping[str, Any], param: str) -> dict[str, Any]:
     for name in _UNSUPPORTED_IN_MESSAGES:
         if message.get(name):
             raise unsupported(f"{param}.{name}")
-    given = {name: value for name, value in message.items() if value is not None}
-    return {**given, "content": _text(message.get("content"), f"{param}.content")}
+    given = {name: value for name, value in message.items() if name not in _ASSISTANT_FIELDS or value}
+    given = {name: value for name, value in given.items() if value is not None}
+    if calls := given.get("tool_calls"):
+        given["tool_calls"] = _tool_calls(calls, f"{param}.tool_calls")
+    content = message.get("content")
+    if content is None and role == "assistant":  # it has called tools, or said nothing
+        content = ""
+    return {**given, "content": _text(content, f"{param}.content")}
+
+
+def _tool_calls(calls: object, param: str) -> list[dict[str, Any]]:
+    """Of a history: arguments as objects, which is what templates take; OpenAI's clients send JSON texts."""
+    if not isinstance(calls, list):
+        raise bad_type(param, "`tool_calls` must be a list.")
+    parsed: list[dict[str, Any]] = []
+    for position, call in enumerate(calls):
+        here = f"{param}[{position}].function"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad_type(here, "A tool call must have a `function` with a `name`.")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = msgspec.json.decode(arguments)
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise bad_value(f"{here}.arguments", f"`arguments` is not valid JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise bad_type(f"{here}.arguments", "`arguments` must be a JSON object.")
+        parsed.append({**call, "function": {**function, "arguments": arguments}})
+    return parsed
 
 
 def _text(content: object, param: str) -> str:
@@ -108,6 +138,7 @@ async def encode_chat(
     add_generation_prompt: bool,
     continue_final_message: bool,
     add_special_tokens: bool,
+    tools: Sequence[Mapping[str, Any]],
     template_kwargs: Mapping[str, Any],
 ) -> list[int]:
     """Messages to prompt ids through the chat template. To continue the final message excludes a new one."""
@@ -115,6 +146,7 @@ async def encode_chat(
         normalized_messages(messages),
         add_generation_prompt=add_generation_prompt and not continue_final_message,
         continue_final_message=continue_final_message,
+        tools=tools,
         template_kwargs=template_kwargs,
     )
     return await tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)
@@ -129,6 +161,12 @@ class ChatCompletions:
         body, laps = await receive(http, serving, ChatRequest, OPENAI_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
         check_model(body.model, serving.card)
+        if body.tool_choice not in ("none", "auto"):
+            raise unsupported("tool_choice", 'only "none" and "auto" are')
+        if body.tools and body.tool_choice != "none":
+            raise unsupported(
+                "tools", 'answers are not parsed for calls; `tool_choice` "none" shows them only'
+            )
         laps.lap("receive")
         prompt_ids = await encode_chat(
             serving.tokenizer,
@@ -136,6 +174,7 @@ class ChatCompletions:
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             add_special_tokens=body.add_special_tokens,
+            tools=body.tools,
             template_kwargs=body.chat_template_kwargs,
         )
         check_prompt(prompt_ids, serving.card, "messages")

@@ -70,6 +70,8 @@ class ChatRequest(OpenAIRequest, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False  # the chat template writes them
+    tools: list[dict[str, Any]] = []  # shown to the template
+    tool_choice: str | dict[str, Any] = "auto"  # without tools it means nothing
     chat_template_kwargs: dict[str, Any] = {}
 
 

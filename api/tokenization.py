@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders
 
 from ..runtime.errors import RequestError, StartupError
-from .chat_template import ChatTemplate
+from .chat_template import ChatTemplate, UnreadableTemplateError
+
+_log = logging.getLogger(__name__)
 
 # Encoding runs at about 1 MB/s; what is longer than this goes to a thread so that streams do not stutter.
 _INLINE_CHARS = 2_000
@@ -39,6 +42,9 @@ def _byte_level_alphabet() -> dict[str, int]:
 _BYTE_OF_CHAR = _byte_level_alphabet()
 
 
+_NO_TEMPLATE = "The model has no chat template; use /v1/completions."
+
+
 class Tokenizer:
     """One model's tokenizer with its chat template. Read-only, so threads may share it."""
 
@@ -48,12 +54,15 @@ class Tokenizer:
         *,
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        no_chat: str = _NO_TEMPLATE,
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        """`no_chat`: why there is no template, for who asks for a chat."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._chat = None if chat_template is None else ChatTemplate(chat_template, special_tokens or {})
+        self._no_chat = no_chat
+        self._chat = None if chat_template is None else self._compiled(chat_template, special_tokens or {})
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
         self.config = dict(config or {})  # tokenizer_config.json as it is
@@ -68,18 +77,39 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where there are any."""
+        """Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where there are any.
+
+        Raises StartupError when there is no tokenizer to be had. Of a chat template that cannot be read a
+        warning tells, and who asks for a chat: completions need none.
+        """
         folder = Path(directory)
         vocabulary = folder / "tokenizer.json"
         if not vocabulary.is_file():
             raise StartupError(f"{folder} has no tokenizer.json: name a Hugging Face checkpoint's folder")
+        try:
+            backend = RustTokenizer.from_file(str(vocabulary))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise StartupError(f"{vocabulary} is no tokenizer: {_one_line(error)}") from error
         config = _read_json(folder / "tokenizer_config.json")
+        template, no_chat = None, _NO_TEMPLATE
+        try:
+            template = _chat_template(folder, config)
+        except UnreadableTemplateError as error:
+            no_chat = _unreadable(error)
         return cls(
-            RustTokenizer.from_file(str(vocabulary)),
+            backend,
             special_tokens=_special_tokens(config),
-            chat_template=_chat_template(folder, config),
+            chat_template=template,
+            no_chat=no_chat,
             config=config,
         )
+
+    def _compiled(self, source: str, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+        try:
+            return ChatTemplate(source, special_tokens)
+        except UnreadableTemplateError as error:
+            self._no_chat = _unreadable(error)
+            return None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -121,11 +151,12 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         if self._chat is None:
             raise RequestError(
-                "The model has no chat template; use /v1/completions.",
+                self._no_chat,
                 code="no_chat_template",
                 param="messages",
             )
@@ -133,6 +164,7 @@ class Tokenizer:
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
             template_kwargs=template_kwargs,
         )
 
@@ -155,10 +187,26 @@ def _printable(raw: bytes) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Its object; empty without a file. Raises StartupError."""
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StartupError(f"{path} cannot be read: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise StartupError(f"{path} must hold a JSON object")
+    return content
+
+
+def _unreadable(error: UnreadableTemplateError) -> str:
+    """What who asks for a chat is told; the log is, now."""
+    _log.warning("chats are refused, as the chat template is unreadable: %s", _one_line(error))
+    return f"The model's chat template is unreadable ({_one_line(error)}); use /v1/completions."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -174,11 +222,20 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the config's template: a string, or a list of named ones."""
+    """chat_template.jinja, or the config's template: a string, or a list of named ones.
+
+    Raises UnreadableTemplateError.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UnreadableTemplateError(f"{file.name}: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise UnreadableTemplateError("chat_template of tokenizer_config.json is no text")
+    return template

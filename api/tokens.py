@@ -35,6 +35,7 @@ class TokenRoutes:
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 add_special_tokens=bool(body.add_special_tokens),
+                tools=body.tools,
                 template_kwargs=body.chat_template_kwargs,
             )
         else:

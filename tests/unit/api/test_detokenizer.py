@@ -230,3 +230,54 @@ def test_offsets_say_where_a_token_begins() -> None:
     ids = tokenizer.encode("The quick", add_special_tokens=False)
     view = run(tokenizer, ids, [1], TextOptions(stops=("zzz",)))
     assert view.text_offsets == (0, 3)
+
+
+def test_f5_the_space_before_the_first_generated_word_is_kept() -> None:
+    """``decode(prompt + ids)`` is ``decode(prompt)`` and the pieces; so echo and answer are one text."""
+    tokenizer = TOKENIZERS["byte-fallback"]
+    prompt = tokenizer.encode(" the")
+    answer = tokenizer.encode(" a")
+    shown = Detokenizer(tokenizer, TextOptions(stops=(" a",), include_stop=True), prompt).push(
+        ChoiceDelta(0, tuple(answer), (), "length")
+    )
+    assert (shown.text, shown.matched) == (" a", " a")
+    assert tokenizer.decode([*prompt, *answer]) == tokenizer.decode(prompt) + shown.text
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(["▁the", "▁a", "the", "n", "▁你", "好", "é", "."]), min_size=2),
+    data=st.data(),
+)
+def test_f5_pieces_are_what_the_ids_add_to_the_prompt(words: list[str], data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS["byte-fallback"]
+    backend = byte_fallback_backend()
+    ids = [backend.token_to_id(word) or 0 for word in words]
+    cut = data.draw(st.integers(1, len(ids) - 1))
+    decoder = text_decoder(tokenizer, skip_special_tokens=True, prompt_ids=ids[:cut])
+    pieces = "".join([*(decoder.push(token_id) for token_id in ids[cut:]), decoder.finish()])
+    assert tokenizer.decode(ids[:cut]) + pieces == tokenizer.decode(ids)
+
+
+def test_f5_bytes_of_an_answer_do_not_join_those_of_the_prompt() -> None:
+    tokenizer = TOKENIZERS["byte-fallback"]
+    backend = byte_fallback_backend()
+    prompt = [backend.token_to_id(token) or 0 for token in ("▁the", "<0xF0>", "<0x9F>")]
+    decoder = text_decoder(tokenizer, skip_special_tokens=True, prompt_ids=prompt)
+    answer = [backend.token_to_id(token) or 0 for token in ("<0xC3>", "<0xA9>", "▁a")]
+    assert "".join([*map(decoder.push, answer), decoder.finish()]) == "é a"
+
+
+def test_f11_a_stop_may_begin_before_min_tokens_and_end_behind() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = [tokenizer.encode(char)[0] for char in "xabcd"]
+    for size in (1, 5):
+        shown = run(tokenizer, ids, [size] * 5, TextOptions(stops=("abc",), min_tokens=3))
+        assert (shown.text, shown.matched) == ("x", "abc")
+
+
+def test_f11_a_stop_that_completes_before_min_tokens_does_not_count_later() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = [tokenizer.encode(char)[0] for char in "abxb"]
+    shown = run(tokenizer, ids, [1] * 4, TextOptions(stops=("abc", "b"), min_tokens=3))
+    assert (shown.text, shown.matched) == ("abx", "b")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -7,6 +8,8 @@ import openai
 import pytest
 import pytest_asyncio
 
+from pdserve.api.chat_template import ChatTemplate
+from pdserve.api.openai_chat import normalized_messages
 from pdserve.api.tokenization import Tokenizer
 from pdserve.runtime.errors import RequestError
 from pdserve.tests.unit.api.conftest import Api, chunks
@@ -150,3 +153,57 @@ async def test_what_langchain_and_benchmarks_send(api: Api) -> None:
     }
     status, answer = await api.post(PATH, body)
     assert (status, answer["usage"]["completion_tokens"]) == (200, 3)
+
+
+async def test_f7_empty_tool_calls_and_an_assistant_without_content(api: Api) -> None:
+    said: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [], "audio": None}
+    messages = normalized_messages([*HI, {**said, "refusal": None}])
+    assert messages == [*HI, {"role": "assistant", "content": ""}]
+    assert normalized_messages([{"role": "assistant"}]) == [{"role": "assistant", "content": ""}]
+    status, answer = await api.post(PATH, {"messages": [{"role": "user", "content": None}]})
+    assert (status, answer["error"]["param"]) == (400, "messages[0].content")
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+def test_tools_and_a_history_of_calls_reach_the_template() -> None:
+    template = ChatTemplate(
+        "{{ tools | tojson }}{% for m in messages %}{% for c in m.tool_calls %}"
+        "{{ c.function.arguments.x }}{% endfor %}{{ m.role }}:{{ m.content }};{% endfor %}",
+        {},
+    )
+    history: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "1", "content": "7"},
+    ]
+    text = template.render(normalized_messages(history), tools=TOOLS)
+    assert text == json.dumps(TOOLS) + "1assistant:;tool:7;"
+
+
+@pytest.mark.parametrize(
+    ("calls", "param"),
+    [
+        ("f", "tool_calls"),
+        ([{}], "tool_calls[0].function"),
+        ([{"function": {"name": "f", "arguments": "{"}}], "tool_calls[0].function.arguments"),
+        ([{"function": {"name": "f", "arguments": "[1]"}}], "tool_calls[0].function.arguments"),
+    ],
+)
+def test_bad_calls_in_a_history_are_named(calls: object, param: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        normalized_messages([{"role": "assistant", "tool_calls": calls}])
+    assert refused.value.param == f"messages[0].{param}"
+
+
+async def test_tools_are_shown_where_no_call_is_asked_for(api: Api) -> None:
+    body = {"messages": HI, "tools": TOOLS, "tool_choice": "none"}
+    assert (await api.post(PATH, body))[0] == 200
+    for choice, param in (
+        ("auto", "tools"),
+        ("required", "tool_choice"),
+        ({"type": "function"}, "tool_choice"),
+    ):
+        status, answer = await api.post(PATH, {**body, "tool_choice": choice})
+        assert (status, answer["error"]["param"]) == (400, param)

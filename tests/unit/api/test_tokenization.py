@@ -148,3 +148,33 @@ def test_whatever_a_chat_template_trips_over_is_the_requests_fault(source: str) 
     template = ChatTemplate(source, {})
     with pytest.raises(RequestError, match="chat template refused the messages"):
         template.render([{"role": "user", "content": "Hi"}], template_kwargs={"x": [1]})
+
+
+@pytest.mark.parametrize("broken", ["{% if %}", "{{ 'a' + }}", "{% for m in messages %}", b"\xff\xfe"])
+def test_f15_a_broken_chat_template_refuses_chats_alone(tmp_path: Path, broken: str | bytes) -> None:
+    folder = checkpoint(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    tokenizer = Tokenizer.from_directory(folder)
+    assert tokenizer.decode(tokenizer.encode("The fox")) == "The fox"
+    with pytest.raises(RequestError, match="chat template is unreadable") as refused:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert (refused.value.status, refused.value.code) == (400, "no_chat_template")
+
+
+@pytest.mark.parametrize("template", [7, [{"name": "default"}, 3], [{"name": "default", "template": 7}]])
+def test_f15_a_template_of_another_type_refuses_chats_alone(tmp_path: Path, template: object) -> None:
+    tokenizer = Tokenizer.from_directory(checkpoint(tmp_path, chat_template=template))
+    with pytest.raises(RequestError, match="chat template"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"model": {"type": "Nothing"}}'])
+def test_f15_an_unreadable_tokenizer_file_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = checkpoint(tmp_path)
+    (folder / name).write_bytes(content)
+    if (name, content[:2]) == ("tokenizer_config.json", b'{"'):
+        return  # an object, of which nothing is used
+    with pytest.raises(StartupError, match=name) as error:
+        Tokenizer.from_directory(folder)
+    assert "\n" not in str(error.value)
