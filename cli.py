@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import signal
 import socket
@@ -276,9 +277,19 @@ def _up(given: dict[str, Any]) -> int:
     ) as supervisor:
         if not supervisor.wait_ready(lambda: _why_not_ready(url), _READY_TIMEOUT_S):
             return 0
-        print(f"pdserve is ready at {url}", flush=True)
+        _say(f"pdserve is ready at {url}")
         supervisor.run()
         return 0
+
+
+def _say(line: str) -> None:
+    """On stdout while somebody reads it: `pdserve up | head` is no reason to end a cluster."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is buffered is flushed once more at the end
+        os.close(nowhere)
 
 
 def _router_child(given: Mapping[str, Any], listener: socket.socket) -> Child:

@@ -320,6 +320,16 @@ def test_f14_a_port_that_was_asked_for_and_is_taken_ends_the_start(
         assert f"cannot listen on 127.0.0.1:{port}: " in failure(capsys, command, "--port", str(port))
 
 
+def test_m_nobody_reads_what_up_says_and_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pdserve up | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        cli._say("pdserve is ready")
+        cli._say("and says more")
+
+
 def test_a_cluster_that_does_not_get_ready_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
