@@ -25,6 +25,7 @@ from .embeddings import (
     EncodeRequest,
 )
 from .generation import ClusterAdmin, ClusterView, Generator, ModelCard, Sessions
+from .http_answers import HttpAnswers
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
 from .mounting import GET, POST, Operation, make_app
@@ -181,6 +182,13 @@ def build_router_app(
         *weight_operations(WeightRoutes(weights, limits, is_node=False)),
     ]
     operations += OperationRoutes(operator, limits, request_log).operations()
+    answers = HttpAnswers(lambda: (card.name, "router"))
+    registry.register(answers)
     return make_app(
-        operations, keys=keys, is_loopback=is_loopback, root_path=root_path, allowed_origins=allowed_origins
+        operations,
+        keys=keys,
+        answers=answers,
+        is_loopback=is_loopback,
+        root_path=root_path,
+        allowed_origins=allowed_origins,
     )

@@ -8,6 +8,7 @@ inter-token latency gap / k, k times. Answers that are not streamed have neither
 from __future__ import annotations
 
 import time
+from collections import Counter as Counts
 from collections.abc import Hashable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -21,6 +22,7 @@ _TTFT_BUCKETS_S = (
     *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
 )
+LENGTH_BUCKETS = tuple(factor * 10**power for power in range(6) for factor in (1, 2, 5))  # tokens
 _E2E_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -53,6 +55,20 @@ class HttpMetrics:
             registry=registry,
             buckets=_ITL_BUCKETS_S,
         ).labels(**self._labels)
+        self.tpot = Histogram(
+            "pd_request_time_per_output_token_seconds",
+            "Of a choice: first to last chunk over its tokens behind the first chunk.",
+            _LABELS,
+            registry=registry,
+            buckets=_ITL_BUCKETS_S,
+        ).labels(**self._labels)
+        self.output_tokens = Histogram(
+            "pd_request_generation_tokens",
+            "Generated tokens of a choice that was answered to its end.",
+            _LABELS,
+            registry=registry,
+            buckets=LENGTH_BUCKETS,
+        ).labels(**self._labels)
         self.e2e = Histogram(
             "pd_e2e_request_latency_seconds",
             "From the request's arrival to the end of its answer.",
@@ -75,7 +91,9 @@ class RequestMeter:
         self._metrics = metrics
         self._streamed = streamed
         self._arrival_s = time.perf_counter()
+        self._first_chunk_s: dict[Hashable, tuple[float, int]] = {}  # choice -> when it went out, its tokens
         self._last_chunk_s: dict[Hashable, float] = {}  # choice -> when its latest chunk went out
+        self._num_tokens: Counts[Hashable] = Counts()  # of each choice
 
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._arrival_s
@@ -84,15 +102,25 @@ class RequestMeter:
         """Count what is about to be sent of one choice."""
         if num_tokens:
             self._metrics.generation_tokens.inc(num_tokens)
+            self._num_tokens[choice] += num_tokens
             if self._streamed:
                 self._observe_latency(choice, num_tokens)
         if finish_reason is not None:
             self._metrics.choice_finished(finish_reason)
+            self._metrics.output_tokens.observe(self._num_tokens[choice])
+            self._observe_pace(choice)
 
     def answered(self, num_prompt_tokens: int) -> None:
         """The whole answer is about to be complete."""
         self._metrics.prompt_tokens.inc(num_prompt_tokens)
         self._metrics.e2e.observe(self.elapsed_s())
+
+    def _observe_pace(self, choice: Hashable) -> None:
+        if choice not in self._first_chunk_s:
+            return
+        first_s, num_first = self._first_chunk_s[choice]
+        if num_later := self._num_tokens[choice] - num_first:
+            self._metrics.tpot.observe((self._last_chunk_s[choice] - first_s) / num_later)
 
     def _observe_latency(self, choice: Hashable, num_tokens: int) -> None:
         now_s = time.perf_counter()
@@ -102,4 +130,5 @@ class RequestMeter:
                 self._metrics.itl.observe((now_s - previous_s) / num_tokens)
         elif not self._last_chunk_s:
             self._metrics.ttft.observe(now_s - self._arrival_s)
+        self._first_chunk_s.setdefault(choice, (now_s, num_tokens))
         self._last_chunk_s[choice] = now_s

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from ..runtime.process import AccessKeys
 from .errors import install_error_handlers
 from .gateway import DOCS_FILES, ApiKeys, RequestIds, RootPath
+from .http_answers import CountAnswers, HttpAnswers
 from .openapi import NO_BODIES, Bodies, install_schemas
 from .version import VERSION
 
@@ -39,10 +40,13 @@ def make_app(
     *,
     keys: AccessKeys,
     is_loopback: bool,
+    answers: HttpAnswers,
     root_path: str = "",
     allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """`is_loopback`: only this host can reach it, so the admin routes need no key of their own.
+
+    `answers`: where each is counted, those of this app's middleware too.
 
     `root_path`: where a proxy in front shows it, such as ``/llm``. `allowed_origins`: web pages of these
     origins may ask, ``*`` for any (https://fetch.spec.whatwg.org/#http-cors-protocol).
@@ -74,6 +78,8 @@ def make_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    paths = [path for operation in operations for path in operation.paths]
+    app.add_middleware(CountAnswers, answers=answers, paths=paths)
     if root_path:
         app.add_middleware(RootPath, root_path=root_path)
     return app

@@ -22,6 +22,7 @@ import msgspec
 import uvloop
 import zmq.asyncio
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -67,6 +68,7 @@ from .admin import (
 from .answers import json_response, outcome
 from .entry_lookup import EntryLookup, HttpEntryLookup
 from .generation import AdminReply, GroupReply, ModelCard, UpdateMode
+from .http_answers import HttpAnswers
 from .mounting import GET, POST, Operation, make_app
 from .native_types import CloseSessionRequest
 from .node_calls import REPLY_MARGIN_S, NodeUnavailableError
@@ -190,6 +192,9 @@ class NodeRoutes:
         self._registrar = registrar
         self._url = url
         self._limits = Limits()
+        self.answers = HttpAnswers(self._metric_labels)
+        self._registry = CollectorRegistry()
+        self._registry.register(self.answers)
 
     async def health(self, _: Request) -> Response:
         """This process and the scheduler's loop are alive."""
@@ -262,7 +267,13 @@ class NodeRoutes:
         return json_response({"timestamp": time.time(), "version": VERSION, "loads": [await self._load()]})
 
     async def metrics(self, _: Request) -> Response:
-        return Response(await self._link.client.metrics(), media_type=METRICS_MEDIA_TYPE)
+        """The scheduler's, and this process's answers."""
+        text = await self._link.client.metrics() + generate_latest(self._registry).decode()
+        return Response(text, media_type=METRICS_MEDIA_TYPE)
+
+    def _metric_labels(self) -> tuple[str, str]:
+        pong = self._link.pong
+        return ("", "") if pong is None else (pong.entry.model_name, pong.entry.role)
 
     async def request_state(self, http: Request) -> Response:
         request_id = http.path_params["request_id"]
@@ -492,7 +503,7 @@ def build_node_app(
         *weight_operations(weights),
     ]
     operations += OperationRoutes(operator, Limits()).operations()
-    return make_app(operations, keys=keys, is_loopback=is_loopback)
+    return make_app(operations, keys=keys, is_loopback=is_loopback, answers=routes.answers)
 
 
 def _kv_layout(layout: KVLayout | None) -> dict[str, Any] | None:

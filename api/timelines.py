@@ -19,6 +19,7 @@ from starlette.requests import Request
 
 from ..messages.timeline import OVERLAPPING, Span, SpanClock, unaccounted_s
 from .generation import GenerateSpec, GenerationInfo
+from .http_metrics import LENGTH_BUCKETS
 from .in_flight import bare_id
 from .openai_types import SpanBody, TimelineBody
 
@@ -117,6 +118,14 @@ class Timelines:
             registry=registry,
         ).labels(*self._labels)
 
+        self._prompt_tokens = Histogram(
+            "pd_request_prompt_tokens",
+            "Prompt tokens of a generation, however it ended.",
+            _LABELS,
+            buckets=LENGTH_BUCKETS,
+            registry=registry,
+        ).labels(*self._labels)
+
     def begin(self, http: Request) -> Laps:
         received = getattr(http.state, "received_s", self.clock.now())
         headers = http.headers
@@ -163,6 +172,7 @@ class Timelines:
         seconds: defaultdict[str, float] = defaultdict(float)
         for span in timeline.spans:
             seconds[span.name] += span.duration_s
+        self._prompt_tokens.observe(timeline.num_prompt_tokens)
         for stage, total in seconds.items():
             self._stage_seconds.labels(*self._labels, stage).observe(total)
         if (left := timeline.unaccounted_s) is not None:

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from ..messages.node import NodeLoad, PeerTraffic, Role
 from .page_allocator import PageCounts
@@ -21,6 +28,10 @@ StepKind: TypeAlias = Literal["prefill", "decode", "mixed"]
 _LABELS = ("model_name", "role")
 _STEP_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _TRANSFER_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+def _num_prompt_tokens(load: NodeLoad) -> int:
+    return load.num_prompt_tokens_computed + load.num_prompt_tokens_received + load.num_cached_prompt_tokens
 
 
 class MetricsReporter:
@@ -64,12 +75,17 @@ class MetricsReporter:
             "pd_cache_hit_rate", "Share of prompt tokens since start that the prefix cache held, 0 to 1."
         )
 
-        self._prompt_tokens = self._counter("pd_prompt_tokens", "Prompt tokens computed.")
+        self._prompt_tokens = self._counter("pd_computed_prompt_tokens", "Prompt tokens computed.")
         self._received_tokens = self._counter(
             "pd_received_tokens", "Decode: prompt tokens whose KV came from a prefill node."
         )
-        self._cached_tokens = self._counter("pd_cached_tokens", "Prompt tokens that the prefix cache spared.")
-        self._generation_tokens = self._counter("pd_generation_tokens", "Output tokens sampled.")
+        self._cached_tokens = self._counter(
+            "pd_prefix_cache_hits", "Prompt tokens that the prefix cache spared."
+        )
+        self._looked_up_tokens = self._counter(
+            "pd_prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache."
+        )
+        self._generation_tokens = self._counter("pd_sampled_tokens", "Output tokens sampled.")
         self._num_retracted = self._counter(
             "pd_num_retracted_requests", "Decode: attempts that gave their pages back for others to go on."
         )
@@ -140,6 +156,10 @@ class MetricsReporter:
             registry=self._registry,
         )
 
+    def include_process(self) -> None:
+        """Prometheus' own ``process_*`` of this process too: memory, processor time, descriptors."""
+        ProcessCollector(registry=self._registry)
+
     def observe_load(self, load: NodeLoad) -> None:
         """Take over gauges and token totals. Call it with the current load right before `render`."""
         self._num_running_reqs.set(load.num_running_reqs)
@@ -154,9 +174,8 @@ class MetricsReporter:
         self._received_tokens.inc(load.num_prompt_tokens_received - last.num_prompt_tokens_received)
         self._cached_tokens.inc(load.num_cached_prompt_tokens - last.num_cached_prompt_tokens)
         self._generation_tokens.inc(load.num_generated_tokens - last.num_generated_tokens)
-        num_prompt_tokens = (
-            load.num_prompt_tokens_computed + load.num_prompt_tokens_received + load.num_cached_prompt_tokens
-        )
+        num_prompt_tokens = _num_prompt_tokens(load)
+        self._looked_up_tokens.inc(num_prompt_tokens - _num_prompt_tokens(last))
         self._cache_hit_rate.set(
             load.num_cached_prompt_tokens / num_prompt_tokens if num_prompt_tokens else 0.0
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import uvloop
 import zmq.asyncio
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ..api.app import build_router_app
 from ..api.entry_lookup import HttpEntryLookup
@@ -62,6 +62,7 @@ async def _serve(
     exporter: TraceExporter | None,
 ) -> None:
     registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
     clock = SpanClock.start()
     context = zmq.asyncio.Context()
     service = RouterService(

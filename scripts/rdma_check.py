@@ -89,7 +89,7 @@ def serve(transport: str, prompt: Sequence[int], num_tokens: int) -> Run:
             transports={
                 role: cluster.get("/server_info", base=url)["transport"] for role, url in nodes.items()
             },
-            num_prompt_tokens_on_decode=metric(cluster, nodes["decode"], "pd_prompt_tokens_total"),
+            num_prompt_tokens_on_decode=metric(cluster, nodes["decode"], "pd_computed_prompt_tokens_total"),
             transferred_bytes=metric(cluster, nodes["prefill"], "pd_kv_transfer_bytes_total"),
             num_packets=received_packets() - packets_before,
         )

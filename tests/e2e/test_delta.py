@@ -52,7 +52,7 @@ def counters(cluster: LocalCluster) -> Counters:
     return Counters(
         num_bytes=int(metric(prefill, "pd_kv_transfer_bytes_total")),
         num_rooms=int(metric(prefill, "pd_rooms_total")),
-        num_computed_on_decode=int(metric(decode, "pd_prompt_tokens_total")),
+        num_computed_on_decode=int(metric(decode, "pd_computed_prompt_tokens_total")),
         num_retracted=int(metric(decode, "pd_num_retracted_requests_total")),
     )
 

@@ -23,7 +23,7 @@ def test_every_page_travels_and_decode_computes_no_prompt(
     cluster.flush()  # decode keeps what it was sent before
     layout = cluster.get("/server_info", base=cluster.workers("decode")[0]["url"])["kv_layout"]
     bytes_before = total(cluster, "prefill", "pd_kv_transfer_bytes_total")
-    computed_before = total(cluster, "decode", "pd_prompt_tokens_total")
+    computed_before = total(cluster, "decode", "pd_computed_prompt_tokens_total")
     answer = cluster.post(
         "/v1/completions",
         {
@@ -40,7 +40,7 @@ def test_every_page_travels_and_decode_computes_no_prompt(
     assert handoff["num_bytes"] == num_pages * layout["page_bytes"]
     moved = total(cluster, "prefill", "pd_kv_transfer_bytes_total") - bytes_before
     assert moved == num_pages * layout["page_bytes"]
-    assert total(cluster, "decode", "pd_prompt_tokens_total") == computed_before
+    assert total(cluster, "decode", "pd_computed_prompt_tokens_total") == computed_before
 
 
 def test_timeline_names_every_stage(cluster: LocalCluster) -> None:

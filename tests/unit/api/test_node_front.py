@@ -177,7 +177,10 @@ async def test_facts(front: Front) -> None:
     assert (await front.get("/v1/loads"))[1]["loads"][0]["url"] == front.url
     assert (await front.get("/version"))[0] == 200
     async with front.http.get(f"{front.url}/metrics") as answer:
-        assert await answer.text() == "pd_x 1\n"
+        text = await answer.text()
+    assert text.startswith("pd_x 1\n"), "what the scheduler says"
+    labels = 'endpoint="/version",method="GET",model_name="org/tiny",role="decode",status_code="200"'
+    assert f"pd_http_responses_total{{{labels}}} 1.0" in text
 
 
 async def test_requests(front: Front) -> None:

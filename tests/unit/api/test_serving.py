@@ -385,6 +385,39 @@ async def test_counters_equal_what_clients_received(api: Api) -> None:
     assert 'role="router"' in page
 
 
+async def test_every_answer_is_counted_by_route_and_status(api: Api) -> None:
+    await api.post("/v1/completions", {"prompt": "The"})
+    await api.post("/v1/completions", {"prompt": 7})
+    await api.get("/v1/models/nothing")
+    await api.get("/made/up")
+    api.generator.script = lambda spec: [RequestError("later", status=429)]
+    await api.post("/v1/completions", {"prompt": "The"})
+    page = await (await api.http.get(f"{api.url}/metrics")).text()
+    counted = {
+        (entry.labels["endpoint"], entry.labels["status_code"]): entry.value
+        for family in text_string_to_metric_families(page)
+        for entry in family.samples
+        if entry.name == "pd_http_responses_total"
+    }
+    assert counted == {
+        ("/v1/completions", "200"): 1,
+        ("/v1/completions", "400"): 1,
+        ("/v1/completions", "429"): 1,
+        ("/v1/models/{model_id:path}", "404"): 1,
+        ("unknown", "404"): 1,
+    }
+
+
+async def test_lengths_and_time_per_output_token(api: Api) -> None:
+    await api.stream("/v1/completions", {"prompt": ["The", "fox"], "n": 2, "stream": True})
+    page = await (await api.http.get(f"{api.url}/metrics")).text()
+    assert sample(page, "pd_request_generation_tokens_count") == 4
+    assert sample(page, "pd_request_generation_tokens_sum") == sample(page, "pd_generation_tokens_total")
+    assert sample(page, "pd_request_prompt_tokens_count") == 2
+    assert sample(page, "pd_request_prompt_tokens_sum") == sample(page, "pd_prompt_tokens_total")
+    assert sample(page, "pd_request_time_per_output_token_seconds_count") == 4
+
+
 async def test_failed_requests_count_what_was_delivered(api: Api) -> None:
     api.generator.script = lambda spec: [
         *one_by_one(api.generator.token_ids, spec)[:2],

@@ -81,9 +81,16 @@ def test_counters_equal_the_totals_however_often_they_are_read(reporter: Metrics
             )
         )
         values = samples(reporter)
-        assert values["pd_prompt_tokens_total"] == total
-        assert values["pd_cached_tokens_total"] == 2 * total
-        assert values["pd_generation_tokens_total"] == 3 * total
+        assert values["pd_computed_prompt_tokens_total"] == total
+        assert values["pd_prefix_cache_hits_total"] == 2 * total
+        assert values["pd_prefix_cache_queries_total"] == 3 * total
+        assert values["pd_sampled_tokens_total"] == 3 * total
+
+
+def test_the_process_is_told_of_once_asked(reporter: MetricsReporter) -> None:
+    assert "process_" not in reporter.render()
+    reporter.include_process()
+    assert "process_resident_memory_bytes " in reporter.render()
 
 
 def test_queues_and_pages(reporter: MetricsReporter) -> None:

@@ -303,4 +303,4 @@ def test_metrics_are_as_new_as_the_load(bench: Bench) -> None:
     assert isinstance(metrics, MetricsReply)
     assert metrics.call_id == 5
     assert 'pd_num_running_reqs{model_name="tiny",role="decode"} 3.0' in metrics.text
-    assert 'pd_generation_tokens_total{model_name="tiny",role="decode"} 11.0' in metrics.text
+    assert 'pd_sampled_tokens_total{model_name="tiny",role="decode"} 11.0' in metrics.text

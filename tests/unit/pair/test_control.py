@@ -595,7 +595,7 @@ def test_load_and_metrics_tell_the_same() -> None:
     pair.to_prefill(GetMetrics(call_id=3), ADMIN)
     metrics = pair.last_reply(pair.prefill, ADMIN)
     assert isinstance(metrics, MetricsReply)
-    assert 'pd_prompt_tokens_total{model_name="model",role="prefill"} 14.0' in metrics.text
+    assert 'pd_computed_prompt_tokens_total{model_name="model",role="prefill"} 14.0' in metrics.text
     assert 'pd_rooms_total{model_name="model",outcome="done",role="prefill"} 2.0' in metrics.text
 
 

@@ -285,7 +285,7 @@ def test_metrics_tell_the_tokens_apart() -> None:
     metrics = pair.last_reply(pair.decode, ADMIN)
     assert isinstance(metrics, MetricsReply)
     labels = '{model_name="model",role="decode"}'
-    assert f"pd_prompt_tokens_total{labels} 3.0" in metrics.text
+    assert f"pd_computed_prompt_tokens_total{labels} 3.0" in metrics.text
     assert f"pd_received_tokens_total{labels} {18 + 12}.0" in metrics.text
-    assert f"pd_cached_tokens_total{labels} 48.0" in metrics.text
+    assert f"pd_prefix_cache_hits_total{labels} 48.0" in metrics.text
     assert num_received(pair) == 30
