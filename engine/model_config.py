@@ -340,7 +340,9 @@ def _family(raw: _RawConfig) -> Family:
 
 def _refuse_unsupported(raw: _RawConfig, family: Family) -> None:
     model_type = raw.optional("model_type", str)
-    if model_type not in (None, family.name):
+    if model_type is None:
+        raise raw.error(f"model_type is missing; of {family.architecture} it is {family.name!r}")
+    if model_type != family.name:
         raise raw.error(f"model_type {model_type!r} does not go with {family.architecture}")
     activation = raw.optional("hidden_act", str)
     if activation not in (None, "silu"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from ..runtime.errors import StartupError
 from .model_config import ModelConfig
 from .tensor_parallel import WHOLE, Shard
 
+_log = logging.getLogger(__name__)
 _FLOATS = ("F32", "BF16", "F16", "F64")  # a quantized tensor is no number without its scale
 
 # Beside saved weights: which fingerprint they had where they served, for who loads them in the same type.
@@ -112,12 +115,16 @@ def load_weights(
 
         parts = {name: shard.part(name, shape, config) for name, shape in shapes.items()}
 
+        broken: list[str] = []
+
         def fused(*names: str) -> Tensor:
             of_part = [torch.empty(shapes[name], device="meta")[parts[name] or ()].shape for name in names]
             rows = [shape[0] for shape in of_part]
             whole = torch.empty((sum(rows), *of_part[0][1:]), dtype=dtype, device=device)
             for target, name in zip(torch.split(whole, rows), names, strict=True):
                 target.copy_(checkpoint.tensor(name, parts[name] or ()))
+                if not math.isfinite(target.sum(dtype=torch.float32).item()):  # no copy, unlike `isfinite`
+                    broken.append(name)
             return whole
 
         def optional(*names: str) -> Tensor | None:
@@ -144,7 +151,7 @@ def load_weights(
             )
 
         embed_tokens = fused("model.embed_tokens.weight")
-        return Weights(
+        weights = Weights(
             embed_tokens=embed_tokens,
             layers=tuple(layer(index) for index in range(config.num_layers)),
             norm=fused("model.norm.weight"),
@@ -154,6 +161,17 @@ def load_weights(
                 else fused("lm_head.weight")
             ),
         )
+        if broken:
+            _log.warning(
+                "%s: %d of %d tensors hold NaN or infinity, as a training that diverged leaves them; answers "
+                "will make no sense: %s%s",
+                path,
+                len(broken),
+                len(shapes),
+                ", ".join(broken[:_MAX_NAMED]),
+                ", ..." if len(broken) > _MAX_NAMED else "",
+            )
+        return weights
 
 
 def weights_digest(path: Path, config: ModelConfig, base: str = "") -> str:
@@ -184,7 +202,7 @@ def fingerprint_of(path: Path, config: ModelConfig, dtype: str) -> str:
         known = json.loads((path / FINGERPRINT_FILE).read_text(encoding="utf-8"))
         if known["digest"] == digest and known["dtype"] == dtype:
             return str(known["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return digest
 

@@ -207,6 +207,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
     "no-architecture": ({"architectures": ...}, "architectures is missing"),
     "model-type": ({"model_type": "mixtral"}, "model_type 'mixtral'"),
+    "no-model-type": ({"model_type": None}, "model_type is missing"),
     "missing": ({"hidden_size": ...}, "hidden_size is missing"),
     "wrong-type": ({"vocab_size": "many"}, "vocab_size is 'many'"),
     "bool-for-int": ({"vocab_size": True}, "vocab_size is True"),

@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.weights import Weights, load_weights, weights_digest
+from pdserve.engine.weights import (
+    FINGERPRINT_FILE,
+    Weights,
+    fingerprint_of,
+    load_weights,
+    weights_digest,
+)
 from pdserve.runtime.errors import StartupError
 
 CPU = torch.device("cpu")
@@ -131,3 +137,27 @@ def test_digest_is_of_config_and_contents(
         altered(changes={K_PROJ: load_file(folder / "model.safetensors")[K_PROJ] * 1.001}),
     ]
     assert len({digest(other) for other in (folder, *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_told(
+    checkpoint: Callable[..., Path],
+    altered: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    value: float,
+) -> None:
+    """They are served all the same: which tensors, and how many, is for an operator to judge."""
+    tensor = load_file(checkpoint("llama") / "model.safetensors")[K_PROJ].clone()
+    tensor[0, 0] = value
+    load(checkpoint("llama"))
+    assert "NaN" not in caplog.text
+    load(altered(changes={K_PROJ: tensor}))
+    assert "tensors hold NaN or infinity" in caplog.text
+    assert K_PROJ in caplog.text
+
+
+def test_a_fingerprint_file_that_nests_too_deeply_is_no_fingerprint(altered: Callable[..., Path]) -> None:
+    folder = altered()
+    (folder / FINGERPRINT_FILE).write_text("[" * 100_000)
+    config = ModelConfig.from_dir(folder)
+    assert fingerprint_of(folder, config, "float32") == weights_digest(folder, config)
