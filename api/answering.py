@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from .timelines import Laps
 from .validation import FieldRules, parse_object, parse_request, read_body
 
 S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 class Answer(Protocol):
@@ -25,6 +26,11 @@ class Answer(Protocol):
     def events(self) -> AsyncGenerator[bytes, None]: ...
 
     async def whole(self) -> bytes: ...
+
+
+def encoded(part: T) -> T:
+    """`part` as JSON already, which msgspec writes as it is: a large answer is encoded a part at a time."""
+    return cast(T, msgspec.Raw(msgspec.json.encode(part)))
 
 
 async def receive(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 import msgspec
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answering import receive, respond
+from .answering import encoded, receive, respond
 from .detokenizer import TextDelta, TextOptions, joined
 from .generation import GenerateSpec, SessionTurn, TurnParams
 from .hidden_states import hidden_states
@@ -26,6 +27,7 @@ from .native_types import (
     NativeSampling,
 )
 from .openai_types import CachedTokensDetails
+from .prompts import encode_prompt
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -46,6 +48,10 @@ from .validation import (
 )
 
 DEFAULT_MAX_NEW_TOKENS = 128  # SGLang's
+# Of a stream whose events each hold all so far: up to so many tokens, every delta is shown, and after that
+# when the answer has grown by a part in `_GROWTH`, as with SGLang's `--stream-interval`.
+_ALWAYS_SHOWN_TOKENS = 512
+_GROWTH = 128
 
 
 class Native:
@@ -107,22 +113,35 @@ class Native:
         if body.input_ids is None:
             given = body.text or ""
             texts = [given] if isinstance(given, str) else given
+            self._check_count(len(texts), param)
             for text, params in zip(texts, _turn_params(body, len(texts)), strict=True):
                 is_continued = params is not None and params.rid is not None
-                ids = await self._serving.tokenizer.encode_async(text, add_special_tokens=not is_continued)
+                ids = await encode_prompt(
+                    text,
+                    param,
+                    card=self._serving.card,
+                    tokenizer=self._serving.tokenizer,
+                    add_special_tokens=not is_continued,
+                )
                 prompts.append(tuple(ids))
             is_batch = isinstance(given, list)
         else:
-            flat = [item for item in body.input_ids if isinstance(item, int)]
-            nested = [tuple(item) for item in body.input_ids if isinstance(item, list)]
-            if flat and nested:
+            kinds = set(map(type, body.input_ids))  # of items, of which there may be a million
+            if len(kinds) > 1:
                 raise bad_type("input_ids", "`input_ids` must not mix ids and lists of ids.")
-            is_batch = not flat
-            prompts = nested or [tuple(flat)]
-        limit = self._serving.limits.max_prompts
-        if not 1 <= len(prompts) <= limit:
-            raise bad_value(param, f"`{param}` takes 1 to {limit} prompts, got {len(prompts)}.")
+            is_batch = not kinds <= {int}
+            if is_batch:
+                self._check_count(len(body.input_ids), param)
+                prompts = [tuple(item) for item in body.input_ids if isinstance(item, list)]
+            else:
+                prompts = [tuple(cast("list[int]", body.input_ids))]
+        self._check_count(len(prompts), param)
         return prompts, is_batch
+
+    def _check_count(self, num_prompts: int, param: str) -> None:
+        limit = self._serving.limits.max_prompts
+        if not 1 <= num_prompts <= limit:
+            raise bad_value(param, f"`{param}` takes 1 to {limit} prompts, got {num_prompts}.")
 
     def _turns(
         self,
@@ -272,8 +291,13 @@ class _NativeAnswer:
         self._index = {key: index for index, key in enumerate(keys)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Every event holds all so far, or, if wanted, only what is new."""
-        so_far: dict[tuple[int, int], TextDelta] = {}
+        """Every event holds all so far, or, if wanted, only what is new.
+
+        Once an answer is long, events that hold all of it come when it has grown by a part: what is sent of
+        an answer is then bounded by a multiple of its length, not by its square.
+        """
+        so_far: defaultdict[tuple[int, int], list[TextDelta]] = defaultdict(list)
+        num_shown: Counter[tuple[int, int]] = Counter()  # tokens in the latest event
         num_tokens: Counter[tuple[int, int]] = Counter()
         async with aclosing(self._run.deltas()) as deltas:
             async for prompt, delta in deltas:
@@ -285,7 +309,12 @@ class _NativeAnswer:
                 if self._body.incremental_streaming_output:
                     shown = delta
                 else:
-                    shown = so_far[key] = joined([so_far[key], delta]) if key in so_far else delta
+                    so_far[key].append(delta)
+                    if delta.finish_reason is None and not _is_due(num_tokens[key], num_shown[key]):
+                        continue
+                    shown = joined(so_far[key])
+                    so_far[key] = [shown]
+                    num_shown[key] = num_tokens[key]
                     is_first = True
                 output = self._output(prompt, shown, num_tokens[key], with_input=is_first)
                 if self._is_list:
@@ -304,7 +333,8 @@ class _NativeAnswer:
             delta = joined(parts[key])
             num_tokens = len(delta.token_ids)
             self._meter.add_chunk(key, num_tokens, delta.finish_reason)
-            outputs.append(self._output(key[0], delta, num_tokens, with_input=True))
+            outputs.append(encoded(self._output(key[0], delta, num_tokens, with_input=True)))
+            await asyncio.sleep(0)  # a large answer is made in slices
         self._meter.answered(self._run.usage().prompt_tokens)
         return msgspec.json.encode(outputs if self._is_list else outputs[0])
 
@@ -364,6 +394,11 @@ class _NativeAnswer:
                 **logprobs,
             ),
         )
+
+
+def _is_due(num_tokens: int, num_shown: int) -> bool:
+    """Whether an event is to show all `num_tokens` of an answer, of which the latest showed `num_shown`."""
+    return num_tokens <= _ALWAYS_SHOWN_TOKENS or num_tokens >= num_shown + num_tokens // _GROWTH
 
 
 def _finish(delta: TextDelta, num_tokens: int) -> NativeFinish | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -12,10 +13,10 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answering import receive, respond
+from .answering import encoded, receive, respond
 from .detokenizer import TextDelta, joined
 from .errors import unsupported
-from .generation import GenerateSpec, WeightSpan
+from .generation import GenerateSpec, ModelCard, WeightSpan
 from .http_metrics import RequestMeter
 from .in_flight import bare_id
 from .logprobs import chat_logprobs, prompt_logprobs
@@ -46,6 +47,7 @@ from .openai_types import (
     TimelineBody,
     Usage,
 )
+from .prompts import encode_prompt
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -140,6 +142,7 @@ async def encode_chat(
     add_special_tokens: bool,
     tools: Sequence[Mapping[str, Any]],
     template_kwargs: Mapping[str, Any],
+    card: ModelCard,
 ) -> list[int]:
     """Messages to prompt ids through the chat template. To continue the final message excludes a new one."""
     prompt = tokenizer.apply_chat_template(
@@ -149,7 +152,9 @@ async def encode_chat(
         tools=tools,
         template_kwargs=template_kwargs,
     )
-    return await tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)
+    return await encode_prompt(
+        prompt, "messages", card=card, tokenizer=tokenizer, add_special_tokens=add_special_tokens
+    )
 
 
 class ChatCompletions:
@@ -176,6 +181,7 @@ class ChatCompletions:
             add_special_tokens=body.add_special_tokens,
             tools=body.tools,
             template_kwargs=body.chat_template_kwargs,
+            card=serving.card,
         )
         check_prompt(prompt_ids, serving.card, "messages")
         laps.lap("tokenize")
@@ -254,7 +260,8 @@ class _ChatAnswer:
         for number, pieces in sorted(parts.items()):
             delta = joined(pieces)
             self._meter.add_chunk(number, len(delta.token_ids), delta.finish_reason)
-            choices.append(self._choice(delta))
+            choices.append(encoded(self._choice(delta)))
+            await asyncio.sleep(0)  # a large answer is made in slices
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
         return msgspec.json.encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -11,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answering import receive, respond
+from .answering import encoded, receive, respond
 from .detokenizer import TextDelta, empty_delta, joined, text_decoder
 from .errors import unsupported
 from .generation import GenerateSpec
@@ -180,7 +181,8 @@ class _CompletionAnswer:
         for (prompt, number), pieces in sorted(parts.items()):
             delta = joined(pieces)
             self._meter.add_chunk((prompt, number), len(delta.token_ids), delta.finish_reason)
-            choices.append(self._choice(prompt, delta))
+            choices.append(encoded(self._choice(prompt, delta)))
+            await asyncio.sleep(0)  # a large answer is made in slices
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
         return msgspec.json.encode(self._completion(choices, usage, self._run.weight_version, is_last=True))

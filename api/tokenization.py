@@ -7,6 +7,8 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,14 @@ _log = logging.getLogger(__name__)
 
 # Encoding runs at about 1 MB/s; what is longer than this goes to a thread so that streams do not stutter.
 _INLINE_CHARS = 2_000
+_INLINE_TOKENS = 10_000  # likewise for decoding, at about 5 million tokens a second
+# What is longer than this waits for the one thread of the large, so that small ones overtake it.
+_LARGE_CHARS = 100_000
+_LARGE_TOKENS = 100_000
+_NUM_SMALL_THREADS = 2
+# Canonical composition makes at most one byte of three (https://unicode.org/faq/normalization.html#12).
+_COMPOSITION = 3
+_PROBE_CHARS_PER_TOKEN = 16
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SPECIAL_TOKEN_NAMES = (
     "bos_token",
@@ -74,6 +84,10 @@ class Tokenizer:
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
+        self._longest_token = self._longest_token_bytes()
+        # Threads start with their first work. One for the large bounds their memory (about 100 bytes a byte).
+        self._small = ThreadPoolExecutor(_NUM_SMALL_THREADS, thread_name_prefix="tokenize")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
@@ -112,16 +126,57 @@ class Tokenizer:
             return None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= _INLINE_CHARS:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch of one, which releases the GIL; `encode` keeps it all along.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Like ``encode``; a long text is encoded in a thread (the tokenizer releases the GIL)."""
+        """Like ``encode``; a long text is encoded in a thread, and a short one need not wait for it."""
         if len(text) <= _INLINE_CHARS:
             return self.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
+        threads = self._small if len(text) <= _LARGE_CHARS else self._large
+        encode = partial(self.encode, text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(threads, encode)
+
+    def max_text_bytes(self, num_tokens: int) -> int:
+        """No text longer than this, as UTF-8, has only `num_tokens` tokens.
+
+        Each token stands for at most the bytes of the vocabulary's longest one, and for three times as many
+        where the tokenizer normalizes. A vocabulary with an unknown token, or a normalizer that drops text,
+        can squeeze any length into a few tokens: such texts are beyond the bound all the same.
+        """
+        shrinks = self._backend.normalizer is not None
+        return num_tokens * self._longest_token * (_COMPOSITION if shrinks else 1)
+
+    async def is_longer_than(self, text: str, num_tokens: int) -> bool:
+        """Whether `text` has surely more than `num_tokens` tokens: told by its length, or by its beginning.
+
+        Encoding costs time and about 100 bytes of memory a byte: hopeless texts are not encoded whole. Where
+        the beginning alone has twice as many tokens, a cut inside a word can make no difference.
+        """
+        if len(text) > (most := self.max_text_bytes(num_tokens)) or (
+            len(text) * 4 > most and len(text.encode(errors="replace")) > most
+        ):
+            return True
+        beginning = _PROBE_CHARS_PER_TOKEN * num_tokens
+        if len(text) <= 2 * beginning:
+            return False
+        return len(await self.encode_async(text[:beginning], add_special_tokens=False)) > 2 * num_tokens
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        if len(token_ids) <= _INLINE_TOKENS:
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        # As a batch of one, which releases the GIL; `decode` keeps it all along.
+        return self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
+
+    async def decode_async(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Like ``decode``; many ids are decoded in a thread, and a few need not wait for it."""
+        if len(token_ids) <= _INLINE_TOKENS:
+            return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        threads = self._small if len(token_ids) <= _LARGE_TOKENS else self._large
+        decode = partial(self.decode, token_ids, skip_special_tokens=skip_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(threads, decode)
 
     def token_string(self, token_id: int) -> str:
         """The token as the vocabulary spells it; empty for an id that has none."""
@@ -166,6 +221,16 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             tools=tools,
             template_kwargs=template_kwargs,
+        )
+
+    def _longest_token_bytes(self) -> int:
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        return max(
+            (
+                len(token) if self.is_byte_level and token not in added else len(token.encode())
+                for token in self._backend.get_vocab(with_added_tokens=True)
+            ),
+            default=1,
         )
 
     def _spell(self, token: str) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -12,8 +11,18 @@ from .answers import json_response
 from .generation import ModelCard
 from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from .openai_chat import encode_chat
+from .prompts import encode_prompt
 from .tokenization import Tokenizer
-from .validation import TOKEN_RULES, Limits, bad_value, check_model, parse_object, parse_request, read_body
+from .validation import (
+    TOKEN_RULES,
+    Limits,
+    bad_value,
+    check_ids,
+    check_model,
+    parse_object,
+    parse_request,
+    read_body,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +46,15 @@ class TokenRoutes:
                 add_special_tokens=bool(body.add_special_tokens),
                 tools=body.tools,
                 template_kwargs=body.chat_template_kwargs,
+                card=self.card,
             )
         else:
-            token_ids = await self.tokenizer.encode_async(
-                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+            token_ids = await encode_prompt(
+                body.prompt or "",
+                "prompt",
+                card=self.card,
+                tokenizer=self.tokenizer,
+                add_special_tokens=body.add_special_tokens is not False,
             )
         strings = None
         if body.return_token_strs:
@@ -65,11 +79,6 @@ class TokenRoutes:
         raw = parse_object(await read_body(http, self.limits))
         body = parse_request(raw, DetokenizeRequest, TOKEN_RULES)
         check_model(body.model, self.card)
-        for token_id in body.tokens:
-            if not 0 <= token_id < self.card.vocab_size:
-                raise bad_value("tokens", f"Token id {token_id} is outside the vocabulary.")
-        # In a thread: a body may hold millions, and streams must not stand still meanwhile.
-        text = await asyncio.to_thread(
-            self.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens
-        )
+        check_ids(body.tokens, self.card, "tokens")
+        text = await self.tokenizer.decode_async(body.tokens, skip_special_tokens=body.skip_special_tokens)
         return json_response(DetokenizeAnswer(prompt=text))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from pdserve.api.generation import ChoiceDelta, GenerateSpec
+from pdserve.api.native import _is_due
 from pdserve.tests.unit.api.conftest import Api, chunks
 from pdserve.tests.unit.api.fakes import one_by_one
 
@@ -218,3 +219,16 @@ async def test_f12_max_new_tokens_0_scores_the_prompt(api: Api, stream: bool) ->
     assert len(meta["input_token_logprobs"]) == 256
     status, answer = await api.post(PATH, {**body, "sampling_params": {"max_new_tokens": 0, "n": 2}})
     assert (status, answer["error"]["param"]) == (400, "n")
+
+
+def test_a_long_answer_is_shown_whole_ever_more_rarely() -> None:
+    shown = 0
+    num_events = num_sent = 0
+    for num_tokens in range(1, 20_001):
+        if _is_due(num_tokens, shown):
+            shown = num_tokens
+            num_events += 1
+            num_sent += num_tokens
+    assert num_events < 1_500
+    assert num_sent < 130 * 20_000 + 512**2
+    assert all(_is_due(num_tokens, num_tokens - 1) for num_tokens in range(1, 256))

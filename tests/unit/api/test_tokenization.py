@@ -178,3 +178,21 @@ def test_f15_an_unreadable_tokenizer_file_is_one_line(tmp_path: Path, name: str,
     with pytest.raises(StartupError, match=name) as error:
         Tokenizer.from_directory(folder)
     assert "\n" not in str(error.value)
+
+
+async def test_a_long_text_is_refused_without_encoding_it_whole() -> None:
+    longest = max(len(TOKENIZER.token_bytes(token_id)) for token_id in range(TOKENIZER.vocab_size))
+    assert TOKENIZER.max_text_bytes(10) == 10 * longest
+    assert await TOKENIZER.is_longer_than("x" * (10 * longest + 1), 10)
+    assert await TOKENIZER.is_longer_than("🙂" * (10 * longest // 4 + 1), 10)
+    assert not await TOKENIZER.is_longer_than("x" * 10, 10)
+    single = max(map(TOKENIZER.token_bytes, range(TOKENIZER.vocab_size)), key=len)
+    assert not await TOKENIZER.is_longer_than(single.decode(), 1)
+
+
+@pytest.mark.parametrize("num_repeats", [1, 1_000, 10_000])
+async def test_threads_and_batches_change_no_ids_and_no_text(num_repeats: int) -> None:
+    text = "The quick brown fox. " * num_repeats
+    ids = TOKENIZER.encode(text)
+    assert ids == byte_level_backend().encode(text).ids == await TOKENIZER.encode_async(text)
+    assert TOKENIZER.decode(ids) == text == await TOKENIZER.decode_async(ids)
