@@ -37,7 +37,6 @@ from .validation import (
     SamplingFields,
     bad_type,
     bad_value,
-    check_model,
     check_prompt,
     check_range,
     checked_priority,
@@ -62,7 +61,6 @@ class Native:
         serving = self._serving
         body, laps = await receive(http, serving, NativeRequest, NATIVE_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
-        check_model(body.model, serving.card)
         laps.lap("receive")
         prompts, is_batch = await self._prompts(body)
         laps.lap("tokenize")

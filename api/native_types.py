@@ -43,7 +43,7 @@ class NativeSampling(msgspec.Struct, kw_only=True):
 class NativeRequest(msgspec.Struct, kw_only=True):
     """One prompt or a batch; in a batch the lists are as long as the batch."""
 
-    model: str | None = None
+    model: str | None = None  # gateways write what they like here (smg: "unknown"); it chooses nothing
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any]] = {}

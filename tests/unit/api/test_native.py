@@ -232,3 +232,7 @@ def test_a_long_answer_is_shown_whole_ever_more_rarely() -> None:
     assert num_events < 1_500
     assert num_sent < 130 * 20_000 + 512**2
     assert all(_is_due(num_tokens, num_tokens - 1) for num_tokens in range(1, 256))
+
+
+async def test_the_model_is_ignored(api: Api) -> None:
+    assert (await api.post(PATH, {"text": "The", "model": "unknown"}))[0] == 200

@@ -83,6 +83,13 @@ async def test_harmless_fields_are_ignored(api: Api) -> None:
         "tool_choice": "none",
         "response_format": {"type": "text"},
         "best_of": 1,
+        "include_reasoning": True,
+        "reasoning_effort": "low",
+        "verbosity": "low",
+        "truncate_prompt_tokens": -1,
+        "documents": [],
+        "bad_words": [],
+        "return_tokens_as_token_ids": False,
         "bootstrap_room": 2**62,
         "bootstrap_port": None,
     }
