@@ -244,15 +244,19 @@ def _without_nulls(content: Any) -> Any:  # noqa: ANN401 (any JSON)
     return content
 
 
+_BOUND = re.compile(r"^Expected `[^`]+` (?:<=|>=|<|>|of length|matching|that's) ")
+
+
 def _invalid(message: str) -> RequestError:
-    """From msgspec's ``Expected `int`, got `str` - at `$.stop[0]```."""
+    """From msgspec's ``Expected `int`, got `str` - at `$.stop[0]```; a bound has no "got"."""
     missing = re.search(r"missing required field `(\w+)`", message)
     if missing:
         return RequestError(f"`{missing[1]}` is required.", param=missing[1], code="missing_parameter")
     what, _, path = message.partition(" - at `")
     what = re.sub(r"matching regex .*", "without NUL characters", what)  # all that bodies have patterns for
     param = path.rstrip("`").removeprefix("$").removeprefix(".") or None
-    return RequestError(f"`{param}`: {what}." if param else f"{what}.", param=param, code="invalid_type")
+    code = "invalid_value" if _BOUND.search(message) else "invalid_type"
+    return RequestError(f"`{param}`: {what}." if param else f"{what}.", param=param, code=code)
 
 
 # ---- values -----------------------------------------------------------------------------------------

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import pytest
 
 from pdserve.api.generation import ModelCard
 from pdserve.api.validation import (
+    TOKEN_RULES,
     GenerationDefaults,
     SamplingFields,
     check_prompt,
+    parse_request,
     resolve_max_tokens,
     sampling_params,
 )
@@ -95,3 +98,25 @@ def test_a_prompt_of_the_whole_context_can_be_scored(card: ModelCard) -> None:
     check_prompt([5] * 256, card, "prompt", generates=False)
     with pytest.raises(RequestError, match=r"257 tokens.*context of 256 tokens must hold it\."):
         check_prompt([5] * 257, card, "prompt", generates=False)
+
+
+class _Bounded(msgspec.Struct):
+    steps: Annotated[int, msgspec.Meta(ge=1, le=9)] = 1
+    path: Annotated[str, msgspec.Meta(max_length=3, pattern="^[^\\0]*$")] = ""
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"steps": 0}, "invalid_value"),
+        ({"steps": 10}, "invalid_value"),
+        ({"path": "long"}, "invalid_value"),
+        ({"path": "\0"}, "invalid_value"),
+        ({"steps": "1"}, "invalid_type"),
+        ({"path": 1}, "invalid_type"),
+    ],
+)
+def test_a_value_beyond_its_bound_is_no_wrong_type(body: dict[str, object], code: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_request(body, _Bounded, TOKEN_RULES)
+    assert refused.value.code == code
