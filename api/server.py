@@ -10,7 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from .http_protocol import HttpProtocol
+from .connections import CLIENT_DEADLINES, ClientDeadlines, watched_protocol
 from .in_flight import InFlightRequests
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ async def serve(
     in_flight: InFlightRequests | None = None,
     drain_timeout_s: float = 30.0,
     stop: asyncio.Event | None = None,
+    deadlines: ClientDeadlines = CLIENT_DEADLINES,
 ) -> None:
     """Serve until a signal (or `stop`), then drain: new requests get 503, those in flight end first.
 
@@ -52,7 +53,7 @@ async def serve(
     stop = stop or asyncio.Event()
     config = uvicorn.Config(
         app,
-        http=HttpProtocol,
+        http=watched_protocol(deadlines),
         ws="none",
         lifespan="off",
         access_log=False,
