@@ -52,7 +52,6 @@ from ..runtime.errors import StartupError
 from ..runtime.listen import http_url, resolves
 from ..runtime.process import (
     available_memory_bytes,
-    end,
     end_now,
     return_free_memory,
     routable_host,
@@ -61,6 +60,7 @@ from ..runtime.process import (
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
+from .front_process import FrontProcess
 from .loaded_model import LoadedModel, load_model, load_replacement, updated_model
 from .loop_times import TURN, LoopTimes
 from .memory_occupation import Announced
@@ -112,7 +112,7 @@ class Node:
     puller: WeightPuller
     outbox: WeightOutbox
     waiter: Waiter
-    front: subprocess.Popen[bytes]
+    front: FrontProcess
     unix_minus_monotonic_s: float
     loop_times: LoopTimes = field(default_factory=LoopTimes)
     num_steps: int = 0
@@ -269,7 +269,7 @@ class Node:
         return_free_memory()
 
     def close(self) -> None:
-        end(self.front, grace_s=5.0)
+        self.front.close()
         self.engine.close()
         self.jobs.close()
         self.image_jobs.close()
@@ -328,8 +328,8 @@ def start_node(
     url = http_url(host, listener)
     with contextlib.ExitStack() as undo:
         # Early, so that it imports its modules while the model is read.
-        front = _start_front(config, listener, zmq_address, url)
-        undo.callback(end, front, grace_s=5.0)
+        front = FrontProcess(partial(_start_front, config, listener, zmq_address, url))
+        undo.callback(front.close)
 
         num_pages = _num_pages(config, layout, max_model_len)
         ranks = None
@@ -488,8 +488,8 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
         if num_signals > 1 or now > drain_until or (scheduler.is_draining and scheduler.is_idle):
             fail_open_requests()
             break
-        if (code := node.front.poll()) is not None:
-            raise RuntimeError(f"the HTTP front ended with exit code {code}")
+        if not scheduler.is_draining:  # a front that got the same signal may end before what runs here has
+            node.front.keep_alive(now)
         node.waiter.wait(min(_LONGEST_SLEEP_S, max(0.0, scheduler.next_deadline() - now)))
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(signalled)

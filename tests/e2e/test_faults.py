@@ -156,6 +156,32 @@ def test_decode_node_killed_in_mid_stream(nodes: LocalCluster) -> None:
     )
 
 
+def test_front_killed_in_mid_stream(nodes: LocalCluster) -> None:
+    """It carries no stream: its scheduler starts another one, and nothing is computed again."""
+    wait_until(lambda: all_paired(nodes, 2, 2), RESTART_S, "the nodes that were killed before")
+    body: Body = {"prompt": random_ids(30, 40), "max_tokens": 60, **SAMPLED}
+    (undisturbed,) = stream_all(nodes.url, [body])
+    incarnations = {worker["url"]: worker["incarnation"] for worker in nodes.workers()}
+
+    failed_before = failed_attempts(nodes)
+    with slowed(nodes.url):
+        stream = Stream(nodes.url, {**body, "request_id": "front-dies"})
+        stream.wait_for_tokens(5)
+        victim = node_with(nodes, "front-dies", "running")
+        assert victim, "the stream was over before a front could be killed"
+        scheduler = scheduler_process(nodes, victim)
+        (front,) = scheduler.children()
+        front.kill()
+    answer = stream.answer()
+    assert answer.is_proper, answer
+    assert answer.token_ids == undisturbed.token_ids
+    assert failed_attempts(nodes) == failed_before
+    wait_until(lambda: front.pid not in [child.pid for child in scheduler.children()], 10.0, "its end")
+    assert request(victim, "/server_info").status == 200, "who asks meanwhile waits for the next front"
+    assert scheduler_process(nodes, victim).pid == scheduler.pid
+    assert {worker["url"]: worker["incarnation"] for worker in nodes.workers()} == incarnations
+
+
 def test_prefill_node_frozen_during_hand_off(nodes: LocalCluster) -> None:
     body: Body = {"prompt": random_ids(20, 800), "max_tokens": 20, "logprobs": 1, **SAMPLED}
     (undisturbed,) = stream_all(nodes.url, [body])

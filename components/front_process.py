@@ -1,0 +1,44 @@
+"""A node's HTTP front as its scheduler keeps it: started, started again when it was killed, ended."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable
+
+from ..runtime.process import end, obituary
+
+_log = logging.getLogger(__name__)
+_PAUSE_S = 0.5  # before it is started again: one that dies at each start must not keep the loop busy
+
+
+class FrontProcess:
+    """What a node works on goes past its front, so a front that was killed (by an operator, or by the kernel
+    for want of memory) costs no request: another one takes over the listener. One that ended by itself has
+    left the routers, which take no word of this incarnation any more: the node has to end too.
+
+    `start` makes a front on the node's listener.
+    """
+
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self._start = start
+        self._process: subprocess.Popen[bytes] | None = start()
+        self._start_after = 0.0  # when it is dead
+
+    def keep_alive(self, now: float) -> None:
+        """Raises RuntimeError when it ended by itself."""
+        if self._process is None:
+            if now >= self._start_after:
+                self._process = self._start()
+            return
+        code = self._process.poll()
+        if code is None:
+            return
+        if code >= 0:
+            raise RuntimeError(f"the HTTP front ended with exit code {code}")
+        _log.error("%s; the node goes on, and starts it again", obituary("the HTTP front", self._process))
+        self._process, self._start_after = None, now + _PAUSE_S
+
+    def close(self) -> None:
+        if self._process is not None:
+            end(self._process, grace_s=5.0)
