@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from .api.version import VERSION
 from .runtime.config import (
     DEFAULT_PORTS,
     NodeConfig,
@@ -57,9 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pdserve", description="Serve a large language model with prefill and decode on different nodes."
     )
+    parser.add_argument("--version", action="version", version=f"pdserve {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    up = commands.add_parser("up", help="a router, prefill and decode nodes on this machine")
+    up = commands.add_parser(
+        "up", aliases=["serve"], help="a router, prefill and decode nodes on this machine"
+    )
     add_flags(up, frozenset({"up", *_ROLES}))
     _add_child_argument(up)
     for role in _ROLES:
@@ -75,15 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="what works on this machine, and what listens where")
     doctor.add_argument("--url", action="append", default=[], help="a running router or node to look at too")
     doctor.add_argument("--api-key", default="", help="sent as a bearer token to each --url")
-    front = commands.add_parser("node-front", help="a node's own HTTP (started by its scheduler)")
-    _add_front_arguments(front)
-    worker = commands.add_parser(
-        "tp-worker", help="a further tensor-parallel rank (started by its scheduler)"
-    )
-    _add_worker_arguments(worker)
+    # Started by a scheduler: a node's own HTTP, and a further tensor-parallel rank. Without a help of their
+    # own they are not listed.
+    _add_front_arguments(commands.add_parser("node-front"))
+    _add_worker_arguments(commands.add_parser("tp-worker"))
 
     given = vars(parser.parse_args(argv))
-    return _run(str(given.pop("command")), given)
+    command = str(given.pop("command"))
+    return _run("up" if command == "serve" else command, given)
 
 
 def main_router() -> int:

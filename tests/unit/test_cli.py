@@ -60,6 +60,18 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--help") == 0
     shown = capsys.readouterr().out
     assert all(f"    {command}" in shown for command in COMMANDS)
+    assert "node-front" not in shown
+    assert "tp-worker" not in shown
+
+
+def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"pdserve {importlib.metadata.version('pdserve')}\n"
+
+
+def test_serve_is_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--num-decode", "0", "--port", "0"]) == 1
+    assert capsys.readouterr().err.startswith("pdserve up: --num-prefill and --num-decode")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -102,7 +114,7 @@ def test_a_role_has_a_binary_of_its_own(
     ("arguments", "named"),
     [
         ((), "COMMAND"),
-        (("serve",), "'serve'"),
+        (("launch",), "'launch'"),
         (("router", "--no-such-flag"), "--no-such-flag"),
         (("decode", "--dtype", "int4"), "--dtype"),
         (("decode", "--port", "http"), "--port"),
