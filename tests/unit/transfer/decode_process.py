@@ -1,15 +1,13 @@
 """A node's memory in a process of its own: announces its region, then answers on stdin and stdout.
 
-``read OFFSET LENGTH`` prints the bytes in hex; ``cpu SECONDS`` the processor time it used meanwhile;
-``flood REGION`` writes its pool into another's, over and over, until it is killed; ``close`` closes the
-backend; the end of stdin ends it all."""
+``read OFFSET LENGTH`` prints the bytes in hex; ``flood REGION`` writes its pool into another's, until it
+is killed; ``close`` closes the backend; the end of stdin ends it all."""
 
 from __future__ import annotations
 
 import itertools
 import select
 import sys
-import time
 
 import msgspec
 
@@ -28,10 +26,6 @@ def main(name: str, transport: str, num_bytes: int) -> None:
             case ["read", where]:
                 offset, length = map(int, where.split())
                 print(pool[offset : offset + length].hex(), flush=True)
-            case ["cpu", seconds]:
-                before = time.process_time()
-                time.sleep(float(seconds))
-                print(time.process_time() - before, flush=True)
             case ["flood", region]:
                 flood(backend, pool, msgspec.json.decode(region, type=MemoryRegion))
             case ["close"]:

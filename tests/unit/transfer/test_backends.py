@@ -46,7 +46,7 @@ KINDS = [
     ("nixl", "rdma"),
     ("faulty:shm", "shm"),  # with no fault: the same
 ]
-MAX_IDLE_SHARE = 0.02  # of a core: twice what a process is meant to use, so that a busy machine fails nothing
+ASLEEP_OR_GONE = ("S", "I", "")  # of /proc: neither running, nor ready to, nor held by a device
 DONE, FAILED, CANCELLED = WriteState.DONE, WriteState.FAILED, WriteState.CANCELLED
 
 
@@ -386,17 +386,30 @@ def test_nothing_lands_after_a_dead_sender_has_settled(
     assert receiver.read(0, POOL_BYTES) == settled
 
 
-def test_a_peer_that_was_met_uses_no_processor_while_it_is_idle(
+def threads_of(pid: int) -> list[int]:
+    return [int(folder.name) for folder in Path(f"/proc/{pid}/task").iterdir()]
+
+
+def thread_state(pid: int, thread: int) -> str:
+    """As in /proc: R runs, S sleeps; empty when it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/task/{thread}/stat").read_text()
+    except FileNotFoundError:
+        return ""
+    return stat.rpartition(")")[2].split()[0]
+
+
+def test_no_thread_spins_while_a_peer_that_was_met_is_idle(
     source: Source, spawn: Callable[[], DecodeProcess]
 ) -> None:
+    """What spins never sleeps, on however fast or busy a machine: each thread is looked at until it does."""
     peer = spawn()
     assert source.meet(peer.region).state is DONE
     assert source.write(peer.region, Run(0, 0, POOL_BYTES))[0].state is DONE
-    own_before = time.process_time()
-    used_s = float(peer.ask("cpu 2"))
-    own_s = time.process_time() - own_before
-    assert used_s < 2 * MAX_IDLE_SHARE
-    assert own_s < 2 * MAX_IDLE_SHARE
+    for pid in (os.getpid(), peer.process.pid):
+        awake = set(threads_of(pid)) - {threading.get_native_id()}
+        while awake := {thread for thread in awake if thread_state(pid, thread) not in ASLEEP_OR_GONE}:
+            time.sleep(0.01)
 
 
 # ---- shm --------------------------------------------------------------------------------------------
