@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from .api.version import VERSION
+from .runtime.cluster_secret import new_secret
 from .runtime.config import (
     DEFAULT_PORTS,
     NodeConfig,
@@ -47,7 +48,7 @@ from .runtime.supervisor import Child, Supervisor
 
 _READY_TIMEOUT_S = 600.0
 _NODE_GRACE_S = 15.0
-_SECRETS = ("api_key", "admin_api_key")  # not for command lines, which `ps` shows
+_SECRETS = ("api_key", "admin_api_key", "cluster_secret_file")  # not for command lines, which `ps` shows
 _ANNOUNCEMENTS = 120
 _ANNOUNCEMENT_INTERVAL_S = 0.5
 _ROLES: tuple[Literal["router", "prefill", "decode"], ...] = ("router", "prefill", "decode")
@@ -133,6 +134,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
             given["api_key"] = keys.api
         if keys.admin:
             given["admin_api_key"] = keys.admin
+        if keys.cluster_secret:
+            given["cluster_secret"] = keys.cluster_secret
     if command not in ("bench", "doctor", "up"):
         ignore_stray_signals()
     try:
@@ -179,13 +182,16 @@ def _router(given: dict[str, Any]) -> int:
     configure_logging("router", config.log_level, config.log_format)
     from .router.main import run_router
 
-    return run_router(config, _listener(given, "router", config))
+    listener = _listener(given, "router", config)
+    _check_strangers_stay_out(config, listener)
+    return run_router(config, listener)
 
 
 def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
     config = node_config(role, given)
     configure_logging(role, config.log_level, config.log_format)
     listener = _listener(given, role, config)
+    _check_strangers_stay_out(config, listener)
     incarnation = str(given.get("incarnation", ""))
     if role == "prefill":
         from .prefill.main import run_prefill
@@ -194,6 +200,15 @@ def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
     from .decode.main import run_decode
 
     end_now(run_decode(config, listener, incarnation))
+
+
+def _check_strangers_stay_out(config: RouterConfig | NodeConfig, listener: socket.socket) -> None:
+    """A router takes registrations, and a node any order: from strangers only when told so."""
+    if not (config.cluster_secret or config.insecure_cluster or is_loopback(listener)):
+        raise StartupError(
+            f"--host {config.host} is no loopback address, so strangers could join the cluster and steer it: "
+            "give --cluster-secret-file FILE, the same to all its processes (or --insecure-cluster)"
+        )
 
 
 def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,6 +282,7 @@ def _up(given: dict[str, Any]) -> int:
         given["admin_api_key"] = admin_key = secrets.token_urlsafe()  # our own, to announce deaths with
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = http_url(loopback, listener)
+    given["cluster_secret"] = config.cluster_secret or new_secret()
     children = [_router_child(given, listener)]
     num_threads = max(1, usable_cores() // (num_prefill + num_decode))
     children += [_node_child("prefill", i, given, url, num_threads) for i in range(num_prefill)]
@@ -323,7 +339,9 @@ def _node_child(
 
 
 def _keys(given: Mapping[str, Any]) -> AccessKeys:
-    return AccessKeys(tuple(given.get("api_key", ())), given.get("admin_api_key", ""))
+    return AccessKeys(
+        tuple(given.get("api_key", ())), given.get("admin_api_key", ""), given.get("cluster_secret", "")
+    )
 
 
 def _announce_death(router_url: str, incarnation: str, keys: AccessKeys) -> None:

@@ -19,13 +19,14 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from ..messages.codec import Codec
+from ..messages.link_guard import HANDSHAKE_FAILED, NOT_OF_THE_CLUSTER, LinkKeys
 from ..messages.node import ClientToNode, NodeToClient
 from ..runtime.containment import Containment, nobody_waits
 from .node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 
 log = logging.getLogger(__name__)
 
-_CONNECTION_ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+_CONNECTION_ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | HANDSHAKE_FAILED
 
 
 def _ignore_stream(message: StreamMessage) -> None:
@@ -49,6 +50,7 @@ class NodeClient(NodeCalls):
         context: zmq.asyncio.Context,
         address: str,
         *,
+        keys: LinkKeys | None = None,
         on_stream: Callable[[StreamMessage], None] = _ignore_stream,
         on_lost: Callable[[str], None] = _ignore_loss,
     ) -> None:
@@ -61,6 +63,8 @@ class NodeClient(NodeCalls):
         self._socket.setsockopt(zmq.SNDHWM, 0)  # no send blocks and none drops
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        if keys is not None:
+            keys.secure_client(self._socket)
         self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(_CONNECTION_ENDED)
         self._socket.connect(address)
         self._tasks = (
@@ -99,6 +103,8 @@ class NodeClient(NodeCalls):
     async def _watch_connection(self) -> None:
         event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
         reason = "cannot connect" if event == zmq.EVENT_CLOSED else "connection lost"
+        if event & HANDSHAKE_FAILED:
+            reason = NOT_OF_THE_CLUSTER
         if not self._ended:
             self._end(reason)
             self._on_lost(reason)

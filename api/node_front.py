@@ -27,6 +27,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..messages.kv_layout import KVLayout
+from ..messages.link_guard import LinkKeys
 from ..messages.node import ModelInfo, NodeEntry, Pong
 from ..messages.operation import CloseSession, ClusterOperation, ContinueGeneration, PauseGeneration
 from ..messages.weights import (
@@ -97,10 +98,11 @@ _STARTED_UNIX_S = int(time.time())
 class SchedulerLink:
     """The connection to the scheduler, made again while it is not there, and what it said last."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+    def __init__(self, context: zmq.asyncio.Context, address: str, keys: LinkKeys | None = None) -> None:
         self._context = context
         self._address = address
-        self._client = NodeClient(context, address)
+        self._keys = keys
+        self._client = NodeClient(context, address, keys=keys)
         self._answered_at_s = float("-inf")
         self._lost_at_s: float | None = None
         self.pong: Pong | None = None
@@ -122,7 +124,7 @@ class SchedulerLink:
         """None when the scheduler does not answer; then the link is ready to try again."""
         if self._client.is_lost:
             await self._client.close()
-            self._client = NodeClient(self._context, self._address)
+            self._client = NodeClient(self._context, self._address, keys=self._keys)
         try:
             self.pong = await self._client.ping(PING_TIMEOUT_S)
         except NodeUnavailableError as error:
@@ -522,7 +524,7 @@ async def serve_node_front(
     """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers."""
     stop = stop or asyncio.Event()
     context = zmq.asyncio.Context()
-    link = SchedulerLink(context, zmq_address)
+    link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret))
     registrar = Registrar(url, router_urls, keys.first)
     weights = WeightRoutes(NodeWeights(link, url, HttpEntryLookup(keys.first)), Limits(), is_node=True)
     operator = NodeOperator(link, url)

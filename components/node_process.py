@@ -41,6 +41,7 @@ from ..engine.tensor_parallel import Shard, check_divides
 from ..engine.weight_file import require_memory
 from ..engine.weights import tensor_shapes
 from ..messages.kv_layout import KVLayout
+from ..messages.link_guard import LinkKeys
 from ..messages.memory_region import MemoryRegion
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
 from ..messages.peer import PROTOCOL_VERSION, PeerIdentity
@@ -403,7 +404,13 @@ def start_node(
     metrics = MetricsReporter(config.served_model_name, config.role)
     metrics.include_process()
     kind = TransferKind(backend.name, backend.transport)
-    puller = WeightPuller(kind, Inboxes(make_backend), available_memory_bytes, metrics.count_pull)
+    puller = WeightPuller(
+        kind,
+        Inboxes(make_backend),
+        available_memory_bytes,
+        metrics.count_pull,
+        LinkKeys.of(config.cluster_secret),
+    )
     outbox = WeightOutbox(kind, make_backend)
     waiter = Waiter()
     waiter.add(server)

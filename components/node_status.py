@@ -44,7 +44,7 @@ class NodeStatus:
         self._config = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
         }
-        for secret in ("api_key", "admin_api_key"):
+        for secret in ("api_key", "admin_api_key", "cluster_secret"):
             self._config.pop(secret)
 
     def shown(self, identity: PeerIdentity) -> PeerIdentity:

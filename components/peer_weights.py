@@ -21,6 +21,7 @@ import msgspec
 import zmq
 
 from ..messages.channel import ClientChannel
+from ..messages.link_guard import LinkKeys
 from ..messages.malformed import MalformedMessage
 from ..messages.node import CallReply, NodeToClient
 from ..messages.weights import (
@@ -59,8 +60,10 @@ class WeightPuller:
         inboxes: Inboxes,
         available_bytes: Callable[[], int],
         count: Callable[[str, int, float], None],
+        link_keys: LinkKeys | None = None,
     ) -> None:
         self._kind = kind
+        self._link_keys = link_keys
         self._inboxes = inboxes
         self._available_bytes = available_bytes
         self._count = count
@@ -69,7 +72,7 @@ class WeightPuller:
         """The weights that the peer serves now, as a safetensors file. Blocks. Raises StartupError, also when
         they are those of another update than the one that `source` names."""
         started = time.monotonic()
-        with _peer_link(source.zmq_address) as link:
+        with _peer_link(source.zmq_address, self._link_keys) as link:
             link.send(OpenWeights(call_id=0))
             image = link.wait(WeightImageReply, _OPEN_S)
             wanted = (source.update_id, source.fingerprint)
@@ -170,10 +173,10 @@ def _take_written(file: StagedFile, image: WeightImageReply, inbox: Inbox, link:
 
 
 @contextmanager
-def _peer_link(address: str) -> Iterator[_PeerLink]:
+def _peer_link(address: str, keys: LinkKeys | None) -> Iterator[_PeerLink]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        link = _PeerLink(context, address)
+        link = _PeerLink(context, address, keys)
     except zmq.ZMQError as error:
         context.term()
         raise StartupError(f"{address} is no address of a node: {error}") from error
@@ -185,8 +188,8 @@ def _peer_link(address: str) -> Iterator[_PeerLink]:
 
 
 class _PeerLink:
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-        self._channel: ClientChannel[NodeToClient] = ClientChannel(context, address, NodeToClient)
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: LinkKeys | None) -> None:
+        self._channel: ClientChannel[NodeToClient] = ClientChannel(context, address, NodeToClient, keys)
         self._arrived: deque[NodeToClient | MalformedMessage] = deque()
         self._poller = zmq.Poller()
         self._poller.register(self._channel.socket, zmq.POLLIN)

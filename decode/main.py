@@ -16,6 +16,7 @@ from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..messages.channel import ServerChannel
+from ..messages.link_guard import LinkKeys
 from ..messages.node import AttemptFailed, ClientToNode, TokenOutputs
 from ..runtime.config import NodeConfig
 from ..transfer.decode_rooms import DecodeRooms
@@ -33,7 +34,8 @@ from .settings import decode_settings
 def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "") -> int:
     """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode)
+    link_keys = LinkKeys.of(config.cluster_secret)
+    server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode, link_keys)
     node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = PrefixCache(allocator, config.page_size)
@@ -72,7 +74,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     scheduler = DecodeScheduler(
         receiver=RequestReceiver(server),
         send=server.send,
-        links=PeerLinks(context, node.waiter),
+        links=PeerLinks(context, node.waiter, link_keys),
         death_probe=death_probe,
         rooms=DecodeRooms(node.identity, node.regions, node.num_pages),
         allocator=allocator,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import zmq
 
 from ..messages.channel import ClientChannel
+from ..messages.link_guard import LinkKeys
 from ..messages.malformed import MalformedMessage
 from ..messages.peer import PeerToDecode, PeerToPrefill
 from ..runtime.waiting import Waiter
@@ -32,8 +33,11 @@ class _Link:
 class PeerLinks:
     """Does what DecodeRooms asks for, and reads what comes."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], waiter: Waiter) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], waiter: Waiter, keys: LinkKeys | None = None
+    ) -> None:
         self._context = context
+        self._keys = keys
         self._waiter = waiter
         self._links: dict[str, _Link] = {}
         self._unopened: dict[str, int] = {}  # address -> epoch of a link that could not be made at all
@@ -42,7 +46,9 @@ class PeerLinks:
         """Connect. What is no address, as anyone may register one, is a link that goes down at once."""
         self.close(address)
         try:
-            channel: ClientChannel[PeerToDecode] = ClientChannel(self._context, address, PeerToDecode)
+            channel: ClientChannel[PeerToDecode] = ClientChannel(
+                self._context, address, PeerToDecode, self._keys
+            )
         except zmq.ZMQError as error:
             _log.warning("cannot connect to %r: %s", address, error)
             self._unopened[address] = epoch

@@ -7,6 +7,7 @@ so no message of an old epoch can arrive on it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
@@ -15,8 +16,10 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from .codec import Codec
+from .link_guard import HANDSHAKE_FAILED, NOT_OF_THE_CLUSTER, LinkGuard, LinkKeys
 from .malformed import MalformedMessage, malformed
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -32,10 +35,15 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
 
 
 class ServerChannel(Generic[T]):
-    """The ROUTER socket that a node binds."""
+    """The ROUTER socket that a node binds. With keys, the context has one such socket alone."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, receives: object
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        host: str,
+        port: int,
+        receives: object,
+        keys: LinkKeys | None = None,
     ) -> None:
         """Binds ``tcp://host:port`` (0: any free port). Raises zmq.ZMQError when it is taken."""
         self._codec: Codec[T] = Codec(receives)
@@ -43,6 +51,10 @@ class ServerChannel(Generic[T]):
         _configure(self.socket)
         # Without it a message to a client that has left would vanish unnoticed.
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._guard: LinkGuard | None = None
+        if keys is not None:
+            keys.secure_server(self.socket)
+            self._guard = LinkGuard(context, keys, self.socket)
         if port:
             self.socket.bind(f"tcp://{host}:{port}")
             self.port = port
@@ -73,13 +85,21 @@ class ServerChannel(Generic[T]):
         return True
 
     def close(self) -> None:
+        if self._guard is not None:
+            self._guard.close()
         self.socket.close()
 
 
 class ClientChannel(Generic[T]):
     """One DEALER connection to a node: one epoch. ``lost`` turns true once and for ever."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, receives: object) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        receives: object,
+        keys: LinkKeys | None = None,
+    ) -> None:
         """Raises zmq.ZMQError for what is no address."""
         self._codec: Codec[T] = Codec(receives)
         self.address = address
@@ -87,13 +107,12 @@ class ClientChannel(Generic[T]):
         self.connected = False
         self.socket = context.socket(zmq.DEALER)
         _configure(self.socket)
+        if keys is not None:
+            keys.secure_client(self.socket)
         self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self.socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)
         self.monitor: zmq.Socket[Any] = self.socket.get_monitor_socket(
-            zmq.EVENT_CONNECTED
-            | zmq.EVENT_DISCONNECTED
-            | zmq.EVENT_CLOSED
-            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | HANDSHAKE_FAILED
         )
         try:
             self.socket.connect(address)
@@ -120,6 +139,8 @@ class ClientChannel(Generic[T]):
                 self.connected = True
             else:
                 self.lost = True
+                if event & HANDSHAKE_FAILED:
+                    _log.warning("%s: %s", self.address, NOT_OF_THE_CLUSTER)
 
     def send(self, message: msgspec.Struct) -> None:
         """A message to a lost node is dropped: its epoch has ended."""

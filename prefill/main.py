@@ -15,6 +15,7 @@ from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
 from ..messages.channel import ServerChannel
+from ..messages.link_guard import LinkKeys
 from ..messages.memory_region import MemoryRegion
 from ..runtime.config import NodeConfig
 from ..transfer.page_digests import DigestWorker
@@ -37,7 +38,8 @@ def _transfer_addresses(regions: Sequence[MemoryRegion]) -> tuple[str, ...]:
 def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = "") -> int:
     """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    server: ServerChannel[ToPrefill] = ServerChannel(context, config.host, 0, ToPrefill)
+    link_keys = LinkKeys.of(config.cluster_secret)
+    server: ServerChannel[ToPrefill] = ServerChannel(context, config.host, 0, ToPrefill, link_keys)
     node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)

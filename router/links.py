@@ -12,6 +12,7 @@ import zmq.asyncio
 
 from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..api.node_client import NodeClient
+from ..messages.link_guard import LinkKeys
 
 
 class Connector(Protocol):
@@ -26,13 +27,14 @@ class Connector(Protocol):
 
 
 class ZmqConnector:
-    def __init__(self, context: zmq.asyncio.Context) -> None:
+    def __init__(self, context: zmq.asyncio.Context, keys: LinkKeys | None = None) -> None:
         self._context = context
+        self._keys = keys
 
     def __call__(
         self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
     ) -> NodeCalls:
         try:
-            return NodeClient(self._context, address, on_stream=on_stream, on_lost=on_lost)
+            return NodeClient(self._context, address, keys=self._keys, on_stream=on_stream, on_lost=on_lost)
         except zmq.ZMQError as error:
             raise NodeUnavailableError(f"cannot connect to {address!r}: {error}") from error

@@ -23,6 +23,7 @@ from ..api.timelines import Timelines
 from ..api.tokenization import Tokenizer
 from ..api.validation import GenerationDefaults
 from ..engine.model_config import ModelConfig, read_vocabulary_digest
+from ..messages.link_guard import LinkKeys
 from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
@@ -77,7 +78,7 @@ async def _serve(
             force_stream_interval=config.force_stream_interval,
         ),
         model=card,
-        connect=ZmqConnector(context),
+        connect=ZmqConnector(context, LinkKeys.of(config.cluster_secret)),
         lookup=HttpEntryLookup(config.keys.first),
         static_urls=(*config.prefill, *config.decode),
         metrics_registry=registry,

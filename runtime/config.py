@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
+from .cluster_secret import given_secret
 from .errors import StartupError
 from .logs import LEVELS
 from .process import AccessKeys, usable_cores
@@ -77,6 +78,12 @@ FLAGS: tuple[Flag, ...] = (
          help="accepted bearer token; repeatable (default: none, everyone may ask)"),
     Flag(names=("--admin-api-key",), roles=_ALL, default="",
          help="the only bearer token for the admin routes; without one they are served on loopback alone"),
+    Flag(names=("--cluster-secret-file",), roles=_ALL, default="",
+         help="file with the secret that all processes of a cluster share (or PDSERVE_CLUSTER_SECRET holds "
+              "it); `up` makes one. Without one a cluster is for loopback alone"),
+    Flag(names=("--insecure-cluster",), roles=_ALL, kind=bool, default=False,
+         help="listen on other addresses without a cluster secret: whoever reaches them can join, read "
+              "prompts and weights, and replace them"),
     Flag(names=("--dtype",), roles=_NODES, default="auto",
          choices=("auto", "float32", "bfloat16", "float16"),
          help="of weights and KV cache; auto: the checkpoint's, or float32 where the processor lacks it"),
@@ -186,6 +193,8 @@ class RouterConfig:
     port: int | None  # None: the role's own, or the next free one
     api_key: tuple[str, ...]
     admin_api_key: str
+    cluster_secret: str
+    insecure_cluster: bool
     max_model_len: int | None
     prefill: tuple[str, ...]
     decode: tuple[str, ...]
@@ -209,7 +218,7 @@ class RouterConfig:
 
     @property
     def keys(self) -> AccessKeys:
-        return AccessKeys(self.api_key, self.admin_api_key)
+        return AccessKeys(self.api_key, self.admin_api_key, self.cluster_secret)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +233,8 @@ class NodeConfig:
     advertise_host: str
     api_key: tuple[str, ...]
     admin_api_key: str
+    cluster_secret: str
+    insecure_cluster: bool
     dtype: str
     deterministic: bool
     max_model_len: int | None
@@ -255,7 +266,7 @@ class NodeConfig:
 
     @property
     def keys(self) -> AccessKeys:
-        return AccessKeys(self.api_key, self.admin_api_key)
+        return AccessKeys(self.api_key, self.admin_api_key, self.cluster_secret)
 
 
 def add_flags(parser: argparse.ArgumentParser, roles: frozenset[str]) -> None:
@@ -472,7 +483,7 @@ def _check_key(flag: str, key: str) -> None:
 
 def router_config(given: Mapping[str, Any]) -> RouterConfig:
     values = resolve("router", given)
-    return RouterConfig(**_filled(values, "router", RouterConfig))
+    return RouterConfig(**_filled(values, given, "router", RouterConfig))
 
 
 def node_config(role: Literal["prefill", "decode"], given: Mapping[str, Any]) -> NodeConfig:
@@ -491,11 +502,15 @@ def node_config(role: Literal["prefill", "decode"], given: Mapping[str, Any]) ->
     if values["num_threads"] is None:
         # A node started by hand does not know its neighbours; one prefill and one decode is the usual pair.
         values["num_threads"] = max(1, usable_cores() // 2)
-    return NodeConfig(**_filled(values, role, NodeConfig))
+    return NodeConfig(**_filled(values, given, role, NodeConfig))
 
 
-def _filled(values: Mapping[str, Any], role: str, config_type: type) -> dict[str, Any]:
+def _filled(
+    values: Mapping[str, Any], given: Mapping[str, Any], role: str, config_type: type
+) -> dict[str, Any]:
+    """`given` may hold a `cluster_secret` that the parent process handed over."""
     filled = dict(values)
+    filled["cluster_secret"] = given.get("cluster_secret") or given_secret(values["cluster_secret_file"])
     is_shipped = values["model"] == str(SHIPPED_MODEL)
     path_as_given = SHIPPED_MODEL.name if is_shipped else values["model"]
     filled["served_model_name"] = values["served_model_name"] or path_as_given

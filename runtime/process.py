@@ -27,10 +27,14 @@ _KEYS_VARIABLE = "PDSERVE_KEYS"
 
 @dataclass(frozen=True, slots=True, repr=False)
 class AccessKeys:
-    """Who may ask over HTTP: bearer tokens for everything but the admin routes, and the one for those too."""
+    """Who may ask over HTTP: bearer tokens for everything but the admin routes, and the one for those too.
+
+    `cluster_secret`: what processes of one cluster know each other by; empty if they have none.
+    """
 
     api: tuple[str, ...] = ()
     admin: str = ""
+    cluster_secret: str = ""
 
     @property
     def first(self) -> str:
@@ -102,7 +106,7 @@ def spawn(
 def handed_keys() -> AccessKeys:
     """The keys that our parent gave to `spawn`; they are taken out of the environment."""
     given = json.loads(os.environ.pop(_KEYS_VARIABLE, "{}"))
-    return AccessKeys(tuple(given.get("api", ())), given.get("admin", ""))
+    return AccessKeys(tuple(given.get("api", ())), given.get("admin", ""), given.get("cluster_secret", ""))
 
 
 class LastWords:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.cluster_secret import SECRET_VARIABLE, new_secret
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.tests.e2e.helpers import clean_cluster
 from pdserve.tests.e2e.reference import Reference
@@ -17,6 +19,9 @@ from pdserve.tests.e2e.reference import Reference
 # small chunks, so that prompts of the tests have several.
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
 FLAGS += ["--enable-return-hidden-states"]
+
+# One secret for every process of a test, also for those that join a cluster by hand.
+os.environ.setdefault(SECRET_VARIABLE, new_secret())
 
 
 @pytest.fixture(scope="session")

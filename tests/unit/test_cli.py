@@ -390,3 +390,11 @@ def test_a_node_that_fails_after_its_front_was_started_takes_it_along(tmp_path: 
         if (front.info["cmdline"] or [])[-2:] == ["--parent-pid", str(process.pid)]
     ]
     assert fronts == []
+
+
+@pytest.mark.parametrize("command", ["router", "prefill", "decode"])
+def test_other_hosts_may_come_with_a_secret_only(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    said = failure(capsys, command, "--host", "0.0.0.0", "--port", "0")
+    assert "--host 0.0.0.0" in said
+    assert "--cluster-secret-file" in said
+    assert "--insecure-cluster" in said

@@ -44,7 +44,10 @@ SECRET = "secret-token"
 
 @pytest.fixture
 def status() -> NodeStatus:
-    config = node_config("decode", {"api_key": [SECRET], "router": ["http://r:1"], "model": "/models/tiny"})
+    config = node_config(
+        "decode",
+        {"api_key": [SECRET], "cluster_secret": SECRET, "router": ["http://r:1"], "model": "/models/tiny"},
+    )
     return NodeStatus(ENTRY, MODEL, config, LAYOUT, "tcp", RANKS)
 
 
@@ -54,7 +57,7 @@ def test_server_info_has_every_flag_but_the_secrets(status: NodeStatus) -> None:
     assert (info.kv_layout, info.transport, info.ranks) == (LAYOUT, "tcp", RANKS)
     assert info.config["router"] == ["http://r:1"]
     names = {field.name for field in dataclasses.fields(node_config("decode", {}))}
-    assert set(info.config) == names - {"api_key", "admin_api_key"}
+    assert set(info.config) == names - {"api_key", "admin_api_key", "cluster_secret"}
     assert SECRET.encode() not in msgspec.json.encode(info)
 
 
