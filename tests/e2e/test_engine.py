@@ -158,7 +158,7 @@ def test_streams_go_on_after_a_pause_as_if_there_had_been_none(
 
 def test_a_refused_request_names_the_parameter(engine: Engine) -> None:
     with pytest.raises(RequestError, match="max_new_tokens") as caught:
-        engine.generate("x", {"max_new_tokens": 0})
+        engine.generate("x", {"max_new_tokens": -1})
     assert (caught.value.status, caught.value.param) == (400, "max_new_tokens")
 
 
