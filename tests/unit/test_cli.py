@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from pdserve import cli
+from pdserve.runtime.cluster_secret import SECRET_VARIABLE
 from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, add_flags
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
@@ -27,8 +28,9 @@ COMMANDS = ("up", "router", "prefill", "decode", "bench", "doctor")
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_was(logging_as_it_was: None) -> Iterator[None]:
-    """Commands configure logging and take signals; pytest gets its own back."""
+def process_as_it_was(logging_as_it_was: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands configure logging and take signals; pytest gets its own back. Its timeouts come by SIGALRM."""
+    monkeypatch.setattr(cli, "ignore_stray_signals", lambda: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
@@ -393,7 +395,10 @@ def test_a_node_that_fails_after_its_front_was_started_takes_it_along(tmp_path: 
 
 
 @pytest.mark.parametrize("command", ["router", "prefill", "decode"])
-def test_other_hosts_may_come_with_a_secret_only(capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_other_hosts_may_come_with_a_secret_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
     said = failure(capsys, command, "--host", "0.0.0.0", "--port", "0")
     assert "--host 0.0.0.0" in said
     assert "--cluster-secret-file" in said
