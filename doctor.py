@@ -14,10 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
+import zmq
 
+from .messages.link_guard import NO_CURVE
+from .runtime.cluster_secret import SECRET_VARIABLE, given_secret
 from .runtime.cpu_features import native_dtypes
 from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
@@ -49,6 +53,7 @@ def run_doctor(urls: Sequence[str], api_key: str = "") -> int:
     _print("Transports", transports)
     _print("Kernels", kernels)
     _print("Devices", check_devices())
+    _print("Links between processes", check_links())
     _print("Listening (pdserve processes on this host)", listening_sockets())
     for url in urls:
         _print(url, [ask_server(url, api_key)])
@@ -143,6 +148,27 @@ def check_devices() -> Iterator[Finding]:
         yield Finding(f"gpu {index}", True, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
 
 
+def check_links() -> Iterator[Finding]:
+    """What keeps strangers off the zmq links of the processes that are started in this environment."""
+    if zmq.has("curve"):
+        yield Finding("CURVE", True, f"libzmq {zmq.zmq_version()}")
+    else:
+        yield Finding("CURVE", False, NO_CURVE)
+    try:
+        secret = given_secret("")
+    except StartupError as error:
+        yield Finding("cluster secret", False, str(error))
+        return
+    if secret:
+        yield Finding("cluster secret", True, f"in {SECRET_VARIABLE}")
+    else:
+        detail = (
+            f"none in {SECRET_VARIABLE}: routers and nodes that are not given one listen on loopback only"
+        )
+        mend = "for other hosts: openssl rand -hex 32 > FILE, and --cluster-secret-file FILE on all of them"
+        yield Finding("cluster secret", False, detail, mend)
+
+
 def listening_sockets() -> Iterator[Finding]:
     """Every TCP port that a pdserve process of this host listens on."""
     for process in psutil.process_iter(["pid", "cmdline"]):
@@ -162,7 +188,9 @@ def listening_sockets() -> Iterator[Finding]:
                 address, port = connection.laddr[:2]
                 is_open = address in ("0.0.0.0", "::")
                 detail = f"{role} listens on {address}:{port}" + (" (every interface)" if is_open else "")
-                yield Finding(f"pid {process.pid}", True, detail)
+                is_guarded = "--insecure-cluster" not in command or ip_address(address).is_loopback
+                mend = "" if is_guarded else "--insecure-cluster lets strangers in: give a cluster secret"
+                yield Finding(f"pid {process.pid}", is_guarded, detail, mend)
 
 
 def _role(command: Sequence[str]) -> str | None:

@@ -50,7 +50,7 @@ class NodeClient(NodeCalls):
         context: zmq.asyncio.Context,
         address: str,
         *,
-        keys: LinkKeys | None = None,
+        keys: LinkKeys | None,
         on_stream: Callable[[StreamMessage], None] = _ignore_stream,
         on_lost: Callable[[str], None] = _ignore_loss,
     ) -> None:

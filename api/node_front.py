@@ -98,7 +98,7 @@ _STARTED_UNIX_S = int(time.time())
 class SchedulerLink:
     """The connection to the scheduler, made again while it is not there, and what it said last."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, keys: LinkKeys | None = None) -> None:
+    def __init__(self, context: zmq.asyncio.Context, address: str, keys: LinkKeys | None) -> None:
         self._context = context
         self._address = address
         self._keys = keys

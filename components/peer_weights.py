@@ -60,7 +60,7 @@ class WeightPuller:
         inboxes: Inboxes,
         available_bytes: Callable[[], int],
         count: Callable[[str, int, float], None],
-        link_keys: LinkKeys | None = None,
+        link_keys: LinkKeys | None,
     ) -> None:
         self._kind = kind
         self._link_keys = link_keys
@@ -189,7 +189,7 @@ def _peer_link(address: str, keys: LinkKeys | None) -> Iterator[_PeerLink]:
 
 class _PeerLink:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: LinkKeys | None) -> None:
-        self._channel: ClientChannel[NodeToClient] = ClientChannel(context, address, NodeToClient, keys)
+        self._channel: ClientChannel[NodeToClient] = ClientChannel(context, address, NodeToClient, keys=keys)
         self._arrived: deque[NodeToClient | MalformedMessage] = deque()
         self._poller = zmq.Poller()
         self._poller.register(self._channel.socket, zmq.POLLIN)

@@ -35,7 +35,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link_keys = LinkKeys.of(config.cluster_secret)
-    server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode, link_keys)
+    server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode, keys=link_keys)
     node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = PrefixCache(allocator, config.page_size)

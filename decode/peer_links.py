@@ -34,7 +34,7 @@ class PeerLinks:
     """Does what DecodeRooms asks for, and reads what comes."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], waiter: Waiter, keys: LinkKeys | None = None
+        self, context: zmq.Context[zmq.Socket[bytes]], waiter: Waiter, keys: LinkKeys | None
     ) -> None:
         self._context = context
         self._keys = keys
@@ -47,7 +47,7 @@ class PeerLinks:
         self.close(address)
         try:
             channel: ClientChannel[PeerToDecode] = ClientChannel(
-                self._context, address, PeerToDecode, self._keys
+                self._context, address, PeerToDecode, keys=self._keys
             )
         except zmq.ZMQError as error:
             _log.warning("cannot connect to %r: %s", address, error)

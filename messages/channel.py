@@ -43,7 +43,8 @@ class ServerChannel(Generic[T]):
         host: str,
         port: int,
         receives: object,
-        keys: LinkKeys | None = None,
+        *,
+        keys: LinkKeys | None,
     ) -> None:
         """Binds ``tcp://host:port`` (0: any free port). Raises zmq.ZMQError when it is taken."""
         self._codec: Codec[T] = Codec(receives)
@@ -98,7 +99,8 @@ class ClientChannel(Generic[T]):
         context: zmq.Context[zmq.Socket[bytes]],
         address: str,
         receives: object,
-        keys: LinkKeys | None = None,
+        *,
+        keys: LinkKeys | None,
     ) -> None:
         """Raises zmq.ZMQError for what is no address."""
         self._codec: Codec[T] = Codec(receives)

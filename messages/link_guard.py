@@ -17,6 +17,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 from ..runtime.cluster_secret import derived_key
+from ..runtime.errors import StartupError
 
 _log = logging.getLogger(__name__)
 _Socket: TypeAlias = zmq.Socket[Any]
@@ -30,13 +31,17 @@ HANDSHAKE_FAILED = (
 NOT_OF_THE_CLUSTER = (
     "the handshake failed: it has another cluster secret, or only one of the two sides has one"
 )
+NO_CURVE = (
+    f"libzmq {zmq.zmq_version()} was built without CURVE, so no cluster secret can guard a link; "
+    "`pip install --force-reinstall pyzmq` installs the wheel, which has it"
+)
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"  # where libzmq asks, by its specification 27
 _TELL_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class LinkKeys:
-    """CURVE key pairs, as Z85 text."""
+    """CURVE key pairs, as Z85 text. Who makes a link says which; None for one that anybody may open."""
 
     server_public: bytes
     server_secret: bytes
@@ -45,9 +50,11 @@ class LinkKeys:
 
     @classmethod
     def of(cls, cluster_secret: str) -> LinkKeys | None:
-        """None for an empty secret: links that anybody may open."""
+        """None for an empty secret. Raises StartupError where libzmq cannot do CURVE."""
         if not cluster_secret:
             return None
+        if not zmq.has("curve"):
+            raise StartupError(NO_CURVE)
         server, client = (
             z85.encode(derived_key(cluster_secret, f"{side} link")) for side in ("server", "client")
         )

@@ -39,7 +39,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
     """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link_keys = LinkKeys.of(config.cluster_secret)
-    server: ServerChannel[ToPrefill] = ServerChannel(context, config.host, 0, ToPrefill, link_keys)
+    server: ServerChannel[ToPrefill] = ServerChannel(context, config.host, 0, ToPrefill, keys=link_keys)
     node = start_node(config, listener, server.socket, server.port, incarnation)
     allocator = PageAllocator(node.num_pages)
     cache = None if config.disable_prefix_cache else PrefixCache(allocator, config.page_size)

@@ -27,7 +27,7 @@ class Connector(Protocol):
 
 
 class ZmqConnector:
-    def __init__(self, context: zmq.asyncio.Context, keys: LinkKeys | None = None) -> None:
+    def __init__(self, context: zmq.asyncio.Context, keys: LinkKeys | None) -> None:
         self._context = context
         self._keys = keys
 

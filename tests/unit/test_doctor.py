@@ -14,9 +14,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import zmq
 
 from pdserve import doctor
 from pdserve.doctor import Finding
+from pdserve.runtime.cluster_secret import SECRET_VARIABLE
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
 from pdserve.tests.http_server import serving
@@ -113,6 +115,37 @@ def test_shm_needs_a_folder_that_can_be_written(monkeypatch: pytest.MonkeyPatch)
     assert (finding.is_good, finding.mend) == (False, "mount a tmpfs there")
 
 
+# ---- links between processes ----------------------------------------------------------------------------
+
+
+def test_the_secret_of_this_environment_is_told_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, "s" * 64)
+    curve, secret = doctor.check_links()
+    assert (curve.name, curve.is_good) == ("CURVE", True)
+    assert secret == Finding("cluster secret", True, f"in {SECRET_VARIABLE}")
+
+
+def test_without_a_secret_only_this_host_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
+    _, secret = doctor.check_links()
+    assert not secret.is_good
+    assert "listen on loopback only" in secret.detail
+    assert "--cluster-secret-file FILE" in secret.mend
+
+
+def test_a_secret_that_could_be_guessed_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, "secret")
+    _, secret = doctor.check_links()
+    assert (secret.is_good, secret.detail.startswith(f"{SECRET_VARIABLE}: 32 to ")) == (False, True)
+
+
+def test_a_libzmq_without_curve_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq, "has", lambda capability: capability != "curve")
+    curve, _ = doctor.check_links()
+    assert not curve.is_good
+    assert "was built without CURVE" in curve.detail
+
+
 # ---- the report ---------------------------------------------------------------------------------------
 
 
@@ -168,10 +201,11 @@ sys.stdin.read()
 """
 
 
-def test_sockets_of_a_running_node_are_found() -> None:
+@pytest.mark.parametrize("flags", [[], ["--insecure-cluster"]])
+def test_sockets_of_a_running_node_are_found(flags: list[str]) -> None:
     # Its command line ends like a decode node's: that is all that tells it.
     with subprocess.Popen(
-        [sys.executable, "-S", "-c", LISTENER, "-m", "pdserve", "decode"],
+        [sys.executable, "-S", "-c", LISTENER, "-m", "pdserve", "decode", *flags],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -184,6 +218,10 @@ def test_sockets_of_a_running_node_are_found() -> None:
         f"decode listens on 0.0.0.0:{everywhere} (every interface)",
         f"decode listens on 127.0.0.1:{loopback}",
     ]
+    open_to_strangers = [finding.detail for finding in found if not finding.is_good]
+    assert open_to_strangers == (
+        [f"decode listens on 0.0.0.0:{everywhere} (every interface)"] if flags else []
+    )
 
 
 # ---- a server that is asked ---------------------------------------------------------------------------

@@ -97,6 +97,30 @@ def test_a_pickle_would_be_noticed(code: str) -> None:
     assert loads_code(ast.parse(code))
 
 
+def makes_zmq_socket(tree: ast.AST) -> bool:
+    """`context.socket(zmq.DEALER)` and the like."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="socket"), args=[ast.Attribute(value=ast.Name("zmq")), *_]):
+                return True
+    return False
+
+
+def test_zmq_sockets_are_made_where_they_take_the_clusters_keys() -> None:
+    """Each of these demands keys of whoever makes a link; the guard's own sockets are in-process."""
+    makers = {"api/node_client.py", "messages/channel.py", "messages/link_guard.py"}
+    found = {path for path in sources() if makes_zmq_socket(ast.parse(path.read_text()))}
+    assert {str(path.relative_to(ROOT)) for path in found} == makers
+    for path in found:
+        assert ".secure_" in path.read_text() or "_ZAP_ADDRESS" in path.read_text()
+
+
+@pytest.mark.parametrize("code", ["context.socket(zmq.DEALER)", "zmq.Context.instance().socket(zmq.PULL)"])
+def test_a_zmq_socket_elsewhere_would_be_noticed(code: str) -> None:
+    assert makes_zmq_socket(ast.parse(code))
+    assert not makes_zmq_socket(ast.parse("socket.socket(socket.AF_INET)"))
+
+
 def test_no_path_of_this_checkout_is_committed() -> None:
     found = subprocess.run(
         ["git", "-c", f"safe.directory={ROOT}", "grep", "-I", "-l", "-F", str(ROOT)],

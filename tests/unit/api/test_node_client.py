@@ -31,7 +31,7 @@ async def scheduler(context: zmq.asyncio.Context) -> AsyncIterator[FakeScheduler
 
 @pytest_asyncio.fixture
 async def client(context: zmq.asyncio.Context, scheduler: FakeScheduler) -> AsyncIterator[NodeClient]:
-    client = NodeClient(context, scheduler.address)
+    client = NodeClient(context, scheduler.address, keys=None)
     yield client
     await client.close()
 
@@ -54,7 +54,7 @@ async def test_weights(client: NodeClient, scheduler: FakeScheduler) -> None:
 
 async def test_output_comes_in_order(context: zmq.asyncio.Context, scheduler: FakeScheduler) -> None:
     received: list[StreamMessage] = []
-    client = NodeClient(context, scheduler.address, on_stream=received.append)
+    client = NodeClient(context, scheduler.address, keys=None, on_stream=received.append)
     client.send(CancelRequest(request_id="r", attempt=1))
     await eventually(lambda: len(scheduler.received) == 1)
     sent: list[StreamMessage] = [
@@ -89,7 +89,7 @@ async def test_a_lost_connection_is_told_once_and_ends_calls(
     context: zmq.asyncio.Context, scheduler: FakeScheduler
 ) -> None:
     lost: list[str] = []
-    client = NodeClient(context, scheduler.address, on_lost=lost.append)
+    client = NodeClient(context, scheduler.address, keys=None, on_lost=lost.append)
     await client.ping()
     scheduler.is_silent = True
     call = asyncio.create_task(client.ping(30.0))
@@ -107,7 +107,7 @@ async def test_a_lost_connection_is_told_once_and_ends_calls(
 
 async def test_a_node_that_is_not_there_is_lost_at_once(context: zmq.asyncio.Context) -> None:
     lost: list[str] = []
-    client = NodeClient(context, "tcp://127.0.0.1:1", on_lost=lost.append)
+    client = NodeClient(context, "tcp://127.0.0.1:1", keys=None, on_lost=lost.append)
     with pytest.raises(NodeUnavailableError, match="cannot connect"):
         await client.ping(10.0)
     assert lost == ["cannot connect"]
@@ -118,7 +118,7 @@ async def test_closing_ends_calls_without_a_loss(
     context: zmq.asyncio.Context, scheduler: FakeScheduler
 ) -> None:
     lost: list[str] = []
-    client = NodeClient(context, scheduler.address, on_lost=lost.append)
+    client = NodeClient(context, scheduler.address, keys=None, on_lost=lost.append)
     scheduler.is_silent = True
     call = asyncio.create_task(client.ping(30.0))
     await eventually(lambda: len(scheduler.received) == 1)

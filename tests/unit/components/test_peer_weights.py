@@ -130,6 +130,7 @@ class Node:
             Inboxes(self.make_backend or engine(self.kind), slot_bytes=SLOT_BYTES),
             lambda: self.available_bytes,
             lambda over, num_bytes, duration_s: self.counted.append((over, num_bytes)),
+            link_keys=None,
         )
 
     def pull(self, source: FromPeer) -> StagedFile:
@@ -587,7 +588,7 @@ def test_nobody_there_and_no_address(node: Node) -> None:
 
 def test_another_kind_of_answer_is_no_weights(node: Node) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    server: ServerChannel[ClientToNode] = ServerChannel(context, "127.0.0.1", 0, ClientToNode)
+    server: ServerChannel[ClientToNode] = ServerChannel(context, "127.0.0.1", 0, ClientToNode, keys=None)
 
     def answer() -> None:
         server.socket.poll()

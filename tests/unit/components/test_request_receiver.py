@@ -22,7 +22,9 @@ class Bench:
     """A receiver and one client, over a real socket."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], max_per_step: int) -> None:
-        self.server: ServerChannel[ClientToNode] = ServerChannel(context, "127.0.0.1", 0, ClientToNode)
+        self.server: ServerChannel[ClientToNode] = ServerChannel(
+            context, "127.0.0.1", 0, ClientToNode, keys=None
+        )
         self.receiver: RequestReceiver[ClientToNode] = RequestReceiver(self.server, max_per_step)
         self.client = context.socket(zmq.DEALER)
         self.client.connect(f"tcp://127.0.0.1:{self.server.port}")

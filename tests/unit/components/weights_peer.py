@@ -78,7 +78,9 @@ class WeightsServer:
         self._outbox = outbox
         self._left = serves
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._server: ServerChannel[ClientToNode] = ServerChannel(self._context, "127.0.0.1", 0, ClientToNode)
+        self._server: ServerChannel[ClientToNode] = ServerChannel(
+            self._context, "127.0.0.1", 0, ClientToNode, keys=None
+        )
         self.address = FromPeer(zmq_address=f"tcp://127.0.0.1:{self._server.port}")
         self._stop = threading.Event()
 
@@ -139,7 +141,9 @@ def pull(kind: TransferKind, address: str) -> None:
 
     Inbox.slot = frozen  # type: ignore[method-assign]
     inboxes = Inboxes(lambda: create_backend(kind.backend, kind.transport, "127.0.0.1"), slot_bytes=1 << 20)
-    puller = WeightPuller(kind, inboxes, lambda: 1 << 40, lambda over, num_bytes, duration_s: None)
+    puller = WeightPuller(
+        kind, inboxes, lambda: 1 << 40, lambda over, num_bytes, duration_s: None, link_keys=None
+    )
     puller.pull(FromPeer(zmq_address=address)).close()
     print("pulled", flush=True)
 

@@ -25,7 +25,9 @@ class Peer:
     """A prefill node's bound socket, with one connection to it."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], links: PeerLinks, epoch: int) -> None:
-        self.server: ServerChannel[PeerToPrefill] = ServerChannel(context, "127.0.0.1", 0, PeerToPrefill)
+        self.server: ServerChannel[PeerToPrefill] = ServerChannel(
+            context, "127.0.0.1", 0, PeerToPrefill, keys=None
+        )
         self.address = f"tcp://127.0.0.1:{self.server.port}"
         links.open(self.address, epoch)
         links.send(self.address, PeerPing(epoch=epoch, seq=1))
@@ -50,7 +52,7 @@ def wait_for_one(links: PeerLinks, waiter: Waiter) -> Iterator[tuple[str, PeerTo
 
 def test_messages_of_a_peer_arrive_in_order(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     waiter = Waiter()
-    links = PeerLinks(context, waiter)
+    links = PeerLinks(context, waiter, keys=None)
     peer = Peer(context, links, epoch=1)
     peer.send(ContactPing(epoch=1), PeerPong(epoch=1, seq=7))
     received: list[tuple[str, PeerToDecode | LinkDown]] = []
@@ -64,7 +66,7 @@ def test_a_message_may_close_its_own_link_while_others_wait_on_it(
 ) -> None:
     """PeerRefused does: the loop closes the link in the middle of reading it."""
     waiter = Waiter()
-    links = PeerLinks(context, waiter)
+    links = PeerLinks(context, waiter, keys=None)
     peer = Peer(context, links, epoch=1)
     peer.send(PeerRefused(epoch=1, reason="another model"), PeerPong(epoch=1, seq=7))
     received = []
@@ -77,7 +79,7 @@ def test_a_message_may_close_its_own_link_while_others_wait_on_it(
 
 def test_a_message_may_replace_its_own_link(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     waiter = Waiter()
-    links = PeerLinks(context, waiter)
+    links = PeerLinks(context, waiter, keys=None)
     peer = Peer(context, links, epoch=1)
     peer.send(PeerRefused(epoch=1, reason="connect again"), PeerPong(epoch=1, seq=7))
     received = []
@@ -93,7 +95,7 @@ def test_a_message_may_replace_its_own_link(context: zmq.Context[zmq.Socket[byte
 
 def test_a_peer_that_is_gone_is_reported_with_the_epoch(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     waiter = Waiter()
-    links = PeerLinks(context, waiter)
+    links = PeerLinks(context, waiter, keys=None)
     peer = Peer(context, links, epoch=5)
     peer.server.close()
     ((address, message), *_) = wait_for_one(links, waiter)
@@ -109,7 +111,7 @@ def test_what_is_no_address_is_a_link_that_is_down(
 ) -> None:
     """A roster names whatever somebody registered: it must not end the node."""
     waiter = Waiter()
-    links = PeerLinks(context, waiter)
+    links = PeerLinks(context, waiter, keys=None)
     links.open(address, 1)
     links.send(address, PeerPing(epoch=1, seq=1))
     assert list(links.receive()) == [(address, LinkDown(1))]

@@ -30,12 +30,12 @@ def context() -> Iterator[Context]:
 
 @pytest.fixture
 def server(context: Context) -> Server:
-    return ServerChannel(context, "127.0.0.1", 0, ClientToNode)
+    return ServerChannel(context, "127.0.0.1", 0, ClientToNode, keys=None)
 
 
 @pytest.fixture
 def client(context: Context, server: Server) -> Client:
-    return ClientChannel(context, f"tcp://127.0.0.1:{server.port}", NodeToClient)
+    return ClientChannel(context, f"tcp://127.0.0.1:{server.port}", NodeToClient, keys=None)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -73,7 +73,7 @@ def test_messages_arrive_in_order_both_ways(server: Server, client: Client) -> N
 
 
 def test_each_client_is_a_link_of_its_own(context: Context, server: Server, client: Client) -> None:
-    other: Client = ClientChannel(context, client.address, NodeToClient)
+    other: Client = ClientChannel(context, client.address, NodeToClient, keys=None)
     client.send(Ping(call_id=1))
     other.send(Ping(call_id=2))
     links = {message.call_id: link for link, message in receive(server, 2)}
@@ -137,9 +137,9 @@ def test_a_server_that_leaves_is_lost_for_good(context: Context, server: Server,
     server.close()
     wait_for(lambda: lost(client))
 
-    heir: Server = ServerChannel(context, "127.0.0.1", server.port, ClientToNode)
+    heir: Server = ServerChannel(context, "127.0.0.1", server.port, ClientToNode, keys=None)
     client.send(Ping(call_id=2))
-    fresh: Client = ClientChannel(context, client.address, NodeToClient)
+    fresh: Client = ClientChannel(context, client.address, NodeToClient, keys=None)
     fresh.send(Ping(call_id=3))
     assert [message.call_id for _, message in receive(heir, 1)] == [3]
     assert lost(client)
@@ -162,7 +162,7 @@ def test_sending_in_the_moment_of_the_loss_raises_nothing(server: Server, client
 def test_nobody_listens_is_lost_too(context: Context) -> None:
     with bind_http("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-    client: Client = ClientChannel(context, f"tcp://127.0.0.1:{port}", NodeToClient)
+    client: Client = ClientChannel(context, f"tcp://127.0.0.1:{port}", NodeToClient, keys=None)
     wait_for(lambda: lost(client))
     assert not client.connected
 
@@ -177,12 +177,12 @@ def test_a_monitor_wakes_whoever_waits_for_the_loss(server: Server, client: Clie
 
 def test_a_taken_port_is_refused(context: Context, server: Server) -> None:
     with pytest.raises(zmq.ZMQError):
-        ServerChannel(context, "127.0.0.1", server.port, ClientToNode)
+        ServerChannel(context, "127.0.0.1", server.port, ClientToNode, keys=None)
 
 
 def test_a_name_is_a_host_to_bind_too(context: Context) -> None:
-    server: Server = ServerChannel(context, "localhost", 0, ClientToNode)
-    client: Client = ClientChannel(context, f"tcp://localhost:{server.port}", NodeToClient)
+    server: Server = ServerChannel(context, "localhost", 0, ClientToNode, keys=None)
+    client: Client = ClientChannel(context, f"tcp://localhost:{server.port}", NodeToClient, keys=None)
     client.send(Ping(call_id=1))
     receive(server, 1)
 

@@ -13,6 +13,7 @@ from pdserve.messages.channel import ClientChannel, ServerChannel
 from pdserve.messages.codec import Codec
 from pdserve.messages.link_guard import NOT_OF_THE_CLUSTER, LinkKeys
 from pdserve.messages.node import CallReply, ClientToNode, NodeToClient, Ping
+from pdserve.runtime.errors import StartupError
 
 DEADLINE_S = 10
 SECRET, OTHER = "a" * 64, "b" * 64
@@ -30,7 +31,7 @@ def context() -> Iterator[Context]:
 
 @pytest.fixture
 def server(context: Context) -> Iterator[Server]:
-    server: Server = ServerChannel(context, "127.0.0.1", 0, ClientToNode, LinkKeys.of(SECRET))
+    server: Server = ServerChannel(context, "127.0.0.1", 0, ClientToNode, keys=LinkKeys.of(SECRET))
     yield server
     server.close()
 
@@ -43,7 +44,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def connect(context: Context, server: Server, keys: LinkKeys | None) -> Client:
-    client: Client = ClientChannel(context, f"tcp://127.0.0.1:{server.port}", NodeToClient, keys)
+    client: Client = ClientChannel(context, f"tcp://127.0.0.1:{server.port}", NodeToClient, keys=keys)
     client.send(Ping(call_id=1))
     return client
 
@@ -98,6 +99,13 @@ def test_a_stranger_is_lost_and_told_why(
     client.close()
 
 
+def test_a_secret_without_curve_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq, "has", lambda capability: capability != "curve")
+    assert LinkKeys.of("") is None
+    with pytest.raises(StartupError, match="was built without CURVE"):
+        LinkKeys.of(SECRET)
+
+
 def test_many_strangers_are_one_line(
     context: Context, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,7 +128,7 @@ def test_a_bare_socket_is_not_heard_either(context: Context, server: Server) -> 
 
 
 def test_a_guarded_client_does_not_talk_to_a_server_in_the_clear(context: Context) -> None:
-    server: Server = ServerChannel(context, "127.0.0.1", 0, ClientToNode)
+    server: Server = ServerChannel(context, "127.0.0.1", 0, ClientToNode, keys=None)
     client = connect(context, server, LinkKeys.of(SECRET))
     wait_for(lambda: is_lost(client))
     assert list(server.receive()) == []

@@ -86,7 +86,9 @@ async def test_nobody_there_is_none() -> None:
 async def test_what_is_no_address_is_unavailable() -> None:
     context = zmq.asyncio.Context()
     with pytest.raises(NodeUnavailableError, match="cannot connect to 'nonsense'"):
-        ZmqConnector(context)("nonsense", on_stream=lambda message: None, on_lost=lambda reason: None)
+        ZmqConnector(context, keys=None)(
+            "nonsense", on_stream=lambda message: None, on_lost=lambda reason: None
+        )
     context.destroy(linger=0)
 
 
@@ -123,7 +125,7 @@ async def test_a_request_over_real_sockets(
     service = RouterService(
         RouterOptions(ping_interval_s=0.01),
         model=model,
-        connect=ZmqConnector(context),
+        connect=ZmqConnector(context, keys=None),
         lookup=HttpEntryLookup(),
     )
     await service.start()
