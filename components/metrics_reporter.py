@@ -16,10 +16,10 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    generate_latest,
 )
 
 from ..messages.node import NodeLoad, PeerTraffic, Role
+from ..runtime.metric_aliases import MetricsCompat, exposition
 from .page_allocator import PageCounts
 
 RoomOutcome: TypeAlias = Literal["done", "busy", "failed", "aborted"]
@@ -37,8 +37,9 @@ def _num_prompt_tokens(load: NodeLoad) -> int:
 class MetricsReporter:
     """Takes what happened, renders the exposition text. The clock and the HTTP route are elsewhere."""
 
-    def __init__(self, model_name: str, role: Role) -> None:
+    def __init__(self, model_name: str, role: Role, compat: MetricsCompat = "none") -> None:
         self._labels = (model_name, role)
+        self._compat = compat
         self._registry = CollectorRegistry()
         self._last_load = NodeLoad()
         self._last_crossed_rooms = 0
@@ -272,7 +273,7 @@ class MetricsReporter:
 
     def render(self) -> str:
         """The Prometheus text exposition of all metrics."""
-        return generate_latest(self._registry).decode()
+        return exposition(self._registry, self._compat)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, _LABELS, registry=self._registry).labels(*self._labels)

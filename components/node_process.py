@@ -401,7 +401,7 @@ def start_node(
     )
     model_info = _model_info(config, model, max_model_len, dtype)
     status = NodeStatus(entry, model_info, config, layout, backend.transport, rank_infos)
-    metrics = MetricsReporter(config.served_model_name, config.role)
+    metrics = MetricsReporter(config.served_model_name, config.role, config.metrics_compat)
     metrics.include_process()
     kind = TransferKind(backend.name, backend.transport)
     puller = WeightPuller(

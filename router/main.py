@@ -76,6 +76,7 @@ async def _serve(
             session_timeout_s=config.session_timeout,
             stream_interval=config.stream_interval,
             force_stream_interval=config.force_stream_interval,
+            metrics_compat=config.metrics_compat,
         ),
         model=card,
         connect=ZmqConnector(context, LinkKeys.of(config.cluster_secret)),

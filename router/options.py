@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..runtime.metric_aliases import MetricsCompat
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterOptions:
@@ -17,6 +19,7 @@ class RouterOptions:
     session_timeout_s: float = 600.0  # idle, before a session is closed
     stream_interval: int = 1  # tokens per TokenOutput
     force_stream_interval: int = 16  # likewise, when the client does not stream
+    metrics_compat: MetricsCompat = "none"  # names that /metrics has beside its own
     no_pair_timeout_s: float = 10.0  # how long a request waits for a pair of nodes to become ready
     prefill_wait_s: float = 30.0  # for the first prefill node, before decode nodes prefill by themselves
 

@@ -10,10 +10,11 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from ..api.generation import ModelCard, WorkerStatus
 from ..api.node_calls import NodeCalls, NodeUnavailableError
+from ..runtime.metric_aliases import exposition
 from .cluster import Cluster
 from .metrics import RouterCollector, RouterCounters, RouterGauges
 from .options import RouterOptions
@@ -156,7 +157,7 @@ class RouterView:
         }
 
     async def metrics_text(self) -> str:
-        return generate_latest(self._metrics_registry).decode()
+        return exposition(self._metrics_registry, self._options.metrics_compat)
 
     def _gauges(self) -> RouterGauges:
         ready = {node.incarnation for pair in self._nodes.ready_pairs() for node in pair}

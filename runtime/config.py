@@ -22,6 +22,7 @@ import yaml
 from .cluster_secret import given_secret
 from .errors import StartupError
 from .logs import LEVELS
+from .metric_aliases import METRICS_COMPATS, MetricsCompat
 from .process import AccessKeys, usable_cores
 
 VerifyPages: TypeAlias = Literal["off", "sample", "all"]
@@ -172,6 +173,8 @@ FLAGS: tuple[Flag, ...] = (
          help="path under which a proxy in front shows this server, such as /llm"),
     Flag(names=("--uds",), roles=_ROUTER, default="",
          help="path of a Unix socket to listen on as well: nodes still come by --host and --port"),
+    Flag(names=("--metrics-compat",), roles=_ALL, default="none", choices=METRICS_COMPATS,
+         help="another server's names that /metrics has beside its own"),
     Flag(names=("--log-requests", "--enable-log-requests"), roles=_ROUTER, kind=bool, default=False,
          help="a line in the log when a request comes and when it ends"),
     Flag(names=("--log-requests-level",), roles=_ROUTER, kind=int, default=2,
@@ -211,6 +214,7 @@ class RouterConfig:
     allowed_origins: tuple[str, ...]
     root_path: str
     uds: str
+    metrics_compat: MetricsCompat
     log_requests: bool
     log_requests_level: int
     log_level: str
@@ -250,6 +254,7 @@ class NodeConfig:
     transport: str
     ib_device: str
     router: tuple[str, ...]
+    metrics_compat: MetricsCompat
     log_level: str
     log_format: str
     max_queued_prefills: int = 0  # prefill only

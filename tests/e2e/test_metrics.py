@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.tests.e2e.helpers import GREEDY, Stream, greedy_ids, metric, request, stream_all, wait_until
 
+DASHBOARD = Path(__file__).parents[2] / "docs" / "dashboards" / "grafana.json"
+SELECTOR = re.compile(r"\b((?:pd|process)_\w+)(?:\{([^}]*)\})?")  # in PromQL: a metric, its matchers
 NUM_PROMPTS = 20
 OUTPUT_LEN = 16
 COUNTERS = ("pd_prompt_tokens_total", "pd_generation_tokens_total", "pd_request_success_total")
@@ -120,3 +124,31 @@ def test_a_client_that_leaves_is_no_success(cluster: LocalCluster) -> None:
         5.0,
         "the aborted request to be counted",
     )
+
+
+def test_the_dashboard_asks_for_what_a_scrape_has(cluster: LocalCluster) -> None:
+    stream_all(cluster.url, [{"prompt": [5, 6, 7], "max_tokens": 3, **GREEDY}])
+    assert request(cluster.url, "/v1/completions", {"prompt": [5], "max_tokens": -1}).status == 400
+    workers = cluster.workers()
+    pages = [cluster.get("/metrics"), *(cluster.get("/metrics", worker["url"]) for worker in workers)]
+    labels: dict[str, set[str]] = {}
+    for page in pages:
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                labels.setdefault(sample.name, {"instance"}).update(sample.labels)  # a scrape adds `instance`
+
+    panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+    targets = [target for panel in panels for target in panel["targets"]]
+    assert len(panels) > 20
+    for target in targets:
+        selectors = SELECTOR.findall(target["expr"])
+        assert selectors, target
+        known = set[str]()
+        for name, matchers in selectors:
+            assert name in labels, target
+            asked = set(re.findall(r"(\w+)\s*=~?", matchers))
+            assert asked <= labels[name], target
+            known |= labels[name]
+        grouped = re.findall(r"\bby \(([^)]*)\)", target["expr"])
+        shown = re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])
+        assert {word.strip() for group in grouped for word in group.split(",")} | set(shown) <= known, target
