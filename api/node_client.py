@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -22,6 +23,7 @@ from ..messages.codec import Codec
 from ..messages.link_guard import HANDSHAKE_FAILED, NOT_OF_THE_CLUSTER, LinkKeys
 from ..messages.node import ClientToNode, NodeToClient
 from ..runtime.containment import Containment, nobody_waits
+from ..runtime.logs import Throttle
 from .node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class NodeClient(NodeCalls):
         super().__init__(address, on_stream)
         self._on_lost = on_lost
         self._containment = Containment()
+        self._complaints = Throttle()
         self._codec: Codec[NodeToClient] = Codec(NodeToClient)
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -94,10 +97,15 @@ class NodeClient(NodeCalls):
             try:
                 message = self._codec.decode(frames[-1])
             except msgspec.DecodeError as error:
-                log.warning("node at %s sent what is no message: %s", self.address, error)
+                if num := self._complaints.add(time.monotonic()):
+                    log.warning(
+                        "node at %s sent %d frames that are no message, the last: %s",
+                        self.address,
+                        num,
+                        error,
+                    )
                 continue
-            kind = str(message.__struct_config__.tag)
-            with self._containment.around(f"{kind} of {self.address}", nobody_waits):
+            with self._containment.around(str(message.__struct_config__.tag), nobody_waits):
                 self._arrive(message)
 
     async def _watch_connection(self) -> None:

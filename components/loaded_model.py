@@ -51,23 +51,26 @@ def load_replacement(path: Path, current: ModelConfig, dtype: str, shard: Shard 
     return load_model(path, config, dtype, shard)
 
 
-def updated_model(file: Path, base: LoadedModel, shard: Shard = WHOLE, fingerprint: str = "") -> LoadedModel:
-    """`base` with the tensors of a safetensors file in place of its own. Raises StartupError.
+def updated_model(
+    file: Path, base: LoadedModel, source: str, shard: Shard = WHOLE, fingerprint: str = ""
+) -> LoadedModel:
+    """`base` with the tensors of a safetensors file in place of its own. Raises StartupError. The log tells
+    of those that hold NaN, and where they came from: `source`.
 
     Without `fingerprint` it follows from what `base` has and from the file. When the file holds every tensor
     it is that of a checkpoint of these tensors.
     """
-    weights = updated_weights(file, base.weights, base.config, shard)
+    weights = updated_weights(file, base.weights, base.config, shard, source)
     if not fingerprint:
         covers_all = tensor_shapes(base.config).keys() <= read_update(file, base.config).keys()
         fingerprint = weights_digest(file, base.config, "" if covers_all else base.fingerprint)
     return replace(base, weights=weights, fingerprint=fingerprint)
 
 
-def updated_weights(file: Path, weights: Weights, config: ModelConfig, shard: Shard) -> Weights:
+def updated_weights(file: Path, weights: Weights, config: ModelConfig, shard: Shard, source: str) -> Weights:
     """A rank's share of the same; `config` is the whole model's. Raises StartupError."""
     try:
-        return replace_tensors(weights, read_update(file, config), config, shard)
+        return replace_tensors(weights, read_update(file, config), config, shard, source)
     except RuntimeError as error:  # how torch reports that memory is out
         raise StartupError(f"the update cannot be loaded: {str(error).splitlines()[0]}") from error
 

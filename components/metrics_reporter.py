@@ -43,6 +43,7 @@ class MetricsReporter:
         self._registry = CollectorRegistry()
         self._last_load = NodeLoad()
         self._last_crossed_rooms = 0
+        self._last_faults = (0, 0)  # contained, malformed
 
         self._num_running_reqs = self._gauge("pd_num_running_reqs", "Requests in the running batch.")
         self._num_queue_reqs = self._gauge("pd_num_queue_reqs", "Requests waiting on this node.")
@@ -89,6 +90,14 @@ class MetricsReporter:
         self._generation_tokens = self._counter("pd_sampled_tokens", "Output tokens sampled.")
         self._num_retracted = self._counter(
             "pd_num_retracted_requests", "Decode: attempts that gave their pages back for others to go on."
+        )
+
+        self._contained_faults = self._counter(
+            "pd_contained_faults", "Messages and jobs that failed here, and nothing else with them."
+        )
+        self._malformed_messages = self._counter(
+            "pd_malformed_messages",
+            "Frames that were no message of this node, or held what is out of bounds.",
         )
 
         self._transfer_bytes = self._counter("pd_kv_transfer_bytes", "KV bytes of finished hand-offs.")
@@ -255,6 +264,12 @@ class MetricsReporter:
         """Take over how many there were since the start."""
         self._crossed_rooms.inc(number - self._last_crossed_rooms)
         self._last_crossed_rooms = number
+
+    def observe_faults(self, *, num_contained: int, num_malformed: int) -> None:
+        """Likewise: messages and jobs that failed alone, and frames that were no message."""
+        self._contained_faults.inc(num_contained - self._last_faults[0])
+        self._malformed_messages.inc(num_malformed - self._last_faults[1])
+        self._last_faults = (num_contained, num_malformed)
 
     def count_failed_write(self) -> None:
         """The transfer backend gave up a write."""

@@ -230,8 +230,8 @@ class Node:
         match order:
             case LoadFolder(path):
                 return load_replacement(path, model.config, self.layout.dtype, self.shard)
-            case LoadTensors(file, fingerprint):
-                return updated_model(file, model, self.shard, fingerprint)
+            case LoadTensors(file, source, fingerprint):
+                return updated_model(file, model, source, self.shard, fingerprint)
             case _:
                 assert_never(order)
 

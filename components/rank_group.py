@@ -26,6 +26,7 @@ from ..engine.batch_codec import encode_batch
 from ..engine.engine_thread import Progress
 from ..engine.forward_batch import ForwardBatch
 from ..engine.tensor_parallel import RankCollective, Shard
+from ..messages.malformed import Head, MalformedMessage
 from ..messages.memory_region import MemoryRegion
 from ..messages.operation import LogLevel, StartProfile
 from ..messages.pipe import Pipe
@@ -233,8 +234,8 @@ class RankGroup:
         match order:
             case LoadFolder(path):
                 return self._call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
-            case LoadTensors(file=file):
-                return self._call(lambda call_id: UpdateShard(call_id=call_id, file=str(file)))
+            case LoadTensors(file, source):
+                return self._call(lambda call_id: UpdateShard(call_id=call_id, file=str(file), source=source))
             case _:
                 assert_never(order)
 
@@ -318,8 +319,12 @@ class RankGroup:
         for rank in self._ranks:
             rank.pipe.send(message)
 
-    def _take(self, rank: RankProcess, message: FromRank) -> None:
+    def _take(self, rank: RankProcess, message: FromRank | MalformedMessage) -> None:
         match message:
+            case MalformedMessage(error=error, head=Head(call_id=int() as call_id)):
+                self._answered(rank, RankDone(call_id=call_id, error=f"its answer is malformed: {error}"))
+            case MalformedMessage():
+                raise LostRankError(f"{rank.name} says what is no message: {message.error}")
             case RankReady():
                 rank.region = message.region
             case RankMoved():

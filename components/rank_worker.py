@@ -27,7 +27,7 @@ from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import RankCollective, Shard
 from ..engine.weight_file import require_memory
 from ..engine.weights import Weights, load_weights
-from ..messages.malformed import head_of
+from ..messages.malformed import MalformedMessage, head_of
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
     CancelRuns,
@@ -81,7 +81,7 @@ def run_rank(end: socket.socket) -> int:
     pipe: Pipe[ToRank] = Pipe(end, ToRank, "rank 0")
     waiter = Waiter()
     waiter.add(pipe.fileno())
-    first: list[ToRank] = []
+    first: list[ToRank | MalformedMessage] = []
     while not first and not pipe.closed:
         waiter.wait(_LONGEST_SLEEP_S)
         first = pipe.receive()
@@ -142,8 +142,11 @@ class RankWorker:
     def descriptors(self) -> tuple[int, ...]:
         return self._engine.fileno(), self._jobs.fileno(), self._backend.fileno()
 
-    def step(self, messages: list[ToRank]) -> None:
+    def step(self, messages: list[ToRank | MalformedMessage]) -> None:
         for message in messages:
+            if isinstance(message, MalformedMessage):
+                self._refuse(message)
+                continue
             kind = str(message.__struct_config__.tag)
             with self._containment.around(kind, partial(self._give_up, message)):
                 self._handle(message)
@@ -182,8 +185,8 @@ class RankWorker:
                 self._loaded, path, weights = None, Path(message.model_path), self._weights
                 self._start(message.call_id, lambda: self._load_beside(message.call_id, path, weights))
             case UpdateShard():
-                self._loaded, path, weights = None, Path(message.file), self._weights
-                self._start(message.call_id, lambda: self._update_beside(message.call_id, path, weights))
+                self._loaded, weights = None, self._weights
+                self._start(message.call_id, lambda: self._update_beside(message, weights))
             case CheckShard():
                 weights = self._weights
                 self._start(message.call_id, lambda: self._check(message.call_id, weights))
@@ -212,6 +215,13 @@ class RankWorker:
                 raise BrokenInvariantError("rank 0 starts a rank once")
             case _:
                 assert_never(message)
+
+    def _refuse(self, message: MalformedMessage) -> None:
+        """What asks for an answer gets one. Without the rest this rank is not what rank 0 takes it for."""
+        why = f"rank {self._shard.rank} does not understand {message.head.type!r}: {message.error}"
+        if message.head.call_id is None:
+            raise BrokenInvariantError(why)
+        self._pipe.send(RankDone(call_id=message.head.call_id, error=why))
 
     def _give_up(self, message: ToRank, why: str) -> None:
         """Rank 0 hears why. Without a forward or a swap this rank is not what rank 0 takes it for."""
@@ -244,10 +254,10 @@ class RankWorker:
         self._loaded = self._load(path)
         return RankDone(call_id=call_id)
 
-    def _update_beside(self, call_id: int, file: Path, weights: Weights) -> RankDone:
+    def _update_beside(self, message: UpdateShard, weights: Weights) -> RankDone:
         require_memory(weights)
-        self._loaded = updated_weights(file, weights, self._config, self._shard)
-        return RankDone(call_id=call_id)
+        self._loaded = updated_weights(Path(message.file), weights, self._config, self._shard, message.source)
+        return RankDone(call_id=message.call_id)
 
     def _check(self, call_id: int, weights: Weights) -> RankChecked:
         require_memory(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -12,6 +13,7 @@ from ..messages.channel import ServerChannel
 from ..messages.malformed import Head, MalformedMessage
 from ..messages.node import AttemptFailed, CallReply
 from ..messages.peer import Drained, RoomFailed, RoomId
+from ..runtime.logs import Throttle
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -29,12 +31,16 @@ class RequestReceiver(Generic[T]):
         self._channel = channel
         self._max_per_step = max_per_step
         self.num_malformed = 0
+        self._complaints = Throttle()
 
     def receive(self) -> Iterator[tuple[bytes, T]]:
         for count, (link, message) in enumerate(self._channel.receive(), start=1):
             if isinstance(message, MalformedMessage):
                 self.num_malformed += 1
-                _log.warning("dropped a malformed message from %s: %s", link.hex(), message.error)
+                if num := self._complaints.add(time.monotonic()):
+                    _log.warning(
+                        "dropped %d malformed messages, the last from %s: %s", num, link.hex(), message.error
+                    )
                 why = f"this node does not understand {message.head.type!r}: {message.error}"
                 for answer in refusals(message.head, why):
                     self._channel.send(link, answer)

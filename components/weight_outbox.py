@@ -28,6 +28,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias, assert_never
 
 import numpy as np
@@ -44,6 +45,7 @@ from ..messages.weights import (
     WriteWeights,
 )
 from ..runtime.completions import Completions
+from ..runtime.containment import Containment
 from ..runtime.errors import StartupError
 from ..transfer.backends.base import TransferBackend, WriteResult, WriteState
 from ..transfer.copy_plan import Run
@@ -103,6 +105,8 @@ class OutboxWriter:
         self._pullers: dict[str, _Puller] = {}  # by session; who was served longest ago first
         self._meeting: dict[int, tuple[bytes, MeetInbox]] = {}  # by handle
         self._written: dict[int, _Written] = {}  # likewise
+        self._unsent: list[tuple[bytes, Reply]] = []  # of parts that were not copied
+        self._containment = Containment()
 
     def handle(self, link: bytes, message: Asked, now: float) -> list[tuple[bytes, Reply]]:
         match message:
@@ -125,7 +129,8 @@ class OutboxWriter:
         """What has ended."""
         if self._backend is None:
             return []
-        replies = [self._ended(result) for result in self._backend.poll()]
+        replies, self._unsent = self._unsent, []
+        replies += [self._ended(result) for result in self._backend.poll()]
         for session, puller in list(self._pullers.items()):
             if now - puller.used <= IDLE_S:
                 continue
@@ -188,13 +193,12 @@ class OutboxWriter:
     def _meet(self, link: bytes, message: MeetInbox, now: float) -> list[tuple[bytes, Reply]]:
         if self._backend is None:
             return [(link, CallReply(call_id=message.call_id, success=False, message="offer it first"))]
-        session = message.region.session
-        puller = self._pullers.setdefault(session, _Puller(message.region, now))
+        handle = next(self._handles)
+        self._backend.first_contact(handle, message.region)
+        puller = self._pullers.setdefault(message.region.session, _Puller(message.region, now))
         puller.used = now
         puller.num_outstanding += 1
-        handle = next(self._handles)
         self._meeting[handle] = (link, message)
-        self._backend.first_contact(handle, message.region)
         return []
 
     def _next_part(self) -> tuple[bytes, OutboxPart] | None:
@@ -209,7 +213,14 @@ class OutboxWriter:
 
     def _start(self, backend: TransferBackend, link: bytes, part: OutboxPart, now: float) -> None:
         message, slot = part.message, self._free.popleft()
-        num_bytes = part.image.copy_into(self._slots[slot, : message.num_bytes], message.offset)
+        rows = self._slots[slot, : message.num_bytes]
+        why_not: list[str] = []
+        with self._containment.around("a part of weights", why_not.append):
+            num_bytes = part.image.copy_into(rows, message.offset)
+        if why_not:
+            self._free.append(slot)
+            self._unsent.append((link, _not_written(message, why_not[0])))
+            return
         reply = WeightsWrittenReply(
             call_id=message.call_id,
             success=True,
@@ -244,6 +255,7 @@ class WeightOutbox:
         self._asked: queue.SimpleQueue[tuple[bytes, Asked]] = queue.SimpleQueue()
         self._replies = Completions[tuple[bytes, Reply]]()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._containment = Containment()
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -299,8 +311,15 @@ class WeightOutbox:
         replies: list[tuple[bytes, Reply]] = []
         while not self._asked.empty():
             link, message = self._asked.get()
-            replies += self._writer.handle(link, message, time.monotonic())
+            answer = partial(self._writer.handle, link, message, time.monotonic())
+            replies += self._containment.value_of(type(message).__name__, answer, partial(_no, link, message))
         return replies
+
+
+def _no(link: bytes, asked: Asked, why: str) -> list[tuple[bytes, Reply]]:
+    if isinstance(asked, OutboxPart):
+        return [(link, _not_written(asked.message, why))]
+    return [(link, CallReply(call_id=asked.call_id, success=False, message=why))]
 
 
 def _not_written(asked: WriteWeights | WeightsWrittenReply, why: str) -> WeightsWrittenReply:

@@ -34,6 +34,7 @@ from ..messages.weights import (
     SaveWeights,
     StageWeights,
     WeightChecksReply,
+    WeightSource,
     WeightsReply,
 )
 from ..runtime.errors import BrokenInvariantError, PdserveError
@@ -66,6 +67,7 @@ class LoadTensors:
     """The tensors of a safetensors file in place of those that serve."""
 
     file: Path
+    source: str  # where they came from, for a person
     fingerprint: str = ""  # of them, where it does not follow from the file
 
 
@@ -225,12 +227,12 @@ class WeightUpdater(Generic[C]):
                 if self._staged.file.num_bytes != num_bytes:
                     there = self._staged.file.num_bytes
                     return _no(link, message, f"{there} of {num_bytes} bytes of the update were staged")
-                order = LoadTensors(self._staged.file.path)
+                order = LoadTensors(self._staged.file.path, _told(message.source))
             case FromSharedMemory(name=name):
                 file = SHARED_MEMORY / name
                 if not file.is_file():
                     return _no(link, message, f"there is no file {file} on this node's host")
-                order = LoadTensors(file)
+                order = LoadTensors(file, _told(message.source))
             case FromGroup() as group:
                 self._receive(link, message, lambda: self._groups.receive(group))
                 return None
@@ -405,7 +407,8 @@ class WeightUpdater(Generic[C]):
         self._staged = _Staged(message.update_id, file)
         job.is_received = True
         fingerprint = message.source.fingerprint if isinstance(message.source, FromPeer) else ""
-        self._submit("load weights", job, self._store.load(LoadTensors(file.path, fingerprint)))
+        order = LoadTensors(file.path, _told(message.source), fingerprint)
+        self._submit("load weights", job, self._store.load(order))
         return None
 
     def _loaded(
@@ -449,6 +452,25 @@ _Call: TypeAlias = (
     | LeaveUpdateGroup
     | SaveWeights
 )
+
+
+def _told(source: WeightSource) -> str:
+    """For a person."""
+    match source:
+        case FromDisk(model_path=path):
+            return path
+        case FromTensors():
+            return "an update that was sent as tensors"
+        case FromGroup(group_name=name):
+            return f"an update over the group {name!r}"
+        case FromSharedMemory(name=name):
+            return f"an update from {SHARED_MEMORY / name}"
+        case FromGpuMemory(device_uuid=device):
+            return f"an update from memory of GPU {device}"
+        case FromPeer(zmq_address=address):
+            return f"the weights of {address}"
+        case _:
+            assert_never(source)
 
 
 def _yes(link: bytes, message: _Call, text: str = "") -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ..messages.channel import ClientChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.malformed import MalformedMessage
 from ..messages.peer import PeerToDecode, PeerToPrefill
+from ..runtime.logs import Throttle
 from ..runtime.waiting import Waiter
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class PeerLinks:
         self._keys = keys
         self._waiter = waiter
         self._links: dict[str, _Link] = {}
+        self._complaints = Throttle()
         self._unopened: dict[str, int] = {}  # address -> epoch of a link that could not be made at all
 
     def open(self, address: str, epoch: int) -> None:
@@ -77,7 +80,10 @@ class PeerLinks:
         for address, link in list(self._links.items()):
             for message in list(link.channel.receive()) if self._is_open(address, link) else ():
                 if isinstance(message, MalformedMessage):
-                    _log.warning("dropped a malformed message from %s: %s", address, message.error)
+                    if num := self._complaints.add(time.monotonic()):
+                        _log.warning(
+                            "dropped %d malformed messages, the last from %s: %s", num, address, message.error
+                        )
                 elif self._is_open(address, link):
                     yield address, message
             if self._is_open(address, link) and link.channel.lost:

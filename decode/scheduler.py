@@ -83,7 +83,7 @@ from ..messages.peer import (
 )
 from ..messages.timeline import SpanClock, covered_s, duration_of
 from ..runtime.config import HIDDEN_STATES_FLAG, VerifyPages
-from ..runtime.containment import Containment, nobody_waits
+from ..runtime.containment import PROCESS_FAULTS, Containment, nobody_waits
 from ..runtime.pause_gate import PauseGate
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.actions import (
@@ -594,12 +594,13 @@ class DecodeScheduler:
             return
         request = self.by_room[done.room]
         pairs = itertools.zip_longest(computed.digests, done.digests)
-        num_corrupt = sum(here != there for here, there in pairs)
+        num_corrupt = 0 if computed.error else sum(here != there for here, there in pairs)
         self.metrics.count_verified(num_pages=len(computed.digests), num_corrupt=num_corrupt)
-        if not num_corrupt:
+        if not (num_corrupt or computed.error):
             self.adopt_room(request, done.room, now)
             return
-        reason = f"{num_corrupt} of {len(computed.digests)} verified KV pages arrived corrupt"
+        corrupt = f"{num_corrupt} of {len(computed.digests)} verified KV pages arrived corrupt"
+        reason = computed.error or corrupt
         _log.error("room %d: %s", done.room.counter, reason)
         del self.by_room[done.room]
         request.room = None
@@ -998,6 +999,9 @@ class DecodeScheduler:
         return {state.value: len(self.in_state(state)) for state in RequestState}
 
     def observe(self) -> None:
+        self.metrics.observe_faults(
+            num_contained=PROCESS_FAULTS.num_faults, num_malformed=self.receiver.num_malformed
+        )
         self.metrics.observe_pages(self.allocator.counts())
         self.metrics.observe_sessions(num_sessions=len(self.pins), num_pinned_pages=self.cache.num_pinned)
         self.metrics.observe_quarantine(self.rooms.quarantined_pages())

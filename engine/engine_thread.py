@@ -6,7 +6,6 @@ is readable while there is something to take. torch releases the GIL in its kern
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,12 +16,13 @@ from typing import Any, TypeAlias
 import torch
 
 from ..runtime.completions import Completions
-from ..runtime.errors import BrokenInvariantError, PdserveError, UnexpectedError
+from ..runtime.containment import Containment
+from ..runtime.errors import PdserveError, UnexpectedError
 from .forward_batch import ForwardBatch, ForwardOutput
 from .model_runner import ModelRunner
 from .step_profiler import StepProfiler
 
-_log = logging.getLogger(__name__)
+_containment = Containment()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +66,17 @@ Finished: TypeAlias = ForwardOutput | JobResult
 def run_job(name: str, run: Callable[[], Any]) -> JobResult:
     """Do it, and contain what it raises (see runtime/containment.py): nobody but who asked for it is told.
 
-    Libraries that are written in Rust panic with what is no Exception. What a broken invariant raises is
-    raised on.
+    What a broken invariant raises is raised on.
     """
     started = time.monotonic()
-    value, failed = None, None
-    try:
-        value = run()
-    except PdserveError as error:
-        failed = error
-    except (BrokenInvariantError, AssertionError):
-        raise
-    except BaseException as error:
-        _log.exception("the job %r failed, and nothing else with it", name)
-        failed = UnexpectedError(f"{name}: {type(error).__name__}: {error}")
-    return JobResult(name, value, failed, started, time.monotonic())
+    value: Any = None
+    failures: list[PdserveError] = []
+    with _containment.around(f"the job {name!r}", lambda why: failures.append(UnexpectedError(why))):
+        try:
+            value = run()
+        except PdserveError as error:
+            failures.append(error)
+    return JobResult(name, value, failures[0] if failures else None, started, time.monotonic())
 
 
 class StepTimes:

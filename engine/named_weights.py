@@ -16,7 +16,7 @@ from torch import Tensor
 from ..messages.kv_layout import kv_heads_of_rank
 from .model_config import ModelConfig
 from .tensor_parallel import Shard
-from .weights import LayerWeights, Weights, tensor_shapes
+from .weights import LayerWeights, Weights, is_finite, tensor_shapes, warn_of_broken
 
 # Of each field of LayerWeights: the tensors it is made of, one below the other.
 _LAYER_PARTS = {
@@ -76,11 +76,12 @@ def named_parts(weights: Weights, config: ModelConfig, shard: Shard) -> dict[str
 
 
 def replace_tensors(
-    weights: Weights, tensors: Mapping[str, Tensor], config: ModelConfig, shard: Shard
+    weights: Weights, tensors: Mapping[str, Tensor], config: ModelConfig, shard: Shard, source: str
 ) -> Weights:
     """`weights` with some tensors replaced; what is not replaced is shared with it, and nothing is written.
 
-    `tensors` are whole ones by name, of the shapes that `tensor_shapes` says; a rank takes its part.
+    `tensors` are whole ones by name, of the shapes that `tensor_shapes` says; a rank takes its part. The log
+    tells of those that hold NaN, and where they came from: `source`.
     """
     given = tensors.keys()
 
@@ -102,9 +103,13 @@ def replace_tensors(
     layers = tuple(fresh_layer(index, layer) for index, layer in enumerate(weights.layers))
     fresh = dataclasses.replace(weights, layers=layers, **changes)
     parts = named_parts(fresh, config, shard)
+    broken: list[str] = []
     for name, tensor in tensors.items():
         if name in parts:  # a bias behind a partial sum is on rank 0 alone
             parts[name].data.copy_(tensor[parts[name].part] if parts[name].part else tensor)
+            if not is_finite(parts[name].data):
+                broken.append(name)
+    warn_of_broken(broken, len(tensors), source)
     return fresh
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def load_weights(
             whole = torch.empty((sum(rows), *of_part[0][1:]), dtype=dtype, device=device)
             for target, name in zip(torch.split(whole, rows), names, strict=True):
                 target.copy_(checkpoint.tensor(name, parts[name] or ()))
-                if not math.isfinite(target.sum(dtype=torch.float32).item()):  # no copy, unlike `isfinite`
+                if not is_finite(target):
                     broken.append(name)
             return whole
 
@@ -161,17 +161,28 @@ def load_weights(
                 else fused("lm_head.weight")
             ),
         )
-        if broken:
-            _log.warning(
-                "%s: %d of %d tensors hold NaN or infinity, as a training that diverged leaves them; answers "
-                "will make no sense: %s%s",
-                path,
-                len(broken),
-                len(shapes),
-                ", ".join(broken[:_MAX_NAMED]),
-                ", ..." if len(broken) > _MAX_NAMED else "",
-            )
+        warn_of_broken(broken, len(shapes), str(path))
         return weights
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Holds neither NaN nor infinity. Read once and not copied, unlike with torch's `isfinite`."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item())
+
+
+def warn_of_broken(broken: Sequence[str], num_tensors: int, source: str) -> None:
+    """Of so many tensors from `source`, these are not finite. They are served all the same: who trains may
+    want to see it."""
+    if broken:
+        _log.warning(
+            "%s: %d of %d tensors hold NaN or infinity, as a training that diverged leaves them; answers "
+            "will make no sense: %s%s",
+            source,
+            len(broken),
+            num_tensors,
+            ", ".join(broken[:_MAX_NAMED]),
+            ", ..." if len(broken) > _MAX_NAMED else "",
+        )
 
 
 def weights_digest(path: Path, config: ModelConfig, base: str = "") -> str:

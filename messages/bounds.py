@@ -52,6 +52,9 @@ Blob: TypeAlias = Annotated[bytes, Meta(max_length=2**32 - 1)]  # as much as msg
 
 MAX_TOKENS = 1 << 24  # of one prompt or answer
 MAX_PAGES = MAX_TOKENS
+# Of a frame that a node is sent. The largest is a prefill request of so many tokens and pages: in msgpack at
+# most 5 bytes an id, of prompt and kept output, and 9 a page, of the pages and of those to digest.
+MAX_MESSAGE_BYTES = 2 * 5 * MAX_TOKENS + 2 * 9 * MAX_PAGES + (1 << 24)
 TokenIds: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_TOKENS)]
 Choices: TypeAlias = Annotated[tuple[Choice, ...], Meta(max_length=2**15)]
 Pages: TypeAlias = Annotated[tuple[Count, ...], Meta(max_length=MAX_PAGES)]

@@ -15,6 +15,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from .bounds import MAX_MESSAGE_BYTES
 from .codec import Codec
 from .link_guard import HANDSHAKE_FAILED, NOT_OF_THE_CLUSTER, LinkGuard, LinkKeys
 from .malformed import MalformedMessage, malformed
@@ -52,6 +53,8 @@ class ServerChannel(Generic[T]):
         _configure(self.socket)
         # Without it a message to a client that has left would vanish unnoticed.
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # Who says that more is to come is cut off before any memory is taken for it.
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._guard: LinkGuard | None = None
         if keys is not None:
             keys.secure_server(self.socket)

@@ -18,6 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ..runtime.cluster_secret import derived_key
 from ..runtime.errors import StartupError
+from ..runtime.logs import Throttle
 
 _log = logging.getLogger(__name__)
 _Socket: TypeAlias = zmq.Socket[Any]
@@ -81,8 +82,7 @@ class LinkGuard:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: LinkKeys, guarded: _Socket) -> None:
         self._client_key = z85.decode(keys.client_public)
-        self._num_refused = 0
-        self._told_at_s = float("-inf")
+        self._refusals = Throttle(_TELL_INTERVAL_S)
         self._asked = context.socket(zmq.REP)
         self._asked.setsockopt(zmq.LINGER, 0)
         self._asked.bind(_ZAP_ADDRESS)
@@ -121,8 +121,5 @@ class LinkGuard:
         self._asked.send_multipart([version, request_id, status, text, b"", b""])
 
     def _tell(self, now: float) -> None:
-        self._num_refused += 1
-        if now - self._told_at_s >= _TELL_INTERVAL_S:
-            _log.warning("%d connections refused: they do not have this cluster's secret", self._num_refused)
-            self._num_refused = 0
-            self._told_at_s = now
+        if num_refused := self._refusals.add(now):
+            _log.warning("%d connections refused: they do not have this cluster's secret", num_refused)

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from .codec import Codec
+from .malformed import MalformedMessage, malformed
 
 T = TypeVar("T")
 
@@ -37,8 +38,9 @@ class Pipe(Generic[T]):
         """Any thread may. A message to an end that is closed is dropped."""
         self._outbox.put(self._codec.encode(message))
 
-    def receive(self) -> list[T]:
-        """Every message that has arrived whole. Raises msgspec.DecodeError: both ends are of one version."""
+    def receive(self) -> list[T | MalformedMessage]:
+        """Every message that has arrived whole. One that is out of bounds cannot be sent on purpose, but may
+        hold what somebody else has said."""
         while not self.closed:
             try:
                 data = self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
@@ -48,14 +50,18 @@ class Pipe(Generic[T]):
                 data = b""
             self._buffer += data
             self.closed = not data
-        messages: list[T] = []
+        messages: list[T | MalformedMessage] = []
         begin = 0
         while begin + _LENGTH_BYTES <= len(self._buffer):
             start = begin + _LENGTH_BYTES
             end = start + int.from_bytes(self._buffer[begin:start], "little")
             if end > len(self._buffer):
                 break
-            messages.append(self._codec.decode(bytes(self._buffer[start:end])))
+            payload = bytes(self._buffer[start:end])
+            try:
+                messages.append(self._codec.decode(payload))
+            except msgspec.DecodeError as error:
+                messages.append(malformed(payload, error))
             begin = end
         del self._buffer[:begin]
         return messages

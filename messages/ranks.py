@@ -71,6 +71,7 @@ class UpdateShard(msgspec.Struct, frozen=True, kw_only=True, tag="update_shard")
 
     call_id: Number
     file: Path
+    source: Text  # where they came from, for the log
 
 
 class CheckShard(msgspec.Struct, frozen=True, kw_only=True, tag="check_shard"):

@@ -80,7 +80,7 @@ from ..messages.weights import (
     PrepareWeights,
 )
 from ..runtime.config import HIDDEN_STATES_FLAG
-from ..runtime.containment import Containment, nobody_waits
+from ..runtime.containment import PROCESS_FAULTS, Containment, nobody_waits
 from ..runtime.pause_gate import PauseGate
 from ..transfer.actions import (
     AdmitRoom,
@@ -259,7 +259,8 @@ class PrefillScheduler:
             case Roster():  # decode nodes connect to us, not the other way round
                 self.control.heard({node.update_id for node in message.nodes})
             case GenerateRequest() | CancelRequest() | ResendFrom():
-                _log.warning("dropped a %s: this is a prefill node", type(message).__name__)
+                for answer in refusals(head_of(message), "this is a prefill node"):
+                    self.send(link, answer)
             case _:
                 assert_never(message)
 
@@ -434,6 +435,9 @@ class PrefillScheduler:
     def take_digests(self, done: Digests, now: float) -> None:
         """Of a room that failed meanwhile they are worth nothing: its pages may be others' by now."""
         room, indices = done.key
+        if done.error:
+            self.act(self.rooms.fail_room(room, "transfer_failed", done.error, retriable=True), now)
+            return
         self.act(self.rooms.digests_ready(room, dict(zip(indices, done.digests, strict=True)), now), now)
 
     def note_chunk(self, job: PrefillJob, row: ScheduledRow, output: ForwardOutput) -> None:
@@ -577,6 +581,9 @@ class PrefillScheduler:
         return {state.value: states.count(state) for state in JobState}
 
     def observe(self) -> None:
+        self.metrics.observe_faults(
+            num_contained=PROCESS_FAULTS.num_faults, num_malformed=self.receiver.num_malformed
+        )
         self.metrics.observe_pages(self.allocator.counts())
         self.metrics.observe_queues(
             num_prefill_inflight=sum(job.state is JobState.SENDING for job in self.jobs.values())

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..runtime.containment import PROCESS_FAULTS
+
 ROLE = "router"
 
 
@@ -50,6 +52,11 @@ class RouterCollector(Collector):
         yield self._by("pd_router_attempts", "Attempts by how they ended", "code", self._counters.attempts)
         yield self._by("pd_router_requests", "Requests by how they ended", "outcome", self._counters.requests)
         yield self._counter("pd_router_tokens", "Tokens relayed", self._counters.num_tokens)
+        yield self._counter(
+            "pd_contained_faults",
+            "Messages and jobs that failed here, and nothing else with them",
+            PROCESS_FAULTS.num_faults,
+        )
         yield self._counter("pd_router_resends", "Gaps asked for again", self._counters.num_resends)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:

@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from .errors import BrokenInvariantError
+from .errors import BrokenInvariantError, is_panic
+from .logs import Throttle
 
 _log = logging.getLogger(__name__)
+R = TypeVar("R")
+
+_MAX_KINDS = 256  # that are told apart in the log; what is beyond is told as one
+
+
+class FaultLog:
+    """What was contained: counted, and told so that a flood of faults is no flood of lines. Any thread may.
+
+    Of each kind the log has the first with its traceback, and then one every few seconds, with how many more
+    there were.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._throttles: dict[str, Throttle] = {}  # by kind; "" is of those beyond the bound
+        self.num_faults = 0
+
+    def caught(self, kind: str, error: BaseException) -> None:
+        with self._lock:
+            self.num_faults += 1
+            known = kind if kind in self._throttles or len(self._throttles) < _MAX_KINDS else ""
+            num_new = self._throttles.setdefault(known, Throttle()).add(self._clock())
+        if num_new == 1:
+            _log.error("%s failed, and nothing else with it", kind, exc_info=error)
+        elif num_new:
+            _log.error(
+                "%s failed, and nothing else with it; so did %d before that are not shown",
+                kind,
+                num_new - 1,
+                exc_info=error,
+            )
+
+
+PROCESS_FAULTS = FaultLog()  # there is one log a process, and one count in its metrics
 
 
 class Containment:
-    """The one catcher of a loop.
+    """The one catcher of a loop, or of a thread beside it.
 
     A message holds what somebody else wrote, so a fault in handling it is no reason to end what everybody
     else has here. `give_up` then lets go of what the message was about, by the way that a cancelled or failed
@@ -23,7 +62,8 @@ class Containment:
     which is the proof that nothing was left behind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, faults: FaultLog = PROCESS_FAULTS) -> None:
+        self._faults = faults
         self.num_faults = 0
 
     @contextmanager
@@ -33,10 +73,19 @@ class Containment:
             yield
         except (BrokenInvariantError, AssertionError):
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
             self.num_faults += 1
-            _log.exception("%s failed, and nothing else with it", kind)
+            self._faults.caught(kind, error)
             give_up(f"{kind} failed here: {type(error).__name__}: {error}")
+
+    def value_of(self, kind: str, run: Callable[[], R], failed: Callable[[str], R]) -> R:
+        """What `run` returns; where it raises, what `failed` makes of the reason."""
+        outcome: list[R] = []
+        with self.around(kind, lambda why: outcome.append(failed(why))):
+            outcome.append(run())
+        return outcome[0]
 
 
 def nobody_waits(why: str) -> None:

@@ -59,3 +59,9 @@ class UnexpectedError(PdserveError):
 
 class StartupError(PdserveError):
     """The process cannot start. The message is one line: what is wrong, and the mend."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust has panicked. Its bindings (PyO3) raise that as no Exception, of a class that
+    cannot be imported."""
+    return type(error).__name__ == "PanicException"

@@ -54,6 +54,23 @@ class Complaints:
         self._said.pop(subject, None)
 
 
+class Throttle:
+    """When to speak of what may come by thousands: of the first at once, then once in a while."""
+
+    def __init__(self, interval_s: float = 5.0) -> None:
+        self._interval_s = interval_s
+        self._told_at = float("-inf")
+        self._num_untold = 0
+
+    def add(self, now: float) -> int:
+        """One more. How many to speak of now, with those that were not spoken of before; 0: none, not yet."""
+        self._num_untold += 1
+        if now - self._told_at < self._interval_s:
+            return 0
+        num_untold, self._num_untold, self._told_at = self._num_untold, 0, now
+        return num_untold
+
+
 def configure_logging(process: str, level: str, log_format: str) -> None:
     """Send the log of this process to stderr. `process` names it in every line, e.g. "decode"."""
     handler = logging.StreamHandler(sys.stderr)

@@ -11,11 +11,13 @@ import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, assert_never
 
 from ..messages.kv_layout import KVLayout
 from ..runtime.completions import Completions
 from ..runtime.config import VerifyPages
+from ..runtime.containment import Containment
 
 SAMPLE_EVERY = 16  # with "sample": one page of so many, the last page always
 
@@ -36,10 +38,11 @@ def pages_to_verify(mode: VerifyPages, first: int, end: int, offset: int) -> tup
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """A job that is done: one digest for each of its pages, in order."""
+    """A job that is done: one digest for each of its pages, in order; or why there are none."""
 
     key: Any  # as it was submitted
     digests: tuple[int, ...]
+    error: str = ""
 
 
 class DigestWorker:
@@ -53,6 +56,7 @@ class DigestWorker:
         self._layout = layout
         self._jobs: queue.SimpleQueue[tuple[object, tuple[int, ...]]] = queue.SimpleQueue()
         self._done = Completions[Digests]()
+        self._containment = Containment()  # the thread's own
         self._thread: threading.Thread | None = None
 
     def submit(self, key: object, pages: Sequence[int]) -> None:
@@ -73,7 +77,11 @@ class DigestWorker:
     def _run(self) -> None:
         while True:
             key, pages = self._jobs.get()
-            self._done.push(Digests(key, tuple(map(self._digest, pages))))
+            compute, failed = partial(self._digests, key, pages), partial(Digests, key, ())
+            self._done.push(self._containment.value_of("digests of pages", compute, failed))
+
+    def _digests(self, key: object, pages: Sequence[int]) -> Digests:
+        return Digests(key, tuple(map(self._digest, pages)))
 
     def _digest(self, page: int) -> int:
         start = page * self._layout.stride_bytes

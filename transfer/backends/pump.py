@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ...messages.memory_region import MemoryRegion
 from ...runtime.completions import Completions
+from ...runtime.containment import Containment, nobody_waits
 from ..copy_plan import MAX_RUN_BYTES, Run
 from .base import FairQueue, Write, WriteResult, WriteState
 
@@ -63,6 +64,11 @@ class _InFlight:
     write: Write | None  # None: a first contact
 
 
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    reason: str
+
+
 class WritePump:
     """The moving half of a TransferBackend: everything that concerns writes. Its methods mean what theirs
     do."""
@@ -71,6 +77,7 @@ class WritePump:
         self._name = name
         self._mover = mover
         self._completions = Completions[WriteResult]()
+        self._containment = Containment()  # of the pump and the contacts
         self._in_flight: dict[int, _InFlight] = {}  # transfer -> , oldest first; the pump's own
         self._wake = threading.Condition()
         # What follows is guarded by `_wake`.
@@ -149,21 +156,27 @@ class WritePump:
         with self._wake:  # what was held for the same peer goes first
             while any(leaving.session == region.session for leaving in self._leaving) and not self._closing:
                 self._wake.wait()
-        refusal = ""
-        transfer = 0
-        try:
-            transfer = self._mover.meet(region)
-        except RefusedError as error:
-            refusal = str(error)
+        started = self._engine_does("a first contact", lambda: self._mover.meet(region))
         with self._wake:
             del self._contacts_since[handle]
-            if refusal:
+            if isinstance(started, _Refused):
                 self._outstanding.discard(handle)
             else:
-                self._met.append((transfer, _InFlight(handle, time.monotonic(), write=None)))
+                self._met.append((started, _InFlight(handle, time.monotonic(), write=None)))
             self._wake.notify_all()
-        if refusal:
-            self.refuse(handle, refusal)
+        if isinstance(started, _Refused):
+            self.refuse(handle, started.reason)
+
+    def _engine_does(self, kind: str, start: Callable[[], int]) -> int | _Refused:
+        """The transfer that was started. A region that the engine does not take for one is a peer's fault."""
+
+        def transfer() -> int | _Refused:
+            try:
+                return start()
+            except RefusedError as error:
+                return _Refused(str(error))
+
+        return self._containment.value_of(kind, transfer, _Refused)
 
     # ---- the pump's thread --------------------------------------------------------------------------
 
@@ -184,7 +197,8 @@ class WritePump:
             self._met.clear()
             leaving = [*self._leaving]
         for region in leaving:
-            self._mover.let_go(region)
+            with self._containment.around("a disconnect", nobody_waits):
+                self._mover.let_go(region)
         with self._wake:
             del self._leaving[: len(leaving)]
             if leaving:
@@ -207,12 +221,11 @@ class WritePump:
 
     def _start(self, write: Write) -> None:
         in_flight = _InFlight(write.handle, time.monotonic(), write)
-        try:
-            transfer = self._mover.start(write)
-        except RefusedError as error:
-            self._end(in_flight, WriteState.FAILED, str(error))
+        started = self._engine_does("a write", lambda: self._mover.start(write))
+        if isinstance(started, _Refused):
+            self._end(in_flight, WriteState.FAILED, started.reason)
         else:
-            self._in_flight[transfer] = in_flight
+            self._in_flight[started] = in_flight
 
     def _check_in_flight(self) -> None:
         for transfer, in_flight in list(self._in_flight.items()):

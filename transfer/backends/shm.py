@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from ...messages.memory_region import MemoryRegion
 from ...runtime.completions import Completions
+from ...runtime.containment import Containment
 from ...runtime.errors import StartupError
 from ..copy_plan import Run
 from .base import (
@@ -86,6 +88,7 @@ class ShmBackend:
         self._source: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._mapped: dict[str, _Mapped] = {}  # session -> pool; the copier's own
         self._completions = Completions[WriteResult]()
+        self._containment = Containment()  # the copier's own
         self._wake = threading.Condition()
         # What follows is guarded by `_wake`.
         self._queue = FairQueue(MAX_BYTES_IN_FLIGHT)
@@ -136,7 +139,7 @@ class ShmBackend:
     def submit(self, handle: int, region: MemoryRegion, run: Run) -> None:
         reason = bounds_error(run, region, self._pool_bytes)
         if reason:
-            self._completions.push(WriteResult(handle, WriteState.FAILED, reason))
+            self._completions.push(_failed(handle, reason))
             return
         with self._wake:
             self._outstanding.add(handle)
@@ -182,14 +185,11 @@ class ShmBackend:
 
     def _copy_until_closed(self) -> None:
         while (work := self._next_work()) is not None:
-            match work:
-                case _Contact():
-                    result = self._meet(work)
-                case Write():
-                    result = self._copy(work)
-                case str():
-                    self._let_go(work)
-                    continue
+            if isinstance(work, str):
+                self._let_go(work)
+                continue
+            kind = "a first contact" if isinstance(work, _Contact) else "a write"
+            result = self._containment.value_of(kind, partial(self._do, work), partial(_failed, work.handle))
             with self._wake:
                 self._busy_since = None
                 self._outstanding.discard(result.handle)
@@ -198,6 +198,9 @@ class ShmBackend:
             self._completions.push(result)
         for session in list(self._mapped):
             self._let_go(session)
+
+    def _do(self, work: _Contact | Write) -> WriteResult:
+        return self._meet(work) if isinstance(work, _Contact) else self._copy(work)
 
     def _next_work(self) -> _Contact | Write | str | None:
         with self._wake:
@@ -215,15 +218,15 @@ class ShmBackend:
         region = contact.region
         try:
             mapped = self._map(region)
-        except OSError as error:
-            return WriteResult(contact.handle, WriteState.FAILED, f"cannot map {region.session}: {error}")
+        except (OSError, ValueError) as error:  # the second: no path, or an empty file
+            return _failed(contact.handle, f"cannot map {region.session!r}: {error}")
         if mapped.data.size < region.num_bytes or region.scratch_address + SCRATCH_BYTES > region.num_bytes:
             reason = (
                 f"{region.session} holds {mapped.data.size} bytes where {region.num_bytes} were announced"
             )
-            return WriteResult(contact.handle, WriteState.FAILED, reason)
+            return _failed(contact.handle, reason)
         if mapped.owner_is_gone():
-            return WriteResult(contact.handle, WriteState.FAILED, f"the owner of {region.session} is gone")
+            return _failed(contact.handle, f"the owner of {region.session} is gone")
         mapped.data[region.scratch_address : region.scratch_address + SCRATCH_BYTES] = 1
         return WriteResult(contact.handle, WriteState.DONE)
 
@@ -245,13 +248,13 @@ class ShmBackend:
     def _copy(self, write: Write) -> WriteResult:
         mapped = self._mapped.get(write.region.session)
         if mapped is None:
-            reason = f"{write.region.session} was not met by a first contact"
-            return WriteResult(write.handle, WriteState.FAILED, reason)
+            return _failed(write.handle, f"{write.region.session} was not met by a first contact")
         if mapped.owner_is_gone():
-            reason = f"the owner of {write.region.session} is gone"
-            return WriteResult(write.handle, WriteState.FAILED, reason)
+            return _failed(write.handle, f"the owner of {write.region.session} is gone")
         run = write.run
         dest = write.region.address + run.dest
+        if dest + run.num_bytes > mapped.data.size:  # it announced less when it was met
+            return _failed(write.handle, f"{write.region.session} has {mapped.data.size} bytes")
         mapped.data[dest : dest + run.num_bytes] = self._source[run.source : run.source + run.num_bytes]
         return WriteResult(write.handle, WriteState.DONE)
 
@@ -259,6 +262,10 @@ class ShmBackend:
         mapped = self._mapped.pop(session, None)
         if mapped is not None:
             os.close(mapped.fd)  # the mapping goes with the last reference to its array
+
+
+def _failed(handle: int, reason: str) -> WriteResult:
+    return WriteResult(handle, WriteState.FAILED, reason)
 
 
 def remove_abandoned(directory: Path) -> None:

@@ -129,12 +129,15 @@ def test_what_weights_have_cost(reporter: MetricsReporter) -> None:
     reporter.count_version_refusal()
     for number in (0, 2, 3):
         reporter.observe_crossed_rooms(number)
+        reporter.observe_faults(num_contained=2 * number, num_malformed=number)
     reporter.count_pull("mooncake/rdma", 100, 0.5)
     reporter.count_pull("mooncake/rdma", 50, 0.25)
     reporter.count_pull("link", 10, 2.0)
     values = samples(reporter)
     assert values["pd_version_refusals_total"] == 2
     assert values["pd_crossed_rooms_total"] == 3
+    assert values["pd_contained_faults_total"] == 6
+    assert values["pd_malformed_messages_total"] == 3
     assert values["pd_weight_pull_bytes_total{over=mooncake/rdma}"] == 150
     assert values["pd_weight_pull_seconds_total{over=mooncake/rdma}"] == 0.75
     assert values["pd_weight_pull_bytes_total{over=link}"] == 10

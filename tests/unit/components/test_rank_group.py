@@ -17,6 +17,7 @@ import pytest
 from pdserve.components.rank_group import LostRankError, RankCall, RankGroup, RankProcess, alongside
 from pdserve.components.weight_updater import LoadFolder, LoadTensors
 from pdserve.engine.engine_thread import Progress
+from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.operation import StartProfile
 from pdserve.messages.pipe import Pipe
@@ -73,6 +74,7 @@ class OtherRank:
         while time.monotonic() < deadline:
             if messages := self.end.receive():
                 (message,) = messages
+                assert not isinstance(message, MalformedMessage)
                 return message
             time.sleep(0.001)
         raise AssertionError("nothing came")
@@ -152,8 +154,23 @@ def test_calls_are_answered_in_any_order(group: RankGroup, other: OtherRank) -> 
     assert [answers_of(group, call) for call in calls] == [[reply] for reply in replies]
 
 
+def test_an_answer_that_is_malformed_fails_its_call(group: RankGroup, other: OtherRank) -> None:
+    call = group.check_shards()
+    message = other.next()
+    assert isinstance(message, CheckShard)
+    other.end.send(RankDone(call_id=message.call_id, error="x" * ((1 << 20) + 1)))
+    with pytest.raises(StartupError, match="its answer is malformed"):
+        answers_of(group, call)
+
+
+def test_a_rank_that_says_what_is_no_message_ends_the_replica(group: RankGroup, other: OtherRank) -> None:
+    other.end.send(RankFailed(reason="x" * ((1 << 20) + 1)))
+    with pytest.raises(LostRankError, match="says what is no message"):
+        poll_until(group, lambda: False)
+
+
 def test_an_update_of_some_tensors_reaches_every_rank(group: RankGroup, other: OtherRank) -> None:
-    call = group.load_shards(LoadTensors(Path("/proc/1/fd/2")))
+    call = group.load_shards(LoadTensors(Path("/proc/1/fd/2"), "a test"))
     message = other.next()
     assert isinstance(message, UpdateShard)
     assert message.file == "/proc/1/fd/2"

@@ -25,6 +25,7 @@ from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.tensor_parallel import RankCollective, Shard
 from pdserve.engine.weights import Checkpoint, load_weights, tensor_shapes
+from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.operation import StartProfile
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import (
@@ -105,7 +106,7 @@ class Rank0:
         while not self.received:
             assert not self.pipe.closed
             assert select.select([self.pipe.fileno()], [], [], 60)[0], "rank 1 says nothing"
-            self.received += self.pipe.receive()
+            self.received += [m for m in self.pipe.receive() if not isinstance(m, MalformedMessage)]
         return self.received.pop(0)
 
     def join(self) -> None:
@@ -214,7 +215,7 @@ def test_a_rank_computes_copies_moves_and_swaps(
     rank0.pipe.send(CheckShard(call_id=6))
     before = rank0.next()
     assert isinstance(before, RankChecked)
-    assert call(UpdateShard(call_id=7, file=str(file))) == RankDone(call_id=7)
+    assert call(UpdateShard(call_id=7, file=str(file), source="a test")) == RankDone(call_id=7)
     rank0.pipe.send(CheckShard(call_id=8))
     assert rank0.next() == RankChecked(call_id=8, sums=before.sums), "it is beside what serves"
     rank0.pipe.send(SwapShard())
@@ -222,7 +223,7 @@ def test_a_rank_computes_copies_moves_and_swaps(
     after = rank0.next()
     assert isinstance(after, RankChecked)
     assert after.sums == before.sums, "rank 0 counts what every rank has"
-    refused = call(UpdateShard(call_id=10, file=str(tmp_path / "none")))
+    refused = call(UpdateShard(call_id=10, file=str(tmp_path / "none"), source="a test"))
     assert refused.error
 
     with staged_file() as whole:
@@ -257,7 +258,7 @@ def test_a_rank_computes_copies_moves_and_swaps(
     rank0.pipe.send(MoveMemory(call_id=11, released=("kv_cache", "weights")))
     assert rank0.next() == RankMoved(call_id=11, region=ready.region)
     assert call(CheckShard(call_id=12)).error == "the memory of the weights is released: resume it first"
-    assert call(UpdateShard(call_id=13, file=str(file))).error
+    assert call(UpdateShard(call_id=13, file=str(file), source="a test")).error
     assert call(LoadShard(call_id=14, model_path=str(SHIPPED_MODEL))).error
     rank0.pipe.send(MoveMemory(call_id=15, released=()))
     assert rank0.next() == RankMoved(call_id=15, region=ready.region)

@@ -88,8 +88,9 @@ def test_malformed_frames_are_dropped_counted_and_logged(
         bench.send(2)
         assert list(itertools.chain(*bench.steps_until(2))) == [1, 2]
     assert bench.receiver.num_malformed == 2
-    assert "at `$.call_id`" in caplog.messages[1]
-    assert all(line.startswith("dropped a malformed message from ") for line in caplog.messages)
+    # A flood of them is no flood of lines: the second is told a few seconds later, if more come.
+    (line,) = caplog.messages
+    assert line.startswith("dropped 1 malformed messages, the last from ")
 
 
 def test_a_caller_whose_message_is_unknown_is_refused_by_its_name(bench: Bench) -> None:

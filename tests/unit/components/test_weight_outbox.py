@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import zlib
 from collections.abc import Iterable
 
@@ -17,6 +19,7 @@ from pdserve.components.weight_outbox import (
     OutboxPart,
     OutboxWriter,
     Reply,
+    WeightOutbox,
 )
 from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.node import CallReply
@@ -197,6 +200,45 @@ def test_a_failed_write_is_told_and_its_slot_used_again(desk: Desk) -> None:
     failed = WeightsWrittenReply(call_id=0, success=False, message="out of reach")
     assert desk.end(WriteState.FAILED, "out of reach") == [(b"a", failed)]
     assert len(desk.on_the_wire) == SLOTS_PER_PULLER
+
+
+def test_a_part_that_cannot_be_copied_is_refused_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy_into(image: WeightImage, rows: object, offset: int) -> int:
+        raise ValueError("no such bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightImage, "copy_into", copy_into)
+        assert desk.ask("a", *range(NUM_SLOTS + 1)) == []
+    replies = desk.writer.poll(desk.now)
+    assert len(replies) == NUM_SLOTS + 1, "slots are given back"
+    assert all(isinstance(reply, WeightsWrittenReply) and not reply.success for _, reply in replies)
+    desk.ask("a", 0)
+    assert desk.on_the_wire == [("a", 0)]
+
+
+def test_a_question_that_raises_is_answered_and_the_thread_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def first_contact(backend: FakeBackend, handle: int, region: MemoryRegion) -> None:
+        raise OverflowError("int too big to convert")
+
+    monkeypatch.setattr(FakeBackend, "first_contact", first_contact)
+    monkeypatch.setattr(FakeBackend, "fileno", lambda _: os.eventfd(0))
+    outbox = WeightOutbox(KIND, FakeBackend)
+    replies: list[CallReply] = []
+    asked: list[OfferInbox | MeetInbox] = [
+        OfferInbox(call_id=0, kind=KIND),
+        MeetInbox(call_id=1, region=region("a")),
+        OfferInbox(call_id=2, kind=KIND),
+    ]
+    for call_id, message in enumerate(asked):
+        outbox.ask(b"link", message)
+        while len(replies) <= call_id:
+            assert select.select([outbox], [], [], 30)[0]
+            replies += [reply for _, reply in outbox.poll() if isinstance(reply, CallReply)]
+    assert [reply.success for reply in replies] == [True, False, True]
+    assert "OverflowError" in replies[1].message
+    outbox.close()
 
 
 def test_an_inbox_that_was_not_met_is_not_written(desk: Desk) -> None:

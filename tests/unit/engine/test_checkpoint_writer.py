@@ -70,7 +70,7 @@ def test_a_partly_updated_model_keeps_the_fingerprint_that_it_serves_under(
     base = load(checkpoint("llama"))
     update = tmp_path / "update.safetensors"
     save_file({"model.norm.weight": torch.full_like(base.weights.norm, 0.5)}, update)
-    model = updated_model(update, base)
+    model = updated_model(update, base, "a test")
     save_model(model, tensors_of(model), tmp_path / "saved", GIB)
     again = load(tmp_path / "saved")
     assert again.fingerprint == model.fingerprint != base.fingerprint

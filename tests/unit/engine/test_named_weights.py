@@ -58,7 +58,7 @@ def test_replaced_tensors_are_those_given_and_the_old_weights_stay(size: int) ->
         shard = Shard(rank, size)
         old = load(shard)
         before = part_checksums(old, CONFIG, shard)
-        new = replace_tensors(old, given, CONFIG, shard)
+        new = replace_tensors(old, given, CONFIG, shard, "a test")
         assert part_checksums(old, CONFIG, shard) == before
         for name, named in named_parts(new, CONFIG, shard).items():
             whole = original(name) + (1 if name in names else 0)
@@ -68,11 +68,26 @@ def test_replaced_tensors_are_those_given_and_the_old_weights_stay(size: int) ->
         assert torch.equal(new.lm_head, new.embed_tokens[rows]), "tied"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tensors_that_hold_nan_are_told_with_their_source(
+    rank: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {name: original(name) for name in (Q, DOWN)}
+    shard = Shard(rank, 2)
+    replace_tensors(load(shard), given, CONFIG, shard, "an update over the group 'rl'")
+    assert caplog.text == ""
+    given[DOWN][:] = float("nan")
+    replace_tensors(load(shard), given, CONFIG, shard, "an update over the group 'rl'")
+    assert "an update over the group 'rl': 1 of 2 tensors hold NaN or infinity" in caplog.text
+    assert DOWN in caplog.text
+    assert Q not in caplog.text
+
+
 def checksums(size: int, given: dict[str, Tensor] | None = None) -> dict[str, str]:
     of_ranks = []
     for rank in range(size):
         shard = Shard(rank, size)
-        weights = replace_tensors(load(shard), given or {}, CONFIG, shard)
+        weights = replace_tensors(load(shard), given or {}, CONFIG, shard, "a test")
         of_ranks.append(part_checksums(weights, CONFIG, shard))
     return merge_checksums(of_ranks)
 

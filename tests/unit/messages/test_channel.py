@@ -10,6 +10,8 @@ import msgspec
 import pytest
 import zmq
 
+from pdserve.messages import channel
+from pdserve.messages.bounds import MAX_MESSAGE_BYTES, MAX_PAGES, MAX_TOKENS
 from pdserve.messages.channel import ClientChannel, ServerChannel
 from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.node import CallReply, ClientToNode, NodeToClient, Ping
@@ -102,6 +104,26 @@ def test_a_server_goes_on_after_malformed_frames(server: Server, client: Client)
     assert all(isinstance(message, MalformedMessage) and message.error for _, message in malformed)
     assert last == Ping(call_id=9)
     assert server.send(link, CallReply(call_id=9, success=True))
+
+
+def test_a_frame_beyond_the_bound_cuts_off_its_sender_alone(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "MAX_MESSAGE_BYTES", 1000)
+    server: Server = ServerChannel(context, "127.0.0.1", 0, ClientToNode, keys=None)
+    address = f"tcp://127.0.0.1:{server.port}"
+    rude, other = (ClientChannel[NodeToClient](context, address, NodeToClient, keys=None) for _ in range(2))
+    rude.socket.send(bytes(1001))
+    wait_for(lambda: lost(rude))
+    other.send(Ping(call_id=1))
+    assert [message for _, message in receive(server, 1)] == [Ping(call_id=1)]
+
+
+def test_the_largest_prefill_request_is_within_the_bound() -> None:
+    num_bytes_of_id = len(msgspec.msgpack.encode(2**31 - 1))
+    num_bytes_of_page = len(msgspec.msgpack.encode(2**50))
+    ids, pages = 2 * MAX_TOKENS * num_bytes_of_id, 2 * MAX_PAGES * num_bytes_of_page
+    assert ids + pages < MAX_MESSAGE_BYTES
 
 
 def test_a_client_goes_on_after_malformed_frames(server: Server, client: Client) -> None:

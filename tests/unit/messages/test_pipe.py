@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.pipe import Pipe
 from pdserve.messages.ranks import DropShard, FromRank, RankDone, RunForward, ToRank
 
@@ -22,8 +23,8 @@ def ends() -> Iterator[tuple[Pipe[FromRank], Pipe[ToRank]]]:
     worker.close()
 
 
-def receive(pipe: Pipe[ToRank] | Pipe[FromRank], count: int) -> list[ToRank | FromRank]:
-    messages: list[ToRank | FromRank] = []
+def receive(pipe: Pipe[ToRank] | Pipe[FromRank], count: int) -> list[ToRank | FromRank | MalformedMessage]:
+    messages: list[ToRank | FromRank | MalformedMessage] = []
     while len(messages) < count and not pipe.closed:
         assert select.select([pipe.fileno()], [], [], 30)[0]
         messages += pipe.receive()
@@ -53,3 +54,16 @@ def test_an_end_that_closes_is_seen_behind_its_last_message(
     assert rank0.closed
     rank0.send(DropShard())  # to nobody
     assert rank0.receive() == []
+
+
+def test_a_message_out_of_bounds_is_malformed_and_the_next_one_arrives(
+    ends: tuple[Pipe[FromRank], Pipe[ToRank]],
+) -> None:
+    """As the text of an error may be, that somebody else has made long."""
+    rank0, worker = ends
+    worker.send(RankDone(call_id=3, error="x" * ((1 << 20) + 1)))
+    worker.send(RankDone(call_id=4))
+    first, second = receive(rank0, 2)
+    assert isinstance(first, MalformedMessage)
+    assert first.head.call_id == 3
+    assert second == RankDone(call_id=4)

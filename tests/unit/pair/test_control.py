@@ -7,6 +7,7 @@ import pytest
 
 from pdserve.messages.node import (
     AbortRequests,
+    AttemptFailed,
     CallReply,
     FlushCache,
     GenerateRequest,
@@ -617,7 +618,7 @@ def test_a_room_that_decode_needs_no_more_has_not_failed() -> None:
         assert f"pd_rooms_total{{{labels}}} 1.0" in metrics.text
 
 
-def test_what_is_not_for_a_prefill_node_is_dropped() -> None:
+def test_a_request_that_is_sent_to_a_prefill_node_is_refused() -> None:
     pair = Pair()
     request = GenerateRequest(
         request_id="a",
@@ -630,5 +631,7 @@ def test_what_is_not_for_a_prefill_node_is_dropped() -> None:
         deadline_s=1.0,
     )
     pair.to_prefill(request)
-    assert pair.prefill.server.sent == {}
+    reply = pair.last_reply(pair.prefill)
+    assert isinstance(reply, AttemptFailed)
+    assert (reply.request_id, reply.code, reply.retriable) == ("a", "invalid", False)
     pair.finish()

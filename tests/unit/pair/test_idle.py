@@ -66,6 +66,7 @@ STANDING = {
     "control._weights._groups._groups": "groups with trainers",
     "control._weights._jobs": "weights that load beside the forwards",
     "control._operations._profile.waiting": "the profiler starts or stops",
+    "containment._faults._throttles": "what the log was told of",
     "loop_times._kinds": "measured",
     "control._operations._processes": "who this node is",
     "control._operations._settings._settings": "how it is set",

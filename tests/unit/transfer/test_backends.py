@@ -475,6 +475,35 @@ def test_shm_refuses_a_pool_smaller_than_announced() -> None:
     owner.close()
 
 
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "empty", "\ud800"])
+def test_shm_refuses_what_is_no_pool_and_goes_on(tmp_path: Path, name: str) -> None:
+    backend = shm.ShmBackend(tmp_path)
+    source, owner = Source(backend, backend.allocate(4096)), shm.ShmBackend(tmp_path)
+    (tmp_path / f"{shm.PREFIX}empty").touch()
+    owner.allocate(4096)
+    good = owner.register()
+    assert source.meet(good).state is DONE
+    odd = msgspec.structs.replace(good, session=str(tmp_path / f"{shm.PREFIX}{name}"))
+    assert source.meet(odd).state is FAILED
+    assert source.write(good, Run(0, 0, 8))[0].state is DONE
+    source.backend.close()
+    owner.close()
+
+
+def test_shm_writes_nothing_behind_what_it_has_met() -> None:
+    """The region of a write may say more than that of the first contact did."""
+    source, owner = start_source("shm", "shm"), shm.ShmBackend()
+    owner.allocate(4096)
+    region = owner.register()
+    assert source.meet(region).state is DONE
+    larger = msgspec.structs.replace(region, num_bytes=1 << 30, scratch_address=1 << 29)
+    result = source.write(larger, Run(0, 1 << 20, 8))[0]
+    assert (result.state, "bytes" in result.reason) == (FAILED, True)
+    assert source.write(region, Run(0, 0, 8))[0].state is DONE
+    source.backend.close()
+    owner.close()
+
+
 # ---- mooncake ---------------------------------------------------------------------------------------
 
 
@@ -532,6 +561,34 @@ def test_meeting_a_frozen_peer_holds_up_no_result_and_no_cancel(monkeypatch: pyt
     results = source.results(2)
     assert (results[2].state, results[4].state) == (FAILED, DONE)
     assert backend.stuck_s(time.monotonic()) == 0.0
+    backend.close()
+
+
+class OddEngine(StuckEngine):
+    """Raises of any session but `healthy`, as bindings do of what they cannot convert."""
+
+    def transfer_submit_write(self, session: str, local: int, peer: int, num_bytes: int, /) -> int:
+        if session != "healthy":
+            raise TypeError("incompatible function arguments")
+        return super().transfer_submit_write(session, local, peer, num_bytes)
+
+
+def test_a_region_that_an_engine_cannot_read_fails_its_write_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OddEngine()
+    engine.finish.set()
+    monkeypatch.setattr(mooncake, "start_engine", lambda *_: engine)
+    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "")
+    source = Source(backend, backend.allocate(4096))
+    good = msgspec.structs.replace(backend.register(), session="healthy")
+    odd = msgspec.structs.replace(good, session="odd")
+    backend.first_contact(1, odd)
+    backend.submit(2, odd, Run(0, 0, 8))
+    failed = source.results(2)
+    assert [failed[handle].state for handle in (1, 2)] == [FAILED, FAILED]
+    assert "TypeError" in failed[1].reason
+    backend.submit(3, good, Run(0, 0, 8))
+    assert source.results(1)[3].state is DONE
+    assert backend.num_outstanding == 0
     backend.close()
 
 

@@ -26,6 +26,19 @@ def test_digests_are_of_the_pages_that_were_named_in_their_order() -> None:
     assert done == [Digests("a", (right[5], right[0])), Digests("b", ())]
 
 
+def test_what_cannot_be_digested_is_told_and_the_next_job_is_done() -> None:
+    worker = DigestWorker(memoryview(bytearray(8 * LAYOUT.stride_bytes)), LAYOUT)
+    worker.submit("bad", ["no page"])  # type: ignore[list-item]
+    worker.submit("good", [1])
+    done: list[Digests] = []
+    while len(done) < 2:
+        assert select.select([worker], [], [], 30)[0]
+        done += worker.poll()
+    assert (done[0].key, done[0].digests) == ("bad", ())
+    assert "TypeError" in done[0].error
+    assert (done[1].key, len(done[1].digests), done[1].error) == ("good", 1, "")
+
+
 def test_off_and_all() -> None:
     assert pages_to_verify("off", 0, 9, 1) == ()
     assert pages_to_verify("all", 2, 5, 1) == (2, 3, 4)
