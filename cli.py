@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import secrets
 import signal
@@ -17,7 +18,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from .api.version import VERSION
 from .runtime.cluster_secret import new_secret
@@ -30,9 +33,12 @@ from .runtime.config import (
     node_config,
     resolve,
     router_config,
+    suggestion,
 )
 from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
+from .runtime.foreign_flags import without_effect
+from .runtime.hub import ModelFolders
 from .runtime.listen import bind_http, http_url, inherit_http, is_loopback
 from .runtime.logs import configure_logging
 from .runtime.process import (
@@ -51,7 +57,10 @@ _NODE_GRACE_S = 15.0
 _SECRETS = ("api_key", "admin_api_key", "cluster_secret_file")  # not for command lines, which `ps` shows
 _ANNOUNCEMENTS = 120
 _ANNOUNCEMENT_INTERVAL_S = 0.5
-_ROLES: tuple[Literal["router", "prefill", "decode"], ...] = ("router", "prefill", "decode")
+_Config = TypeVar("_Config", bound=RouterConfig | NodeConfig)
+_log = logging.getLogger(__name__)
+_NODE_ROLES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+_ROLES: tuple[Literal["router", "prefill", "decode"], ...] = ("router", *_NODE_ROLES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_front_arguments(commands.add_parser("node-front"))
     _add_worker_arguments(commands.add_parser("tp-worker"))
 
-    given = vars(parser.parse_args(argv))
+    given = _parsed(parser, argv)
     command = str(given.pop("command"))
     return _run("up" if command == "serve" else command, given)
 
@@ -108,7 +117,16 @@ def main_decode() -> int:
 def _role_main(role: str) -> int:
     parser = argparse.ArgumentParser(prog=f"pdserve-{role}", description=f"One {role} of a pdserve cluster.")
     _add_role_arguments(parser, role)
-    return _run(role, vars(parser.parse_args()))
+    return _run(role, _parsed(parser, sys.argv[1:]))
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = suggestion(name) if name.startswith("-") else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+    return vars(given)
 
 
 def _run(command: str, given: dict[str, Any]) -> int:
@@ -128,6 +146,7 @@ def _run(command: str, given: dict[str, Any]) -> int:
         if command == "up":
             given["owner_pid"] = parent_pid  # its supervisor looks after that itself
         else:
+            given["is_child"] = True
             die_with_parent(parent_pid, signal.SIGKILL if command == "tp-worker" else signal.SIGTERM)
         keys = handed_keys()
         if keys.api:
@@ -179,7 +198,8 @@ def _listener(
 
 def _router(given: dict[str, Any]) -> int:
     config = router_config(given)
-    configure_logging("router", config.log_level, config.log_format)
+    _begin_log("router", config, given)
+    config = _with_folders(config, ModelFolders())
     from .router.main import run_router
 
     listener = _listener(given, "router", config)
@@ -189,7 +209,8 @@ def _router(given: dict[str, Any]) -> int:
 
 def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
     config = node_config(role, given)
-    configure_logging(role, config.log_level, config.log_format)
+    _begin_log(role, config, given)
+    config = _with_folders(config, ModelFolders())
     listener = _listener(given, role, config)
     _check_strangers_stay_out(config, listener)
     incarnation = str(given.get("incarnation", ""))
@@ -200,6 +221,23 @@ def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
     from .decode.main import run_decode
 
     end_now(run_decode(config, listener, incarnation))
+
+
+def _begin_log(process: str, config: RouterConfig | NodeConfig, given: Mapping[str, Any]) -> None:
+    configure_logging(process, config.log_level, config.log_format)
+    if config.foreign_flags and "is_child" not in given:  # `up` says it for all
+        _log.warning("%s", without_effect(config.foreign_flags))
+
+
+def _with_folders(config: _Config, folders: ModelFolders) -> _Config:
+    """With names on the hub made folders. Raises StartupError."""
+    find = partial(folders.find, revision=config.revision, cache_dir=config.download_dir)
+    with_weights = isinstance(config, NodeConfig) and config.load_format != "dummy"
+    return replace(
+        config,
+        model=find(config.model, with_weights=with_weights),
+        tokenizer=find(config.tokenizer, with_weights=False),
+    )
 
 
 def _check_strangers_stay_out(config: RouterConfig | NodeConfig, listener: socket.socket) -> None:
@@ -268,7 +306,7 @@ def _doctor(given: dict[str, Any]) -> int:
 
 def _up(given: dict[str, Any]) -> int:
     config = router_config(given)
-    configure_logging("up", config.log_level, config.log_format)
+    _begin_log("up", config, given)
     is_colocated = bool(resolve("decode", given)["colocated"])
     counts = resolve("up", given)
     num_prefill = 0 if is_colocated else counts["num_prefill"]
@@ -283,10 +321,15 @@ def _up(given: dict[str, Any]) -> int:
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = http_url(loopback, listener)
     given["cluster_secret"] = config.cluster_secret or new_secret()
-    children = [_router_child(given, listener)]
+    folders = ModelFolders()
     num_threads = max(1, usable_cores() // (num_prefill + num_decode))
-    children += [_node_child("prefill", i, given, url, num_threads) for i in range(num_prefill)]
-    children += [_node_child("decode", i, given, url, num_threads) for i in range(num_decode)]
+    nodes: list[Child] = []
+    for role, count in zip(_NODE_ROLES, (num_prefill, num_decode), strict=True):
+        if count:
+            of_node = _for_child(node_config(role, given), given, folders)
+            nodes += [_node_child(role, i, of_node, url, num_threads) for i in range(count)]
+    router = _router_child(_for_child(config, given, folders), listener)  # last, as it needs no weights
+    children = [router, *nodes]
 
     keys = AccessKeys(config.api_key, admin_key)
     with Supervisor(
@@ -299,6 +342,22 @@ def _up(given: dict[str, Any]) -> int:
         _say(f"pdserve is ready at {url}")
         supervisor.run()
         return 0
+
+
+def _for_child(
+    config: RouterConfig | NodeConfig, given: Mapping[str, Any], folders: ModelFolders
+) -> dict[str, Any]:
+    """What `given` is for a child: a name on the hub was looked up once, for all of them."""
+    found = _with_folders(config, folders)
+    if (found.model, found.tokenizer) == (config.model, config.tokenizer):
+        return dict(given)
+    given = {name: value for name, value in given.items() if name != "model_positional"}
+    return {
+        **given,
+        "model": found.model,
+        "tokenizer": found.tokenizer,
+        "served_model_name": config.served_model_name,
+    }
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from functools import partial
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -75,12 +77,14 @@ def build_router_app(
     is_loopback: bool = True,
     root_path: str = "",
     allowed_origins: Sequence[str] = (),
+    seed: int | None = None,
     limits: Limits | None = None,
 ) -> FastAPI:
     """The whole surface of a router.
 
     The HTTP metrics are registered with `registry`; ``/metrics`` is what `view.metrics_text` returns, which
-    must include them. `in_flight.drain()` closes the door for new requests (`server.serve` does it).
+    must include them. Seeds of requests that bring none are drawn from `seed`.
+    `in_flight.drain()` closes the door for new requests (`server.serve` does it).
     """
     limits = limits or Limits()
     serving = Serving(
@@ -88,6 +92,7 @@ def build_router_app(
         tokenizer=tokenizer,
         generator=generator,
         defaults=generation_defaults,
+        draw_seed=partial((random.SystemRandom() if seed is None else random.Random(seed)).getrandbits, 64),
         limits=limits,
         metrics=HttpMetrics(registry, card.name),
         in_flight=in_flight,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -17,7 +18,7 @@ import jinja2.parser
 import jinja2.runtime
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..runtime.errors import PdserveError, RequestError
+from ..runtime.errors import PdserveError, RequestError, StartupError
 
 # Appended to the message to be continued, so that the cut is found whatever the template adds after it. The
 # trailing space tells whether the template strips its messages.
@@ -71,6 +72,22 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 class UnreadableTemplateError(PdserveError):
     """A checkpoint's chat template is no template. The message says why."""
+
+
+def read_given(argument: str) -> str:
+    """The template that ``--chat-template`` names: a file's text, or the argument itself when it is a
+    template, which has braces. Raises StartupError when it cannot be compiled either way."""
+    source, file = argument, Path(argument).expanduser()
+    if not any(mark in argument for mark in ("{{", "{%", "\n")):
+        try:
+            source = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartupError(f"--chat-template {argument} cannot be read: {error}") from error
+    try:
+        ChatTemplate(source, {})
+    except UnreadableTemplateError as error:
+        raise StartupError(f"--chat-template: {' '.join(str(error).split())}") from error
+    return source
 
 
 class ChatTemplate:

@@ -192,12 +192,13 @@ class Native:
             skip_special_tokens=sampling.skip_special_tokens,
             min_tokens=sampling.min_new_tokens,
         )
+        seed = sampling.seed if sampling.sampling_seed is None else sampling.sampling_seed
         fields = SamplingFields(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            seed=sampling.seed if sampling.sampling_seed is None else sampling.sampling_seed,
+            seed=serving.draw_seed() if seed is None else seed,
             repetition_penalty=sampling.repetition_penalty,
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,

@@ -66,7 +66,7 @@ def openai_sampling(
         top_p=body.top_p,
         top_k=body.top_k,
         min_p=body.min_p,
-        seed=body.seed,
+        seed=serving.draw_seed() if body.seed is None else body.seed,
         repetition_penalty=body.repetition_penalty,
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,

@@ -38,6 +38,7 @@ class Serving:
     tokenizer: Tokenizer
     generator: Generator
     defaults: GenerationDefaults
+    draw_seed: Callable[[], int]  # of 64 bits, for a request that brings none
     limits: Limits
     metrics: HttpMetrics
     in_flight: InFlightRequests

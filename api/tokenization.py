@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders
 
 from ..runtime.errors import RequestError, StartupError
-from .chat_template import ChatTemplate, UnreadableTemplateError
+from .chat_template import ChatTemplate, UnreadableTemplateError, read_given
 
 _log = logging.getLogger(__name__)
 
@@ -90,11 +90,13 @@ class Tokenizer:
         self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where there are any.
+    def from_directory(cls, directory: str | Path, given_template: str = "") -> Tokenizer:
+        """Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where there are any; with
+        `given_template`, what ``--chat-template`` names, that one is used instead.
 
-        Raises StartupError when there is no tokenizer to be had. Of a chat template that cannot be read a
-        warning tells, and who asks for a chat: completions need none.
+        Raises StartupError when there is no tokenizer to be had, or `given_template` is none. Of a chat
+        template of the folder that cannot be read a warning tells, and who asks for a chat: completions need
+        none.
         """
         folder = Path(directory)
         vocabulary = folder / "tokenizer.json"
@@ -107,7 +109,7 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         template, no_chat = None, _NO_TEMPLATE
         try:
-            template = _chat_template(folder, config)
+            template = read_given(given_template) if given_template else _chat_template(folder, config)
         except UnreadableTemplateError as error:
             no_chat = _unreadable(error)
         return cls(

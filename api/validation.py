@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import logging
 import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -361,7 +360,7 @@ class SamplingFields:
     top_p: float | None
     top_k: int | None
     min_p: float | None
-    seed: int | None
+    seed: int  # any; its lowest 64 bits count
     repetition_penalty: float | None
     frequency_penalty: float | None
     presence_penalty: float | None
@@ -405,7 +404,7 @@ def sampling_params(
         top_p=top_p,
         top_k=min(max(top_k, 0), card.vocab_size),  # any integer is accepted, nodes compute with 64 bits
         min_p=min_p,
-        seed=secrets.randbits(64) if wanted.seed is None else wanted.seed % 2**64,
+        seed=wanted.seed % 2**64,
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,

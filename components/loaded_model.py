@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ..engine.dummy_weights import dummy_fingerprint, dummy_weights
 from ..engine.kv_pool import TORCH_DTYPES
 from ..engine.model_config import ModelConfig
+from ..engine.model_paths import ModelPaths
 from ..engine.named_weights import replace_tensors
 from ..engine.tensor_parallel import WHOLE, Shard
 from ..engine.weights import (
@@ -42,9 +44,20 @@ def load_model(path: Path, config: ModelConfig, dtype: str, shard: Shard = WHOLE
     return LoadedModel(path, config, weights, fingerprint_of(path, config, dtype))
 
 
-def load_replacement(path: Path, current: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:
+def dummy_model(path: Path, config: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:
+    """The same model with random weights; `path` needs none. Raises StartupError."""
+    try:
+        weights = dummy_weights(config, TORCH_DTYPES[dtype], torch.device("cpu"), shard)
+    except RuntimeError as error:  # how torch reports that memory is out
+        raise StartupError(f"random weights cannot be made: {str(error).splitlines()[0]}") from error
+    return LoadedModel(path, config, weights, dummy_fingerprint(config))
+
+
+def load_replacement(
+    paths: ModelPaths, current: ModelConfig, dtype: str, shard: Shard = WHOLE
+) -> LoadedModel:
     """Reads a checkpoint that can be swapped in for a model of this config. Raises StartupError."""
-    config = ModelConfig.from_dir(path)
+    path, config = paths.model, paths.read_config()
     # Before any tensor is read: another model may be larger than the memory that is left.
     if (difference := _difference(current, config)) is not None:
         raise StartupError(f"{path} cannot replace the model that is served: {difference}")

@@ -32,6 +32,7 @@ from ..engine.forward_batch import ForwardBatch
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import KVPool
 from ..engine.model_config import ModelConfig, kv_layout, read_vocabulary_digest, resolve_dtype
+from ..engine.model_paths import ModelPaths
 from ..engine.model_runner import ModelRunner
 from ..engine.named_weights import merge_checksums, part_checksums, whole_checksum
 from ..engine.operators import EAGER, deterministic, survey_with_threads
@@ -62,7 +63,7 @@ from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
 from .front_process import FrontProcess
-from .loaded_model import LoadedModel, load_model, load_replacement, updated_model
+from .loaded_model import LoadedModel, dummy_model, load_model, load_replacement, updated_model
 from .loop_times import TURN, LoopTimes
 from .memory_occupation import Announced
 from .metrics_reporter import MetricsReporter
@@ -93,6 +94,7 @@ class Node:
     """The parts that a prefill and a decode scheduler have in common."""
 
     config: NodeConfig
+    paths: ModelPaths  # at the start
     model: LoadedModel
     max_model_len: int
     layout: KVLayout  # of all heads
@@ -229,7 +231,8 @@ class Node:
     def _load_share(self, order: LoadOrder, model: LoadedModel) -> LoadedModel:
         match order:
             case LoadFolder(path):
-                return load_replacement(path, model.config, self.layout.dtype, self.shard)
+                paths = self.paths.with_model(path)
+                return load_replacement(paths, model.config, self.layout.dtype, self.shard)
             case LoadTensors(file, source, fingerprint):
                 return updated_model(file, model, source, self.shard, fingerprint)
             case _:
@@ -307,10 +310,8 @@ def start_node(
     Raises StartupError with one line that says what to mend.
     """
     incarnation = incarnation or uuid.uuid4().hex
-    path = Path(config.model).expanduser()
-    if not path.is_dir():
-        raise StartupError(f"no model at {config.model}: a folder in Hugging Face format is expected")
-    model_config = ModelConfig.from_dir(path)
+    paths = ModelPaths.given(config.model, config.tokenizer, config.generation_config)
+    model_config = paths.read_config()
     dtype = resolve_dtype(config.dtype, model_config, native_dtypes())
     layout = kv_layout(model_config, config.page_size, dtype)
     size = config.tensor_parallel_size
@@ -335,7 +336,7 @@ def start_node(
         num_pages = _num_pages(config, layout, max_model_len)
         ranks = None
         if size > 1:
-            ranks = _start_ranks(config, path, dtype, num_pages, host, trace_name)
+            ranks = _start_ranks(config, paths.model, dtype, num_pages, host, trace_name)
             undo.callback(ranks.close)
         make_backend = partial(
             create_backend, config.transfer_backend, _transport(config), host, config.ib_device, config.faulty
@@ -345,7 +346,8 @@ def start_node(
         memory = backend.allocate(num_pages * layout.of_rank(size).stride_bytes)
         pool = KVPool(layout.of_rank(size), num_pages, torch.device("cpu"), memory=memory)
         rank_memory = RankMemory(backend, backend.register())
-        model = load_model(path, model_config, dtype, shard)
+        load = dummy_model if config.load_format == "dummy" else load_model
+        model = load(paths.model, model_config, dtype, shard)
         collective = None
         if ranks is not None:
             ranks.wait_ready()
@@ -391,7 +393,7 @@ def start_node(
         colocated=config.colocated,
         vocab_size=model.config.vocab_size,
         max_model_len=max_model_len,
-        vocabulary_digest=read_vocabulary_digest(path),
+        vocabulary_digest=read_vocabulary_digest(paths.tokenizer_folder),
     )
     pids = (os.getpid(), *(() if ranks is None else ranks.pids))
     regions = (rank_memory.region, *(() if ranks is None else ranks.regions))
@@ -438,6 +440,7 @@ def start_node(
     )
     return Node(
         config=config,
+        paths=paths,
         model=model,
         max_model_len=max_model_len,
         layout=layout,
@@ -546,6 +549,7 @@ def _start_ranks(
             rank=rank,
             size=config.tensor_parallel_size,
             model_path=str(path),
+            load_format=config.load_format,
             dtype=dtype,
             page_size=config.page_size,
             num_pages=num_pages,

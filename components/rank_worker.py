@@ -16,6 +16,7 @@ from typing import assert_never
 import torch
 
 from ..engine.batch_codec import decode_batch
+from ..engine.dummy_weights import dummy_weights
 from ..engine.engine_thread import EngineThread, JobResult, run_job
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
@@ -114,6 +115,7 @@ class RankWorker:
         self._shard = Shard(start.rank, start.size)
         self._dtype = TORCH_DTYPES[start.dtype]
         path = Path(start.model_path)
+        # Without the EOS ids that flags of rank 0 may add: ranks sample nothing.
         self._config = ModelConfig.from_dir(path)
         layout = kv_layout(self._config, start.page_size, start.dtype).of_rank(start.size)
         self._backend: TransferBackend = create_backend(
@@ -122,7 +124,11 @@ class RankWorker:
         memory = self._backend.allocate(start.num_pages * layout.stride_bytes)
         self._pool = KVPool(layout, start.num_pages, _CPU, memory=memory)
         self._memory = RankMemory(self._backend, self._backend.register())
-        self._weights = self._load(path)
+        self._weights = (
+            dummy_weights(self._config, self._dtype, _CPU, self._shard)
+            if start.load_format == "dummy"
+            else self._load(path)
+        )
         pipe.send(RankReady(region=self._memory.region))
         collective = RankCollective(self._shard, Path(start.rendezvous))
         config = self._shard.config(self._config)

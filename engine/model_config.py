@@ -101,9 +101,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def from_dir(cls, path: Path) -> ModelConfig:
-        """Read ``path/config.json``; EOS ids of ``generation_config.json`` and of the tokenizer are added to
-        its own. Where there is none at all a warning says so.
+    def from_dir(
+        cls, path: Path, tokenizer: Path | None = None, generation: Path | None = None
+    ) -> ModelConfig:
+        """Read ``path/config.json``; EOS ids of ``generation_config.json`` and of the tokenizer, which may
+        lie in other folders, are added to its own. Where there is none at all a warning says so.
 
         Raises `StartupError` with the name of the field for anything missing, malformed or not supported.
         """
@@ -128,10 +130,10 @@ class ModelConfig:
             raise raw.error(f"head_dim {head_dim} is odd; rotary embedding needs pairs")
         max_positions = raw.positive("max_position_embeddings")
         rope = _rope(raw, max_positions)
-        generation = read_generation_defaults(path)
+        defaults = read_generation_defaults(generation or path)
         vocab_size = raw.positive("vocab_size")
-        eos = (*raw.token_ids("eos_token_id"), *generation.get("eos_token_id", ()))
-        tokenizer_eos = read_tokenizer_eos(path)
+        eos = (*raw.token_ids("eos_token_id"), *defaults.get("eos_token_id", ()))
+        tokenizer_eos = read_tokenizer_eos(tokenizer or path)
         if tokenizer_eos is not None and tokenizer_eos < vocab_size:
             eos = (*eos, tokenizer_eos)
         if not eos:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,59 +110,73 @@ def load_weights(
     `StartupError` naming tensors that are missing, unexpected or of another shape. One tensor at a time is
     held twice."""
     shapes = tensor_shapes(config)
+    broken: list[str] = []
     with Checkpoint(path) as checkpoint:
         _check_tensors(path, checkpoint, shapes, config)
 
-        parts = {name: shard.part(name, shape, config) for name, shape in shapes.items()}
+        def tensor(name: str, part: tuple[slice, ...]) -> Tensor:
+            read = checkpoint.tensor(name, part).to(dtype)  # in which a large number may become infinity
+            if not is_finite(read):
+                broken.append(name)
+            return read
 
-        broken: list[str] = []
+        weights = fuse_weights(tensor, config, dtype, device, shard)
+    warn_of_broken(broken, len(shapes), str(path))
+    return weights
 
-        def fused(*names: str) -> Tensor:
-            of_part = [torch.empty(shapes[name], device="meta")[parts[name] or ()].shape for name in names]
-            rows = [shape[0] for shape in of_part]
-            whole = torch.empty((sum(rows), *of_part[0][1:]), dtype=dtype, device=device)
-            for target, name in zip(torch.split(whole, rows), names, strict=True):
-                target.copy_(checkpoint.tensor(name, parts[name] or ()))
-                if not is_finite(target):
-                    broken.append(name)
-            return whole
 
-        def optional(*names: str) -> Tensor | None:
-            return fused(*names) if parts.get(names[0]) is not None else None
+def fuse_weights(
+    tensor: Callable[[str, tuple[slice, ...]], Tensor],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = WHOLE,
+) -> Weights:
+    """A rank's share of the weights, of tensors that `tensor` gives by the checkpoint's names: a part of one,
+    all of it where the slices are empty."""
+    shapes = tensor_shapes(config)
+    parts = {name: shard.part(name, shape, config) for name, shape in shapes.items()}
 
-        def layer(index: int) -> LayerWeights:
-            prefix = f"model.layers.{index}."
-            attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-            qkv = [f"{attention}{part}_proj" for part in "qkv"]
-            gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
-            return LayerWeights(
-                input_norm=fused(f"{prefix}input_layernorm.weight"),
-                qkv=fused(*(f"{name}.weight" for name in qkv)),
-                qkv_bias=optional(*(f"{name}.bias" for name in qkv)),
-                q_norm=optional(f"{attention}q_norm.weight"),
-                k_norm=optional(f"{attention}k_norm.weight"),
-                o=fused(f"{attention}o_proj.weight"),
-                o_bias=optional(f"{attention}o_proj.bias"),
-                post_attention_norm=fused(f"{prefix}post_attention_layernorm.weight"),
-                gate_up=fused(*(f"{name}.weight" for name in gate_up)),
-                gate_up_bias=optional(*(f"{name}.bias" for name in gate_up)),
-                down=fused(f"{mlp}down_proj.weight"),
-                down_bias=optional(f"{mlp}down_proj.bias"),
-            )
+    def fused(*names: str) -> Tensor:
+        of_part = [torch.empty(shapes[name], device="meta")[parts[name] or ()].shape for name in names]
+        rows = [shape[0] for shape in of_part]
+        whole = torch.empty((sum(rows), *of_part[0][1:]), dtype=dtype, device=device)
+        for target, name in zip(torch.split(whole, rows), names, strict=True):
+            target.copy_(tensor(name, parts[name] or ()))
+        return whole
 
-        embed_tokens = fused("model.embed_tokens.weight")
-        weights = Weights(
-            embed_tokens=embed_tokens,
-            layers=tuple(layer(index) for index in range(config.num_layers)),
-            norm=fused("model.norm.weight"),
-            lm_head=(
-                embed_tokens[shard.vocab_rows(config)]
-                if config.tie_word_embeddings
-                else fused("lm_head.weight")
-            ),
+    def optional(*names: str) -> Tensor | None:
+        return fused(*names) if parts.get(names[0]) is not None else None
+
+    def layer(index: int) -> LayerWeights:
+        prefix = f"model.layers.{index}."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        qkv = [f"{attention}{part}_proj" for part in "qkv"]
+        gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
+        return LayerWeights(
+            input_norm=fused(f"{prefix}input_layernorm.weight"),
+            qkv=fused(*(f"{name}.weight" for name in qkv)),
+            qkv_bias=optional(*(f"{name}.bias" for name in qkv)),
+            q_norm=optional(f"{attention}q_norm.weight"),
+            k_norm=optional(f"{attention}k_norm.weight"),
+            o=fused(f"{attention}o_proj.weight"),
+            o_bias=optional(f"{attention}o_proj.bias"),
+            post_attention_norm=fused(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=fused(*(f"{name}.weight" for name in gate_up)),
+            gate_up_bias=optional(*(f"{name}.bias" for name in gate_up)),
+            down=fused(f"{mlp}down_proj.weight"),
+            down_bias=optional(f"{mlp}down_proj.bias"),
         )
-        warn_of_broken(broken, len(shapes), str(path))
-        return weights
+
+    embed_tokens = fused("model.embed_tokens.weight")
+    return Weights(
+        embed_tokens=embed_tokens,
+        layers=tuple(layer(index) for index in range(config.num_layers)),
+        norm=fused("model.norm.weight"),
+        lm_head=(
+            embed_tokens[shard.vocab_rows(config)] if config.tie_word_embeddings else fused("lm_head.weight")
+        ),
+    )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -26,6 +26,7 @@ class RankStart(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     rank: Rank
     size: WorldSize
     model_path: Path
+    load_format: Name
     dtype: Name
     page_size: Positive
     num_pages: Positive

@@ -7,7 +7,6 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import uvloop
 import zmq.asyncio
@@ -22,7 +21,8 @@ from ..api.server import serve
 from ..api.timelines import Timelines
 from ..api.tokenization import Tokenizer
 from ..api.validation import GenerationDefaults
-from ..engine.model_config import ModelConfig, read_vocabulary_digest
+from ..engine.model_config import read_vocabulary_digest
+from ..engine.model_paths import ModelPaths
 from ..messages.link_guard import LinkKeys
 from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
@@ -38,12 +38,14 @@ _log = logging.getLogger(__name__)
 
 def run_router(config: RouterConfig, listener: socket.socket) -> int:
     """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
-    path = Path(config.model).expanduser()
-    if not path.is_dir():
-        raise StartupError(f"no model at {config.model}: a folder in Hugging Face format is expected")
-    tokenizer = Tokenizer.from_directory(path)
-    defaults = GenerationDefaults.from_directory(path)
-    card = _model_card(config, path)
+    paths = ModelPaths.given(config.model, config.tokenizer, config.generation_config)
+    tokenizer = Tokenizer.from_directory(paths.tokenizer_folder, config.chat_template)
+    defaults = (
+        GenerationDefaults()
+        if config.generation_config == "vllm"
+        else GenerationDefaults.from_directory(paths.generation_folder)
+    )
+    card = _model_card(config, paths)
     exporter = None
     if config.otlp_traces_endpoint:
         exporter = TraceExporter(config.otlp_traces_endpoint, card.name)
@@ -105,6 +107,7 @@ async def _serve(
         is_loopback=is_loopback(listeners[0]),
         root_path=config.root_path,
         allowed_origins=config.allowed_origins,
+        seed=config.seed,
     )
     await service.start()
     _log.info("%s serves %s", http_url(config.host, listeners[0]), card.name)
@@ -122,8 +125,8 @@ async def _serve(
         context.destroy(linger=0)
 
 
-def _model_card(config: RouterConfig, path: Path) -> ModelCard:
-    model = ModelConfig.from_dir(path)
+def _model_card(config: RouterConfig, paths: ModelPaths) -> ModelCard:
+    model = paths.read_config()
     max_model_len = config.max_model_len or model.max_model_len
     if max_model_len > model.max_model_len:
         raise StartupError(
@@ -131,12 +134,12 @@ def _model_card(config: RouterConfig, path: Path) -> ModelCard:
         )
     return ModelCard(
         name=config.served_model_name,
-        path=str(path),
+        path=str(paths.model),
         model_type=model.family,
         architectures=(model.architecture,),
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=model.eos_token_ids,
         created=int(time.time()),
-        vocabulary_digest=read_vocabulary_digest(path),
+        vocabulary_digest=read_vocabulary_digest(paths.tokenizer_folder),
     )

@@ -17,10 +17,12 @@ from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
-import yaml
 
 from .cluster_secret import given_secret
+from .config_file import file_layers
 from .errors import StartupError
+from .flag import Flag, field_of, near_miss
+from .foreign_flags import FOREIGN_FIELD, declare_foreign_flags, foreign_name, foreign_names
 from .logs import LEVELS
 from .metric_aliases import METRICS_COMPATS, MetricsCompat
 from .process import AccessKeys, usable_cores
@@ -39,25 +41,6 @@ _HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
 DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Flag:
-    """One setting. ``names[0]`` gives the field's name; the others are aliases of vLLM and SGLang."""
-
-    names: tuple[str, ...]
-    roles: frozenset[str]
-    help: str
-    default: Any = None
-    kind: type = str
-    choices: tuple[str, ...] = ()
-    repeatable: bool = False
-    positional: bool = False
-    takes_json_list: bool = False  # of a repeatable one, as vLLM writes it
-
-    @property
-    def field(self) -> str:
-        return self.names[0].lstrip("-").replace("-", "_")
-
-
 _ALL = frozenset({"router", "prefill", "decode"})
 _NODES = frozenset({"prefill", "decode"})
 _ROUTER = frozenset({"router"})
@@ -67,7 +50,21 @@ _UP = frozenset({"up"})
 
 FLAGS: tuple[Flag, ...] = (
     Flag(names=("--model", "--model-path"), roles=_ALL, positional=True, default=str(SHIPPED_MODEL),
-         help="checkpoint folder in Hugging Face format (default: the shipped model)"),
+         help="checkpoint folder in Hugging Face format, or a name on the hub, such as Qwen/Qwen3-0.6B "
+              "(default: the shipped model)"),
+    Flag(names=("--revision",), roles=_ALL, default="",
+         help="of a model on the hub: branch, tag or commit (default: its main branch)"),
+    Flag(names=("--download-dir",), roles=_ALL, default="", metavar="DIR",
+         help="cache of the hub's models (default: huggingface_hub's own)"),
+    Flag(names=("--tokenizer", "--tokenizer-path"), roles=_ALL, default="", metavar="FOLDER",
+         help="folder of the tokenizer, or a name on the hub (default: the model's)"),
+    Flag(names=("--chat-template",), roles=_ROUTER, default="", metavar="FILE",
+         help="Jinja file, or the template itself (default: the model's)"),
+    Flag(names=("--generation-config",), roles=_ALL, default="auto", metavar="FOLDER",
+         help="sampling parameters of requests that name none; auto: the model's generation_config.json, "
+              "vllm: none, or the folder of another one"),
+    Flag(names=("--load-format",), roles=_NODES, default="auto", choices=("auto", "safetensors", "dummy"),
+         help="of the weights; dummy: random ones, to measure speed without a checkpoint's"),
     Flag(names=("--served-model-name",), roles=_ALL,
          help="name that clients ask for (default: the path as given)"),
     Flag(names=("--host",), roles=_ALL, default="127.0.0.1", help="address to listen on"),
@@ -75,9 +72,9 @@ FLAGS: tuple[Flag, ...] = (
          help="HTTP port (default: router 8000, prefill 8100, decode 8200, or the next free one)"),
     Flag(names=("--advertise-host",), roles=_NODES,
          help="address that peers reach this node by (default: --host, or this host's own)"),
-    Flag(names=("--api-key",), roles=_ALL, repeatable=True, default=(),
+    Flag(names=("--api-key",), roles=_ALL, repeatable=True, default=(), metavar="KEY",
          help="accepted bearer token; repeatable (default: none, everyone may ask)"),
-    Flag(names=("--admin-api-key",), roles=_ALL, default="",
+    Flag(names=("--admin-api-key",), roles=_ALL, default="", metavar="KEY",
          help="the only bearer token for the admin routes; without one they are served on loopback alone"),
     Flag(names=("--cluster-secret-file",), roles=_ALL, default="",
          help="file with the secret that all processes of a cluster share (or PDSERVE_CLUSTER_SECRET holds "
@@ -87,16 +84,18 @@ FLAGS: tuple[Flag, ...] = (
               "prompts and weights, and replace them"),
     Flag(names=("--dtype",), roles=_NODES, default="auto",
          choices=("auto", "float32", "bfloat16", "float16"),
+         spellings=(("half", "float16"), ("float", "float32")),
          help="of weights and KV cache; auto: the checkpoint's, or float32 where the processor lacks it"),
     Flag(names=("--deterministic", "--enable-deterministic-inference"), roles=_NODES, kind=bool,
          default=False, help="answers have the same bits in any batch, chunk or hand-off (in float32)"),
-    Flag(names=("--max-model-len", "--context-length"), roles=_ALL, kind=int,
+    Flag(names=("--max-model-len", "--context-length"), roles=_ALL, kind=int, takes_suffix=True,
          help="longest prompt plus output, tokens (default: from the model's config)"),
     Flag(names=("--page-size", "--block-size"), roles=_NODES, kind=int, default=16,
          help="tokens in a KV page"),
     Flag(names=("--kv-cache-gb",), roles=_NODES, kind=float,
          help="KV pool, GiB (default: a quarter of free memory, at most 32 x max-model-len)"),
     Flag(names=("--chunked-prefill-size", "--max-num-batched-tokens"), roles=_NODES, kind=int, default=2048,
+         takes_suffix=True,
          help="prompt tokens computed in one step"),
     Flag(names=("--max-running-requests", "--max-num-seqs"), roles=_NODES, kind=int, default=64,
          help="sequences in a batch"),
@@ -158,6 +157,9 @@ FLAGS: tuple[Flag, ...] = (
          help="tokens in an event of a stream, behind the first"),
     Flag(names=("--force-stream-interval",), roles=_ROUTER, kind=int, default=16,
          help="tokens that decode nodes send at once of answers that are not streamed"),
+    Flag(names=("--seed", "--random-seed"), roles=_ROUTER, kind=int,
+         help="seeds of requests that bring none are drawn from it, in the order in which they come "
+              "(default: from the system's randomness)"),
     Flag(names=("--max-sessions",), roles=_ROUTER, kind=int, default=1024,
          help="sessions open before new ones get 429"),
     Flag(names=("--session-timeout",), roles=_ROUTER, kind=float, default=600.0,
@@ -191,6 +193,11 @@ class RouterConfig:
     """Resolved settings of a router."""
 
     model: str
+    revision: str
+    download_dir: str
+    tokenizer: str
+    chat_template: str
+    generation_config: str
     served_model_name: str
     host: str
     port: int | None  # None: the role's own, or the next free one
@@ -207,6 +214,7 @@ class RouterConfig:
     max_queue_wait: float
     stream_interval: int
     force_stream_interval: int
+    seed: int | None
     max_sessions: int
     session_timeout: float
     drain_timeout: float
@@ -219,6 +227,7 @@ class RouterConfig:
     log_requests_level: int
     log_level: str
     log_format: str
+    foreign_flags: tuple[str, ...] = ()  # given, and without effect here
 
     @property
     def keys(self) -> AccessKeys:
@@ -231,6 +240,11 @@ class NodeConfig:
 
     role: Literal["prefill", "decode"]
     model: str
+    revision: str
+    download_dir: str
+    tokenizer: str
+    generation_config: str
+    load_format: str
     served_model_name: str
     host: str
     port: int | None  # None: the role's own, or the next free one
@@ -268,6 +282,7 @@ class NodeConfig:
     verify_pages: VerifyPages = "off"  # decode only
     poison_reserved_pages: bool = False  # decode only
     crash_after_outputs: int = 0  # decode only
+    foreign_flags: tuple[str, ...] = ()  # given, and without effect here
 
     @property
     def keys(self) -> AccessKeys:
@@ -275,32 +290,19 @@ class NodeConfig:
 
 
 def add_flags(parser: argparse.ArgumentParser, roles: frozenset[str]) -> None:
-    """Declare the flags that any of `roles` takes. What is not given is absent from the namespace."""
+    """Declare the flags that any of `roles` takes, and other servers'. What is not given is absent from the
+    namespace."""
     parser.add_argument("--config", metavar="FILE", help="YAML file; keys are flag names")
     for flag in FLAGS:
-        if not flag.roles & roles:
-            continue
-        options: dict[str, Any] = {"dest": flag.field, "default": argparse.SUPPRESS, "help": _help_text(flag)}
-        if flag.kind is bool:
-            options["action"] = argparse.BooleanOptionalAction if len(flag.names) == 1 else "store_true"
-        else:
-            options["type"] = flag.kind
-            if flag.choices:
-                options["choices"] = flag.choices
-            else:
-                options["metavar"] = {int: "N", float: "X"}.get(flag.kind, "URL" if flag.repeatable else "S")
-            if flag.repeatable:
-                options["action"] = "append"
-        parser.add_argument(*flag.names, **options)
-        if flag.positional:
-            parser.add_argument(
-                "model_positional", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=flag.help
-            )
+        if flag.roles & roles:
+            flag.declare(parser)
+    declare_foreign_flags(parser)
 
 
-def _help_text(flag: Flag) -> str:
-    shown = flag.default not in (None, (), "", False) and not flag.positional
-    return f"{flag.help} (default: {flag.default})" if shown else flag.help
+def suggestion(name: str) -> str:
+    """Which flag may have been meant by an unknown one, for a complaint; empty when none is near."""
+    known = [name for flag in FLAGS for name in flag.names]
+    return near_miss(name, [*known, *foreign_names()])
 
 
 def resolve(role: ProcessRole, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,8 +311,10 @@ def resolve(role: ProcessRole, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises StartupError for a file that cannot be read, an unknown key or a value of the wrong type.
     """
     values: dict[str, Any] = {flag.field: flag.default for flag in FLAGS if role in flag.roles}
+    foreign: tuple[str, ...] = ()
     if given.get("config"):
-        for layer in _file_layers(Path(given["config"]), role):
+        for layer in file_layers(Path(given["config"]), role, FLAGS):
+            foreign += layer.pop(FOREIGN_FIELD, ())
             values.update(layer)
     values.update({name: value for name, value in given.items() if name in values})
     if "model_positional" in given:
@@ -324,6 +328,7 @@ def resolve(role: ProcessRole, given: Mapping[str, Any]) -> dict[str, Any]:
             items = (value,) if isinstance(value, str) else tuple(value)
             values[flag.field] = _from_json_lists(flag, items) if flag.takes_json_list else items
     _check(values)
+    values[FOREIGN_FIELD] = (*foreign, *given.get(FOREIGN_FIELD, ()))
     return values
 
 
@@ -338,63 +343,6 @@ def _from_json_lists(flag: Flag, items: Sequence[str]) -> tuple[str, ...]:
         except msgspec.DecodeError as error:
             raise StartupError(f"{flag.names[0]} {item}: a JSON list of strings is expected") from error
     return tuple(flat)
-
-
-def _file_layers(path: Path, role: str) -> list[dict[str, Any]]:
-    try:
-        document = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise StartupError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise StartupError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict):
-        raise StartupError(f"--config {path}: a mapping of flag names to values is expected")
-    blocks = {
-        name: document.pop(name, None)
-        for name in ("router", "prefill", "decode")
-        if _is_block(document, name)
-    }
-    top = _file_values(path, document, role=None)
-    block = blocks.get(role) or {}
-    taken = {flag.field for flag in FLAGS if role in flag.roles}
-    return [
-        {name: value for name, value in top.items() if name in taken},
-        _file_values(path, block, role=role),
-    ]
-
-
-def _is_block(document: Mapping[str, Any], name: str) -> bool:
-    # `router:` is a block, perhaps an empty one, but also the flag --router (a URL or a list of them).
-    return name in document and isinstance(document[name], dict | None)
-
-
-def _file_values(path: Path, mapping: Mapping[Any, Any], role: str | None) -> dict[str, Any]:
-    by_name = {
-        name.lstrip("-").replace("-", "_"): flag
-        for flag in FLAGS
-        for name in flag.names
-        if role is None or role in flag.roles
-    }
-    values: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flag = by_name.get(str(key).lstrip("-").replace("-", "_"))
-        if flag is None:
-            where = f" in block {role}:" if role else ""
-            raise StartupError(f"--config {path}: unknown key {key!r}{where}; keys are flag names")
-        values[flag.field] = _typed(path, flag, value)
-    return values
-
-
-def _typed(path: Path, flag: Flag, value: object) -> object:
-    items = value if flag.repeatable and isinstance(value, list) else [value]
-    for item in items:
-        accepted = isinstance(item, flag.kind) and (flag.kind is bool or not isinstance(item, bool))
-        if flag.kind is float and isinstance(item, int) and not isinstance(item, bool):
-            accepted = True
-        if not accepted or (flag.choices and item not in flag.choices):
-            wanted = " | ".join(flag.choices) or flag.kind.__name__
-            raise StartupError(f"--config {path}: {flag.names[0][2:]}: {item!r} is not {wanted}")
-    return value
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -529,39 +477,29 @@ def arguments_of(options: Mapping[str, Any], roles: frozenset[str]) -> list[str]
     Aliases count. Raises StartupError for a name that is no flag of `roles`, and for a value of another type
     than the flag's.
     """
-    by_name = {_key(name): flag for flag in FLAGS for name in flag.names if flag.roles & roles}
+    by_name = {field_of(name): flag for flag in FLAGS for name in flag.names if flag.roles & roles}
     arguments: list[str] = []
     for name, value in options.items():
-        flag = by_name.get(_key(name))
-        if flag is None:
-            raise StartupError(f"there is no option {name!r}; options are the flags of `pdserve up`")
         if value is None:
             continue
+        flag = by_name.get(field_of(name))
+        if flag is None:
+            if (foreign := foreign_name(name, value)) is not None:
+                if value is not False:
+                    arguments += [foreign] if value is True else [f"{foreign}={value}"]
+                continue
+            raise StartupError(
+                f"there is no option {name!r}{suggestion(name)}; options are the flags of `pdserve up`"
+            )
         for item in value if flag.repeatable and isinstance(value, list | tuple) else (value,):
-            if not _is_of_kind(item, flag):
-                wanted = " | ".join(flag.choices) or flag.kind.__name__
-                raise StartupError(f"{name}={item!r}: {wanted} is expected")
-            arguments += _one_argument(flag, item)
+            try:
+                plain = flag.plain(item)
+            except ValueError as error:
+                raise StartupError(f"{name}={item!r}: {error}") from error
+            if not flag.takes(plain):
+                raise StartupError(f"{name}={item!r}: {flag.wanted} is expected")
+            arguments += flag.arguments(plain)
     return arguments
-
-
-def _key(name: str) -> str:
-    return name.lstrip("-").replace("-", "_")
-
-
-def _is_of_kind(value: object, flag: Flag) -> bool:
-    if isinstance(value, bool) or flag.kind is bool:
-        return isinstance(value, bool) and flag.kind is bool
-    is_number = flag.kind is float and isinstance(value, int)
-    return (is_number or isinstance(value, flag.kind)) and (not flag.choices or value in flag.choices)
-
-
-def _one_argument(flag: Flag, value: object) -> list[str]:
-    if flag.kind is not bool:
-        return [f"{flag.names[0]}={value}"]
-    if value:
-        return [flag.names[0]]
-    return [flag.names[0].replace("--", "--no-", 1)] if len(flag.names) == 1 else []
 
 
 def forwarded_flags(given: Mapping[str, Any], role: ProcessRole, dropped: Sequence[str] = ()) -> list[str]:
@@ -575,9 +513,6 @@ def forwarded_flags(given: Mapping[str, Any], role: ProcessRole, dropped: Sequen
         if flag.field not in given or role not in flag.roles or flag.field in dropped:
             continue
         value = given[flag.field]
-        if flag.kind is bool:
-            arguments.append(flag.names[0] if value else flag.names[0].replace("--", "--no-", 1))
-        else:
-            # With `=`, because a value may begin with a dash.
-            arguments += [f"{flag.names[0]}={item}" for item in (value if flag.repeatable else (value,))]
+        for item in value if flag.repeatable else (value,):
+            arguments += flag.arguments(item)
     return arguments

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from pdserve import cli
+from pdserve.runtime import hub
 from pdserve.runtime.cluster_secret import SECRET_VARIABLE
 from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, add_flags
 from pdserve.runtime.errors import StartupError
@@ -210,6 +211,14 @@ def test_every_process_that_is_spawned_dies_with_its_parent(
         cli.main([*arguments, "--parent-pid", "77"])
 
 
+@pytest.mark.parametrize("command", ["up", "router"])
+def test_an_unknown_flag_is_refused_with_a_near_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--max-modellen=32k"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("unrecognized arguments: --max-modellen=32k; did you mean --max-model-len?")
+
+
 # ---- the children of `up` -----------------------------------------------------------------------------
 
 
@@ -253,6 +262,45 @@ def test_up_starts_one_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
         assert values(node)["num_threads"] == max(1, usable_cores() // 2)
         assert values(node)["router"][0].startswith("http://127.0.0.1:")
     assert router.grace_s > 60, "its drain is not cut short"
+
+
+def test_up_says_once_what_has_no_effect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = children(monkeypatch, "--trust-remote-code", "--swap-space", "4")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "without effect" in line]
+    assert "--trust-remote-code" in line
+    assert "--swap-space" in line
+    assert "swap-space" not in repr(started)
+
+
+def test_up_looks_names_on_the_hub_up_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, str, str, bool]] = []
+
+    def download(name: str, revision: str, cache_dir: str, *, with_weights: bool) -> str:
+        asked.append((name, revision, cache_dir, with_weights))
+        return f"/cache/{name}"
+
+    monkeypatch.setattr(hub, "download", download)
+    arguments = ("--tokenizer", "some/Tokenizer", "--revision", "v1", "--download-dir", str(tmp_path))
+    for child in children(monkeypatch, "some/Model", *arguments):
+        given = values(child)
+        assert (given["model"], given["tokenizer"]) == ("/cache/some/Model", "/cache/some/Tokenizer")
+        assert given["served_model_name"] == "some/Model"
+        assert "model_positional" not in given
+    cache = str(tmp_path)
+    assert asked == [("some/Model", "v1", cache, True), ("some/Tokenizer", "v1", cache, False)]
+
+
+@pytest.mark.parametrize(("command", "with_weights"), [("router", False), ("decode", True)])
+def test_a_process_of_its_own_looks_its_model_up(
+    command: str, with_weights: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def download(name: str, revision: str, cache_dir: str, *, with_weights: bool) -> str:
+        raise StartupError(f"asked for {name} {with_weights}")
+
+    monkeypatch.setattr(hub, "download", download)
+    assert failure(capsys, command, "some/Model") == f"pdserve {command}: asked for some/Model {with_weights}"
 
 
 def test_up_starts_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -139,6 +139,11 @@ def allowed_origins() -> tuple[str, ...]:
 
 
 @pytest.fixture
+def seed() -> int | None:
+    return None
+
+
+@pytest.fixture
 def limits() -> Limits:
     return Limits(max_body_bytes=20_000)
 
@@ -152,6 +157,7 @@ async def api(
     limits: Limits,
     root_path: str,
     allowed_origins: tuple[str, ...],
+    seed: int | None,
 ) -> AsyncIterator[Api]:
     generator = FakeGenerator(tokenizer.encode(" quick brown fox jumps"))
     admin = FakeAdmin()
@@ -178,6 +184,7 @@ async def api(
         limits=limits,
         root_path=root_path,
         allowed_origins=allowed_origins,
+        seed=seed,
     )
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -71,6 +72,20 @@ async def test_nulls_mean_defaults(api: Api) -> None:
     assert (await api.post(PATH, body))[0] == 200
     sampling = api.generator.specs[0].sampling
     assert sampling == SamplingParams(temperature=0.6, top_p=0.9, seed=sampling.seed, max_tokens=16)
+
+
+@pytest.mark.parametrize("seed", [7])
+async def test_seeds_of_requests_that_bring_none_follow_from_the_servers(api: Api) -> None:
+    """By the order in which they come; one that brings its own takes none."""
+    for path, body in (
+        (PATH, {"model": "org/tiny", "prompt": "The"}),
+        (PATH, {"model": "org/tiny", "prompt": "The", "seed": 3}),
+        ("/generate", {"text": "The"}),
+    ):
+        assert (await api.post(path, body))[0] == 200
+    drawn = random.Random(7)
+    wanted = [drawn.getrandbits(64), 3, drawn.getrandbits(64)]
+    assert [spec.sampling.seed for spec in api.generator.specs] == wanted
 
 
 async def test_harmless_fields_are_ignored(api: Api) -> None:

@@ -84,6 +84,26 @@ def test_the_template_comes_from_its_file_a_list_or_the_config(tmp_path: Path) -
     assert Tokenizer.from_directory(folder).apply_chat_template(CHATS[0]) == "from its file"
 
 
+def test_a_template_that_is_given_counts_alone(tmp_path: Path) -> None:
+    """`--chat-template`: a file, or the template itself."""
+    folder = checkpoint(tmp_path, chat_template="{% broken")
+    file = tmp_path / "other.jinja"
+    file.write_text("{{ messages[0].role }} in a file")
+    assert Tokenizer.from_directory(folder, str(file)).apply_chat_template(CHATS[0]).endswith(" in a file")
+    assert Tokenizer.from_directory(folder, "{{ 1 + 1 }}").apply_chat_template(CHATS[0]) == "2"
+
+
+@pytest.mark.parametrize(
+    ("given_template", "named"), [("chatml", "chatml cannot be read"), ("{% if %}", "cannot be compiled")]
+)
+def test_a_template_that_is_given_and_is_none_ends_the_start(
+    tmp_path: Path, given_template: str, named: str
+) -> None:
+    with pytest.raises(StartupError, match=f"--chat-template.*{named}") as error:
+        Tokenizer.from_directory(checkpoint(tmp_path), given_template)
+    assert "\n" not in str(error.value)
+
+
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(checkpoint(tmp_path))
     with pytest.raises(RequestError, match="no chat template") as caught:

@@ -42,7 +42,7 @@ def test_max_tokens_fits_the_context(card: ModelCard) -> None:
         resolve_max_tokens(251, 16, 6, card, "max_tokens")
 
 
-def sampling(card: ModelCard, *, top_k: int | None = None, seed: int | None = None) -> SamplingParams:
+def sampling(card: ModelCard, *, top_k: int | None = None, seed: int = 0) -> SamplingParams:
     fields = SamplingFields(
         temperature=None,
         top_p=None,

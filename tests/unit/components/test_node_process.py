@@ -10,6 +10,7 @@ import pytest
 
 from pdserve.components.loaded_model import load_replacement
 from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.model_paths import ModelPaths
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError
 
@@ -21,4 +22,4 @@ def test_another_model_is_refused_before_its_tensors_are_read(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copy(SHIPPED_MODEL / "generation_config.json", tmp_path)
     with pytest.raises(StartupError, match="cannot replace the model that is served: its num_layers is 80"):
-        load_replacement(tmp_path, ModelConfig.from_dir(SHIPPED_MODEL), "float32")
+        load_replacement(ModelPaths(tmp_path), ModelConfig.from_dir(SHIPPED_MODEL), "float32")

@@ -87,6 +87,7 @@ class Rank0:
             rank=1,
             size=2,
             model_path=str(model),
+            load_format="auto",
             dtype="float32",
             page_size=16,
             num_pages=NUM_PAGES,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from pdserve.components.loaded_model import LoadedModel, load_model, load_replacement, updated_model
 from pdserve.components.saved_model import save_model, upload_model
 from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.model_paths import ModelPaths
 from pdserve.engine.named_weights import named_parts
 from pdserve.engine.tensor_parallel import WHOLE
 from pdserve.engine.weights import FINGERPRINT_FILE, weights_digest
@@ -75,7 +76,7 @@ def test_a_partly_updated_model_keeps_the_fingerprint_that_it_serves_under(
     again = load(tmp_path / "saved")
     assert again.fingerprint == model.fingerprint != base.fingerprint
     assert_same_bits(model, again)
-    replacement = load_replacement(tmp_path / "saved", base.config, "float32")
+    replacement = load_replacement(ModelPaths(tmp_path / "saved"), base.config, "float32")
     assert replacement.fingerprint == model.fingerprint
 
 

@@ -14,7 +14,6 @@ import pytest
 from pdserve.runtime.config import (
     FLAGS,
     SHIPPED_MODEL,
-    Flag,
     NodeConfig,
     ProcessRole,
     RouterConfig,
@@ -26,6 +25,7 @@ from pdserve.runtime.config import (
     router_config,
 )
 from pdserve.runtime.errors import StartupError
+from pdserve.runtime.flag import Flag
 
 ALL = frozenset({"up", "router", "prefill", "decode"})
 NODES = frozenset({"prefill", "decode"})
@@ -143,7 +143,8 @@ def test_the_prefix_cache_is_switched_off_in_both_dialects(name: str) -> None:
 
 def test_the_configs_hold_exactly_the_flags_of_their_roles() -> None:
     for config_type, roles in ((RouterConfig, {"router"}), (NodeConfig, {"prefill", "decode"})):
-        fields = {field.name for field in dataclasses.fields(config_type)} - {"role", "cluster_secret"}
+        own = {"role", "cluster_secret", "foreign_flags"}
+        fields = {field.name for field in dataclasses.fields(config_type)} - own
         flags = {flag.field for flag in FLAGS if flag.roles & roles} - {
             "cluster_secret_file"
         }  # which is read

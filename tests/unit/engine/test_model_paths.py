@@ -1,0 +1,48 @@
+"""Which folder each file of a model is read from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pdserve.engine.model_paths import ModelPaths
+from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.runtime.errors import StartupError
+
+
+def test_all_is_in_the_models_folder() -> None:
+    for generation_config in ("auto", "vllm"):
+        paths = ModelPaths.given(str(SHIPPED_MODEL), "", generation_config)
+        assert {paths.model, paths.tokenizer_folder, paths.generation_folder} == {SHIPPED_MODEL}
+
+
+def test_flags_name_others_and_their_eos_ids_count(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9]}))
+    shutil.copy(SHIPPED_MODEL / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "="}))
+    own = ModelPaths.given(str(SHIPPED_MODEL), "", "auto").read_config()
+    paths = ModelPaths.given(str(SHIPPED_MODEL), str(tmp_path), str(tmp_path))
+    assert (paths.tokenizer_folder, paths.generation_folder) == (tmp_path, tmp_path)
+    equals = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]["="]
+    assert set(paths.read_config().eos_token_ids) - set(own.eos_token_ids) == {9, equals}
+    assert paths.with_model(SHIPPED_MODEL) == paths
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "generation_config", "named"),
+    [
+        ("/no/such", "auto", "--tokenizer /no/such: a folder with a tokenizer.json"),
+        ("", "/no/such", "--generation-config /no/such: auto, vllm or a folder with a generation_config"),
+    ],
+)
+def test_a_folder_without_the_file_is_named(tokenizer: str, generation_config: str, named: str) -> None:
+    with pytest.raises(StartupError, match=named):
+        ModelPaths.given(str(SHIPPED_MODEL), tokenizer, generation_config)
+
+
+def test_a_model_that_is_not_there_is_told_what_could_be() -> None:
+    with pytest.raises(StartupError, match=r"no model at gpt2: a folder .* or OWNER/NAME on the hub"):
+        ModelPaths.given("gpt2", "", "auto")
