@@ -51,6 +51,7 @@ from .runtime.process import (
     usable_cores,
 )
 from .runtime.supervisor import Child, Supervisor
+from .runtime.tls import TlsFiles, Trust
 
 _READY_TIMEOUT_S = 600.0
 _NODE_GRACE_S = 15.0
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="what works on this machine, and what listens where")
     doctor.add_argument("--url", action="append", default=[], help="a running router or node to look at too")
     doctor.add_argument("--api-key", default="", help="sent as a bearer token to each --url")
+    doctor.add_argument("--ssl-ca-certs", default="", metavar="FILE", help="CAs of a --url of https")
     # Started by a scheduler: a node's own HTTP, and a further tensor-parallel rank. Without a help of their
     # own they are not listed.
     _add_front_arguments(commands.add_parser("node-front"))
@@ -255,6 +257,8 @@ def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--url", required=True)
     parser.add_argument("--router", action="append", default=[])
+    for name in ("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs"):
+        parser.add_argument(name, default="")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text")
     _add_child_argument(parser)
@@ -270,6 +274,9 @@ def _node_front(given: dict[str, Any]) -> int:
         url=given["url"],
         router_urls=tuple(given["router"]),
         keys=_keys(given),
+        tls=TlsFiles(
+            certfile=given["ssl_certfile"], keyfile=given["ssl_keyfile"], ca_certs=given["ssl_ca_certs"]
+        ),
     )
 
 
@@ -298,7 +305,7 @@ def _bench(given: dict[str, Any]) -> int:
 def _doctor(given: dict[str, Any]) -> int:
     from .doctor import run_doctor
 
-    return run_doctor(tuple(given["url"]), given["api_key"])
+    return run_doctor(tuple(given["url"]), given["api_key"], TlsFiles(ca_certs=given["ssl_ca_certs"]))
 
 
 # ---- a whole cluster on this machine ----------------------------------------------------------------
@@ -319,7 +326,7 @@ def _up(given: dict[str, Any]) -> int:
     if not admin_key and not is_loopback(listener):
         given["admin_api_key"] = admin_key = secrets.token_urlsafe()  # our own, to announce deaths with
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    url = http_url(loopback, listener)
+    url = http_url(loopback, listener, config.tls.scheme)
     given["cluster_secret"] = config.cluster_secret or new_secret()
     folders = ModelFolders()
     num_threads = max(1, usable_cores() // (num_prefill + num_decode))
@@ -332,12 +339,13 @@ def _up(given: dict[str, Any]) -> int:
     children = [router, *nodes]
 
     keys = AccessKeys(config.api_key, admin_key)
+    trust = Trust(config.tls)
     with Supervisor(
         children,
-        lambda incarnation: _announce_death(url, incarnation, keys),
+        lambda incarnation: _announce_death(url, incarnation, keys, trust),
         given.get("owner_pid"),
     ) as supervisor:
-        if not supervisor.wait_ready(lambda: _why_not_ready(url), _READY_TIMEOUT_S):
+        if not supervisor.wait_ready(lambda: _why_not_ready(url, trust), _READY_TIMEOUT_S):
             return 0
         _say(f"pdserve is ready at {url}")
         supervisor.run()
@@ -403,7 +411,7 @@ def _keys(given: Mapping[str, Any]) -> AccessKeys:
     )
 
 
-def _announce_death(router_url: str, incarnation: str, keys: AccessKeys) -> None:
+def _announce_death(router_url: str, incarnation: str, keys: AccessKeys, trust: Trust) -> None:
     """Tells the decode nodes, through the router, that no process of a node lives any more.
 
     Tried for a while: a decode node may not have noticed yet, and the router may itself be starting again.
@@ -417,7 +425,7 @@ def _announce_death(router_url: str, incarnation: str, keys: AccessKeys) -> None
     def announce() -> None:
         for _ in range(_ANNOUNCEMENTS):
             try:
-                open_url(request, timeout_s=10.0).close()
+                open_url(request, timeout_s=10.0, trust=trust).close()
                 return
             except OSError:  # URLError and HTTPError are OSErrors
                 time.sleep(_ANNOUNCEMENT_INTERVAL_S)
@@ -425,10 +433,10 @@ def _announce_death(router_url: str, incarnation: str, keys: AccessKeys) -> None
     threading.Thread(target=announce, name="obituary", daemon=True).start()
 
 
-def _why_not_ready(router_url: str) -> str:
+def _why_not_ready(router_url: str, trust: Trust) -> str:
     """In the router's words; empty when it is."""
     try:
-        open_url(f"{router_url}/ready", timeout_s=2.0).close()
+        open_url(f"{router_url}/ready", timeout_s=2.0, trust=trust).close()
     except urllib.error.HTTPError as error:
         with error:
             return str(json.load(error)["error"]["message"])

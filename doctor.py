@@ -26,6 +26,7 @@ from .runtime.cpu_features import native_dtypes
 from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
 from .runtime.process import available_memory_bytes, usable_cores
+from .runtime.tls import NO_TLS, SYSTEM_TRUST, TlsFiles, Trust
 
 MOONCAKE_TCP_NOTE = (
     "Mooncake's TCP transport listens on 0.0.0.0 on two ports per node, whatever address it is given:"
@@ -43,11 +44,13 @@ class Finding:
     mend: str = ""
 
 
-def run_doctor(urls: Sequence[str], api_key: str = "") -> int:
+def run_doctor(urls: Sequence[str], api_key: str = "", tls: TlsFiles = NO_TLS) -> int:
     """Print the report. Returns 1 when no transfer backend or no torch works here, else 0.
 
-    `api_key` is for the servers at `urls`; empty: they are asked without.
+    `api_key` is for the servers at `urls`; empty: they are asked without. Raises StartupError for a URL that
+    is none, and for files of `tls` that cannot be used.
     """
+    tls.check()
     transports = list(check_transports())
     kernels = list(check_kernels())
     _print("Transports", transports)
@@ -56,7 +59,7 @@ def run_doctor(urls: Sequence[str], api_key: str = "") -> int:
     _print("Links between processes", check_links())
     _print("Listening (pdserve processes on this host)", listening_sockets())
     for url in urls:
-        _print(url, [ask_server(url, api_key)])
+        _print(url, [ask_server(url, api_key, Trust(tls))])
     print(f"\nNote: {MOONCAKE_TCP_NOTE}")
     can_serve = any(finding.is_good for finding in transports) and kernels[0].is_good
     return 0 if can_serve else 1
@@ -205,14 +208,14 @@ def _role(command: Sequence[str]) -> str | None:
     return None
 
 
-def ask_server(url: str, api_key: str = "") -> Finding:
+def ask_server(url: str, api_key: str = "", trust: Trust = SYSTEM_TRUST) -> Finding:
     """What a running router or node says of itself."""
     if not url.startswith(("http://", "https://")):
         raise StartupError(f"--url {url}: a URL is expected, such as http://127.0.0.1:8000")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     request = urllib.request.Request(f"{url.rstrip('/')}/server_info", headers=headers)
     try:
-        with open_url(request, timeout_s=5.0) as response:
+        with open_url(request, timeout_s=5.0, trust=trust) as response:
             info = json.loads(response.read())
     except urllib.error.HTTPError as error:
         mend = "give its --api-key" if error.code == 401 else "is the port right?"

@@ -8,6 +8,7 @@ import aiohttp
 import msgspec
 
 from ..messages.node import NodeEntry
+from ..runtime.tls import SYSTEM_TRUST, Trust
 
 
 class EntryLookup(Protocol):
@@ -25,7 +26,8 @@ class _ServerInfo(msgspec.Struct):
 class HttpEntryLookup:
     """``GET {url}/server_info``, whose answer holds the node's ``entry``."""
 
-    def __init__(self, api_key: str = "", timeout_s: float = 2.0) -> None:
+    def __init__(self, api_key: str = "", trust: Trust = SYSTEM_TRUST, timeout_s: float = 2.0) -> None:
+        self._trust = trust
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
@@ -33,7 +35,7 @@ class HttpEntryLookup:
         try:
             async with (
                 aiohttp.ClientSession(headers=self._headers, timeout=self._timeout) as session,
-                session.get(f"{url.rstrip('/')}/server_info") as response,
+                session.get(f"{url.rstrip('/')}/server_info", ssl=self._trust.of(url) or True) as response,
             ):
                 if response.status != 200:
                     return None

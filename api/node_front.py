@@ -49,6 +49,7 @@ from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
 from ..runtime.logs import Complaints
 from ..runtime.process import NO_KEYS, AccessKeys
+from ..runtime.tls import NO_TLS, SYSTEM_TRUST, TlsFiles, Trust
 from .admin import (
     METRICS_MEDIA_TYPE,
     AbortRequest,
@@ -143,8 +144,9 @@ class SchedulerLink:
 class Registrar:
     """Keeps the node's lease with every router."""
 
-    def __init__(self, url: str, router_urls: Sequence[str], key: str) -> None:
+    def __init__(self, url: str, router_urls: Sequence[str], key: str, trust: Trust = SYSTEM_TRUST) -> None:
         self._url = url
+        self._trust = trust
         routers = [router.rstrip("/") for router in router_urls]
         self._problems = dict.fromkeys(routers, "it was not asked yet")  # of each; empty: registered
         self._complaints = Complaints()
@@ -169,7 +171,8 @@ class Registrar:
 
     async def _renew_at(self, router: str, body: dict[str, Any]) -> None:
         try:
-            async with self._session.post(f"{router}/workers", json=body) as answer:
+            tls = self._trust.of(router) or True
+            async with self._session.post(f"{router}/workers", json=body, ssl=tls) as answer:
                 problem = "" if answer.ok else f"{answer.status}: {(await answer.text())[:300]}"
         except (aiohttp.ClientError, TimeoutError) as error:
             problem = f"{type(error).__name__}: {error}"
@@ -183,7 +186,8 @@ class Registrar:
 
     async def _leave(self, router: str) -> None:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            await self._session.delete(f"{router}/workers/{quote(self._url, safe='')}")
+            place = f"{router}/workers/{quote(self._url, safe='')}"
+            await self._session.delete(place, ssl=self._trust.of(router) or True)
 
 
 class NodeRoutes:
@@ -519,20 +523,22 @@ async def serve_node_front(
     url: str,
     router_urls: Sequence[str] = (),
     keys: AccessKeys = NO_KEYS,
+    tls: TlsFiles = NO_TLS,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers."""
     stop = stop or asyncio.Event()
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret))
-    registrar = Registrar(url, router_urls, keys.first)
-    weights = WeightRoutes(NodeWeights(link, url, HttpEntryLookup(keys.first)), Limits(), is_node=True)
+    trust = Trust(tls)
+    registrar = Registrar(url, router_urls, keys.first, trust)
+    weights = WeightRoutes(NodeWeights(link, url, HttpEntryLookup(keys.first, trust)), Limits(), is_node=True)
     operator = NodeOperator(link, url)
     app = build_node_app(NodeRoutes(link, registrar, url), operator, weights, keys, is_loopback(listener))
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:
-        await serve(app, listener, stop=stop)
+        await serve(app, listener, tls=tls, stop=stop)
     finally:
         membership.cancel()
         await asyncio.wait({membership})
@@ -561,11 +567,12 @@ def run_node_front(
     url: str,
     router_urls: Sequence[str] = (),
     keys: AccessKeys = NO_KEYS,
+    tls: TlsFiles = NO_TLS,
 ) -> int:
     """The process's main; returns its exit code."""
     uvloop.run(
         serve_node_front(
-            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, keys=keys
+            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, keys=keys, tls=tls
         )
     )
     return 0

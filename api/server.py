@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from ..runtime.tls import NO_TLS, TlsFiles
 from .connections import CLIENT_DEADLINES, ClientDeadlines, watched_protocol
 from .in_flight import InFlightRequests
 
@@ -41,12 +42,15 @@ class _AbortsAreMeant(logging.Filter):
 async def serve(
     app: FastAPI,
     *listeners: socket.socket,
+    tls: TlsFiles = NO_TLS,
     in_flight: InFlightRequests | None = None,
     drain_timeout_s: float = 30.0,
     stop: asyncio.Event | None = None,
     deadlines: ClientDeadlines = CLIENT_DEADLINES,
 ) -> None:
     """Serve until a signal (or `stop`), then drain: new requests get 503, those in flight end first.
+
+    All listeners speak TLS, or none.
 
     The listeners stay open while draining, so that readiness probes and late clients get an answer.
     """
@@ -61,6 +65,8 @@ async def serve(
         log_config=None,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
+        ssl_certfile=tls.certfile or None,
+        ssl_keyfile=tls.keyfile or None,
     )
     server = _Server(config, stop)
     logging.getLogger("uvicorn.error").addFilter(_AbortsAreMeant())

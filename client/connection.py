@@ -17,6 +17,7 @@ import msgspec
 
 from ..bench.sse import SseParser
 from ..runtime.errors import PdserveError, RequestError, UnreachableError
+from ..runtime.tls import SYSTEM_TRUST, Trust
 
 T = TypeVar("T")
 
@@ -38,8 +39,11 @@ class _ErrorBody(msgspec.Struct):
 class Connection:
     """To the router at `url`, with this key. `why_it_ended`: why a cluster of ours is gone; else nothing."""
 
-    def __init__(self, url: str, key: str, why_it_ended: Callable[[], str]) -> None:
+    def __init__(
+        self, url: str, key: str, why_it_ended: Callable[[], str], trust: Trust = SYSTEM_TRUST
+    ) -> None:
         self.url = url
+        self._tls = trust.of(url)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._why_it_ended = why_it_ended
         self._session: aiohttp.ClientSession | None = None
@@ -126,7 +130,8 @@ class Connection:
     ) -> aiohttp.client._RequestContextManager:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0), headers=self._headers
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0, ssl=self._tls or True),
+                headers=self._headers,
             )
         is_raw = isinstance(body, bytes)
         content = body if is_raw or body is None else msgspec.json.encode(body)

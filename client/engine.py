@@ -14,6 +14,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Unpack, overload
@@ -22,6 +23,7 @@ from ..runtime.cluster_process import ClusterProcess
 from ..runtime.config import arguments_of
 from ..runtime.errors import PdserveError, StartupError
 from ..runtime.process import AccessKeys
+from ..runtime.tls import TlsFiles, Trust
 from .async_engine import (
     DEFAULT_GROUP,
     Answer,
@@ -43,7 +45,8 @@ _ROLES = frozenset({"up", "router", "prefill", "decode"})
 class Engine:
     """Starts `pdserve up` with `model_path` and `options` (its flags: `num_decode=2` is `--num-decode 2`;
     aliases of vLLM and SGLang count), or speaks to the router at `url`. Control calls need
-    `admin_api_key` where the router has one.
+    `admin_api_key` where the router has one. A router at an https URL is checked against the CAs of the file
+    `ssl_ca_certs`, or against the system's.
 
     The cluster's processes end with `shutdown`, with the block, or with this process, whatever ends it. Their
     log goes to `log_path`, or to stderr; only warnings are shown unless `log_level` says otherwise.
@@ -58,20 +61,24 @@ class Engine:
         url: str | None = None,
         api_key: str = "",
         admin_api_key: str = "",
+        ssl_ca_certs: str | Path = "",
         log_path: str | Path | None = None,
         **options: Any,  # noqa: ANN401  each flag has a type of its own, which is checked
     ) -> None:
         process = None
+        tls = TlsFiles(ca_certs=str(ssl_ca_certs))
+        tls.check()
         if url is None:
             # Others may reach it: control calls then need a key, which nobody else has to know.
             admin_api_key = admin_api_key or (secrets.token_urlsafe() if "host" in options else "")
             keys = AccessKeys((api_key,) if api_key else (), admin_api_key)
-            process = _cluster(model_path, keys, log_path, options)
+            tls = replace(tls, certfile=str(options.get("ssl_certfile", "")))
+            process = _cluster(model_path, keys, log_path, {**options, "ssl_ca_certs": tls.ca_certs or None})
             url = process.start()
         elif options or model_path is not None or log_path is not None:
             raise StartupError("an engine with `url` starts no cluster: give neither a model nor its flags")
         why_it_ended = (lambda: "") if process is None else process.why_it_ended
-        connection = Connection(url.rstrip("/"), admin_api_key or api_key, why_it_ended)
+        connection = Connection(url.rstrip("/"), admin_api_key or api_key, why_it_ended, Trust(tls))
         # At the latest when the interpreter exits.
         self._shut_down = weakref.finalize(self, _shut_down, connection, process, os.getpid())
         self._connection = connection

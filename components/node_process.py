@@ -327,7 +327,7 @@ def start_node(
 
     trace_name = f"{config.role}-{incarnation[:8]}"
     zmq_address = f"tcp://{host}:{server_port}"
-    url = http_url(host, listener)
+    url = http_url(host, listener, config.tls.scheme)
     with contextlib.ExitStack() as undo:
         # Early, so that it imports its modules while the model is read.
         front = FrontProcess(partial(_start_front, config, listener, zmq_address, url))
@@ -575,6 +575,8 @@ def _start_front(
     arguments += ["--listen-fd", str(listener.fileno()), "--url", url]
     arguments += ["--log-level", config.log_level, "--log-format", config.log_format]
     arguments += [f"--router={url}" for url in config.router]
+    arguments += [f"--ssl-certfile={config.ssl_certfile}", f"--ssl-keyfile={config.ssl_keyfile}"]
+    arguments += [f"--ssl-ca-certs={config.ssl_ca_certs}"]
     return spawn(arguments, pass_fds=(listener.fileno(),), keys=config.keys)
 
 

@@ -28,6 +28,7 @@ from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
 from ..runtime.listen import bind_unix, http_url, is_loopback
+from ..runtime.tls import Trust
 from .links import ZmqConnector
 from .options import RouterOptions
 from .service import RouterService
@@ -82,7 +83,7 @@ async def _serve(
         ),
         model=card,
         connect=ZmqConnector(context, LinkKeys.of(config.cluster_secret)),
-        lookup=HttpEntryLookup(config.keys.first),
+        lookup=HttpEntryLookup(config.keys.first, Trust(config.tls)),
         static_urls=(*config.prefill, *config.decode),
         metrics_registry=registry,
         clock=clock.now,
@@ -110,9 +111,9 @@ async def _serve(
         seed=config.seed,
     )
     await service.start()
-    _log.info("%s serves %s", http_url(config.host, listeners[0]), card.name)
+    _log.info("%s serves %s", http_url(config.host, listeners[0], config.tls.scheme), card.name)
     serving = asyncio.create_task(
-        serve(app, *listeners, in_flight=in_flight, drain_timeout_s=config.drain_timeout)
+        serve(app, *listeners, tls=config.tls, in_flight=in_flight, drain_timeout_s=config.drain_timeout)
     )
     try:
         await asyncio.wait({serving, service.crashed}, return_when=asyncio.FIRST_COMPLETED)

@@ -26,6 +26,7 @@ from .foreign_flags import FOREIGN_FIELD, declare_foreign_flags, foreign_name, f
 from .logs import LEVELS
 from .metric_aliases import METRICS_COMPATS, MetricsCompat
 from .process import AccessKeys, usable_cores
+from .tls import TlsFiles
 
 VerifyPages: TypeAlias = Literal["off", "sample", "all"]
 ProcessRole: TypeAlias = Literal["up", "router", "prefill", "decode"]
@@ -82,6 +83,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--insecure-cluster",), roles=_ALL, kind=bool, default=False,
          help="listen on other addresses without a cluster secret: whoever reaches them can join, read "
               "prompts and weights, and replace them"),
+    Flag(names=("--ssl-keyfile",), roles=_ALL, default="",
+         help="PEM file with the key of --ssl-certfile, which may hold it too"),
+    Flag(names=("--ssl-certfile",), roles=_ALL, default="",
+         help="PEM file with this server's certificate, and those that lead to its CA's: HTTP is TLS then"),
+    Flag(names=("--ssl-ca-certs",), roles=_ALL, default="",
+         help="PEM file with the CAs that https routers and nodes are checked by (default: the system's)"),
     Flag(names=("--dtype",), roles=_NODES, default="auto",
          choices=("auto", "float32", "bfloat16", "float16"),
          spellings=(("half", "float16"), ("float", "float32")),
@@ -205,6 +212,9 @@ class RouterConfig:
     admin_api_key: str
     cluster_secret: str
     insecure_cluster: bool
+    ssl_keyfile: str
+    ssl_certfile: str
+    ssl_ca_certs: str
     max_model_len: int | None
     prefill: tuple[str, ...]
     decode: tuple[str, ...]
@@ -233,6 +243,10 @@ class RouterConfig:
     def keys(self) -> AccessKeys:
         return AccessKeys(self.api_key, self.admin_api_key, self.cluster_secret)
 
+    @property
+    def tls(self) -> TlsFiles:
+        return TlsFiles(certfile=self.ssl_certfile, keyfile=self.ssl_keyfile, ca_certs=self.ssl_ca_certs)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeConfig:
@@ -253,6 +267,9 @@ class NodeConfig:
     admin_api_key: str
     cluster_secret: str
     insecure_cluster: bool
+    ssl_keyfile: str
+    ssl_certfile: str
+    ssl_ca_certs: str
     dtype: str
     deterministic: bool
     max_model_len: int | None
@@ -287,6 +304,10 @@ class NodeConfig:
     @property
     def keys(self) -> AccessKeys:
         return AccessKeys(self.api_key, self.admin_api_key, self.cluster_secret)
+
+    @property
+    def tls(self) -> TlsFiles:
+        return TlsFiles(certfile=self.ssl_certfile, keyfile=self.ssl_keyfile, ca_certs=self.ssl_ca_certs)
 
 
 def add_flags(parser: argparse.ArgumentParser, roles: frozenset[str]) -> None:
@@ -464,6 +485,9 @@ def _filled(
     """`given` may hold a `cluster_secret` that the parent process handed over."""
     filled = dict(values)
     filled["cluster_secret"] = given.get("cluster_secret") or given_secret(values["cluster_secret_file"])
+    TlsFiles(
+        certfile=values["ssl_certfile"], keyfile=values["ssl_keyfile"], ca_certs=values["ssl_ca_certs"]
+    ).check()
     is_shipped = values["model"] == str(SHIPPED_MODEL)
     path_as_given = SHIPPED_MODEL.name if is_shipped else values["model"]
     filled["served_model_name"] = values["served_model_name"] or path_as_given

@@ -5,10 +5,17 @@ from __future__ import annotations
 import urllib.request
 from http.client import HTTPResponse
 
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+from .tls import SYSTEM_TRUST, Trust
+
+_NO_PROXY = urllib.request.ProxyHandler({})
 
 
-def open_url(request: str | urllib.request.Request, timeout_s: float) -> HTTPResponse:
-    """Like `urllib.request.urlopen`: raises HTTPError for a status over 399, URLError when nobody answers."""
-    response: HTTPResponse = _opener.open(request, timeout=timeout_s)
+def open_url(
+    request: str | urllib.request.Request, timeout_s: float, trust: Trust = SYSTEM_TRUST
+) -> HTTPResponse:
+    """Like `urllib.request.urlopen`: raises HTTPError for a status over 399, URLError when nobody answers, or
+    one that is not trusted."""
+    url = request if isinstance(request, str) else request.full_url
+    https = urllib.request.HTTPSHandler(context=trust.of(url))
+    response: HTTPResponse = urllib.request.build_opener(_NO_PROXY, https).open(request, timeout=timeout_s)
     return response

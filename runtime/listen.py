@@ -92,6 +92,6 @@ def resolves(host: str) -> bool:
     return True
 
 
-def http_url(host: str, listener: socket.socket) -> str:
+def http_url(host: str, listener: socket.socket, scheme: str = "http") -> str:
     port = listener.getsockname()[1]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

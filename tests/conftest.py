@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from pdserve.tests.certificates import Certificates
 
 # A deadline for an example is an assertion on the machine's speed. The examples are the same in each run,
 # so that no change is blamed for what it did not do; --hypothesis-profile=explore looks for new ones.
@@ -37,3 +40,8 @@ def logging_as_it_was() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     ours.setLevel(our_level)
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    return Certificates.new(tmp_path / "certificates")

@@ -24,6 +24,7 @@ from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
 from pdserve.runtime.process import usable_cores
 from pdserve.runtime.supervisor import Child, Supervisor
+from pdserve.tests.certificates import Certificates
 
 COMMANDS = ("up", "router", "prefill", "decode", "bench", "doctor")
 
@@ -440,6 +441,15 @@ def test_a_node_that_fails_after_its_front_was_started_takes_it_along(tmp_path: 
         if (front.info["cmdline"] or [])[-2:] == ["--parent-pid", str(process.pid)]
     ]
     assert fronts == []
+
+
+@pytest.mark.parametrize("command", ["up", "router", "prefill", "decode"])
+def test_a_key_of_another_certificate_ends_the_start(
+    capsys: pytest.CaptureFixture[str], command: str, certificates: Certificates
+) -> None:
+    certfile, keyfile = certificates.issue("a").certfile, certificates.issue("a").keyfile
+    said = failure(capsys, command, "--ssl-certfile", certfile, "--ssl-keyfile", keyfile, "--port", "0")
+    assert "the key is not that certificate's" in said
 
 
 @pytest.mark.parametrize("command", ["router", "prefill", "decode"])

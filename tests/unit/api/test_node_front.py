@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 import zmq.asyncio
+from aiohttp import web
 
 from pdserve.api import node_front
 from pdserve.api.generation import AdminReply
@@ -20,6 +22,8 @@ from pdserve.messages.node import (
 )
 from pdserve.messages.operation import CloseSession, PauseGeneration, SlowDown
 from pdserve.messages.weights import CommitWeights, DiscardWeights, FromTensors, PrepareWeights, StageWeights
+from pdserve.runtime.tls import SYSTEM_TRUST, TlsFiles, Trust
+from pdserve.tests.certificates import Certificates
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.fakes import ENTRY
 from pdserve.tests.unit.api.scheduler import FakeScheduler
@@ -288,3 +292,29 @@ async def test_a_scheduler_that_does_not_answer_is_a_503(front: Front) -> None:
     await front.scheduler.close()
     status, answer = await front.get("/server_info")
     assert (status, answer["error"]["code"]) == (503, "node_unavailable")
+
+
+async def test_a_node_registers_with_a_router_that_it_trusts(certificates: Certificates) -> None:
+    async def register(_: web.Request) -> web.Response:
+        return web.json_response({})
+
+    app = web.Application()
+    app.router.add_post("/workers", register)
+    app.router.add_delete("/workers/{url:.*}", register)
+    shown = certificates.issue("127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(shown.certfile, shown.keyfile)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    router = f"https://127.0.0.1:{runner.addresses[0][1]}"
+    for trust, problem in (
+        (Trust(TlsFiles(ca_certs=certificates.ca_certs)), ""),
+        (SYSTEM_TRUST, "certificate verify failed"),
+    ):
+        registrar = Registrar("https://127.0.0.1:1", [router], "", trust)
+        await registrar.renew(ENTRY)
+        assert problem in registrar.problem
+        assert bool(registrar.problem) == bool(problem)
+        await registrar.leave()
+    await runner.cleanup()

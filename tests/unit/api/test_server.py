@@ -16,6 +16,8 @@ from pdserve.api.in_flight import InFlightRequests
 from pdserve.api.server import serve
 from pdserve.runtime.errors import RequestError
 from pdserve.runtime.listen import bind_http, bind_unix, http_url
+from pdserve.runtime.tls import TlsFiles, Trust
+from pdserve.tests.certificates import Certificates
 
 
 def app_of(in_flight: InFlightRequests) -> FastAPI:
@@ -169,3 +171,51 @@ def test_a_unix_socket_is_served_beside_the_port(loop: str, tmp_path: Path) -> N
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
         runner.run(ask())
+
+
+async def test_tls_is_not_spoken_with_who_does_not(certificates: Certificates) -> None:
+    files, stop = certificates.issue("127.0.0.1"), asyncio.Event()
+    listener = bind_http("127.0.0.1", 0)
+    server = asyncio.create_task(serve(app_of(InFlightRequests()), listener, tls=files, stop=stop))
+    async with aiohttp.ClientSession() as http:
+        with pytest.raises(aiohttp.ClientError):
+            await http.get(http_url("127.0.0.1", listener))
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await http.get(http_url("127.0.0.1", listener, "https"))
+    stop.set()
+    await asyncio.wait_for(server, 10)
+
+
+async def test_a_stream_over_tls_ends_as_it_should(certificates: Certificates) -> None:
+    files, stop = certificates.issue("127.0.0.1"), asyncio.Event()
+    listener = bind_http("127.0.0.1", 0)
+    server = asyncio.create_task(serve(app_of(InFlightRequests()), listener, tls=files, stop=stop))
+    url = http_url("127.0.0.1", listener, "https")
+    body, tls = b"x" * 300_000, Trust(files).of(url) or True
+    async with aiohttp.ClientSession() as http, http.post(f"{url}/stream", data=body, ssl=tls) as answer:
+        assert await answer.read() == b"data: " + body + b"\n\n"
+    stop.set()
+    await asyncio.wait_for(server, 10)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_the_unix_socket_beside_a_tls_port_speaks_tls_too(
+    loop: str, certificates: Certificates, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "router.sock")
+    tls = Trust(TlsFiles(ca_certs=certificates.ca_certs)).of("https://localhost")
+
+    async def ask() -> bytes:
+        listeners, stop = [bind_http("127.0.0.1", 0), bind_unix(path)], asyncio.Event()
+        files = certificates.issue("localhost")
+        server = asyncio.create_task(serve(app_of(InFlightRequests()), *listeners, tls=files, stop=stop))
+        reader, writer = await asyncio.open_unix_connection(path, ssl=tls, server_hostname="localhost")
+        writer.write(LAST)
+        heard = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        stop.set()
+        await asyncio.wait_for(server, 10)
+        return heard
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
+        assert runner.run(ask()).endswith(b"\r\n\r\nlast")
