@@ -36,11 +36,8 @@ def encoded(part: T) -> T:
 async def receive(
     http: Request, serving: Serving, request_type: type[S], rules: FieldRules
 ) -> tuple[S, Laps]:
-    """The body, and the laps of the request's timeline. Raises RequestError; while the server drains or has
-    too much to do, before anything is read."""
+    """The body, and the laps of the request's timeline. Raises RequestError."""
     laps = serving.timelines.begin(http)
-    serving.in_flight.check_open()
-    serving.generator.check_wait(laps.client)
     raw = parse_object(await read_body(http, serving.limits))
     return parse_request(raw, request_type, rules), laps
 

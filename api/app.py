@@ -124,15 +124,21 @@ def build_router_app(
             ("/v1/completions",),
             completions.handle,
             Bodies(CompletionRequest, Completion, streams=True),
+            generates=True,
         ),
         Operation(
-            POST, ("/v1/chat/completions",), chat.handle, Bodies(ChatRequest, ChatCompletion, streams=True)
+            POST,
+            ("/v1/chat/completions",),
+            chat.handle,
+            Bodies(ChatRequest, ChatCompletion, streams=True),
+            generates=True,
         ),
         Operation(
             ("POST", "PUT"),
             ("/generate",),
             native.handle,
             Bodies(NativeRequest, NativeOutput, streams=True, batches=True),
+            generates=True,
         ),
         Operation(
             POST, ("/tokenize", "/v1/tokenize"), tokens.tokenize, Bodies(TokenizeRequest, TokenizeAnswer)
@@ -149,8 +155,9 @@ def build_router_app(
             ("/v1/embeddings",),
             embeddings.embeddings,
             Bodies(EmbeddingRequest, EmbeddingAnswer),
+            generates=True,
         ),
-        Operation(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer)),
+        Operation(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer), generates=True),
         Operation(POST, ("/open_session",), session_routes.open, Bodies(OpenSessionRequest)),
         Operation(POST, ("/close_session",), session_routes.close, reports(CloseSessionRequest)),
         Operation(GET, ("/v1/models", "/v1/models/"), cluster.models, Bodies(answer=ModelList)),
@@ -189,10 +196,16 @@ def build_router_app(
     operations += OperationRoutes(operator, limits, request_log).operations()
     answers = HttpAnswers(lambda: (card.name, "router"))
     registry.register(answers)
+
+    def admit(client: str) -> None:
+        in_flight.check_open()
+        generator.check_wait(client)
+
     return make_app(
         operations,
         keys=keys,
         answers=answers,
+        admit=admit,
         is_loopback=is_loopback,
         root_path=root_path,
         allowed_origins=allowed_origins,

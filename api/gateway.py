@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Collection, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -119,6 +119,28 @@ class ApiKeys:
         if self._keys.api:
             scope.setdefault("state", {})["client"] = given
         return None
+
+
+class Door:
+    """Requests that ask for tokens come in here or are told when to come again, before their bodies are read.
+
+    It stands outside of the routes, because most of what comes under overload is refused, which must cost
+    little. `admit` gets the key that a client showed and raises RequestError.
+    """
+
+    def __init__(self, app: ASGIApp, admit: Callable[[str], None], paths: Collection[str]) -> None:
+        self._app = app
+        self._admit = admit
+        self._paths = frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _route_path(scope) in self._paths:
+            try:
+                self._admit(scope["state"].get("client", ""))
+            except RequestError as refusal:
+                await error_response(refusal)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _route_path(scope: Scope) -> str:

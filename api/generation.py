@@ -138,7 +138,8 @@ class Generation(Protocol):
 
 class Generator(Protocol):
     def check_wait(self, client: str) -> None:
-        """Raises RequestError (429 with Retry-After) when a request that comes now would wait for too long.
+        """Raises RequestError (429 with Retry-After) when a request that comes now would wait for its first
+        token for too long.
 
         `client`: the API key that it shows, or nothing; clients take turns.
         """

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ..runtime.process import AccessKeys
 from .errors import install_error_handlers
-from .gateway import DOCS_FILES, ApiKeys, RequestIds, RootPath
+from .gateway import DOCS_FILES, ApiKeys, Door, RequestIds, RootPath
 from .http_answers import CountAnswers, HttpAnswers
 from .openapi import NO_BODIES, Bodies, install_schemas
 from .version import VERSION
@@ -33,6 +33,7 @@ class Operation:
     handler: Handler
     bodies: Bodies = NO_BODIES
     is_admin: bool = False  # changes or ends what others do
+    generates: bool = False  # asks for tokens
 
 
 def make_app(
@@ -41,12 +42,15 @@ def make_app(
     keys: AccessKeys,
     is_loopback: bool,
     answers: HttpAnswers,
+    admit: Callable[[str], None] | None = None,
     root_path: str = "",
     allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """`is_loopback`: only this host can reach it, so the admin routes need no key of their own.
 
     `answers`: where each is counted, those of this app's middleware too.
+
+    `admit`: asked before a request that generates is read, see `Door`; None where no operation does.
 
     `root_path`: where a proxy in front shows it, such as ``/llm``. `allowed_origins`: web pages of these
     origins may ask, ``*`` for any (https://fetch.spec.whatwg.org/#http-cors-protocol).
@@ -68,6 +72,9 @@ def make_app(
     install_schemas(app, [operation.bodies for operation in operations])
     install_error_handlers(app)
     admin_paths = [path for operation in operations if operation.is_admin for path in operation.paths]
+    if admit is not None:
+        generating = [path for operation in operations if operation.generates for path in operation.paths]
+        app.add_middleware(Door, admit=admit, paths=generating)
     app.add_middleware(ApiKeys, keys=keys, admin_paths=admin_paths, is_loopback=is_loopback)
     app.add_middleware(RequestIds)
     if allowed_origins:  # outermost: a browser's preflight shows no key, and reads refusals too

@@ -121,6 +121,9 @@ class TextRun:
 
     @contextlib.asynccontextmanager
     async def _arrivals(self) -> AsyncGenerator[AsyncGenerator[tuple[int, ChoiceDelta], None], None]:
+        # Asked before the body was read, and since then many others may have been let in. Once for all
+        # prompts: what was begun is not broken off half-way.
+        self._serving.generator.check_wait(self._laps.client)
         source = self._run(0) if len(self._jobs) == 1 else self._run_all()
         try:
             async with contextlib.aclosing(source) as arrivals:

@@ -2,28 +2,28 @@
 
 Values and ``now`` in, decisions out.
 
-How long a new request would wait is told from the rate at which the queue was served in the last seconds.
-Where that is longer than anybody wants to wait it is refused at once, and told when to come again: what
-is accepted is then answered in time, however many ask. Clients (API keys) take turns by start-time fair
-queueing (Goyal, Vin, Cheng 1996): a ticket's tag is one more than the client's last, or than the one served.
+How long a new request would wait for its first token is told by Little's law: those that go first and have
+none yet, here and on nodes, over the rate at which first tokens came of late (`first_token_rate.py`). Where
+that is longer than anybody wants to wait it is refused at once, and told when to come again: what is accepted
+is then answered in time, however many ask. Clients (API keys) take turns by start-time fair queueing (Goyal,
+Vin, Cheng 1996): a ticket's tag is one more than the client's last, or than the one served.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right, insort
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..runtime.errors import RequestError
+from .first_token_rate import FirstTokenRate
 from .pairing import Pair
 
 MAX_RETRY_AFTER_S = 60.0
-RATE_WINDOW_S = 10.0  # of which the rate of service is that
-MIN_WINDOW_S = 0.5  # less tells no rate
-SHORT_QUEUE = 16  # as many may wait however long it takes: no overload
+SHORT_QUEUE = 16  # for each node that prefills, as many may wait however long it takes: no overload
+COLD_RATE = 16.0  # first tokens a second that each of them is taken for as long as none was measured
 
 
 @dataclass(order=True, slots=True)
@@ -49,14 +49,18 @@ def _place(ticket: Ticket) -> tuple[bool, int, float]:
 
 
 class AdmissionQueue:
-    """`max_wait_s`: how long a new request may be expected to wait; infinity for any time."""
+    """A request *waits* from its offer to its first token (`answered`), or until it is given up.
+
+    `max_wait_s`: how long a new request may be expected to; infinity for any time.
+    """
 
     def __init__(self, *, max_new: int, patience_s: float, max_wait_s: float = math.inf) -> None:
         self._max_new = max_new
         self._patience_s = patience_s
         self._max_wait_s = max_wait_s
-        self._taken_at: deque[float] = deque()  # within the window, while others waited
-        self._served_since: float | None = None  # the queue was not empty, and might go; None: it is not so
+        self._rate = FirstTokenRate(horizon_s=max_wait_s)
+        self._waiting: set[str] = set()  # requests without a first token
+        self._num_servers = 1
         self._tag = 0.0  # of the newest that was taken
         self._last_tags: dict[str, float] = {}  # by client
         self._tickets: list[Ticket] = []
@@ -78,6 +82,11 @@ class AdmissionQueue:
         return self._num_new
 
     @property
+    def num_waiting(self) -> int:
+        """Requests without a first token, those that were dispatched included."""
+        return len(self._waiting)
+
+    @property
     def held(self) -> bool:
         return self._held
 
@@ -97,7 +106,7 @@ class AdmissionQueue:
 
     def release(self) -> None:
         self._held = self._holds_all = False
-        self._forget_rate()
+        self._rate.forget()
 
     def pause(self, *, new_only: bool = False) -> None:
         """Nothing goes, retries included, or with `new_only` no new request. Apart from holds: a weight
@@ -108,24 +117,32 @@ class AdmissionQueue:
 
     def resume(self) -> None:
         self._pause = ""
-        self._forget_rate()
+        self._rate.forget()
+
+    def serve_with(self, num_servers: int, now: float) -> None:
+        """So many nodes prefill now."""
+        self._num_servers = max(1, num_servers)
+        self._measure(now)
 
     def check_wait(self, client: str, now: float) -> None:
         """Raises RequestError 429 when a new request of this client would wait for too long.
 
         Not while new ones are held or no pair of nodes is ready: how long that takes, no rate tells.
         """
-        stands = self._held or self._pause or any(each.unpaired_since is not None for each in self._tickets)
-        if stands or len(self._tickets) < SHORT_QUEUE:
+        self._measure(now)
+        if self._stands or math.isinf(self._max_wait_s):
             return
-        num_ahead = bisect_right(self._tickets, (True, 0, self._next_tag(client)), key=_place)
-        rate = self._rate(now)
-        if rate is None or num_ahead < SHORT_QUEUE or num_ahead <= rate * self._max_wait_s:
+        first_behind = bisect_right(self._tickets, (True, 0, self._next_tag(client)), key=_place)
+        num_ahead = len(self._waiting) - (len(self._tickets) - first_behind)
+        if num_ahead < SHORT_QUEUE * self._num_servers:
+            return
+        rate = self._rate.per_s(COLD_RATE * self._num_servers)
+        if num_ahead <= rate * self._max_wait_s:
             return
         wait_s = num_ahead / rate if rate else math.inf
         raise RequestError(
-            f"{num_ahead} requests go first, which takes about {wait_s:.1f} s; --max-queue-wait is "
-            f"{self._max_wait_s:g} s",
+            f"{num_ahead} requests go first, which takes about {min(wait_s, 9999.0):.1f} s; --max-queue-wait "
+            f"is {self._max_wait_s:g} s",
             status=429,
             code="queue_wait",
             error_type="rate_limit_error",
@@ -149,6 +166,8 @@ class AdmissionQueue:
             self._last_tags.clear()
         tag = self._last_tags[client] = self._next_tag(client)
         self._num_new += 1
+        self._measure(now)
+        self._waiting.add(request_id)
         return self._insert(
             Ticket(
                 is_new=True,
@@ -159,8 +178,7 @@ class AdmissionQueue:
                 request_id=request_id,
                 choices=choices,
                 queued_at=now,
-            ),
-            now,
+            )
         )
 
     def again(
@@ -187,8 +205,7 @@ class AdmissionQueue:
                 queued_at=now,
                 not_before=now + delay_s,
                 avoid=avoid,
-            ),
-            now,
+            )
         )
 
     def due(self, now: float) -> Iterator[Ticket]:
@@ -210,18 +227,25 @@ class AdmissionQueue:
         """The ticket is dispatched."""
         self._last_taken_at = now
         self._tag = max(self._tag, ticket.tag)
-        self._taken_at.append(now)
         self.remove(ticket)
+
+    def answered(self, request_id: str, now: float) -> None:
+        """Its first token came."""
+        if request_id in self._waiting:
+            self._measure(now)
+            self._rate.came()
+            self._waiting.remove(request_id)
 
     def remove(self, ticket: Ticket) -> None:
         self._tickets.remove(ticket)
         self._num_new -= ticket.is_new
-        if not self._tickets:
-            self._forget_rate()
 
-    def remove_request(self, request_id: str) -> None:
+    def remove_request(self, request_id: str, now: float) -> None:
+        """Nobody works on it any more: it has ended, or was given up."""
         for ticket in self.of_request(request_id):
             self.remove(ticket)
+        self._measure(now)
+        self._waiting.discard(request_id)
 
     def remove_choice(self, request_id: str, choice: int) -> None:
         for ticket in self.of_request(request_id):
@@ -243,21 +267,18 @@ class AdmissionQueue:
     def _next_tag(self, client: str) -> float:
         return max(self._tag, self._last_tags.get(client, 0.0)) + 1.0
 
-    def _rate(self, now: float) -> float | None:
-        """Tickets taken per second of late; None while too little is known."""
-        if self._served_since is None or now - self._served_since < MIN_WINDOW_S:
-            return None
-        while self._taken_at and self._taken_at[0] < now - RATE_WINDOW_S:
-            self._taken_at.popleft()
-        return len(self._taken_at) / min(RATE_WINDOW_S, now - self._served_since)
+    @property
+    def _stands(self) -> bool:
+        """Nothing new goes, for a reason that has nothing to do with how much there is to do."""
+        no_pair = bool(self._tickets) and self._tickets[-1].unpaired_since is not None
+        return self._held or bool(self._pause) or no_pair
 
-    def _forget_rate(self) -> None:
-        self._taken_at.clear()
-        self._served_since = None
+    def _measure(self, now: float) -> None:
+        """Called before what changes how many wait: the time since the call before was spent with so many."""
+        is_backlog = len(self._waiting) > SHORT_QUEUE * self._num_servers
+        self._rate.advance(now, counts=is_backlog and not self._stands)
 
-    def _insert(self, ticket: Ticket, now: float) -> Ticket:
-        if self._served_since is None:
-            self._served_since = now
+    def _insert(self, ticket: Ticket) -> Ticket:
         insort(self._tickets, ticket)
         return ticket
 

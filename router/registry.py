@@ -274,6 +274,11 @@ class NodeRegistry:
         """Nodes that may get new work, if they have a peer to do it with."""
         return [node for node in self._nodes.values() if node.takes_work]
 
+    def num_prefilling(self) -> int:
+        """Nodes that compute prompts side by side: decode nodes where there is no prefill node."""
+        usable = self.usable()
+        return sum(node.entry.role == "prefill" or node.entry.colocated for node in usable) or len(usable)
+
     def ready_pairs(self) -> list[tuple[NodeRecord, NodeRecord]]:
         """(prefill, decode) that may be given a request; a colocated decode node pairs with itself.
 

@@ -202,6 +202,7 @@ class RouterService:
             self._nodes.excuse(late_s, now)
         self._move_deadlines(now)
         self._cluster.tick(now, expire=not self.weights.is_rolling_out)
+        self._queue.serve_with(self._nodes.num_prefilling(), now)
         self.weights.tick(now)
         self._expire_requests(now)
         self._expire_sessions(now)
@@ -520,6 +521,7 @@ class RouterService:
         self.counters.num_tokens += len(taken.token_ids)
         generation.push(taken)
         if attempt.awaits_first_token:
+            self._queue.answered(output.request_id, now)
             attempt.since = now
             self._ledger.first_token(attempt)
             self._dispatch(now)
@@ -625,7 +627,9 @@ class RouterService:
     # ---- how requests end -----------------------------------------------------------------------
 
     def _end(self, generation: RoutedGeneration, outcome: str) -> None:
-        del self._generations[generation.record.request_id]
+        request_id = generation.record.request_id
+        del self._generations[request_id]
+        self._queue.remove_request(request_id, self._clock())
         self.counters.requests[outcome] += 1
         generation.end()
 
@@ -645,7 +649,7 @@ class RouterService:
         if self._generations.get(record.request_id) is not generation:
             return False
         del self._generations[record.request_id]
-        self._queue.remove_request(record.request_id)
+        self._queue.remove_request(record.request_id, self._clock())
         for attempt in record.live_attempts():
             self._send_cancel(attempt)
             self._close_attempt(attempt, "cancelled")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdserve.router.admission import AdmissionQueue, Ticket
+from pdserve.router.admission import COLD_RATE, AdmissionQueue, Ticket
 from pdserve.router.pairing import Pair
 from pdserve.runtime.errors import RequestError
 
@@ -140,23 +140,24 @@ def test_a_request_or_one_choice_of_it_leaves(queue: AdmissionQueue) -> None:
     assert [ticket.choices for ticket in queue.of_request("a")] == [(1,)]
     queue.remove_choice("a", 1)
     assert (queue.of_request("a"), queue.num_new) == ([], 0)
-    queue.remove_request("b")
+    queue.remove_request("b", 0.0)
     assert len(queue) == 0
 
 
 # ---- by expected wait -------------------------------------------------------------------------------------
 
 
-def served(
-    rate: float, num_waiting: int, *, max_wait_s: float = 5.0, seconds: float = 20.0
-) -> AdmissionQueue:
-    """A queue that was served at this rate for so long, and in which so many wait at its end."""
+def served(rate: float, num_waiting: int, *, max_wait_s: float = 5.0) -> tuple[AdmissionQueue, float]:
+    """A queue of which this rate was served for long, and in which so many wait at its end; and the time."""
     queue = AdmissionQueue(max_new=10_000, patience_s=1.0, max_wait_s=max_wait_s)
-    num_taken = int(rate * seconds)
-    tickets = [offer(queue, str(number)) for number in range(num_taken + num_waiting)]
-    for number, ticket in enumerate(tickets[:num_taken]):
-        queue.take(ticket, (number + 1) / rate)
-    return queue
+    num_answered = int(rate * 20)
+    for number in range(num_answered + num_waiting):
+        offer(queue, str(number))
+    for number in range(num_answered):
+        now = (number + 1) / rate
+        queue.take(queue.of_request(str(number))[0], now)
+        queue.answered(str(number), now)
+    return queue, 20.0
 
 
 @pytest.mark.parametrize(
@@ -165,59 +166,96 @@ def served(
 def test_a_request_that_would_wait_for_too_long_is_refused(
     rate: float, num_waiting: int, is_refused: bool
 ) -> None:
-    queue = served(rate, num_waiting)
+    queue, now = served(rate, num_waiting)
     if not is_refused:
-        queue.check_wait("", 20.0)
+        queue.check_wait("", now)
         return
     with pytest.raises(RequestError) as refused:
-        queue.check_wait("", 20.0)
+        queue.check_wait("", now)
     assert (refused.value.status, refused.value.code) == (429, "queue_wait")
 
 
-def test_retry_after_is_when_the_queue_will_be_short_enough() -> None:
-    queue = served(10, 200)
-    with pytest.raises(RequestError) as refused:
-        queue.check_wait("", 20.0)
-    assert refused.value.retry_after_s == pytest.approx(200 / 10 - 5, rel=0.02)
+def test_who_was_dispatched_and_has_no_token_yet_waits_too() -> None:
+    queue, now = served(10, 60)
+    for ticket in list(queue):
+        queue.take(ticket, now)
+    with pytest.raises(RequestError, match="60 requests go first"):
+        queue.check_wait("", now)
+    for number in range(200, 215):
+        queue.remove_request(str(number), now)  # given up
+    queue.check_wait("", now)
 
 
-def test_the_rate_is_that_of_the_last_seconds() -> None:
-    """What was fast and stands still now is slow: nothing was taken in the last 10 s."""
-    queue = served(100, 100)
-    queue.check_wait("", 20.0)
+def test_retry_after_is_when_few_enough_will_wait() -> None:
+    queue, now = served(10, 200)
     with pytest.raises(RequestError) as refused:
-        queue.check_wait("", 40.0)
+        queue.check_wait("", now)
+    assert refused.value.retry_after_s == pytest.approx(200 / 10 - 5, rel=0.05)
+
+
+def test_the_rate_is_that_of_the_last_seconds_with_a_backlog() -> None:
+    """What was fast and stands still now is slow: no first token came in the last 5 s."""
+    queue, now = served(100, 100)
+    queue.check_wait("", now)
+    with pytest.raises(RequestError) as refused:
+        queue.check_wait("", now + 6.0)
     assert refused.value.retry_after_s == 60.0
 
 
-def test_without_a_rate_nothing_is_refused() -> None:
+def test_idle_time_does_not_change_the_rate() -> None:
+    queue, now = served(10, 0)
+    later = now + 3600.0
+    for number in range(60):
+        queue.offer(f"later {number}", (0,), 0, later)
+    with pytest.raises(RequestError, match="60 requests go first"):
+        queue.check_wait("", later)
+
+
+def test_as_long_as_no_rate_is_known_a_burst_is_taken() -> None:
     queue = AdmissionQueue(max_new=10_000, patience_s=1.0, max_wait_s=5.0)
-    for number in range(100):
+    for number in range(int(5 * COLD_RATE) + 1):
+        queue.check_wait("", 7.0)
         offer(queue, str(number), now=7.0)
-    queue.check_wait("", 7.4)
     with pytest.raises(RequestError):
-        queue.check_wait("", 8.0)  # half a second, and none was taken
+        queue.check_wait("", 7.0)
+    queue.serve_with(2, 7.0)
+    queue.check_wait("", 7.0)  # two nodes take twice as many
 
 
-def test_a_short_queue_is_no_overload_however_slow() -> None:
-    served(0.1, 15).check_wait("", 200.0)
+def test_few_that_wait_are_no_overload_however_slow() -> None:
+    queue, now = served(0.1, 15)
+    queue.check_wait("", now)
+    queue, now = served(0.1, 30)
+    with pytest.raises(RequestError):
+        queue.check_wait("", now)
+    queue.serve_with(2, now)
+    queue.check_wait("", now)
 
 
 @pytest.mark.parametrize("why", ["held", "paused", "no pair"])
 def test_while_requests_are_kept_on_purpose_none_is_refused(why: str) -> None:
-    queue = served(10, 200)
+    queue, now = served(10, 200)
     match why:
         case "held":
             queue.hold()
         case "paused":
             queue.pause()
         case _:
-            next(iter(queue)).unpaired_since = 20.0
-    queue.check_wait("", 20.0)
-    if why != "no pair":
+            for ticket in queue:
+                ticket.unpaired_since = now
+    queue.check_wait("", now)
+    queue.check_wait("", now + 100.0)
+    if why == "no pair":
+        for ticket in queue:
+            ticket.unpaired_since = None
+        with pytest.raises(RequestError, match=r"takes about (19|20)\.\d s"):  # as before
+            queue.check_wait("", now + 100.0)
+    else:
         queue.release()
         queue.resume()
-        queue.check_wait("", 20.0)  # what was measured before tells nothing now
+        for number in range(200, 350):
+            queue.remove_request(str(number), now)
+        queue.check_wait("", now)  # what was measured before tells nothing now
 
 
 def test_clients_take_turns() -> None:
@@ -244,6 +282,7 @@ def test_a_quiet_client_is_not_refused_for_what_another_one_asks() -> None:
     tickets = [queue.offer(str(number), (0,), 0, 0.0, "loud") for number in range(300)]
     for number, ticket in enumerate(tickets[:100]):
         queue.take(ticket, (number + 1) / 10)
+        queue.answered(str(number), (number + 1) / 10)
     with pytest.raises(RequestError):
         queue.check_wait("loud", 10.0)
     queue.check_wait("quiet", 10.0)
