@@ -137,6 +137,11 @@ class Generation(Protocol):
 
 
 class Generator(Protocol):
+    @property
+    def num_kv_tokens(self) -> int | None:
+        """Tokens of one request whose KV every node has room for; None: not known (yet)."""
+        ...
+
     def check_wait(self, client: str) -> None:
         """Raises RequestError (429 with Retry-After) when a request that comes now would wait for its first
         token for too long.

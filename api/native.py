@@ -224,6 +224,7 @@ class Native:
                         len(prompt_ids),
                         serving.card,
                         "max_new_tokens",
+                        num_kv_tokens=serving.generator.num_kv_tokens,
                     )
                 ),
                 num_logprobs=num_logprobs,

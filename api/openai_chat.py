@@ -207,7 +207,14 @@ class ChatCompletions:
             sampling=openai_sampling(
                 body,
                 serving,
-                max_tokens=resolve_max_tokens(wanted, None, len(prompt_ids), serving.card, name),
+                max_tokens=resolve_max_tokens(
+                    wanted,
+                    None,
+                    len(prompt_ids),
+                    serving.card,
+                    name,
+                    num_kv_tokens=serving.generator.num_kv_tokens,
+                ),
                 num_logprobs=(top_logprobs or 0) if body.logprobs else None,
                 num_prompt_logprobs=checked_logprobs("prompt_logprobs", body.prompt_logprobs, serving),
             ),

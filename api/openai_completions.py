@@ -117,6 +117,7 @@ class Completions:
                             len(prompt.token_ids),
                             serving.card,
                             "max_tokens",
+                            num_kv_tokens=serving.generator.num_kv_tokens,
                         )
                     ),
                     num_logprobs=num_logprobs,

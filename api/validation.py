@@ -320,11 +320,20 @@ def too_long_text(num_chars: int, card: ModelCard, param: str) -> RequestError:
 
 
 def resolve_max_tokens(
-    wanted: int | None, default: int | None, num_prompt: int, card: ModelCard, name: str
+    wanted: int | None,
+    default: int | None,
+    num_prompt: int,
+    card: ModelCard,
+    name: str,
+    *,
+    num_kv_tokens: int | None = None,
 ) -> int:
-    """`wanted`, which must fit the context, or `default` (None: the rest) as far as it fits."""
+    """`wanted`, which must fit the context, or `default` (None: the rest) as far as it fits, and as far as
+    nodes have room for the KV. The last token's is never written."""
     rest = card.max_model_len - num_prompt
     if wanted is None:
+        if num_kv_tokens is not None:
+            rest = max(1, min(rest, num_kv_tokens + 1 - num_prompt))
         return rest if default is None else min(default, rest)
     if wanted < 1:
         raise bad_value(name, f"`{name}` must be at least 1, got {wanted}.")

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..engine.engine_thread import EngineThread
 from ..engine.forward_batch import ForwardBatch
 from ..engine.job_thread import JobThread
-from ..engine.kv_pool import KVPool
+from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_config import ModelConfig, kv_layout, read_vocabulary_digest, resolve_dtype
 from ..engine.model_paths import ModelPaths
 from ..engine.model_runner import ModelRunner
@@ -83,6 +83,7 @@ _log = logging.getLogger(__name__)
 
 INITIAL_WEIGHT_VERSION = "default"  # as SGLang calls it
 _SHARE_OF_FREE_MEMORY = 0.25
+_MOST_OF_FREE_MEMORY = 0.5  # beside the weights, for a pool of one context; `up` starts two nodes
 _DEFAULT_POOL_CONTEXTS = 32  # contexts of max_model_len that a default pool holds at most
 _LONGEST_SLEEP_S = 0.5  # a front that has ended is noticed this late at worst
 _DRAIN_S = 10.0
@@ -333,7 +334,7 @@ def start_node(
         front = FrontProcess(partial(_start_front, config, listener, zmq_address, url))
         undo.callback(front.close)
 
-        num_pages = _num_pages(config, layout, max_model_len)
+        num_pages = _num_pages(config, model_config, layout, max_model_len)
         ranks = None
         if size > 1:
             ranks = _start_ranks(config, paths.model, dtype, num_pages, host, trace_name)
@@ -589,7 +590,9 @@ def _max_model_len(config: NodeConfig, model_config: ModelConfig) -> int:
     return wanted
 
 
-def _num_pages(config: NodeConfig, layout: KVLayout, max_model_len: int) -> int:
+def _num_pages(config: NodeConfig, model_config: ModelConfig, layout: KVLayout, max_model_len: int) -> int:
+    """Of the KV pool, before the weights are read. By default at least a context, where half of what they
+    leave can hold one."""
     context_pages = layout.pages_for(max_model_len)
     available_bytes = available_memory_bytes()
     # On all ranks, which are on this host: with more ranks than KV heads they hold copies.
@@ -602,10 +605,26 @@ def _num_pages(config: NodeConfig, layout: KVLayout, max_model_len: int) -> int:
             raise StartupError(f"--kv-cache-gb {wanted}: this host has {left:.1f} GiB left")
     else:
         affordable = int(available_bytes * _SHARE_OF_FREE_MEMORY) // stride_bytes
-        num_pages = min(affordable, _DEFAULT_POOL_CONTEXTS * context_pages)
+        left_bytes = max(0, available_bytes - _weight_bytes(model_config, layout.dtype))
+        most = int(left_bytes * _MOST_OF_FREE_MEMORY) // stride_bytes
+        num_pages = max(affordable, min(context_pages, most))
+        num_pages = min(num_pages, _DEFAULT_POOL_CONTEXTS * context_pages)
     if num_pages < 1:
         raise StartupError(f"no KV page of {stride_bytes:,} bytes fits; give more with --kv-cache-gb")
+    if num_pages < context_pages:
+        _log.warning(
+            "the KV pool holds %d tokens, fewer than the context of %d: longer requests are refused; give "
+            "--kv-cache-gb, or --max-model-len",
+            num_pages * layout.page_size,
+            max_model_len,
+        )
     return num_pages
+
+
+def _weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """Of all ranks."""
+    num_values = sum(math.prod(shape) for shape in tensor_shapes(config).values())
+    return num_values * TORCH_DTYPES[dtype].itemsize
 
 
 def _model_info(config: NodeConfig, model: LoadedModel, max_model_len: int, dtype: str) -> ModelInfo:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from ..components.page_allocator import PageAllocator
+from ..components.page_need import PageNeed, page_need
 from ..components.prefix_cache import PrefixCache, PrefixMatch
 from ..messages.peer import RoomId
 from ..runtime.errors import BrokenInvariantError
@@ -20,18 +20,6 @@ from .session_pins import SessionPins
 
 # Who names no max_tokens gets all that the context has left, and seldom uses it.
 LONGEST_EXPECTED_TOKENS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class PageNeed:
-    """The most pages that a request can ever hold: for its prompt, and by what each choice may grow."""
-
-    prompt: int
-    growth: tuple[int, ...]  # one per choice
-
-    @property
-    def total(self) -> int:
-        return self.prompt + sum(self.growth)
 
 
 class RequestPages:
@@ -73,19 +61,15 @@ class RequestPages:
         return self._allocator.num_free + self._cache.num_evictable - self._num_promised
 
     def need(self, request: DecodeRequest) -> PageNeed:
-        """Choices share the prompt's whole pages; each but the first needs a copy of the partial one.
-
-        The last token's KV is never written, so it needs no room.
-        """
-        num_prefill = request.num_prefill_tokens
-        num_final = max(
-            num_prefill, len(request.message.prompt_ids) + request.message.sampling.max_tokens - 1
+        """The most pages that it can hold, with the choices that it still has."""
+        num_prompt = len(request.message.prompt_ids)
+        return page_need(
+            num_prompt=num_prompt,
+            num_kept=request.num_prefill_tokens - num_prompt,
+            max_tokens=request.message.sampling.max_tokens,
+            num_choices=len(request.sequences),
+            page_size=self._page_size,
         )
-        prompt_pages = -(-num_prefill // self._page_size)
-        final_pages = -(-num_final // self._page_size)
-        first = final_pages - prompt_pages
-        further = final_pages - num_prefill // self._page_size
-        return PageNeed(prompt_pages, (first, *(further for _ in request.sequences[1:])))
 
     def match(self, request: DecodeRequest) -> PrefixMatch:
         """The cached prefix of a waiting request's prompt, not locked. Looked up when the cache changed."""

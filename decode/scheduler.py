@@ -265,7 +265,11 @@ class DecodeScheduler:
             case GenerateRequest():
                 self.accept(link, message, now)
             case CancelRequest():
-                self.cancel(StreamKey(link, message.request_id, message.attempt), message.choices, now)
+                key = StreamKey(link, message.request_id, message.attempt)
+                if not message.aborts:
+                    self.cancel(key, message.choices, now)
+                elif (request := self.requests.get(key)) is not None:
+                    self.abort_all([request], now)
             case ResendFrom():
                 key = StreamKey(link, message.request_id, message.attempt)
                 if not self.streamer.resend(key, message.choice, message.position):

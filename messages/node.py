@@ -162,11 +162,15 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate")
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
-    """Stop these choices of an attempt (all of them when ``choices`` is empty) and release what they hold."""
+    """Stop these choices of an attempt (all of them when ``choices`` is empty) and release what they hold.
+
+    ``aborts``: all of them end with finish reason "abort", behind what they have; else nobody reads them.
+    """
 
     request_id: Name
     attempt: Number
     choices: Choices = ()
+    aborts: bool = False
 
 
 class ResendFrom(msgspec.Struct, frozen=True, kw_only=True, tag="resend"):

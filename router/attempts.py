@@ -8,14 +8,23 @@ Values and ``now`` in, decisions out; the service acts on them.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from ..api.generation import ChoiceDelta, GenerateSpec, GenerationInfo, WeightSpan
+from ..components.page_need import num_choices_at_once
 from ..components.stop_conditions import check_finish
-from ..messages.node import AttemptFailed, FailureCode, GenerateRequest, ResendFrom, TokenOutput
+from ..messages.node import (
+    AttemptFailed,
+    FailureCode,
+    GenerateRequest,
+    NodeLoad,
+    ResendFrom,
+    TokenOutput,
+)
 from ..messages.timeline import Span, SpanClock, moved, span_between
 from ..runtime.errors import RequestError
 from .ledger import Attempt
@@ -89,6 +98,7 @@ class RequestRecord:
         # A node keeps (request id, attempt) on record after its end, and a client may use its id again.
         self._attempt_numbers = attempt_numbers or itertools.count(1)
         self._num_unfinished = spec.num_choices
+        self.abort_by = math.inf  # when an abort ends without what nodes have yet to send; infinity: none
         self._weight_version = ""  # of the tokens that came last
         self._page_hashes: dict[int, list[int]] = {}  # by page size
 
@@ -120,6 +130,20 @@ class RequestRecord:
     def num_tokens(self, choices: Sequence[int]) -> int:
         """What an attempt at these choices has to prefill."""
         return len(self.spec.prompt_ids) + len(self.choices[choices[0]].kept_ids)
+
+    def at_once(self, choices: tuple[int, ...], decode: NodeLoad) -> tuple[int, ...]:
+        """The first of these choices, as many as the decode node can run together."""
+        if not decode.page_size or len(choices) == 1:
+            return choices
+        num = num_choices_at_once(
+            num_prompt=len(self.spec.prompt_ids),
+            max_tokens=self.spec.sampling.max_tokens,
+            num_choices=len(choices),
+            page_size=decode.page_size,
+            num_pages=decode.num_total_pages,
+            num_places=decode.max_running_requests or len(choices),
+        )
+        return choices[:num]
 
     def num_growth_tokens(self, choices: Sequence[int]) -> int:
         """What decode is to have room for beyond these tokens: it promises the next page, or all of it."""
@@ -295,6 +319,8 @@ class RequestRecord:
         failed = [c for c in self.choices if c.attempt is not None and c.attempt.number == failure.attempt]
         if not failed:
             return AttemptEnded([], [])
+        if self.is_aborting:
+            return AttemptEnded(self._aborted(failed), [])
         if not failure.retriable or failure.code == "deadline":
             raise _request_error(failure)
         closed = []
@@ -354,10 +380,22 @@ class RequestRecord:
             self._finish(choice)
         return attempt
 
+    @property
+    def is_aborting(self) -> bool:
+        return self.abort_by < math.inf
+
+    def begin_abort(self, abort_by: float) -> list[ChoiceDelta]:
+        """Ends the choices that nobody works on; of the others, nodes are to send what they have."""
+        self.abort_by = abort_by
+        return self._aborted([choice for choice in self.choices if choice.attempt is None])
+
     def abort(self) -> list[ChoiceDelta]:
         """End every unfinished choice."""
+        return self._aborted(self.choices)
+
+    def _aborted(self, choices: Sequence[ChoiceState]) -> list[ChoiceDelta]:
         deltas = []
-        for choice in self.choices:
+        for choice in choices:
             if not choice.finished:
                 self._finish(choice)
                 deltas.append(ChoiceDelta(choice.index, (), (), "abort"))

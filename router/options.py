@@ -35,6 +35,7 @@ class RouterOptions:
     max_busy_delay_s: float = 0.5
     retry_delay_s: float = 0.25  # before the second new attempt; longer before each further one
     resend_interval_s: float = 0.5  # between two requests for the same gap
+    abort_grace_s: float = 1.0  # for nodes to send what they have of an aborted request
 
     weight_drain_s: float = 600.0  # for running requests to end before new weights are loaded
     weight_update_s: float = 600.0  # for each node to load, and to swap

@@ -265,6 +265,12 @@ class NodeRegistry:
         if self._by_url.get(node.entry.url) == node.incarnation:
             del self._by_url[node.entry.url]
 
+    def num_kv_tokens(self) -> int | None:
+        """Tokens whose KV the smallest pool holds; None while no node has told. On prefill nodes too: when a
+        decode node is lost, they prefill what a stream has so far."""
+        pools = [node.load.num_total_pages * node.load.page_size for node in self.usable()]
+        return min((size for size in pools if size), default=None)
+
     # ---- who may work ---------------------------------------------------------------------------
 
     def healthy(self, node: NodeRecord) -> bool:

@@ -219,6 +219,10 @@ class RouterService:
 
     # ---- Generator ------------------------------------------------------------------------------
 
+    @property
+    def num_kv_tokens(self) -> int | None:
+        return self._nodes.num_kv_tokens()
+
     def check_wait(self, client: str) -> None:
         try:
             self._queue.check_wait(client, self._clock())
@@ -392,6 +396,7 @@ class RouterService:
     def _decode_view(self, node: NodeRecord, record: RequestRecord, choices: tuple[int, ...]) -> DecodeView:
         num_tokens = record.num_tokens(choices)
         page_size = node.load.page_size or num_tokens
+        choices = record.at_once(choices, node.load)
         num_growth_pages = max(len(choices), -(-record.num_growth_tokens(choices) // page_size))
         return DecodeView(
             incarnation=node.incarnation,
@@ -408,8 +413,14 @@ class RouterService:
         self, generation: RoutedGeneration, ticket: Ticket, chosen: Chosen, turn: float, now: float
     ) -> None:
         record = generation.record
-        attempt = record.open_attempt(ticket.choices, chosen, now)
+        decode = self._nodes.get(chosen.pair.decode)
+        choices = ticket.choices if decode is None else record.at_once(ticket.choices, decode.load)
+        attempt = record.open_attempt(choices, chosen, now)
         self._queue.take(ticket, now)
+        if rest := ticket.choices[len(choices) :]:  # more than the node has places or pages for: in turns
+            self._queue.again(
+                record.request_id, rest, record.spec.priority, arrived_at=record.arrived_at, now=now
+            )
         self._ledger.open(attempt)
         generation.mark_dispatched()
         if record.spec.session is not None:
@@ -417,10 +428,9 @@ class RouterService:
         self._remember_prefix(attempt, record)
         options = self._options
         interval = options.stream_interval if record.spec.stream else options.force_stream_interval
-        decode = self._nodes.get(attempt.pair.decode)
         message = record.message(
             attempt,
-            ticket.choices,
+            choices,
             weight_version="" if decode is None else decode.entry.weight_version,
             now=now,
             stream_interval=interval,
@@ -458,7 +468,9 @@ class RouterService:
             if generation is not None:
                 self._fail(generation, self._no_pair_error(generation.record))
         for generation in list(self._generations.values()):
-            if now >= generation.record.deadline:
+            if now >= generation.record.abort_by:
+                self._abort_at_once(generation)
+            elif now >= generation.record.deadline:
                 self._fail(generation, self._deadline_error(generation.record))
 
     def _no_pair_error(self, record: RequestRecord) -> RequestError:
@@ -533,7 +545,7 @@ class RouterService:
         if not attempt.open_choices:
             self._close_attempt(attempt, "ok")
         if generation.record.done:
-            self._end(generation, "finished")
+            self._end(generation)
         self._dispatch(now)
 
     def _fail_attempt(self, failure: AttemptFailed, now: float) -> None:
@@ -569,7 +581,7 @@ class RouterService:
                 avoid=retry.avoid,
             )
         if record.done:
-            self._end(generation, "finished")
+            self._end(generation)
 
     def _delay_s(self, failure: AttemptFailed, retry: Retry) -> float:
         """None after a first failure; then longer each time, so that what ails a pair may pass."""
@@ -626,11 +638,11 @@ class RouterService:
 
     # ---- how requests end -----------------------------------------------------------------------
 
-    def _end(self, generation: RoutedGeneration, outcome: str) -> None:
+    def _end(self, generation: RoutedGeneration) -> None:
         request_id = generation.record.request_id
         del self._generations[request_id]
         self._queue.remove_request(request_id, self._clock())
-        self.counters.requests[outcome] += 1
+        self.counters.requests["aborted" if generation.record.is_aborting else "finished"] += 1
         generation.end()
 
     def _fail(self, generation: RoutedGeneration, error: RequestError) -> None:
@@ -667,7 +679,7 @@ class RouterService:
             if not attempt.open_choices:
                 self._close_attempt(attempt, "ok")
         if record.done:
-            self._end(generation, "finished")
+            self._end(generation)
         self._dispatch(self._clock())
 
     def _send_cancel(self, attempt: Attempt, choices: tuple[int, ...] = ()) -> None:
@@ -717,7 +729,8 @@ class RouterService:
         return AdminReply(all(answer.success for answer in answers), "; ".join(map(str, answers)))
 
     async def abort_requests(self, request_id: str, all_requests: bool) -> AdminReply:
-        """Ours end with finish reason "abort"; nodes are asked too, others may have sent them the request.
+        """Ours end with finish reason "abort", behind all tokens that nodes have of them; nodes are asked by
+        id too, others may have sent them the request.
 
         A request that is not known (any more) is no error.
         """
@@ -730,6 +743,10 @@ class RouterService:
             self._abort(generation)
         answers = await ask_all(
             self._cluster.links(), lambda link: link.abort(request_id, all_requests=all_requests)
+        )
+        await self._until(
+            lambda: all(self._generations.get(each.record.request_id) is not each for each in aborted),
+            2 * self._options.abort_grace_s,
         )
         if aborted or all_requests or any(answer.success for answer in answers):
             return AdminReply(True, f"{len(aborted)} requests of this router aborted")
@@ -776,6 +793,21 @@ class RouterService:
         return AdminReply(all(answer.success for answer in answers), "; ".join(map(str, answers)))
 
     def _abort(self, generation: RoutedGeneration) -> None:
+        """Nothing is begun for it any more, and nodes are told to send what they have and stop. It ends when
+        they have done so, or else when the grace is over."""
+        record = generation.record
+        if record.is_aborting:
+            return
+        self._queue.remove_request(record.request_id, self._clock())
+        for attempt in record.live_attempts():
+            cancel = CancelRequest(request_id=attempt.request_id, attempt=attempt.number, aborts=True)
+            self._cluster.send(attempt.pair.decode, cancel)
+        for delta in record.begin_abort(self._clock() + self._options.abort_grace_s):
+            generation.push(delta)
+        if record.done:
+            self._end(generation)
+
+    def _abort_at_once(self, generation: RoutedGeneration) -> None:
         if self._forget(generation):
             self.counters.requests["aborted"] += 1
             for delta in generation.record.abort():

@@ -100,7 +100,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--page-size", "--block-size"), roles=_NODES, kind=int, default=16,
          help="tokens in a KV page"),
     Flag(names=("--kv-cache-gb",), roles=_NODES, kind=float,
-         help="KV pool, GiB (default: a quarter of free memory, at most 32 x max-model-len)"),
+         help="KV pool, GiB (default: a quarter of free memory, at least 1 x max-model-len where half of it "
+              "can hold that beside the weights, at most 32 x)"),
     Flag(names=("--chunked-prefill-size", "--max-num-batched-tokens"), roles=_NODES, kind=int, default=2048,
          takes_suffix=True,
          help="prompt tokens computed in one step"),

@@ -141,6 +141,28 @@ def test_the_state_of_a_running_request(cluster: LocalCluster) -> None:
     assert request(cluster.url, "/abort_request", {"rid": "watched"}).status == 200  # idempotent
 
 
+def test_f8_more_choices_than_the_batch_has_places(cluster: LocalCluster) -> None:
+    body: Body = {
+        "prompt": [5, 6, 7],
+        "max_tokens": 3,
+        "seed": 8,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+
+    def choices(n: int) -> list[list[int]]:
+        answer = cluster.post(COMPLETIONS, {**body, "n": n})
+        assert answer["usage"]["completion_tokens"] == 3 * n
+        assert [choice["index"] for choice in answer["choices"]] == list(range(n))
+        return [choice["token_ids"] for choice in answer["choices"]]
+
+    many = choices(100)
+    assert many[:2] == choices(2)
+    assert len({tuple(ids) for ids in many[64:]}) > 1
+    answer = Stream(cluster.url, {**body, "n": 100}).answer()
+    assert [answer.token_ids[index] for index in range(100)] == many
+
+
 def test_abort_all(cluster: LocalCluster) -> None:
     bodies: list[Body] = [{"prompt": [5 + i], "max_tokens": 1500, **GREEDY} for i in range(4)]
     streams = [Stream(cluster.url, body) for body in bodies]

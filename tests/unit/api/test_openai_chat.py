@@ -46,6 +46,18 @@ async def test_an_answer(api: Api, tokenizer: Tokenizer) -> None:
     assert api.generator.specs[0].sampling.max_tokens == 256 - num_prompt  # the rest of the context
 
 
+async def test_f4_the_default_length_is_what_nodes_have_room_for(api: Api) -> None:
+    api.generator.num_kv_tokens = 100
+    assert (await api.post(PATH, {"messages": HI}))[0] == 200
+    spec = api.generator.specs[0]
+    assert spec.sampling.max_tokens == 101 - len(spec.prompt_ids)  # the last token's KV is not kept
+    assert (await api.post(PATH, {"messages": HI, "max_tokens": 200}))[0] == 200
+    assert api.generator.specs[1].sampling.max_tokens == 200, "asked for: the nodes answer that"
+    api.generator.num_kv_tokens = 1
+    assert (await api.post(PATH, {"messages": HI}))[0] == 200
+    assert api.generator.specs[2].sampling.max_tokens == 1
+
+
 async def test_the_openai_client_streams(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model="org/tiny", messages=HI, stream=True, stream_options={"include_usage": True}

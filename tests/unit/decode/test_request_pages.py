@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from pdserve.components.invariant_checker import check_pages
 from pdserve.components.page_allocator import PageAllocator
+from pdserve.components.page_need import PageNeed
 from pdserve.components.prefix_cache import PrefixCache
-from pdserve.decode.request_pages import PageNeed, RequestPages
+from pdserve.decode.request_pages import RequestPages
 from pdserve.decode.sequence import DecodeRequest, RequestState, Sequence
 from pdserve.decode.session_pins import SessionPins
 from pdserve.messages.peer import RoomId

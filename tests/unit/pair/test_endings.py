@@ -103,6 +103,31 @@ def test_an_aborted_request_ends_with_what_it_has(pair: Pair, state: str) -> Non
 
 
 @pytest.mark.parametrize("state", STATES)
+def test_f10_an_attempt_is_aborted_with_what_was_not_sent_yet(pair: Pair, state: str) -> None:
+    bring_to(pair, state, stream_interval=16)
+    pair.decode.server.deliver(b"router", CancelRequest(request_id="a", attempt=1, aborts=True))
+    end_wait(pair, state)
+    pair.finish()
+    stream = pair.stream("a")
+    assert stream.reasons == {0: "abort"}
+    assert stream.tokens.get(0, []) == expected_tokens(PROMPT, len(stream.tokens.get(0, [])))
+
+
+def test_f10_what_was_not_sent_comes_with_the_abort(pair: Pair) -> None:
+    pair.start("a", PROMPT, max_tokens=12, stream_interval=16)
+    for _ in range(2):
+        pair.compute()
+    pair.write()
+    for _ in range(5):
+        pair.compute()
+    assert len(pair.stream("a").tokens[0]) == 1, "behind the first one, they go out sixteen at once"
+    pair.decode.server.deliver(b"router", CancelRequest(request_id="a", attempt=1, aborts=True))
+    pair.finish()
+    assert pair.stream("a").reasons == {0: "abort"}
+    assert pair.stream("a").tokens == {0: expected_tokens(PROMPT, 6)}
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_a_client_that_left_is_found_out_or_tells(pair: Pair, state: str) -> None:
     """Its socket is gone: the first message that cannot be sent ends all that it asked for."""
     bring_to(pair, state)

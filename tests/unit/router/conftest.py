@@ -7,6 +7,7 @@ A fake decode node continues a prompt by a formula, so any test knows the one ri
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -123,6 +124,8 @@ class FakeNode:
     draining: bool = False
     tokens_per_attempt: int | None = None  # then it hangs
     pace_s: float = 0.0  # between tokens
+    num_withheld: int = 0  # tokens that an abort finds, and that were not sent yet
+    answers_aborts: bool = True
     fail_with: list[AttemptFailed | FailureCode] = field(default_factory=list)  # one for each next attempt
     stage_reply: str = ""  # why it refuses a part of new weights
     prepare_reply: str = ""  # why it refuses new weights
@@ -182,6 +185,7 @@ class FakeLink:
         self.tasks: set[asyncio.Task[None]] = set()
         self.staged = b""
         self.prepared: dict[str, str] = {}
+        self.num_sent: Counter[tuple[str, int]] = Counter()  # tokens of each choice, by request and attempt
         node.links.append(self)
         if not node.alive:
             asyncio.get_running_loop().call_soon(self.reset, "cannot connect")
@@ -202,10 +206,30 @@ class FakeLink:
         if self.lost.is_set():
             raise NodeUnavailableError("lost")
         self.node.received.append(message)
+        if isinstance(message, CancelRequest) and message.aborts and self.node.answers_aborts:
+            asyncio.get_running_loop().call_soon(self.abort_attempt, message)
         if isinstance(message, GenerateRequest):
             task = asyncio.create_task(self.serve(message))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
+
+    def abort_attempt(self, cancel: CancelRequest) -> None:
+        for request in self.node.requests():
+            if (request.request_id, request.attempt) == (cancel.request_id, cancel.attempt):
+                outputs = tuple(self.last_output(request, choice) for choice in request.choices)
+                self.on_stream(TokenOutputs(outputs=outputs))
+
+    def last_output(self, request: GenerateRequest, choice: int) -> TokenOutput:
+        position = self.num_sent[request.request_id, request.attempt]
+        tokens = expected_tokens(request.prompt_ids, choice, position + self.node.num_withheld)
+        return TokenOutput(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            choice=choice,
+            position=position,
+            token_ids=tuple(tokens[position:]),
+            finish=Finish(reason="abort"),
+        )
 
     async def serve(self, request: GenerateRequest) -> None:
         await asyncio.sleep(0)
@@ -248,6 +272,7 @@ class FakeLink:
                         finish=Finish(reason="length") if is_last else None,
                     )
                 )
+            self.num_sent[request.request_id, request.attempt] = position + 1
             self.on_stream(TokenOutputs(outputs=tuple(outputs)))
             await asyncio.sleep(self.node.pace_s)
 

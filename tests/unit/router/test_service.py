@@ -660,6 +660,84 @@ async def test_abort_ends_a_request_by_its_exact_id(bench: Bench, spec: Spec) ->
     assert "abort True" in decode.calls
 
 
+async def test_f10_an_aborted_answer_has_every_token_that_nodes_have(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt, decode.num_withheld = 2, 3
+    generation = await bench.service.generate(spec(num_choices=2))
+    reading = asyncio.create_task(read(generation))
+    await bench.until(lambda: bench.service.own_state("r")["choices"][1]["num_tokens"] == 2)
+    assert (await bench.service.abort_requests("r", False)).success
+    assert await reading == {choice: expected((1, 2, 3), choice, 5) for choice in (0, 1)}
+    assert bench.service.counters.requests["aborted"] == 1
+    assert [(cancel.attempt, cancel.aborts) for cancel in decode.cancels()] == [(1, True)]
+
+
+@pytest.mark.parametrize("goes", ["silent", "lost"])
+async def test_f10_an_abort_ends_without_a_node_that_does_not_answer(
+    bench: Bench, spec: Spec, expected: Expected, goes: str
+) -> None:
+    _, decode = await small_cluster(bench, abort_grace_s=0.01 if goes == "silent" else 60.0)
+    decode.tokens_per_attempt, decode.answers_aborts = 1, False
+    generation = await bench.service.generate(spec())
+    reading = asyncio.create_task(read(generation))
+    await bench.until(lambda: bench.service.own_state("r")["choices"][0]["num_tokens"] == 1)
+    aborting = asyncio.create_task(bench.service.abort_requests("r", False))
+    await bench.until(decode.cancels)
+    if goes == "lost":
+        decode.die()
+    assert await reading == {0: expected((1, 2, 3), 0, 1)}
+    assert (await aborting).success
+    assert len(decode.requests()) == 1, "what an abort found is not tried again"
+
+
+async def test_f8_choices_beyond_a_node_s_places_go_in_turns(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    _, decode = await small_cluster(bench)
+    decode.load = msgspec.structs.replace(decode.load, max_running_requests=3)
+    await bench.until(lambda: bench.service.view.workers()[1].load.max_running_requests == 3)
+    answer = await read(await bench.service.generate(spec(num_choices=8)))
+    assert answer == {choice: expected((1, 2, 3), choice, 8) for choice in range(8)}
+    assert [request.choices for request in decode.requests()] == [(0, 1, 2), (3, 4, 5), (6, 7)]
+
+
+async def test_f8_choices_beyond_a_node_s_pages_go_in_turns(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.load = msgspec.structs.replace(decode.load, num_total_pages=8, num_free_pages=8)
+    await bench.until(lambda: bench.service.view.workers()[1].load.num_total_pages == 8)
+    await read(await bench.service.generate(spec(num_choices=5)))  # 3 + 8 - 1 tokens: 3 pages each
+    assert [request.choices for request in decode.requests()] == [(0, 1), (2, 3), (4,)]
+
+
+async def test_f8_choices_that_wait_for_their_turn_end_with_an_abort_or_a_stop(
+    bench: Bench, spec: Spec, expected: Expected
+) -> None:
+    _, decode = await small_cluster(bench)
+    decode.load = msgspec.structs.replace(decode.load, max_running_requests=1)
+    decode.tokens_per_attempt = 1
+    await bench.until(lambda: bench.service.view.workers()[1].load.max_running_requests == 1)
+    generation = await bench.service.generate(spec(num_choices=4))
+    await bench.until(lambda: len(decode.requests()) == 2)  # one more than there are places
+    generation.stop_choice(3)
+    assert (await bench.service.abort_requests("r", False)).success
+    assert await read(generation) == {
+        0: [expected((1, 2, 3), 0, 1)[0]],
+        1: [expected((1, 2, 3), 1, 1)[0]],
+        2: [],
+    }
+
+
+async def test_f4_the_smallest_pool_says_what_a_request_may_hold(bench: Bench) -> None:
+    prefill, decode = await small_cluster(bench)
+    assert bench.service.num_kv_tokens == 4000
+    decode.load = msgspec.structs.replace(decode.load, num_total_pages=7)
+    await bench.until(lambda: bench.service.num_kv_tokens == 28)
+    prefill.load = msgspec.structs.replace(prefill.load, num_total_pages=5)
+    await bench.until(lambda: bench.service.num_kv_tokens == 20)
+
+
 async def test_a_pause_keeps_everything_in_the_queue_and_no_deadline_runs_out(
     bench: Bench, spec: Spec, expected: Expected
 ) -> None:
