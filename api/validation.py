@@ -42,10 +42,37 @@ GREEDY_BELOW_TEMPERATURE = 1e-5  # where dividing logits by it would overflow
 MAX_STOPS = 16
 
 
+@dataclass(kw_only=True, slots=True)
+class BodyMemory:
+    """What the bodies that are being received take together, but for the first `free_bytes` of each: small
+    ones come in whoever else sends what."""
+
+    max_bytes: int = 256 << 20
+    free_bytes: int = 64 << 10
+    held_bytes: int = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Raises RequestError when there is no room for so many more."""
+        if self.held_bytes + num_bytes > self.max_bytes:
+            raise RequestError(
+                f"Unfinished bodies of other requests fill the {self.max_bytes} bytes that all have together: "
+                "try again later.",
+                status=503,
+                code="body_memory_full",
+                error_type="service_unavailable",
+                retry_after_s=1.0,
+            )
+        self.held_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self.held_bytes -= num_bytes
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bounds of a single HTTP request."""
+    """Bounds of a single HTTP request, and of all together."""
 
+    body_memory: BodyMemory = field(default_factory=BodyMemory)
     max_body_bytes: int = 32 << 20
     # JSON is decoded in one go, and nothing else runs meanwhile: 20 to 50 ms for so many.
     max_body_values: int = 1_000_000
@@ -177,7 +204,8 @@ TOKEN_RULES = FieldRules(harmless=_HARMLESS)
 
 async def read_body(request: Request, limits: Limits) -> bytes:
     """The whole body. Raises RequestError: 415 when it is compressed, 413 as soon as it is too large or
-    holds too many values. These are told by their commas and brackets, those inside of texts too.
+    holds too many values, 503 when too much of other bodies is here. Values are told by their commas and
+    brackets, those inside of texts too.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
@@ -186,19 +214,26 @@ async def read_body(request: Request, limits: Limits) -> bytes:
             status=415,
             code="unsupported_content_encoding",
         )
+    memory = limits.body_memory
     body = bytearray()
-    num_commas = num_containers = 0
-    async for part in request.stream():
-        body += part
-        num_commas += part.count(b",")
-        num_containers += part.count(b"[") + part.count(b"{")
-        if len(body) > limits.max_body_bytes:
-            raise _too_large(f"The body is larger than {limits.max_body_bytes} bytes.")
-        if num_commas > limits.max_body_values:
-            raise _too_large(f"The body has more than {limits.max_body_values} values.")
-        if num_containers > limits.max_body_containers:
-            raise _too_large(f"The body has more than {limits.max_body_containers} lists and objects.")
-    return bytes(body)
+    num_held = num_commas = num_containers = 0
+    try:
+        async for part in request.stream():
+            body += part
+            num_commas += part.count(b",")
+            num_containers += part.count(b"[") + part.count(b"{")
+            if len(body) > limits.max_body_bytes:
+                raise _too_large(f"The body is larger than {limits.max_body_bytes} bytes.")
+            if num_commas > limits.max_body_values:
+                raise _too_large(f"The body has more than {limits.max_body_values} values.")
+            if num_containers > limits.max_body_containers:
+                raise _too_large(f"The body has more than {limits.max_body_containers} lists and objects.")
+            if (num_more := len(body) - memory.free_bytes - num_held) > 0:
+                memory.take(num_more)
+                num_held += num_more
+        return bytes(body)
+    finally:
+        memory.give_back(num_held)
 
 
 def _too_large(message: str) -> RequestError:
