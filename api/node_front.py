@@ -2,7 +2,8 @@
 
 It pings the scheduler every second and, while that answers, registers the node with the routers that it was
 told of. Such a registration is a lease of 5 s; so a node whose scheduler is gone or stands still leaves the
-cluster by itself. The front ends when it is told to, or when the scheduler does not come (back).
+cluster by itself. The front ends when it is told to, or when the scheduler does not come (back); it takes the
+node out of the cluster when the node ends, and leaves it there for the next front otherwise.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -48,7 +51,7 @@ from ..messages.weights import (
 from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
 from ..runtime.logs import Complaints
-from ..runtime.process import NO_KEYS, AccessKeys
+from ..runtime.process import NO_KEYS, NODE_ENDS, AccessKeys
 from ..runtime.tls import NO_TLS, SYSTEM_TRUST, TlsFiles, Trust
 from .admin import (
     METRICS_MEDIA_TYPE,
@@ -166,7 +169,10 @@ class Registrar:
         await asyncio.gather(*(self._renew_at(router, body) for router in self._problems))
 
     async def leave(self) -> None:
+        """The node is on its way out: routers take no more registrations of this incarnation."""
         await asyncio.gather(*(self._leave(router) for router in self._problems))
+
+    async def close(self) -> None:
         await self._session.close()
 
     async def _renew_at(self, router: str, body: dict[str, Any]) -> None:
@@ -193,11 +199,11 @@ class Registrar:
 class NodeRoutes:
     """Handlers of a node's own routes. What they answer comes from the scheduler."""
 
-    def __init__(self, link: SchedulerLink, registrar: Registrar, url: str) -> None:
+    def __init__(self, link: SchedulerLink, registrar: Registrar, url: str, limits: Limits) -> None:
         self._link = link
         self._registrar = registrar
         self._url = url
-        self._limits = Limits()
+        self._limits = limits
         self.answers = HttpAnswers(self._metric_labels)
         self._registry = CollectorRegistry()
         self._registry.register(self.answers)
@@ -476,7 +482,13 @@ class NodeOperator:
 
 
 def build_node_app(
-    routes: NodeRoutes, operator: NodeOperator, weights: WeightRoutes, keys: AccessKeys, is_loopback: bool
+    routes: NodeRoutes,
+    operator: NodeOperator,
+    weights: WeightRoutes,
+    *,
+    limits: Limits,
+    keys: AccessKeys,
+    is_loopback: bool,
 ) -> FastAPI:
     operations = [
         Operation(GET, ("/health", "/ping"), routes.health),
@@ -508,7 +520,7 @@ def build_node_app(
         Operation(POST, ("/close_session",), routes.close_session, reports(CloseSessionRequest)),
         *weight_operations(weights),
     ]
-    operations += OperationRoutes(operator, Limits()).operations()
+    operations += OperationRoutes(operator, limits).operations()
     return make_app(operations, keys=keys, is_loopback=is_loopback, answers=routes.answers)
 
 
@@ -525,16 +537,25 @@ async def serve_node_front(
     keys: AccessKeys = NO_KEYS,
     tls: TlsFiles = NO_TLS,
     stop: asyncio.Event | None = None,
+    node_ends: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers."""
+    """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers if `node_ends`."""
     stop = stop or asyncio.Event()
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret))
     trust = Trust(tls)
     registrar = Registrar(url, router_urls, keys.first, trust)
-    weights = WeightRoutes(NodeWeights(link, url, HttpEntryLookup(keys.first, trust)), Limits(), is_node=True)
+    limits = Limits()
+    weights = WeightRoutes(NodeWeights(link, url, HttpEntryLookup(keys.first, trust)), limits, is_node=True)
     operator = NodeOperator(link, url)
-    app = build_node_app(NodeRoutes(link, registrar, url), operator, weights, keys, is_loopback(listener))
+    app = build_node_app(
+        NodeRoutes(link, registrar, url, limits),
+        operator,
+        weights,
+        limits=limits,
+        keys=keys,
+        is_loopback=is_loopback(listener),
+    )
     membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:
@@ -542,7 +563,9 @@ async def serve_node_front(
     finally:
         membership.cancel()
         await asyncio.wait({membership})
-        await registrar.leave()
+        if node_ends():
+            await registrar.leave()
+        await registrar.close()
         await link.close()
         context.destroy(linger=0)
     if not membership.cancelled():
@@ -570,9 +593,24 @@ def run_node_front(
     tls: TlsFiles = NO_TLS,
 ) -> int:
     """The process's main; returns its exit code."""
+    scheduler_pid = os.getppid()
+    is_told = False
+
+    def on_node_ends(number: int, frame: object) -> None:
+        nonlocal is_told
+        del number, frame
+        is_told = True
+
+    signal.signal(NODE_ENDS, on_node_ends)
     uvloop.run(
         serve_node_front(
-            zmq_address=zmq_address, listener=listener, url=url, router_urls=router_urls, keys=keys, tls=tls
+            zmq_address=zmq_address,
+            listener=listener,
+            url=url,
+            router_urls=router_urls,
+            keys=keys,
+            tls=tls,
+            node_ends=lambda: is_told or os.getppid() != scheduler_pid,
         )
     )
     return 0

@@ -55,8 +55,7 @@ class BodyMemory:
         """Raises RequestError when there is no room for so many more."""
         if self.held_bytes + num_bytes > self.max_bytes:
             raise RequestError(
-                f"Unfinished bodies of other requests fill the {self.max_bytes} bytes that all have together: "
-                "try again later.",
+                f"Unfinished bodies fill the {self.max_bytes} bytes that all have together; try again later.",
                 status=503,
                 code="body_memory_full",
                 error_type="service_unavailable",

@@ -6,16 +6,16 @@ import logging
 import subprocess
 from collections.abc import Callable
 
-from ..runtime.process import end, obituary
+from ..runtime.process import NODE_ENDS, end, obituary
 
 _log = logging.getLogger(__name__)
 _PAUSE_S = 0.5  # before it is started again: one that dies at each start must not keep the loop busy
 
 
 class FrontProcess:
-    """What a node works on goes past its front, so a front that was killed (by an operator, or by the kernel
-    for want of memory) costs no request: another one takes over the listener. One that ended by itself has
-    left the routers, which take no word of this incarnation any more: the node has to end too.
+    """What a node works on goes past its front, so a front that was killed or told to end (by an operator, or
+    by the kernel for want of memory) costs no request: another one takes over the listener. One that failed
+    would fail again: the node ends, and says why.
 
     `start` makes a front on the node's listener.
     """
@@ -26,7 +26,7 @@ class FrontProcess:
         self._start_after = 0.0  # when it is dead
 
     def keep_alive(self, now: float) -> None:
-        """Raises RuntimeError when it ended by itself."""
+        """Raises RuntimeError when it failed."""
         if self._process is None:
             if now >= self._start_after:
                 self._process = self._start()
@@ -34,11 +34,13 @@ class FrontProcess:
         code = self._process.poll()
         if code is None:
             return
-        if code >= 0:
+        if code > 0:
             raise RuntimeError(f"the HTTP front ended with exit code {code}")
         _log.error("%s; the node goes on, and starts it again", obituary("the HTTP front", self._process))
         self._process, self._start_after = None, now + _PAUSE_S
 
     def close(self) -> None:
+        """It leaves the routers first: the node ends too."""
         if self._process is not None:
+            self._process.send_signal(NODE_ENDS)
             end(self._process, grace_s=5.0)

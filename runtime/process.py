@@ -23,6 +23,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_LAST_WORDS_BYTES = 4096
 _KEYS_VARIABLE = "PDSERVE_KEYS"
+# What a node tells its HTTP front before it ends it. One that is ended alone gets another in its place.
+NODE_ENDS = signal.SIGUSR1
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -6,6 +6,7 @@ Two prefill and two decode nodes; `pdserve up` starts a killed one again.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 
@@ -156,7 +157,8 @@ def test_decode_node_killed_in_mid_stream(nodes: LocalCluster) -> None:
     )
 
 
-def test_front_killed_in_mid_stream(nodes: LocalCluster) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_front_killed_in_mid_stream(nodes: LocalCluster, number: signal.Signals) -> None:
     """It carries no stream: its scheduler starts another one, and nothing is computed again."""
     wait_until(lambda: all_paired(nodes, 2, 2), RESTART_S, "the nodes that were killed before")
     body: Body = {"prompt": random_ids(30, 40), "max_tokens": 60, **SAMPLED}
@@ -165,13 +167,13 @@ def test_front_killed_in_mid_stream(nodes: LocalCluster) -> None:
 
     failed_before = failed_attempts(nodes)
     with slowed(nodes.url):
-        stream = Stream(nodes.url, {**body, "request_id": "front-dies"})
+        stream = Stream(nodes.url, {**body, "request_id": f"front-dies-{number}"})
         stream.wait_for_tokens(5)
-        victim = node_with(nodes, "front-dies", "running")
+        victim = node_with(nodes, f"front-dies-{number}", "running")
         assert victim, "the stream was over before a front could be killed"
         scheduler = scheduler_process(nodes, victim)
         (front,) = scheduler.children()
-        front.kill()
+        front.send_signal(number)
     answer = stream.answer()
     assert answer.is_proper, answer
     assert answer.token_ids == undisturbed.token_ids

@@ -36,6 +36,7 @@ class Front:
     http: aiohttp.ClientSession
     stop: asyncio.Event
     task: asyncio.Task[None]
+    node_goes_on: asyncio.Event
 
     async def get(self, path: str) -> tuple[int, Any]:
         async with self.http.get(self.url + path) as answer:
@@ -62,14 +63,19 @@ async def front(api: Api, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fron
     scheduler = FakeScheduler(context)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    stop = asyncio.Event()
+    stop, node_goes_on = asyncio.Event(), asyncio.Event()
     task = asyncio.create_task(
         serve_node_front(
-            zmq_address=scheduler.address, listener=listener, url=url, router_urls=[f"{api.url}/"], stop=stop
+            zmq_address=scheduler.address,
+            listener=listener,
+            url=url,
+            router_urls=[f"{api.url}/"],
+            stop=stop,
+            node_ends=lambda: not node_goes_on.is_set(),
         )
     )
     async with aiohttp.ClientSession() as http:
-        front = Front(url, scheduler, http, stop, task)
+        front = Front(url, scheduler, http, stop, task, node_goes_on)
         await front.is_healthy()
         yield front
     stop.set()
@@ -94,6 +100,14 @@ async def test_it_registers_while_the_scheduler_answers(api: Api, front: Front) 
     front.stop.set()
     await asyncio.wait_for(front.task, 10)
     assert api.admin.calls[-1] == ("remove", front.url)
+
+
+async def test_a_front_that_ends_alone_leaves_its_node_where_it_is(api: Api, front: Front) -> None:
+    """Routers take no more registrations of who has left."""
+    front.node_goes_on.set()
+    front.stop.set()
+    await asyncio.wait_for(front.task, 10)
+    assert {kind for kind, *_ in api.admin.calls} == {"register"}
 
 
 async def test_a_draining_node_does_not_renew_its_lease(api: Api, front: Front) -> None:
@@ -139,6 +153,7 @@ async def test_f3_nobody_at_the_router_s_url_is_said_at_once(caplog: pytest.LogC
     (warning,) = caplog.messages
     assert warning.startswith(f"registration with {url} failed, it is tried each second: ClientConn")
     await registrar.leave()
+    await registrar.close()
 
 
 async def test_it_ends_with_its_scheduler(front: Front) -> None:
@@ -317,4 +332,5 @@ async def test_a_node_registers_with_a_router_that_it_trusts(certificates: Certi
         assert problem in registrar.problem
         assert bool(registrar.problem) == bool(problem)
         await registrar.leave()
+        await registrar.close()
     await runner.cleanup()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from pdserve.components.front_process import FrontProcess
+from pdserve.runtime.process import NODE_ENDS
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -25,13 +26,14 @@ class Starts:
         return self.processes[-1]
 
 
-def test_a_killed_front_is_started_again_after_a_pause() -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_front_is_started_again_after_a_pause(number: signal.Signals) -> None:
     starts = Starts(SLEEP)
     front = FrontProcess(starts)
     try:
         front.keep_alive(10.0)
         assert len(starts.processes) == 1
-        starts.processes[0].kill()
+        starts.processes[0].send_signal(number)
         starts.processes[0].wait()
         front.keep_alive(11.0)
         front.keep_alive(11.1)
@@ -41,15 +43,24 @@ def test_a_killed_front_is_started_again_after_a_pause() -> None:
         assert len(starts.processes) == 2
     finally:
         front.close()
-    assert starts.processes[1].returncode == -signal.SIGTERM
+    assert -starts.processes[1].returncode in (NODE_ENDS, signal.SIGTERM)
 
 
-def test_a_node_ends_with_a_front_that_ended_by_itself() -> None:
-    """It has left the routers."""
+def test_so_is_one_that_ended_in_order() -> None:
     starts = Starts("")
     front = FrontProcess(starts)
     starts.processes[0].wait()
-    with pytest.raises(RuntimeError, match="the HTTP front ended with exit code 0"):
+    front.keep_alive(10.0)
+    front.keep_alive(11.0)
+    assert len(starts.processes) == 2
+    front.close()
+
+
+def test_a_node_ends_with_a_front_that_failed() -> None:
+    starts = Starts("raise SystemExit(3)")
+    front = FrontProcess(starts)
+    starts.processes[0].wait()
+    with pytest.raises(RuntimeError, match="the HTTP front ended with exit code 3"):
         front.keep_alive(10.0)
     front.close()
 
