@@ -71,6 +71,9 @@ LATE_TICK_S = 0.25  # a tick this late means that the loop itself was held, not 
 # While a first contact hangs, the engine serves nobody: one that failed is not repeated before this many
 # times as long, so a peer that cannot be reached takes a fifth of the engine's time at most.
 CONTACT_PAUSE = 4.0
+# ... but no longer than this, which is for the minute that Mooncake takes to give a frozen peer up: one that
+# seems to have lasted for an hour was a process, or a host, that stood still, and its peer may be well since.
+MAX_CONTACT_PAUSE_S = 240.0
 
 
 class LinkState(enum.Enum):
@@ -542,7 +545,8 @@ class PrefillRooms:
         decode = self._decodes[link.incarnation]
         link.meetings.discard(result.handle)
         if result.state is not WriteState.DONE:
-            decode.no_contact_before = now + CONTACT_PAUSE * (now - link.meeting_since)
+            pause_s = CONTACT_PAUSE * (now - link.meeting_since)
+            decode.no_contact_before = now + min(pause_s, MAX_CONTACT_PAUSE_S)
         if decode.link is not link:
             return self._disconnect_if_unused(decode)
         if result.state is WriteState.DONE and link.meetings:

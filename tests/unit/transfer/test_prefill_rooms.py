@@ -36,7 +36,7 @@ from pdserve.transfer.actions import (
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.compatibility import refusal
 from pdserve.transfer.copy_plan import Run
-from pdserve.transfer.prefill_rooms import SILENCE_S, LinkState, PrefillRooms
+from pdserve.transfer.prefill_rooms import MAX_CONTACT_PAUSE_S, SILENCE_S, LinkState, PrefillRooms
 
 if TYPE_CHECKING:
     from .conftest import Factory
@@ -128,6 +128,20 @@ def test_a_contact_that_hung_is_not_made_again_soon(make: Factory) -> None:
     assert node.on(make.hello(epoch=2)) == [sent(PeerRefused(epoch=2, reason=reason))]
     assert node.on(make.hello(1, "D2"), LINK2) == [sent(ContactPing(epoch=1), LINK2)], "others are met"
     node.now += 238.0
+    assert node.on(make.hello(epoch=3)) == [sent(ContactPing(epoch=3))]
+
+
+def test_a_peer_is_met_again_after_some_minutes_however_long_its_contact_hung(make: Factory) -> None:
+    """As it seems to after a night in which this host slept."""
+    node = Node(make)
+    node.on(make.hello())
+    node.on(ContactPong(epoch=1))
+    node.now += 8 * 3600.0
+    node.end(1, WriteState.FAILED)
+    node.now += MAX_CONTACT_PAUSE_S - 1.0
+    reason = "the first contact failed after long; the next one is made in 1 s"
+    assert node.on(make.hello(epoch=2)) == [sent(PeerRefused(epoch=2, reason=reason))]
+    node.now += 1.0
     assert node.on(make.hello(epoch=3)) == [sent(ContactPing(epoch=3))]
 
 
