@@ -1,4 +1,4 @@
-"""The commands: `pdserve up | router | prefill | decode | bench | doctor`, and one binary per role.
+"""The commands: `pdserve up | demo | router | prefill | decode | bench | doctor`, and one binary per role.
 
 Each role's modules are imported only in the process of that role: a router never loads torch.
 """
@@ -6,6 +6,7 @@ Each role's modules are imported only in the process of that role: a router neve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -77,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_flags(up, frozenset({"up", *_ROLES}))
     _add_child_argument(up)
+    demo = commands.add_parser("demo", help="`up`, shown at work on one completion and one chat")
+    add_flags(demo, frozenset({"up", *_ROLES}))
+    demo.add_argument("--once", action="store_true", help="end after the two answers")
     for role in _ROLES:
         _add_role_arguments(commands.add_parser(role, help=f"one {role}"), role)
     if argv is None:
@@ -98,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     given = _parsed(parser, argv)
     command = str(given.pop("command"))
+    if command == "demo":
+        given["arguments"] = [argument for argument in argv[1:] if argument != "--once"]
     return _run("up" if command == "serve" else command, given)
 
 
@@ -134,6 +140,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, A
 def _run(command: str, given: dict[str, Any]) -> int:
     runs: dict[str, Callable[[dict[str, Any]], int]] = {
         "up": _up,
+        "demo": _demo,
         "router": _router,
         "prefill": lambda given: _node("prefill", given),
         "decode": lambda given: _node("decode", given),
@@ -157,7 +164,7 @@ def _run(command: str, given: dict[str, Any]) -> int:
             given["admin_api_key"] = keys.admin
         if keys.cluster_secret:
             given["cluster_secret"] = keys.cluster_secret
-    if command not in ("bench", "doctor", "up"):
+    if command not in ("bench", "demo", "doctor", "up"):
         ignore_stray_signals()
     try:
         return runs[command](given)
@@ -217,12 +224,26 @@ def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:
     _check_strangers_stay_out(config, listener)
     incarnation = str(given.get("incarnation", ""))
     if role == "prefill":
-        from .prefill.main import run_prefill
-
+        with _engine_is_installed():
+            from .prefill.main import run_prefill
         end_now(run_prefill(config, listener, incarnation))
-    from .decode.main import run_decode
-
+    with _engine_is_installed():
+        from .decode.main import run_decode
     end_now(run_decode(config, listener, incarnation))
+
+
+@contextlib.contextmanager
+def _engine_is_installed() -> Iterator[None]:
+    """Around the imports of what computes: an installation without an extra has routers only."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "safetensors", "fsspec"):
+            raise
+        raise StartupError(
+            f"a node computes with {error.name}, which is not installed: pip install 'pdserve[cpu]', or "
+            "'pdserve[cuda]'"
+        ) from error
 
 
 def _begin_log(process: str, config: RouterConfig | NodeConfig, given: Mapping[str, Any]) -> None:
@@ -300,6 +321,13 @@ def _bench(given: dict[str, Any]) -> int:
     from .bench.cli import run
 
     return run(argparse.Namespace(**given))
+
+
+def _demo(given: dict[str, Any]) -> int:
+    from .demo import run_demo
+
+    api_keys = router_config(given).api_key
+    return run_demo(given["arguments"], once=given["once"], api_key=api_keys[0] if api_keys else "")
 
 
 def _doctor(given: dict[str, Any]) -> int:

@@ -86,7 +86,7 @@ def _mooncake() -> Finding:
     try:
         importlib.import_module("mooncake.engine")
     except ModuleNotFoundError:
-        wheel = "mooncake-transfer-engine-non-cuda (or mooncake-transfer-engine on a GPU node)"
+        wheel = "mooncake-transfer-engine-non-cuda (or -cuda13 on a GPU node)"
         return Finding(name, False, "not installed", f"pip install {wheel}")
     except ImportError as error:  # the wheel is there, a shared library of the system is not
         libraries = "libibverbs1 librdmacm1 libnuma1"

@@ -26,7 +26,7 @@ from pdserve.runtime.process import usable_cores
 from pdserve.runtime.supervisor import Child, Supervisor
 from pdserve.tests.certificates import Certificates
 
-COMMANDS = ("up", "router", "prefill", "decode", "bench", "doctor")
+COMMANDS = ("up", "demo", "router", "prefill", "decode", "bench", "doctor")
 
 
 @pytest.fixture(autouse=True)

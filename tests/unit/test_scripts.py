@@ -1,11 +1,10 @@
-"""The scripts: shell that parses, and a demo that says whether both answers ended properly."""
+"""The scripts: shell that parses; and a demo that says whether both answers ended properly."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import pdserve
+from pdserve import demo
 from pdserve.runtime.listen import bind_http
 from pdserve.tests.http_server import serving
-from pdserve.tests.scripts import load_script
 
 ROOT = Path(pdserve.__file__).resolve().parent
 SHELL = sorted(
@@ -30,11 +28,6 @@ SHELL = sorted(
     if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash")
 )
 Serve = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    return load_script("demo")
 
 
 # ---- shell --------------------------------------------------------------------------------------------
@@ -112,9 +105,7 @@ def serve() -> Iterator[Serve]:
         yield stream
 
 
-def test_both_answers_are_shown_with_their_table(
-    demo: ModuleType, serve: Serve, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_answers_are_shown_with_their_table(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.show(serve(WHOLE))
     shown = capsys.readouterr().out
     assert shown.count("def f") >= 2
@@ -125,7 +116,7 @@ def test_both_answers_are_shown_with_their_table(
     assert re.search(r"^ +KV bytes handed off +8 +8$", shown, re.MULTILINE)
 
 
-def test_an_answer_is_read_event_by_event(demo: ModuleType, serve: Serve) -> None:
+def test_an_answer_is_read_event_by_event(serve: Serve) -> None:
     chat = event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
     words = event({"choices": [{"delta": {"content": "hi"}, "finish_reason": None}]})
     last = event({"choices": [{"delta": {}, "finish_reason": "length"}]})
@@ -148,18 +139,18 @@ BROKEN: dict[str, tuple[list[bytes], bool]] = {
 
 @pytest.mark.parametrize(("pieces", "is_cut"), BROKEN.values(), ids=BROKEN.keys())
 def test_an_answer_that_did_not_end_properly_is_a_failure(
-    demo: ModuleType, serve: Serve, pieces: list[bytes], is_cut: bool, capsys: pytest.CaptureFixture[str]
+    serve: Serve, pieces: list[bytes], is_cut: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not demo.show(serve(pieces, is_cut=is_cut))
     assert "an answer did not end properly: " in capsys.readouterr().err
 
 
-def test_a_refusal_is_shown(demo: ModuleType, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_is_shown(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     assert not demo.show(serve([b'{"error": "no pair"}'], status=503))
     assert "HTTP 503" in capsys.readouterr().err
 
 
-def test_nobody_there_is_a_failure(demo: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nobody_there_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     with bind_http("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     assert not demo.show(f"http://127.0.0.1:{port}")
@@ -186,17 +177,23 @@ sys.exit(7)
 
 @pytest.fixture
 def fake_pdserve(tmp_path: Path) -> Path:
-    """A folder that holds a `pdserve` module in place of ours."""
+    """A folder that holds a `pdserve` module in place of ours, of which the demo's child is then one."""
     (tmp_path / "pdserve.py").write_text(FAKE_UP)
-    shutil.copy(ROOT / "scripts" / "demo.py", tmp_path / "demo.py")
     return tmp_path
+
+
+RUN_DEMO = """
+import os, sys
+from pdserve import cli
+os.environ["PYTHONPATH"] = sys.argv.pop(1)
+sys.exit(cli.main(["demo", *sys.argv[1:]]))
+"""
 
 
 def start_demo(folder: Path, url: str, *arguments: str) -> subprocess.Popen[str]:
     (folder / "url").write_text(url)
     return subprocess.Popen(
-        [sys.executable, "-P", str(folder / "demo.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        [sys.executable, "-P", "-c", RUN_DEMO, str(folder), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -214,12 +211,12 @@ def test_once_ends_the_cluster_and_says_that_all_is_well(fake_pdserve: Path, ser
 
 def test_a_cluster_with_keys_is_asked_with_the_first(fake_pdserve: Path, serve: Serve) -> None:
     sent: list[str | None] = []
-    arguments = ["--api-key=k 1", "--once", "--api-key", "k2"]
+    arguments = ["--api-key=k=1", "--once", "--api-key", "k2"]
     process = start_demo(fake_pdserve, serve(WHOLE, authorizations=sent), *arguments)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert sent == ["Bearer k 1"] * 2
-    assert (fake_pdserve / "arguments").read_text() == "up --api-key=k 1 --api-key k2"
+    assert sent == ["Bearer k=1"] * 2
+    assert (fake_pdserve / "arguments").read_text() == "up --api-key=k=1 --api-key k2"
 
 
 def test_once_fails_when_a_stream_is_cut(fake_pdserve: Path, serve: Serve) -> None:

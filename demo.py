@@ -1,20 +1,19 @@
 """Starts `pdserve up`, asks it for one streamed completion and one streamed chat, and prints what happened.
 
-    python scripts/demo.py [--once] [arguments of `pdserve up`]
+    pdserve demo [--once] [arguments of `pdserve up`]
 
 Exits non-zero unless both answers ended properly: a finish reason, then [DONE].
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -165,13 +164,9 @@ def wait_ready(up: subprocess.Popen[str]) -> str | None:
     return None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--once", action="store_true")
-    parser.add_argument("--api-key", action="append", default=[])
-    own, _ = parser.parse_known_args()
-    api_key = own.api_key[0] if own.api_key else ""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--once"]
+def run_demo(arguments: Sequence[str], *, once: bool, api_key: str) -> int:
+    """Around `pdserve up ARGUMENTS…`, which ends with it: after the answers when `once`, else at Ctrl-C.
+    Returns the exit code. `api_key`: one that the cluster takes, if it asks for any."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the `finally`
     up = subprocess.Popen(
         [sys.executable, "-P", "-m", "pdserve", "up", *arguments],
@@ -185,7 +180,7 @@ def main() -> int:
             return up.wait() or 1
         if not show(url, api_key):
             return 1
-        if own.once:
+        if once:
             return 0
         body = json.dumps({"prompt": "class Stack:", "max_tokens": 64})
         print(f"\nThe cluster goes on at {url} until Ctrl-C. Try:")
@@ -199,7 +194,3 @@ def main() -> int:
     finally:
         up.send_signal(signal.SIGTERM)
         up.wait()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
