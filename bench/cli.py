@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import handoff, page_runs, serve, turns
+from . import handoff, links, page_runs, serve, turns
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,6 +28,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     runs_parser = commands.add_parser("page-runs", help=runs_summary, description=page_runs.__doc__)
     page_runs.add_arguments(runs_parser)
     runs_parser.set_defaults(run_bench=page_runs.main)
+    links_summary = "what the cluster secret costs on the links between processes"
+    links_parser = commands.add_parser("links", help=links_summary, description=links.__doc__)
+    links.add_arguments(links_parser)
+    links_parser.set_defaults(run_bench=links.main)
 
 
 def run(args: argparse.Namespace) -> int:
