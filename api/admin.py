@@ -23,9 +23,8 @@ from .validation import (
     Limits,
     bad_value,
     model_not_found,
-    parse_object,
     parse_request,
-    read_body,
+    read_object,
 )
 
 PROBE_TIMEOUT_S = 20.0
@@ -88,7 +87,7 @@ def request_not_found(request_id: str) -> RequestError:
 
 
 async def read_abort(http: Request, limits: Limits) -> AbortRequest:
-    body = parse_request(parse_object(await read_body(http, limits)), AbortRequest, ABORT_RULES)
+    body = parse_request(await read_object(http, limits), AbortRequest, ABORT_RULES)
     if not body.abort_all and not body.rid:
         raise RequestError("Give `rid` or `abort_all`.", param="rid", code="missing_parameter")
     return body
@@ -96,8 +95,8 @@ async def read_abort(http: Request, limits: Limits) -> AbortRequest:
 
 async def read_pause(http: Request, limits: Limits) -> tuple[PauseMode, bool]:
     """The mode, and whether running requests end before."""
-    content = await read_body(http, limits)
-    body = parse_request(parse_object(content) if content else {}, PauseRequest, PAUSE_RULES)
+    raw = await read_object(http, limits, optional=True)
+    body = parse_request(raw, PauseRequest, PAUSE_RULES)
     match body.mode:
         case "keep" | "wait":
             return "in_place", body.mode == "wait"
@@ -107,7 +106,7 @@ async def read_pause(http: Request, limits: Limits) -> tuple[PauseMode, bool]:
 
 async def read_death(http: Request, limits: Limits) -> str:
     """The incarnation that is said to be dead."""
-    body = parse_request(parse_object(await read_body(http, limits)), AssertPeerDeathRequest, DEATH_RULES)
+    body = parse_request(await read_object(http, limits), AssertPeerDeathRequest, DEATH_RULES)
     return body.incarnation
 
 
@@ -287,7 +286,7 @@ class ClusterRoutes:
         return json_response({"workers": workers, "total": len(workers)})
 
     async def register_worker(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self.limits))
+        raw = await read_object(http, self.limits)
         body = parse_request(raw, RegisterRequest, REGISTER_RULES)
         reply = await self.admin.register_worker(body.url.rstrip("/"), body.entry)
         return outcome(reply.success, reply.message)

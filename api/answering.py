@@ -14,7 +14,7 @@ from .in_flight import InFlightRequests
 from .sse import ClientLeftError, EventStream, unless_client_leaves
 from .text_run import Serving, TextJob
 from .timelines import Laps
-from .validation import FieldRules, parse_object, parse_request, read_body
+from .validation import FieldRules, parse_request, read_object
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -38,7 +38,7 @@ async def receive(
 ) -> tuple[S, Laps]:
     """The body, and the laps of the request's timeline. Raises RequestError."""
     laps = serving.timelines.begin(http)
-    raw = parse_object(await read_body(http, serving.limits))
+    raw = await read_object(http, serving.limits)
     return parse_request(raw, request_type, rules), laps
 
 

@@ -12,7 +12,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -20,13 +20,14 @@ from starlette.responses import Response
 
 from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
-from .answering import receive, respond_whole
+from .answering import encoded, receive, respond_whole
 from .detokenizer import TextOptions
 from .generation import GenerateSpec
 from .http_metrics import RequestMeter
 from .native_types import NativeFinish
 from .openai_types import CachedTokensDetails
 from .prompts import Prompt, read_prompts
+from .slices import spaced
 from .text_run import Serving, TextJob, TextRun
 from .validation import (
     NATIVE_RULES,
@@ -35,6 +36,8 @@ from .validation import (
     check_model,
     checked_priority,
 )
+
+P = TypeVar("P")
 
 _LAST_STATE = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, hidden_states="sampled")
 
@@ -109,19 +112,18 @@ class Embeddings:
         prompts = await self._prompts(body.input, "input")
         laps.lap("tokenize")
         request_id = serving.in_flight.choose_id(body.rid, http.state.request_id)
-        jobs = _jobs(prompts, request_id, body.priority)
+        jobs = await _jobs(prompts, request_id, body.priority)
         run = TextRun(serving, jobs, laps)
 
-        def answer(vectors: list[array[float]]) -> EmbeddingAnswer:
-            data = [
-                EmbeddingData(embedding=_encoded(vector, body.encoding_format), index=index)
-                for index, vector in enumerate(vectors)
-            ]
+        def one(prompt: int, vector: array[float]) -> EmbeddingData:
+            return EmbeddingData(embedding=_encoded(vector, body.encoding_format), index=prompt)
+
+        def answer(data: list[EmbeddingData]) -> EmbeddingAnswer:
             num_tokens = run.usage().prompt_tokens
             usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
             return EmbeddingAnswer(data=data, model=serving.card.name, usage=usage)
 
-        return await self._respond(http, _Vectors(run, jobs, meter, answer), jobs, request_id)
+        return await self._respond(http, _Vectors(run, jobs, meter, one, answer), jobs, request_id)
 
     async def encode(self, http: Request) -> Response:
         serving = self._serving
@@ -137,20 +139,20 @@ class Embeddings:
             is_batch = isinstance(body.text, list)
         else:
             given = [*body.input_ids]
-            is_batch = any(isinstance(item, list) for item in body.input_ids)
+            is_batch = bool(given) and isinstance(given[0], list)
         prompts = await self._prompts(given, "text" if body.input_ids is None else "input_ids")
         laps.lap("tokenize")
         request_id = serving.in_flight.choose_id(body.rid, http.state.request_id)
-        jobs = _jobs(prompts, request_id, body.priority)
+        jobs = await _jobs(prompts, request_id, body.priority)
         run = TextRun(serving, jobs, laps)
 
-        def answer(vectors: list[array[float]]) -> EncodeAnswer | list[EncodeAnswer]:
-            answers = [
-                _encode_answer(run, prompt, jobs[prompt], vector) for prompt, vector in enumerate(vectors)
-            ]
+        def one(prompt: int, vector: array[float]) -> EncodeAnswer:
+            return _encode_answer(run, prompt, jobs[prompt], vector)
+
+        def answer(answers: list[EncodeAnswer]) -> EncodeAnswer | list[EncodeAnswer]:
             return answers if is_batch else answers[0]
 
-        return await self._respond(http, _Vectors(run, jobs, meter, answer), jobs, request_id)
+        return await self._respond(http, _Vectors(run, jobs, meter, one, answer), jobs, request_id)
 
     async def _prompts(self, given: str | list[str | int | list[int]], param: str) -> list[Prompt]:
         serving = self._serving
@@ -164,14 +166,14 @@ class Embeddings:
         )
 
     async def _respond(
-        self, http: Request, answer: _Vectors, jobs: Sequence[TextJob], request_id: str
+        self, http: Request, answer: _Vectors[P], jobs: Sequence[TextJob], request_id: str
     ) -> Response:
         return await respond_whole(
             http, answer.whole, jobs, request_id=request_id, in_flight=self._serving.in_flight
         )
 
 
-def _jobs(prompts: Sequence[Prompt], request_id: str, priority: int) -> list[TextJob]:
+async def _jobs(prompts: Sequence[Prompt], request_id: str, priority: int) -> list[TextJob]:
     return [
         TextJob(
             GenerateSpec(
@@ -182,23 +184,25 @@ def _jobs(prompts: Sequence[Prompt], request_id: str, priority: int) -> list[Tex
             ),
             TextOptions(),
         )
-        for position, prompt in enumerate(prompts)
+        async for position, prompt in spaced(enumerate(prompts))
     ]
 
 
-class _Vectors:
-    """What `answer` makes of the prompts' embeddings, as a body."""
+class _Vectors(Generic[P]):
+    """The prompts' embeddings as a body: what `answer` makes of what `one` makes of each."""
 
     def __init__(
         self,
         run: TextRun,
         jobs: Sequence[TextJob],
         meter: RequestMeter,
-        answer: Callable[[list[array[float]]], object],
+        one: Callable[[int, array[float]], P],
+        answer: Callable[[list[P]], object],
     ) -> None:
         self._run = run
         self._jobs = jobs
         self._meter = meter
+        self._one = one
         self._answer = answer
 
     async def whole(self) -> bytes:
@@ -209,7 +213,10 @@ class _Vectors:
                     raise RequestError("aborted", status=500, code="aborted", error_type="server_error")
                 vectors[prompt] = _normalized(delta.hidden_states[0])
         self._meter.answered(self._run.usage().prompt_tokens)
-        return msgspec.json.encode(self._answer([vectors[prompt] for prompt in range(len(self._jobs))]))
+        parts = [
+            encoded(self._one(prompt, vectors[prompt])) async for prompt in spaced(range(len(self._jobs)))
+        ]
+        return msgspec.json.encode(self._answer(parts))
 
 
 def _normalized(state: bytes) -> array[float]:

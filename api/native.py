@@ -27,7 +27,8 @@ from .native_types import (
     NativeSampling,
 )
 from .openai_types import CachedTokensDetails
-from .prompts import encode_prompt
+from .prompts import batch_of, encode_prompt
+from .slices import spaced
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -35,8 +36,8 @@ from .validation import (
     NATIVE_RULES,
     NATIVE_SAMPLING_RULES,
     SamplingFields,
-    bad_type,
     bad_value,
+    check_num_outputs,
     check_prompt,
     check_range,
     checked_priority,
@@ -64,8 +65,9 @@ class Native:
         laps.lap("receive")
         prompts, is_batch = await self._prompts(body)
         laps.lap("tokenize")
-        samplings = _samplings(body, len(prompts))
-        for prompt, sampling in zip(prompts, samplings, strict=True):
+        samplings = await _samplings(body, len(prompts))
+        check_num_outputs(sum(sampling.n for sampling in samplings), serving.limits)
+        async for prompt, sampling in spaced(zip(prompts, samplings, strict=True)):
             check_prompt(
                 prompt,
                 serving.card,
@@ -76,7 +78,7 @@ class Native:
         turns = self._turns(body, rids, prompts, samplings)
         jobs = [
             self._job(body, rid, prompt, sampling, turn)
-            for rid, prompt, sampling, turn in zip(rids, prompts, samplings, turns, strict=True)
+            async for rid, prompt, sampling, turn in spaced(zip(rids, prompts, samplings, turns, strict=True))
         ]
         is_list = is_batch or any(sampling.n > 1 for sampling in samplings)
         answer = _NativeAnswer(serving, body, jobs, turns, is_list=is_list, meter=meter, laps=laps)
@@ -112,7 +114,7 @@ class Native:
             given = body.text or ""
             texts = [given] if isinstance(given, str) else given
             self._check_count(len(texts), param)
-            for text, params in zip(texts, _turn_params(body, len(texts)), strict=True):
+            async for text, params in spaced(zip(texts, _turn_params(body, len(texts)), strict=True)):
                 is_continued = params is not None and params.rid is not None
                 ids = await encode_prompt(
                     text,
@@ -124,15 +126,9 @@ class Native:
                 prompts.append(tuple(ids))
             is_batch = isinstance(given, list)
         else:
-            kinds = set(map(type, body.input_ids))  # of items, of which there may be a million
-            if len(kinds) > 1:
-                raise bad_type("input_ids", "`input_ids` must not mix ids and lists of ids.")
-            is_batch = not kinds <= {int}
-            if is_batch:
-                self._check_count(len(body.input_ids), param)
-                prompts = [tuple(item) for item in body.input_ids if isinstance(item, list)]
-            else:
-                prompts = [tuple(cast("list[int]", body.input_ids))]
+            items = batch_of(body.input_ids, param, card=self._serving.card, limits=self._serving.limits)
+            is_batch = items is body.input_ids
+            prompts = [tuple(cast("list[int]", item)) async for item in spaced(items)]
         self._check_count(len(prompts), param)
         return prompts, is_batch
 
@@ -252,7 +248,7 @@ def _turn_params(body: NativeRequest, num_prompts: int) -> Sequence[TurnParams |
     return given
 
 
-def _samplings(body: NativeRequest, num_prompts: int) -> list[NativeSampling]:
+async def _samplings(body: NativeRequest, num_prompts: int) -> list[NativeSampling]:
     """One for each prompt: its own, or the same for all."""
     given: Sequence[Mapping[str, Any]] = (
         body.sampling_params
@@ -263,7 +259,7 @@ def _samplings(body: NativeRequest, num_prompts: int) -> list[NativeSampling]:
         raise bad_value(
             "sampling_params", f"`sampling_params` has {len(given)} entries for {num_prompts} prompts."
         )
-    return [parse_request(one, NativeSampling, NATIVE_SAMPLING_RULES) for one in given]
+    return [parse_request(one, NativeSampling, NATIVE_SAMPLING_RULES) async for one in spaced(given)]
 
 
 class _NativeAnswer:

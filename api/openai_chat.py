@@ -13,12 +13,14 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..runtime.errors import RequestError
 from .answering import encoded, receive, respond
 from .detokenizer import TextDelta, joined
 from .errors import unsupported
 from .generation import GenerateSpec, ModelCard, WeightSpan
 from .http_metrics import RequestMeter
 from .in_flight import bare_id
+from .json_slices import JsonTooLargeError, decode_slices
 from .logprobs import chat_logprobs, prompt_logprobs
 from .openai_requests import (
     SYSTEM_FINGERPRINT,
@@ -48,6 +50,7 @@ from .openai_types import (
     Usage,
 )
 from .prompts import encode_prompt
+from .slices import MAX_INLINE_MESSAGES, at_once, in_thread
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -60,6 +63,7 @@ from .validation import (
     check_prompt,
     checked_priority,
     resolve_max_tokens,
+    too_long_text,
 )
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -106,9 +110,11 @@ def _tool_calls(calls: object, param: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
-                arguments = msgspec.json.decode(arguments)
-            except (msgspec.DecodeError, RecursionError) as error:
+                arguments = at_once(decode_slices(arguments.encode()))
+            except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
                 raise bad_value(f"{here}.arguments", f"`arguments` is not valid JSON: {error}") from None
+            except JsonTooLargeError as error:
+                raise bad_value(f"{here}.arguments", f"`arguments` has {error}.") from None
         if not isinstance(arguments, dict):
             raise bad_type(f"{here}.arguments", "`arguments` must be a JSON object.")
         parsed.append({**call, "function": {**function, "arguments": arguments}})
@@ -133,6 +139,11 @@ def _text(content: object, param: str) -> str:
     return "\n".join(texts)
 
 
+def _num_parts(message: Mapping[str, Any]) -> int:
+    content = message.get("content")
+    return 1 + (len(content) if isinstance(content, list) else 0)
+
+
 async def encode_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
@@ -144,14 +155,35 @@ async def encode_chat(
     template_kwargs: Mapping[str, Any],
     card: ModelCard,
 ) -> list[int]:
-    """Messages to prompt ids through the chat template. To continue the final message excludes a new one."""
-    prompt = tokenizer.apply_chat_template(
-        normalized_messages(messages),
-        add_generation_prompt=add_generation_prompt and not continue_final_message,
-        continue_final_message=continue_final_message,
-        tools=tools,
-        template_kwargs=template_kwargs,
-    )
+    """Messages to prompt ids through the chat template. To continue the final message excludes a new one.
+
+    Each message, part and tool is at least a token: more than the context has are not rendered for it.
+    """
+    num_parts = len(tools) + sum(map(_num_parts, messages))
+    if num_parts > card.max_model_len:
+        raise RequestError(
+            f"The chat has {num_parts} messages, parts and tools; the model's context of "
+            f"{card.max_model_len} tokens cannot hold them.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+    def render() -> str:
+        normalized = normalized_messages(messages)
+        num_chars = sum(len(message["content"]) for message in normalized)
+        if num_chars > tokenizer.max_text_bytes(card.max_model_len):
+            raise too_long_text(num_chars, card, "messages")
+        return tokenizer.apply_chat_template(
+            normalized,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            template_kwargs=template_kwargs,
+        )
+
+    # The arguments of a call may be megabytes of JSON.
+    is_small = num_parts <= MAX_INLINE_MESSAGES and not any("tool_calls" in each for each in messages)
+    prompt = render() if is_small else await in_thread(render)
     return await encode_prompt(
         prompt, "messages", card=card, tokenizer=tokenizer, add_special_tokens=add_special_tokens
     )

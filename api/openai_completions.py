@@ -43,6 +43,7 @@ from .openai_types import (
     Usage,
 )
 from .prompts import Prompt, read_prompts
+from .slices import spaced
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -50,6 +51,7 @@ from .validation import (
     OPENAI_RULES,
     bad_value,
     check_model,
+    check_num_outputs,
     checked_priority,
     resolve_max_tokens,
 )
@@ -71,7 +73,7 @@ class Completions:
         laps.lap("tokenize")
         request_id = choose_request_id(http, body, serving)
         envelope = Envelope(f"cmpl-{bare_id(request_id)}", serving.card.name)
-        jobs = self._jobs(body, prompts, envelope.id)
+        jobs = await self._jobs(body, prompts, envelope.id)
         answer = _CompletionAnswer(serving, body, prompts, jobs, envelope, meter, laps)
         return await respond(
             http, answer, jobs, request_id=request_id, stream=body.stream, in_flight=serving.in_flight
@@ -88,9 +90,12 @@ class Completions:
             generates=body.max_tokens != 0,
         )
 
-    def _jobs(self, body: CompletionRequest, prompts: Sequence[Prompt], answer_id: str) -> list[TextJob]:
+    async def _jobs(
+        self, body: CompletionRequest, prompts: Sequence[Prompt], answer_id: str
+    ) -> list[TextJob]:
         serving = self._serving
         choices = num_choices(body, serving)
+        check_num_outputs(len(prompts) * choices, serving.limits)
         if body.best_of not in (None, choices):
             raise unsupported("best_of", "only the value of `n`")
         num_logprobs = checked_logprobs("logprobs", body.logprobs, serving)
@@ -127,7 +132,7 @@ class Completions:
                 stream=body.stream or bool(options.stops),
                 priority=checked_priority(body.priority),
             )
-            for position, prompt in enumerate(prompts)
+            async for position, prompt in spaced(enumerate(prompts))
         ]
         return [TextJob(spec, options, is_scored=body.max_tokens == 0) for spec in specs]
 

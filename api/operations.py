@@ -33,7 +33,7 @@ from .generation import AdminReply
 from .mounting import GET, POST, Operation
 from .openapi import reports
 from .request_log import LEVELS, RequestLog
-from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
+from .validation import FieldRules, Limits, bad_value, parse_request, read_object
 
 _FILE_SAFE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _DEFAULT_OUTPUT_DIR = "/tmp"
@@ -202,8 +202,7 @@ class OperationRoutes:
         return json_response(done, 200 if done.success else 400)
 
     async def _object(self, http: Request) -> dict[str, Any]:
-        content = await read_body(http, self._limits)
-        return parse_object(content) if content else {}
+        return await read_object(http, self._limits, optional=True)
 
     async def _operate(self, operation: ClusterOperation) -> Response:
         reply = await self._operator.operate(operation)

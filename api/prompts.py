@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from .generation import ModelCard
+from .slices import spaced
 from .tokenization import Tokenizer
 from .validation import Limits, bad_type, bad_value, check_prompt, too_long_text
 
@@ -37,16 +38,9 @@ async def read_prompts(
     generates: bool = True,
 ) -> list[Prompt]:
     """`generates`: tokens are wanted behind each. Raises RequestError that names `param`."""
-    kinds = set(map(type, given)) if isinstance(given, list) else {str}  # of maybe a million items
-    if isinstance(given, list) and kinds <= {int}:
-        given = [cast("list[int]", given)]
-    items = [given] if isinstance(given, str) else given
-    if not 1 <= len(items) <= limits.max_prompts:
-        raise bad_value(param, f"`{param}` takes 1 to {limits.max_prompts} prompts, got {len(items)}.")
-    if len(kinds) > 1:
-        raise bad_type(param, f"`{param}` must not mix texts and token ids.")
+    items = [given] if isinstance(given, str) else batch_of(given, param, card=card, limits=limits)
     prompts: list[Prompt] = []
-    for item in items:
+    async for item in spaced(items):
         if isinstance(item, str):
             ids = await encode_prompt(
                 item, param, card=card, tokenizer=tokenizer, add_special_tokens=add_special_tokens
@@ -55,5 +49,21 @@ async def read_prompts(
         elif isinstance(item, list):
             prompts.append(Prompt(tuple(item), None))
         check_prompt(prompts[-1].token_ids, card, param, generates=generates)
-        await asyncio.sleep(0)
     return prompts
+
+
+def batch_of(
+    given: Sequence[str | int | list[int]], param: str, *, card: ModelCard, limits: Limits
+) -> Sequence[str | list[int]]:
+    """A list as prompts: itself, or the one that its ids are.
+
+    Raises RequestError, but not for an id too many: the length is told, by `check_prompt`, before a million
+    items are looked at.
+    """
+    is_one = bool(given) and isinstance(given[0], int)
+    if not is_one and not 1 <= len(given) <= limits.max_prompts:
+        raise bad_value(param, f"`{param}` takes 1 to {limits.max_prompts} prompts, got {len(given)}.")
+    is_too_long = is_one and len(given) > card.max_model_len
+    if not is_too_long and len(set(map(type, given))) > 1:
+        raise bad_type(param, f"`{param}` must not mix texts, token ids and lists of those.")
+    return [cast("list[int]", given)] if is_one else cast("Sequence[str | list[int]]", given)

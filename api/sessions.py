@@ -10,7 +10,7 @@ from starlette.responses import Response
 from .answers import json_response, outcome
 from .generation import Sessions
 from .native_types import CloseSessionRequest, OpenSessionRequest
-from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
+from .validation import FieldRules, Limits, bad_value, parse_request, read_object
 
 _OPEN_RULES = FieldRules(harmless=frozenset(), inert={"streaming": (False,)})
 _CLOSE_RULES = FieldRules(harmless=frozenset())
@@ -19,7 +19,7 @@ _ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 async def read_close(http: Request, limits: Limits) -> str:
     """The session's id."""
-    body = parse_request(parse_object(await read_body(http, limits)), CloseSessionRequest, _CLOSE_RULES)
+    body = parse_request(await read_object(http, limits), CloseSessionRequest, _CLOSE_RULES)
     return body.session_id
 
 
@@ -30,8 +30,8 @@ class SessionRoutes:
 
     async def open(self, http: Request) -> Response:
         """Answers with the id, a JSON string, as SGLang does."""
-        content = await read_body(http, self._limits)
-        body = parse_request(parse_object(content) if content else {}, OpenSessionRequest, _OPEN_RULES)
+        raw = await read_object(http, self._limits, optional=True)
+        body = parse_request(raw, OpenSessionRequest, _OPEN_RULES)
         if body.session_id and not _ID.fullmatch(body.session_id):
             raise bad_value(
                 "session_id", "`session_id` takes 1 to 256 visible ASCII characters without spaces."

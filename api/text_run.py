@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from msgspec import UNSET, UnsetType
 
@@ -25,6 +26,7 @@ from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
 from .openai_types import CachedTokensDetails, Extension, PromptTokensDetails, TimelineBody, Usage
 from .request_log import RequestLog
+from .slices import spaced
 from .timelines import Laps, Timelines, timeline_body
 from .tokenization import Tokenizer
 from .validation import GenerationDefaults, Limits
@@ -91,20 +93,18 @@ class TextRun:
         A token whose text must wait (half a character, the beginning of a stop string) is given at once with
         empty text, as vLLM does: who measures the time between tokens sees each when it came.
         """
-        detokenizers = [
-            [
-                Detokenizer(self._serving.tokenizer, job.options, job.spec.prompt_ids)
-                for _ in range(job.spec.num_choices)
-            ]
-            for job in self._jobs
-        ]
+        detokenizers: dict[tuple[int, int], Detokenizer] = {}
         async with self._arrivals() as arrivals:
             async for prompt, delta in arrivals:
                 if self._jobs[prompt].is_scored:
                     if delta.finish_reason is not None:
                         yield prompt, empty_delta("abort" if delta.finish_reason == "abort" else "length")
                     continue
-                detokenizer = detokenizers[prompt][delta.choice]
+                key = (prompt, delta.choice)
+                if key not in detokenizers:
+                    job = self._jobs[prompt]
+                    detokenizers[key] = Detokenizer(self._serving.tokenizer, job.options, job.spec.prompt_ids)
+                detokenizer = detokenizers[key]
                 if detokenizer.is_finished:
                     continue
                 info = self._generations[prompt].info
@@ -155,9 +155,18 @@ class TextRun:
                 async for delta in deltas:
                     arrivals.put_nowait(delta)
 
-        running = {asyncio.create_task(forward(prompt)) for prompt in range(len(self._jobs))}
-        for task in running:
+        running: set[asyncio.Task[None]] = set()
+
+        def run(work: Coroutine[Any, Any, None]) -> None:
+            task = asyncio.create_task(work)
+            running.add(task)
             task.add_done_callback(arrivals.put_nowait)
+
+        async def start() -> None:
+            async for prompt in spaced(range(len(self._jobs))):
+                run(forward(prompt))
+
+        run(start())
         try:
             while running:
                 arrival = await arrivals.get()

@@ -12,6 +12,7 @@ from .generation import ModelCard
 from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from .openai_chat import encode_chat
 from .prompts import encode_prompt
+from .slices import SLICE_ENTRIES, SLICE_ITEMS, sliced
 from .tokenization import Tokenizer
 from .validation import (
     TOKEN_RULES,
@@ -19,9 +20,8 @@ from .validation import (
     bad_value,
     check_ids,
     check_model,
-    parse_object,
     parse_request,
-    read_body,
+    read_object,
 )
 
 
@@ -32,7 +32,7 @@ class TokenRoutes:
     limits: Limits
 
     async def tokenize(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self.limits))
+        raw = await read_object(http, self.limits)
         body = parse_request(raw, TokenizeRequest, TOKEN_RULES)
         check_model(body.model, self.card)
         if (body.prompt is None) == (body.messages is None):
@@ -58,7 +58,9 @@ class TokenRoutes:
             )
         strings = None
         if body.return_token_strs:
-            strings = [self.tokenizer.token_string(token_id) for token_id in token_ids]
+            strings = []
+            async for some_ids in sliced(token_ids, SLICE_ENTRIES):
+                strings += [self.tokenizer.token_string(token_id) for token_id in some_ids]
         return json_response(
             TokenizeAnswer(
                 count=len(token_ids),
@@ -76,9 +78,10 @@ class TokenRoutes:
         )
 
     async def detokenize(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self.limits))
+        raw = await read_object(http, self.limits)
         body = parse_request(raw, DetokenizeRequest, TOKEN_RULES)
         check_model(body.model, self.card)
-        check_ids(body.tokens, self.card, "tokens")
+        async for token_ids in sliced(body.tokens, SLICE_ITEMS):
+            check_ids(token_ids, self.card, "tokens")
         text = await self.tokenizer.decode_async(body.tokens, skip_special_tokens=body.skip_special_tokens)
         return json_response(DetokenizeAnswer(prompt=text))

@@ -33,6 +33,8 @@ from ..messages.sampling import (
 from ..runtime.errors import RequestError
 from .errors import unsupported
 from .generation import ModelCard
+from .json_slices import JSON_BOUNDS, JsonBounds, JsonTooLargeError, decode_slices
+from .slices import in_slices
 
 _log = logging.getLogger(__name__)
 
@@ -73,11 +75,10 @@ class Limits:
 
     body_memory: BodyMemory = field(default_factory=BodyMemory)
     max_body_bytes: int = 32 << 20
-    # JSON is decoded in one go, and nothing else runs meanwhile: 20 to 50 ms for so many.
-    max_body_values: int = 1_000_000
-    max_body_containers: int = 50_000
+    json: JsonBounds = JSON_BOUNDS
     max_prompts: int = 1024
-    max_choices: int = 128
+    max_choices: int = 128  # of a prompt
+    max_outputs: int = 16_384  # prompts times choices
     max_logprobs: int = 20
 
 
@@ -201,11 +202,30 @@ TOKEN_RULES = FieldRules(harmless=_HARMLESS)
 # ---- bodies -----------------------------------------------------------------------------------------
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body. Raises RequestError: 415 when it is compressed, 413 as soon as it is too large or
-    holds too many values, 503 when too much of other bodies is here. Values are told by their commas and
-    brackets, those inside of texts too.
+async def read_object(request: Request, limits: Limits, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object that is the body, without holding the loop however large it is.
+
+    A byte order mark before it is ignored (RFC 8259, 8.1); with `optional`, no body is an empty one. Raises
+    RequestError: 415 when it is compressed, 413 when there is too much of it, 503 when too much of other
+    bodies is here, 400 when it is no object.
     """
+    body = await read_body(request, limits)
+    if optional and not body:
+        return {}
+    if body.startswith(codecs.BOM_UTF8):
+        del body[: len(codecs.BOM_UTF8)]
+    try:
+        value = await in_slices(decode_slices(body, limits.json))
+    except JsonTooLargeError as error:
+        raise _too_large(f"The body has {error}.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise RequestError("The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+async def read_body(request: Request, limits: Limits) -> bytearray:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise RequestError(
@@ -215,39 +235,22 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         )
     memory = limits.body_memory
     body = bytearray()
-    num_held = num_commas = num_containers = 0
+    num_held = 0
     try:
         async for part in request.stream():
             body += part
-            num_commas += part.count(b",")
-            num_containers += part.count(b"[") + part.count(b"{")
             if len(body) > limits.max_body_bytes:
                 raise _too_large(f"The body is larger than {limits.max_body_bytes} bytes.")
-            if num_commas > limits.max_body_values:
-                raise _too_large(f"The body has more than {limits.max_body_values} values.")
-            if num_containers > limits.max_body_containers:
-                raise _too_large(f"The body has more than {limits.max_body_containers} lists and objects.")
             if (num_more := len(body) - memory.free_bytes - num_held) > 0:
                 memory.take(num_more)
                 num_held += num_more
-        return bytes(body)
+        return body
     finally:
         memory.give_back(num_held)
 
 
 def _too_large(message: str) -> RequestError:
     return RequestError(message, status=413, code="body_too_large")
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """A byte order mark before the JSON is ignored (RFC 8259, 8.1). Raises RequestError."""
-    try:
-        value = msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"The body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise RequestError("The body must be a JSON object.", code="invalid_json")
-    return value
 
 
 def parse_request(value: Mapping[str, Any], request_type: type[S], rules: FieldRules) -> S:
@@ -333,7 +336,6 @@ def check_prompt(prompt_ids: Sequence[int], card: ModelCard, param: str, *, gene
     """`generates`: tokens are wanted behind it, else only what the model says of it."""
     if not prompt_ids:
         raise bad_value(param, "The prompt is empty.")
-    check_ids(prompt_ids, card, param)
     if len(prompt_ids) + generates > card.max_model_len:
         more = " and at least one more" if generates else ""
         raise RequestError(
@@ -341,6 +343,15 @@ def check_prompt(prompt_ids: Sequence[int], card: ModelCard, param: str, *, gene
             f"must hold it{more}.",
             param=param,
             code="context_length_exceeded",
+        )
+    check_ids(prompt_ids, card, param)  # of no more ids than the context has
+
+
+def check_num_outputs(num_outputs: int, limits: Limits) -> None:
+    """Of a request: prompts times choices."""
+    if num_outputs > limits.max_outputs:
+        raise bad_value(
+            "n", f"`n` times the prompts must be at most {limits.max_outputs}, got {num_outputs}."
         )
 
 

@@ -36,7 +36,7 @@ from .answers import Outcome, json_response, outcome
 from .generation import AdminReply, GroupReply, UpdateMode
 from .mounting import GET, POST, Operation
 from .openapi import Bodies, reports
-from .validation import FieldRules, Limits, bad_value, parse_object, parse_request, read_body
+from .validation import FieldRules, Limits, bad_value, parse_request, read_object
 
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself says
 _FORMAT = (
@@ -238,7 +238,7 @@ class WeightRoutes:
         self._snapshot: WeightChecksReply | None = None
 
     async def update_from_disk(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self._limits))
+        raw = await read_object(http, self._limits)
         body = parse_request(raw, UpdateWeightsRequest, WEIGHT_RULES)
         if not self._may_update(force=body.force):
             return _one_node()
@@ -261,7 +261,7 @@ class WeightRoutes:
         return outcome(reply.success, reply.message)
 
     async def init_group(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self._limits))
+        raw = await read_object(http, self._limits)
         body = parse_request(raw, InitGroupRequest, _NO_RULES)
         if not 0 < body.master_port < 2**16:
             raise bad_value("master_port", "`master_port` must be 1 to 65535.")
@@ -280,13 +280,13 @@ class WeightRoutes:
         return json_response(answer, 200 if reply.success else 400)
 
     async def destroy_group(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self._limits) or b"{}")
+        raw = await read_object(http, self._limits, optional=True)
         body = parse_request(raw, DestroyGroupRequest, _NO_RULES)
         reply = await self._admin.destroy_weights_update_group(body.group_name)
         return outcome(reply.success, reply.message)
 
     async def update_from_distributed(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self._limits))
+        raw = await read_object(http, self._limits)
         body = parse_request(raw, DistributedRequest, DISTRIBUTED_RULES)
         source = FromGroup(
             group_name=body.group_name,
@@ -302,7 +302,7 @@ class WeightRoutes:
         return outcome(reply.success, reply.message)
 
     async def update_from_ipc(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self._limits))
+        raw = await read_object(http, self._limits)
         if "zmq_handles" in raw:
             raise bad_value("zmq_handles", _NO_PICKLE)
         body = parse_request(raw, IpcRequest, DISTRIBUTED_RULES)
@@ -315,7 +315,7 @@ class WeightRoutes:
         return outcome(reply.success, reply.message)
 
     async def update_from_peer(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self._limits))
+        raw = await read_object(http, self._limits)
         body = parse_request(raw, PeerRequest, _NO_RULES)
         if not body.peer.startswith(("http://", "https://")):
             raise bad_value("peer", "`peer` must be the URL of a node, such as http://host:8100.")
@@ -326,7 +326,7 @@ class WeightRoutes:
         return outcome(reply.success, reply.message)
 
     async def save_sharded(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self._limits))
+        raw = await read_object(http, self._limits)
         body = parse_request(raw, SaveShardedRequest, _SHARDED_RULES)
         if not body.path.startswith("/"):
             raise bad_value("path", "`path` must be an absolute path of the node's host.")
@@ -334,7 +334,7 @@ class WeightRoutes:
         return outcome(reply.success, reply.message)
 
     async def save_remote(self, http: Request) -> Response:
-        raw = parse_object(await read_body(http, self._limits))
+        raw = await read_object(http, self._limits)
         body = parse_request(raw, SaveRemoteRequest, _NO_RULES)
         if "://" not in body.url:
             raise bad_value("url", "`url` must have a scheme, such as s3://bucket/folder.")
@@ -370,7 +370,7 @@ class WeightRoutes:
         return json_response({"is_sleeping": bool(await self._admin.released_memory())})
 
     async def _tags(self, http: Request) -> tuple[MemoryTag, ...]:
-        raw = parse_object(await read_body(http, self._limits) or b"{}")
+        raw = await read_object(http, self._limits, optional=True)
         tags = parse_request(raw, MemoryRequest, _NO_RULES).tags
         if not tags:
             return MEMORY_TAGS
@@ -379,7 +379,7 @@ class WeightRoutes:
     async def get_by_name(self, http: Request) -> Response:
         """A list of numbers, or of rows, that all nodes agree on."""
         if http.method == "POST":
-            raw = parse_object(await read_body(http, self._limits))
+            raw = await read_object(http, self._limits)
         else:
             raw = dict(http.query_params)
             if re.fullmatch("[0-9]{1,9}", raw.get("truncate_size", "")):
@@ -398,7 +398,7 @@ class WeightRoutes:
 
     async def check(self, http: Request) -> Response:
         """Every node's checksums; whether they are all the same, and which tensors are not."""
-        raw = parse_object(await read_body(http, self._limits) or b"{}")
+        raw = await read_object(http, self._limits, optional=True)
         action = parse_request(raw, CheckWeightsRequest, _NO_RULES).action
         replies = dict(await self._admin.check_weights())
         success, message = compare(replies)

@@ -1,0 +1,67 @@
+"""Large work in slices, between which everything else on the loop has its turn.
+
+What keeps the interpreter for itself (a call into C over megabytes) stops every stream for as long, in a
+thread too. So what a request makes large is done a slice at a time, each a few milliseconds long at most.
+How much is a slice is said here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+SLICE_BYTES = 64 << 10  # of JSON: at most 5 ms to decode, and 20 ms to scan if all of it is brackets
+SLICE_ITEMS = 8_000  # token ids and other small things of which each costs well under a microsecond
+SLICE_ENTRIES = 2_000  # things of which each costs some microseconds: logprobs, tokens to be spelled
+
+MAX_INLINE_MESSAGES = 100  # a template takes some 20 microseconds for each
+
+T = TypeVar("T")
+
+_thread = ThreadPoolExecutor(1, thread_name_prefix="large")  # one: they take turns
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """For what cannot be cut and is Python all along: every 5 ms the interpreter lets the loop run."""
+    return await asyncio.get_running_loop().run_in_executor(_thread, work)
+
+
+def at_once(steps: Generator[None, None, T]) -> T:
+    """What the generator returns, in a thread, which need not yield."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+async def in_slices(steps: Generator[None, None, T]) -> T:
+    """What the generator returns. Others run at each of its yields."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        await asyncio.sleep(0)
+
+
+async def spaced(items: Iterable[T]) -> AsyncGenerator[T, None]:
+    """Each of `items`, for work of up to some milliseconds on each. Others run between them."""
+    is_first = True
+    for item in items:
+        if not is_first:
+            await asyncio.sleep(0)
+        is_first = False
+        yield item
+
+
+async def sliced(items: Sequence[T], size: int) -> AsyncGenerator[Sequence[T], None]:
+    """`items` in runs of `size`. Others run between them."""
+    for start in range(0, len(items), size):
+        if start:
+            await asyncio.sleep(0)
+        yield items[start : start + size] if len(items) > size else items
