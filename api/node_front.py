@@ -580,7 +580,8 @@ async def _keep_membership(link: SchedulerLink, registrar: Registrar, url: str, 
         elif link.is_gone:
             log.error("the scheduler is gone: ending")
             stop.set()
-        await asyncio.sleep(RECONNECT_INTERVAL_S if link.client.is_lost else PING_INTERVAL_S)
+        is_starting = link.pong is None  # the cluster waits for this node: not a moment more than needed
+        await asyncio.sleep(RECONNECT_INTERVAL_S if is_starting or link.client.is_lost else PING_INTERVAL_S)
 
 
 def run_node_front(

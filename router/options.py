@@ -20,7 +20,9 @@ class RouterOptions:
     stream_interval: int = 1  # tokens per TokenOutput
     force_stream_interval: int = 16  # likewise, when the client does not stream
     metrics_compat: MetricsCompat = "none"  # names that /metrics has beside its own
-    no_pair_timeout_s: float = 10.0  # how long a request waits for a pair of nodes to become ready
+    # How long a request waits for a pair of nodes to become ready: the only node of a role may be draining
+    # (10 s) and then start again.
+    no_pair_timeout_s: float = 30.0
     prefill_wait_s: float = 30.0  # for the first prefill node, before decode nodes prefill by themselves
 
     lease_s: float = 5.0

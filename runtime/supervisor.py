@@ -1,7 +1,8 @@
 """Runs a cluster's processes on this host: `pdserve up`.
 
 A child that ends before the cluster was ready ends the start, with the reason. Later a node that dies is
-started again, and the router goes on with the others meanwhile; one that keeps dying after growing pauses.
+started again at once, and the router goes on with the others meanwhile; one that keeps dying waits longer
+each time.
 
 The supervisor takes in the processes that a dead child leaves behind. Once the last of them has ended, it
 knows that nothing of that incarnation lives any more, and says so: the *obituary*.
@@ -34,7 +35,7 @@ from .process import (
 )
 
 _log = logging.getLogger(__name__)
-_RESTART_AFTER_S = 1.0  # doubles with each death in a row
+_RESTART_AFTER_S = 1.0  # the second death in a row; doubles with each further one
 _MAX_RESTART_AFTER_S = 60.0
 _UNHEALTHY_AFTER = 3  # deaths in a row
 _STEADY_AFTER_S = 60.0  # a child that ran for this long does not "keep dying"
@@ -89,8 +90,10 @@ class Child:
 
 
 def restart_pause_s(num_deaths: int) -> float:
-    """Before a child is started again that has died so many times in a row."""
-    return min(_MAX_RESTART_AFTER_S, _RESTART_AFTER_S * 2.0 ** (min(num_deaths, 10) - 1))
+    """Before a child is started again that has died so many times in a row: none after the first."""
+    if num_deaths == 1:
+        return 0.0
+    return min(_MAX_RESTART_AFTER_S, _RESTART_AFTER_S * 2.0 ** (min(num_deaths, 10) - 2))
 
 
 class Supervisor:
