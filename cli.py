@@ -44,6 +44,7 @@ from .runtime.listen import bind_http, http_url, inherit_http, is_loopback
 from .runtime.logs import configure_logging
 from .runtime.process import (
     AccessKeys,
+    Succession,
     die_with_parent,
     end_now,
     handed_keys,
@@ -213,7 +214,8 @@ def _router(given: dict[str, Any]) -> int:
 
     listener = _listener(given, "router", config)
     _check_strangers_stay_out(config, listener)
-    return run_router(config, listener)
+    is_supervised = given.get("listen_fd") is not None
+    return run_router(config, listener, Succession() if is_supervised else None)
 
 
 def _node(role: Literal["prefill", "decode"], given: dict[str, Any]) -> int:

@@ -40,6 +40,7 @@ class InFlightRequests:
         self._generation_ids: dict[str, tuple[str, ...]] = {}
         self._active: set[str] = set()  # every generation's id
         self._is_draining = False
+        self._is_open = True
         self._emptied = asyncio.Event()
         self._emptied.set()
 
@@ -50,9 +51,11 @@ class InFlightRequests:
     def is_draining(self) -> bool:
         return self._is_draining
 
-    def drain(self) -> None:
-        """Refuse new requests from now on; those in flight go on."""
+    def drain(self, *, refuses: bool = True) -> None:
+        """Those in flight go on; new requests are refused from now on, or with `refuses` False are the last
+        ones of their connections."""
         self._is_draining = True
+        self._is_open = not refuses
 
     async def wait_empty(self, timeout_s: float) -> bool:
         """False when some were still in flight after `timeout_s`."""
@@ -64,7 +67,7 @@ class InFlightRequests:
         return True
 
     def check_open(self) -> None:
-        if self._is_draining:
+        if not self._is_open:
             raise RequestError(
                 "The server is shutting down.",
                 status=503,

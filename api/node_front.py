@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import socket
 import time
 import uuid
@@ -51,7 +49,7 @@ from ..messages.weights import (
 from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
 from ..runtime.logs import Complaints
-from ..runtime.process import NO_KEYS, NODE_ENDS, AccessKeys
+from ..runtime.process import NO_KEYS, AccessKeys, Succession
 from ..runtime.tls import NO_TLS, SYSTEM_TRUST, TlsFiles, Trust
 from .admin import (
     METRICS_MEDIA_TYPE,
@@ -594,15 +592,7 @@ def run_node_front(
     tls: TlsFiles = NO_TLS,
 ) -> int:
     """The process's main; returns its exit code."""
-    scheduler_pid = os.getppid()
-    is_told = False
-
-    def on_node_ends(number: int, frame: object) -> None:
-        nonlocal is_told
-        del number, frame
-        is_told = True
-
-    signal.signal(NODE_ENDS, on_node_ends)
+    succession = Succession()
     uvloop.run(
         serve_node_front(
             zmq_address=zmq_address,
@@ -611,7 +601,7 @@ def run_node_front(
             router_urls=router_urls,
             keys=keys,
             tls=tls,
-            node_ends=lambda: is_told or os.getppid() != scheduler_pid,
+            node_ends=lambda: not succession.is_expected,
         )
     )
     return 0

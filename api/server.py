@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import MutableMapping
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..runtime.process import Succession
 from ..runtime.tls import NO_TLS, TlsFiles
 from .connections import CLIENT_DEADLINES, ClientDeadlines, watched_protocol
 from .in_flight import InFlightRequests
@@ -39,12 +43,29 @@ class _AbortsAreMeant(logging.Filter):
         return "returned without completing response" not in record.getMessage()
 
 
+class _LastAnswers:
+    """While the server drains, each answer is the last one of its connection, and says so."""
+
+    def __init__(self, app: ASGIApp, in_flight: InFlightRequests) -> None:
+        self._app = app
+        self._in_flight = in_flight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and self._in_flight.is_draining:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await self._app(scope, receive, send_last)
+
+
 async def serve(
     app: FastAPI,
     *listeners: socket.socket,
     tls: TlsFiles = NO_TLS,
     in_flight: InFlightRequests | None = None,
     drain_timeout_s: float = 30.0,
+    succession: Succession | None = None,
     stop: asyncio.Event | None = None,
     deadlines: ClientDeadlines = CLIENT_DEADLINES,
 ) -> None:
@@ -52,11 +73,13 @@ async def serve(
 
     All listeners speak TLS, or none.
 
-    The listeners stay open while draining, so that readiness probes and late clients get an answer.
+    The listeners stay open while draining, so that readiness probes and late clients get an answer. Where
+    another process takes this one's place (`succession`), they are left to it at once: whoever connects waits
+    for it, connections that exist have their last request answered, and nobody is refused.
     """
     stop = stop or asyncio.Event()
     config = uvicorn.Config(
-        app,
+        app if in_flight is None else _LastAnswers(app, in_flight),
         http=watched_protocol(deadlines),
         ws="none",
         lifespan="off",
@@ -70,7 +93,7 @@ async def serve(
     )
     server = _Server(config, stop)
     logging.getLogger("uvicorn.error").addFilter(_AbortsAreMeant())
-    draining = asyncio.create_task(_drain(server, stop, in_flight, drain_timeout_s))
+    draining = asyncio.create_task(_drain(server, stop, in_flight, drain_timeout_s, succession))
     try:
         await server.serve(sockets=list(listeners))
     finally:
@@ -79,11 +102,20 @@ async def serve(
 
 
 async def _drain(
-    server: uvicorn.Server, stop: asyncio.Event, in_flight: InFlightRequests | None, timeout_s: float
+    server: uvicorn.Server,
+    stop: asyncio.Event,
+    in_flight: InFlightRequests | None,
+    timeout_s: float,
+    succession: Succession | None,
 ) -> None:
     await stop.wait()
+    has_successor = succession is not None and succession.is_expected
+    if succession is not None and has_successor:
+        for listening in server.servers:
+            listening.close()
+        succession.begin()
     if in_flight is not None:
-        in_flight.drain()
+        in_flight.drain(refuses=not has_successor)
         log.info("draining: %d requests in flight", len(in_flight))
         if not await in_flight.wait_empty(timeout_s):
             log.warning("%d requests have not ended within %g s", len(in_flight), timeout_s)

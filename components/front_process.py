@@ -6,7 +6,7 @@ import logging
 import subprocess
 from collections.abc import Callable
 
-from ..runtime.process import NODE_ENDS, end, obituary
+from ..runtime.process import NO_SUCCESSOR, end, obituary
 
 _log = logging.getLogger(__name__)
 _PAUSE_S = 0.5  # before it is started again: one that dies at each start must not keep the loop busy
@@ -42,5 +42,5 @@ class FrontProcess:
     def close(self) -> None:
         """It leaves the routers first: the node ends too."""
         if self._process is not None:
-            self._process.send_signal(NODE_ENDS)
+            self._process.send_signal(NO_SUCCESSOR)
             end(self._process, grace_s=5.0)

@@ -28,6 +28,7 @@ from ..messages.timeline import SpanClock
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
 from ..runtime.listen import bind_unix, http_url, is_loopback
+from ..runtime.process import Succession
 from ..runtime.tls import Trust
 from .links import ZmqConnector
 from .options import RouterOptions
@@ -37,8 +38,11 @@ from .trace_export import TraceExporter
 _log = logging.getLogger(__name__)
 
 
-def run_router(config: RouterConfig, listener: socket.socket) -> int:
-    """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start."""
+def run_router(config: RouterConfig, listener: socket.socket, succession: Succession | None = None) -> int:
+    """Serve until SIGTERM. Returns the exit code; raises StartupError when it cannot start.
+
+    `succession`: of a supervisor's child, whose `listener` its successors inherit.
+    """
     paths = ModelPaths.given(config.model, config.tokenizer, config.generation_config)
     tokenizer = Tokenizer.from_directory(paths.tokenizer_folder, config.chat_template)
     defaults = (
@@ -51,7 +55,7 @@ def run_router(config: RouterConfig, listener: socket.socket) -> int:
     if config.otlp_traces_endpoint:
         exporter = TraceExporter(config.otlp_traces_endpoint, card.name)
     listeners = [listener, bind_unix(config.uds)] if config.uds else [listener]
-    uvloop.run(_serve(config, listeners, card, tokenizer, defaults, exporter))
+    uvloop.run(_serve(config, listeners, card, tokenizer, defaults, exporter, succession))
     if exporter is not None:
         exporter.close()
     return 0
@@ -64,6 +68,7 @@ async def _serve(
     tokenizer: Tokenizer,
     defaults: GenerationDefaults,
     exporter: TraceExporter | None,
+    succession: Succession | None,
 ) -> None:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
@@ -113,7 +118,14 @@ async def _serve(
     await service.start()
     _log.info("%s serves %s", http_url(config.host, listeners[0], config.tls.scheme), card.name)
     serving = asyncio.create_task(
-        serve(app, *listeners, tls=config.tls, in_flight=in_flight, drain_timeout_s=config.drain_timeout)
+        serve(
+            app,
+            *listeners,
+            tls=config.tls,
+            in_flight=in_flight,
+            drain_timeout_s=config.drain_timeout,
+            succession=succession,
+        )
     )
     try:
         await asyncio.wait({serving, service.crashed}, return_when=asyncio.FIRST_COMPLETED)

@@ -23,8 +23,11 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_LAST_WORDS_BYTES = 4096
 _KEYS_VARIABLE = "PDSERVE_KEYS"
-# What a node tells its HTTP front before it ends it. One that is ended alone gets another in its place.
-NODE_ENDS = signal.SIGUSR1
+# What a parent tells a child before it ends it: nobody will take its place. (One that is ended alone gets a
+# successor, which inherits the listener.)
+NO_SUCCESSOR = signal.SIGUSR1
+# What a child tells its supervisor: it takes no more connections, its successor may.
+SUCCESSOR_MAY_START = signal.SIGUSR2
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -59,6 +62,26 @@ def ignore_stray_signals() -> None:
     SIGHUP must cut no stream."""
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
+
+
+class Succession:
+    """Whether another process will take this one's place when it ends; make it in the main thread."""
+
+    def __init__(self) -> None:
+        self._parent_pid = os.getppid()
+        self._is_denied = False
+        signal.signal(NO_SUCCESSOR, self._on_denied)
+
+    def _on_denied(self, number: int, frame: object) -> None:
+        del number, frame
+        self._is_denied = True
+
+    @property
+    def is_expected(self) -> bool:
+        return not self._is_denied and os.getppid() == self._parent_pid
+
+    def begin(self) -> None:
+        os.kill(self._parent_pid, SUCCESSOR_MAY_START)
 
 
 def adopt_orphans() -> None:

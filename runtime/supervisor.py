@@ -4,6 +4,9 @@ A child that ends before the cluster was ready ends the start, with the reason. 
 started again at once, and the router goes on with the others meanwhile; one that keeps dying waits longer
 each time.
 
+A router that is told to end leaves the listener, which is the supervisor's, to a successor that is started at
+once, while it answers what it has accepted: whoever connects meanwhile waits for that one.
+
 The supervisor takes in the processes that a dead child leaves behind. Once the last of them has ended, it
 knows that nothing of that incarnation lives any more, and says so: the *obituary*.
 """
@@ -25,6 +28,8 @@ import psutil
 from .errors import StartupError
 from .process import (
     NO_KEYS,
+    NO_SUCCESSOR,
+    SUCCESSOR_MAY_START,
     AccessKeys,
     LastWords,
     adopt_orphans,
@@ -115,6 +120,8 @@ class Supervisor:
         self._owner_pid = owner_pid
         self._dying: list[str] = []  # incarnations whose child has ended; others of their processes may live
         self._stopping = False
+        self._succession_asked = False
+        self._retired: list[tuple[subprocess.Popen[bytes], float]] = []  # they drain; when they are killed
         self._strangers: frozenset[int] = frozenset()  # children that this process had before: not ours
 
     def __enter__(self) -> Supervisor:
@@ -122,6 +129,7 @@ class Supervisor:
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        signal.signal(SUCCESSOR_MAY_START, self._on_succession)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(signal.SIGHUP, self._on_signal)  # the terminal is gone
         for child in self._children:
@@ -131,6 +139,8 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         for children in (self._children[:1], self._children[1:]):
             self._terminate(children)
+            for process, kill_at in self._retired:  # a second signal would cut their drain short
+                wait_or_kill(process, max(0.0, kill_at - time.monotonic()))
             for child in children:
                 if child.process is not None:
                     wait_or_kill(child.process, child.grace_s)
@@ -146,10 +156,16 @@ class Supervisor:
             self._terminate(self._children)
         self._stopping = True
 
+    def _on_succession(self, number: int, frame: object) -> None:
+        del number, frame
+        self._succession_asked = True
+
     @staticmethod
     def _terminate(children: Sequence[Child]) -> None:
         for child in children:
             if child.process is not None and child.process.poll() is None:
+                if child.listener is not None:
+                    child.process.send_signal(NO_SUCCESSOR)
                 child.process.terminate()
 
     def wait_ready(self, why_not: Callable[[], str], timeout_s: float) -> bool:
@@ -175,10 +191,27 @@ class Supervisor:
         """Until SIGTERM, SIGINT, SIGHUP or the owner's end."""
         while not self._is_stopping:
             now = time.monotonic()
+            if self._succession_asked:
+                self._succession_asked = False
+                self._succeed(now)
+            self._end_retired(now)
             for child in self._children:
                 self._keep_alive(child, now)
             self._bury()
             time.sleep(_POLL_S)
+
+    def _succeed(self, now: float) -> None:
+        for child in self._children:
+            if child.listener is not None and child.process is not None and child.process.poll() is None:
+                _log.info("%s (pid %d) drains; its successor starts", child.name, child.process.pid)
+                self._retired.append((child.process, now + child.grace_s))
+                child.start()
+
+    def _end_retired(self, now: float) -> None:
+        for process, kill_at in self._retired:
+            if now > kill_at:
+                process.kill()
+        self._retired = [each for each in self._retired if each[0].poll() is None]
 
     def _keep_alive(self, child: Child, now: float) -> None:
         process = child.process
@@ -210,6 +243,7 @@ class Supervisor:
         if not self._dying:
             return
         own = {child.process.pid for child in self._children if child.process is not None}
+        own |= {process.pid for process, _ in self._retired}
         if reap_orphans(own | self._strangers) == 0:
             for incarnation in self._dying:
                 self._on_reaped(incarnation)

@@ -16,6 +16,7 @@ from pdserve.api.in_flight import InFlightRequests
 from pdserve.api.server import serve
 from pdserve.runtime.errors import RequestError
 from pdserve.runtime.listen import bind_http, bind_unix, http_url
+from pdserve.runtime.process import NO_SUCCESSOR, SUCCESSOR_MAY_START, Succession
 from pdserve.runtime.tls import TlsFiles, Trust
 from pdserve.tests.certificates import Certificates
 
@@ -118,6 +119,46 @@ async def test_the_listener_stays_open_while_draining(how: str) -> None:
         assert not server.done()
         end()
     await asyncio.wait_for(server, 10)
+
+
+async def test_a_successor_gets_the_listener_and_nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that exist have one more request answered, those that come wait for the successor."""
+    told: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: told.append(number))
+    in_flight, stop = InFlightRequests(), asyncio.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    inherited = listener.dup()
+    kept = signal.getsignal(NO_SUCCESSOR)
+    first = asyncio.create_task(
+        serve(app_of(in_flight), listener, in_flight=in_flight, stop=stop, succession=Succession())
+    )
+    signal.signal(NO_SUCCESSOR, kept)
+    get = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(get)
+    assert b"connection: close" not in (await reader.readuntil(b"open")).lower()
+    end = in_flight.begin("r", ["r"])
+    stop.set()
+    while not told:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert told == [SUCCESSOR_MAY_START]
+    late_reader, late_writer = await asyncio.open_connection("127.0.0.1", port)
+    late_writer.write(get)
+    writer.write(get)
+    in_flight.check_open()
+    last = await reader.read()
+    assert b"connection: close" in last.lower()
+    assert last.endswith(b"draining")
+    end()
+    await asyncio.wait_for(first, 10)
+    stop = asyncio.Event()
+    second = asyncio.create_task(serve(app_of(InFlightRequests()), inherited, stop=stop))
+    assert (await asyncio.wait_for(late_reader.readuntil(b"open"), 10)).startswith(b"HTTP/1.1 200")
+    writer.close()
+    late_writer.close()
+    stop.set()
+    await asyncio.wait_for(second, 10)
 
 
 async def test_draining_gives_up_in_the_end() -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pdserve.components.front_process import FrontProcess
-from pdserve.runtime.process import NODE_ENDS
+from pdserve.runtime.process import NO_SUCCESSOR
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -43,7 +43,7 @@ def test_a_killed_front_is_started_again_after_a_pause(number: signal.Signals) -
         assert len(starts.processes) == 2
     finally:
         front.close()
-    assert -starts.processes[1].returncode in (NODE_ENDS, signal.SIGTERM)
+    assert -starts.processes[1].returncode in (NO_SUCCESSOR, signal.SIGTERM)
 
 
 def test_so_is_one_that_ended_in_order() -> None:

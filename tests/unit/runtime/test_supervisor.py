@@ -14,7 +14,7 @@ import pytest
 
 from pdserve.runtime import supervisor as supervisor_module
 from pdserve.runtime.errors import StartupError
-from pdserve.runtime.process import NO_KEYS, AccessKeys, wait_or_kill
+from pdserve.runtime.process import NO_KEYS, SUCCESSOR_MAY_START, AccessKeys, wait_or_kill
 from pdserve.runtime.supervisor import Child, Supervisor
 from pdserve.tests.present import at_present
 
@@ -38,7 +38,10 @@ def tiny_children(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """The supervisor takes the process's signal handlers; pytest gets its own back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    kept = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, SUCCESSOR_MAY_START)
+    }
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -243,6 +246,31 @@ def test_a_child_that_keeps_dying_is_started_after_growing_pauses_and_the_others
     assert caplog.messages[2].endswith(
         "is unhealthy: 3 deaths, each soon after a start; starting it again in 2 s"
     )
+
+
+def test_a_router_that_drains_gets_a_successor_at_once_and_the_time_to_drain() -> None:
+    """It has the same listener; both end in order."""
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"os.kill(os.getppid(), {int(SUCCESSOR_MAY_START)}); time.sleep(600)"
+    )
+    router = child(code, "router")
+    router.listener = socket.create_server(("127.0.0.1", 0))
+    with Supervisor([router, child(SLEEP)]) as supervisor:
+        first = process_of(router)
+        assert wait_for(lambda: supervisor._succession_asked)
+        supervisor._succeed(time.monotonic())
+        second = process_of(router)
+        assert second is not first
+        assert second.poll() is first.poll() is None
+        supervisor._end_retired(time.monotonic())
+        assert first.poll() is None
+        supervisor._end_retired(time.monotonic() + DEADLINE_S + 1)
+        assert first.wait() == -signal.SIGKILL
+        supervisor._keep_alive(router, time.monotonic())
+        assert process_of(router) is second
+        assert router.num_deaths == 0
+        second.kill()
 
 
 def test_a_child_that_dies_now_and_then_is_started_again_at_once() -> None:
