@@ -10,13 +10,14 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..messages.bounds import Name
 from ..messages.node import NodeEntry, NodeLoad
 from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
 from ..runtime.pause_gate import PauseMode
 from .answers import json_response, outcome
 from .generation import ClusterAdmin, ClusterView, GenerateSpec, Generator, ModelCard, WorkerStatus
-from .in_flight import InFlightRequests, new_request_id
+from .in_flight import InFlightRequests, is_safe_id, new_request_id
 from .timelines import Timelines, timeline_body
 from .validation import (
     FieldRules,
@@ -39,12 +40,12 @@ class RegisterRequest(msgspec.Struct, kw_only=True):
 
 
 class AbortRequest(msgspec.Struct, kw_only=True):
-    rid: str | None = None
+    rid: Name | None = None
     abort_all: bool = False
 
 
 class AssertPeerDeathRequest(msgspec.Struct, kw_only=True):
-    incarnation: str
+    incarnation: Name
 
 
 class PauseRequest(msgspec.Struct, kw_only=True):
@@ -75,6 +76,14 @@ REGISTER_RULES = FieldRules(
 ABORT_RULES = FieldRules(harmless=frozenset({"abort_message", "finished_reason"}))
 DEATH_RULES = FieldRules(harmless=frozenset())
 PAUSE_RULES = FieldRules(harmless=frozenset(), inert={"clear_cache": (False,)})
+
+
+def wanted_request(http: Request) -> str:
+    """The id that the path names. Raises RequestError for what is no request's."""
+    request_id: str = http.path_params["request_id"]
+    if not is_safe_id(request_id):
+        raise request_not_found(request_id)
+    return request_id
 
 
 def request_not_found(request_id: str) -> RequestError:
@@ -264,7 +273,7 @@ class ClusterRoutes:
     async def request_state(self, http: Request) -> Response:
         """What each generation of a request does now, for how long, and what it waits for; where its time
         went, also for a while after its end."""
-        request_id = http.path_params["request_id"]
+        request_id = wanted_request(http)
         generation_ids = self.in_flight.generations_of(request_id)
         known: list[dict[str, Any]] = []
         for generation_id in generation_ids:

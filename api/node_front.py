@@ -67,6 +67,7 @@ from .admin import (
     read_death,
     read_pause,
     request_not_found,
+    wanted_request,
 )
 from .answers import json_response, outcome
 from .entry_lookup import EntryLookup, HttpEntryLookup
@@ -286,7 +287,7 @@ class NodeRoutes:
         return ("", "") if pong is None else (pong.entry.model_name, pong.entry.role)
 
     async def request_state(self, http: Request) -> Response:
-        request_id = http.path_params["request_id"]
+        request_id = wanted_request(http)
         reply = await self._link.client.request_state(request_id)
         if not reply.state:
             raise request_not_found(request_id)

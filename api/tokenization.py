@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders
 
-from ..runtime.errors import RequestError, StartupError
+from ..runtime.errors import RequestError, StartupError, UnexpectedError, is_panic
 from .chat_template import ChatTemplate, UnreadableTemplateError, read_given
 
 _log = logging.getLogger(__name__)
@@ -128,10 +129,11 @@ class Tokenizer:
             return None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        if len(text) <= _INLINE_CHARS:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        # As a batch of one, which releases the GIL; `encode` keeps it all along.
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        with _panics_contained():
+            if len(text) <= _INLINE_CHARS:
+                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # As a batch of one, which releases the GIL; `encode` keeps it all along.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Like ``encode``; a long text is encoded in a thread, and a short one need not wait for it."""
@@ -167,10 +169,11 @@ class Tokenizer:
         return len(await self.encode_async(text[:beginning], add_special_tokens=False)) > 2 * num_tokens
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        if len(token_ids) <= _INLINE_TOKENS:
-            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        # As a batch of one, which releases the GIL; `decode` keeps it all along.
-        return self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
+        with _panics_contained():
+            if len(token_ids) <= _INLINE_TOKENS:
+                return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+            # As a batch of one, which releases the GIL; `decode` keeps it all along.
+            return self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
 
     async def decode_async(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Like ``decode``; many ids are decoded in a thread, and a few need not wait for it."""
@@ -244,6 +247,17 @@ class Tokenizer:
         if byte:
             return bytes.fromhex(byte[1])
         return token.replace("▁", " ").encode()
+
+
+@contextmanager
+def _panics_contained() -> Iterator[None]:
+    """A panic of the library in Rust is no Exception, and would end more than the request that it is of."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise UnexpectedError(f"the tokenizer has panicked: {error}") from error
 
 
 def _printable(raw: bytes) -> str:

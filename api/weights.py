@@ -14,7 +14,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..messages.bounds import Count, Name, Path, Positive, Rank, WorldSize
+from ..messages.bounds import MAX_NAME_CHARS, Count, Name, Path, Positive, Rank, WorldSize
 from ..messages.weights import (
     CUDA_HANDLE_BYTES,
     MAX_GROUP_TIMEOUT_S,
@@ -254,6 +254,10 @@ class WeightRoutes:
         may_update = self._may_update(force=_flag(http, "force"))
         mode = _mode(http.query_params.get("mode", "wait"), aborts=_flag(http, "abort_all_requests"))
         weight_version = http.query_params.get("weight_version") or None
+        if weight_version and ("\0" in weight_version or len(weight_version) > MAX_NAME_CHARS):
+            raise bad_value(
+                "weight_version", f"`weight_version` takes {MAX_NAME_CHARS} characters at most, and no NUL."
+            )
         body = await _checked(http.stream())
         if not may_update:
             return _one_node()

@@ -37,8 +37,9 @@ Measured: TypeAlias = float
 # ---- texts and bytes --------------------------------------------------------------------------------
 
 _NO_NUL = r"\A[^\x00]*\Z"
+MAX_NAME_CHARS = 4096
 # An id, a version, a kind; also a URL or a model's name.
-Name: TypeAlias = Annotated[str, Meta(max_length=4096, pattern=_NO_NUL)]
+Name: TypeAlias = Annotated[str, Meta(max_length=MAX_NAME_CHARS, pattern=_NO_NUL)]
 # As long as Linux takes one; a name in it may still be too long.
 Path: TypeAlias = Annotated[str, Meta(max_length=4096, pattern=_NO_NUL)]
 FileName: TypeAlias = Annotated[str, Meta(max_length=255, pattern=r"\A(?!\.{1,2}\Z)[^/\x00]+\Z")]

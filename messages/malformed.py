@@ -13,7 +13,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
     type: Name = ""
     call_id: Number | None = None
-    request_id: Name = ""
+    request_id: str = ""  # of any kind: what is wrong may be this
     attempt: Number = 0
     room: RoomId | None = None
     epoch: Number = 0

@@ -9,7 +9,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from pdserve.components.request_receiver import refusals
 from pdserve.messages.codec import Codec
+from pdserve.messages.malformed import malformed
 from pdserve.messages.node import (
     AbortRequests,
     AssertPeerDeath,
@@ -138,7 +140,12 @@ class FakeScheduler:
     async def _serve(self) -> None:
         while True:
             self._client, data = await self._socket.recv_multipart()
-            message = self._codec.decode(data)
+            try:
+                message = self._codec.decode(data)
+            except msgspec.DecodeError as error:  # refused as a node does
+                for refusal in refusals(malformed(data, error).head, f"malformed: {error}"):
+                    await self.send(refusal)
+                continue
             self.received.append(message)
             reply = self._reply(message)
             if reply is not None and not self.is_silent:

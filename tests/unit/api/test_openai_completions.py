@@ -8,7 +8,7 @@ import pytest
 from pdserve.api.generation import ChoiceDelta, GenerateSpec
 from pdserve.api.tokenization import Tokenizer
 from pdserve.messages.sampling import SamplingParams
-from pdserve.runtime.errors import RequestError
+from pdserve.runtime.errors import RequestError, UnexpectedError
 from pdserve.tests.unit.api.conftest import Api, chunks
 from pdserve.tests.unit.api.fakes import one_by_one
 
@@ -393,3 +393,32 @@ async def test_a_prompt_of_the_whole_context_is_scored_and_no_token_longer(api: 
     assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 256
     status, answer = await api.post(PATH, {**body, "prompt": [5] * 257})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+class PanicException(BaseException):
+    """As PyO3 makes it: no Exception."""
+
+
+class PanickingBackend:
+    def encode(self, *_: object, **__: object) -> None:
+        raise PanicException("index out of bounds")
+
+    encode_batch_fast = decode = decode_batch = encode
+
+
+async def test_a_panic_of_the_tokenizer_ends_one_request(
+    api: Api, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "_backend", PanickingBackend())
+        for text in ("a", "a" * 3000):  # the second is encoded in a thread
+            with pytest.raises(UnexpectedError, match="panicked: index out of bounds"):
+                await tokenizer.encode_async(text)
+        for num_ids in (1, 20_000):
+            with pytest.raises(UnexpectedError, match="panicked"):
+                await tokenizer.decode_async([1] * num_ids)
+        patch.setattr(tokenizer, "max_text_bytes", lambda _: 1000)
+        asked = {"prompt": "a", "max_tokens": 1}
+        status, body = await api.post("/v1/completions", asked, connection="close")
+    assert (status, body["error"]["code"]) == (500, "internal_error")
+    assert (await api.post("/v1/completions", {"prompt": "a", "max_tokens": 1}))[0] == 200

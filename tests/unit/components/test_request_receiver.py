@@ -103,6 +103,14 @@ def test_a_caller_whose_message_is_unknown_is_refused_by_its_name(bench: Bench) 
     assert "'make_coffee'" in reply.message
 
 
+def test_a_caller_is_refused_whatever_its_request_id_holds(bench: Bench) -> None:
+    bench.client.send(msgspec.msgpack.encode({"type": "get_request_state", "call_id": 7, "request_id": "\0"}))
+    bench.send(8)
+    assert list(itertools.chain(*bench.steps_until(8))) == [8]
+    assert bench.client.poll(int(DEADLINE_S * 1000))
+    assert msgspec.msgpack.decode(bench.client.recv(), type=CallReply).call_id == 7
+
+
 def test_malformed_frames_count_toward_the_bound(bench: Bench) -> None:
     # Otherwise a sender of rubbish could keep the loop in one step.
     for _ in range(50):
