@@ -16,11 +16,11 @@ from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
 from ..runtime.pause_gate import PauseMode
 from .answers import json_response, outcome
+from .fields import FieldRules, Unsupported
 from .generation import ClusterAdmin, ClusterView, GenerateSpec, Generator, ModelCard, WorkerStatus
 from .in_flight import InFlightRequests, is_safe_id, new_request_id
 from .timelines import Timelines, timeline_body
 from .validation import (
-    FieldRules,
     Limits,
     bad_value,
     model_not_found,
@@ -74,8 +74,8 @@ REGISTER_RULES = FieldRules(
     harmless=frozenset({"worker_type", "bootstrap_port", "api_key", "labels", "priority", "model_id"})
 )
 ABORT_RULES = FieldRules(harmless=frozenset({"abort_message", "finished_reason"}))
-DEATH_RULES = FieldRules(harmless=frozenset())
-PAUSE_RULES = FieldRules(harmless=frozenset(), inert={"clear_cache": (False,)})
+DEATH_RULES = FieldRules()
+PAUSE_RULES = FieldRules(unsupported={"clear_cache": Unsupported("`/flush_cache` does it")})
 
 
 def wanted_request(http: Request) -> str:
@@ -119,16 +119,21 @@ async def read_death(http: Request, limits: Limits) -> str:
     return body.incarnation
 
 
-def model_entry(card: ModelCard) -> ModelEntry:
-    return ModelEntry(id=card.name, created=card.created, root=card.path, max_model_len=card.max_model_len)
+def model_entry(card: ModelCard, name: str) -> ModelEntry:
+    return ModelEntry(id=name, created=card.created, root=card.path, max_model_len=card.max_model_len)
 
 
 def model_answer(http: Request, card: ModelCard) -> Response:
     """The model that the path names."""
     wanted = http.path_params["model_id"]
-    if wanted != card.name:
+    if wanted not in card.names:
         raise model_not_found(wanted, card)
-    return json_response(model_entry(card))
+    return json_response(model_entry(card, wanted))
+
+
+def model_list(card: ModelCard) -> ModelList:
+    """An entry a name."""
+    return ModelList(data=[model_entry(card, name) for name in card.names])
 
 
 def model_info(card: ModelCard, weight_version: str) -> dict[str, Any]:
@@ -240,7 +245,7 @@ class ClusterRoutes:
     # ---- facts ----------------------------------------------------------------------------------
 
     async def models(self, _: Request) -> Response:
-        return json_response(ModelList(data=[model_entry(self.card)]))
+        return json_response(model_list(self.card))
 
     async def model(self, http: Request) -> Response:
         return model_answer(http, self.card)

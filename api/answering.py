@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .errors import CLIENT_CLOSED_REQUEST
+from .fields import FieldRules
 from .in_flight import InFlightRequests
 from .sse import ClientLeftError, EventStream, unless_client_leaves
 from .text_run import Serving, TextJob
 from .timelines import Laps
-from .validation import FieldRules, parse_request, read_object
+from .validation import parse_request, read_object
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -39,7 +40,7 @@ async def receive(
     """The body, and the laps of the request's timeline. Raises RequestError."""
     laps = serving.timelines.begin(http)
     raw = await read_object(http, serving.limits)
-    return parse_request(raw, request_type, rules), laps
+    return parse_request(raw, request_type, rules, strict=serving.limits.strict_fields), laps
 
 
 async def respond(

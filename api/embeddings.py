@@ -22,6 +22,7 @@ from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
 from .answering import encoded, receive, respond_whole
 from .detokenizer import TextOptions
+from .fields import EMBEDDING_RULES, GENERATING_RULES, GivenSalt, chosen_salt
 from .generation import GenerateSpec
 from .http_metrics import RequestMeter
 from .native_types import NativeFinish
@@ -30,8 +31,6 @@ from .prompts import Prompt, read_prompts
 from .slices import spaced
 from .text_run import Serving, TextJob, TextRun
 from .validation import (
-    NATIVE_RULES,
-    OPENAI_RULES,
     bad_value,
     check_model,
     checked_priority,
@@ -50,7 +49,9 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
     input: str | list[str | int | list[int]]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"  # base64: of float32, little-endian
+    dimensions: int | None = None  # the model's own: vectors are not shortened
     priority: int = 0
+    cache_salt: GivenSalt | None = None
     rid: str | None = None
 
 
@@ -61,6 +62,8 @@ class EncodeRequest(msgspec.Struct, kw_only=True):
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     priority: int = 0
+    extra_key: GivenSalt | None = None
+    cache_salt: GivenSalt | None = None  # vLLM's name of the same
     rid: str | None = None
 
 
@@ -105,14 +108,16 @@ class Embeddings:
 
     async def embeddings(self, http: Request) -> Response:
         serving = self._serving
-        body, laps = await receive(http, serving, EmbeddingRequest, OPENAI_RULES)
+        body, laps = await receive(http, serving, EmbeddingRequest, EMBEDDING_RULES)
         meter = serving.metrics.meter(streamed=False)
         check_model(body.model, serving.card)
+        if body.dimensions not in (None, size := serving.card.embedding_size):
+            raise bad_value("dimensions", f"`dimensions` must be {size}, the model's, got {body.dimensions}.")
         laps.lap("receive")
         prompts = await self._prompts(body.input, "input")
         laps.lap("tokenize")
         request_id = serving.in_flight.choose_id(body.rid, http.state.request_id)
-        jobs = await _jobs(prompts, request_id, body.priority)
+        jobs = await _jobs(prompts, request_id, body.priority, body.cache_salt or "")
         run = TextRun(serving, jobs, laps)
 
         def one(prompt: int, vector: array[float]) -> EmbeddingData:
@@ -127,7 +132,7 @@ class Embeddings:
 
     async def encode(self, http: Request) -> Response:
         serving = self._serving
-        body, laps = await receive(http, serving, EncodeRequest, NATIVE_RULES)
+        body, laps = await receive(http, serving, EncodeRequest, GENERATING_RULES)
         meter = serving.metrics.meter(streamed=False)
         check_model(body.model, serving.card)
         if (body.text is None) == (body.input_ids is None):
@@ -143,7 +148,8 @@ class Embeddings:
         prompts = await self._prompts(given, "text" if body.input_ids is None else "input_ids")
         laps.lap("tokenize")
         request_id = serving.in_flight.choose_id(body.rid, http.state.request_id)
-        jobs = await _jobs(prompts, request_id, body.priority)
+        salt = chosen_salt(body.cache_salt, body.extra_key)
+        jobs = await _jobs(prompts, request_id, body.priority, salt)
         run = TextRun(serving, jobs, laps)
 
         def one(prompt: int, vector: array[float]) -> EncodeAnswer:
@@ -173,7 +179,7 @@ class Embeddings:
         )
 
 
-async def _jobs(prompts: Sequence[Prompt], request_id: str, priority: int) -> list[TextJob]:
+async def _jobs(prompts: Sequence[Prompt], request_id: str, priority: int, cache_salt: str) -> list[TextJob]:
     return [
         TextJob(
             GenerateSpec(
@@ -181,6 +187,7 @@ async def _jobs(prompts: Sequence[Prompt], request_id: str, priority: int) -> li
                 prompt_ids=prompt.token_ids,
                 sampling=_LAST_STATE,
                 priority=checked_priority(priority),
+                cache_salt=cache_salt,
             ),
             TextOptions(),
         )

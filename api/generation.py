@@ -31,6 +31,12 @@ class ModelCard:
     eos_token_ids: tuple[int, ...]
     created: int  # unix seconds
     vocabulary_digest: str = ""  # of its tokenizer; empty: not known
+    aliases: tuple[str, ...] = ()  # further names that requests may give
+    embedding_size: int = 0  # of /v1/embeddings; 0: not known
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,7 @@ class GenerateSpec:
     stream: bool = False  # False: tokens may arrive in fewer, larger deltas
     priority: int = 0
     timeout_s: float | None = None  # None: the server's default
+    cache_salt: str = ""  # prefixes are shared only by requests of the same one
     session: SessionHold | None = None
 
 

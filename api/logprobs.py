@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..messages.sampling import TokenLogprob
 from .native_types import NativeLogprob
@@ -23,8 +23,13 @@ def _finite(logprob: float) -> float:
     return max(logprob, _LOWEST)
 
 
+def token_namer(tokenizer: Tokenizer, *, by_id: bool) -> Callable[[int], str]:
+    """What tokens are called in logprobs: by their text, or as vLLM does by their ids."""
+    return "token_id:{}".format if by_id else tokenizer.token_text
+
+
 def completion_logprobs(
-    tokenizer: Tokenizer,
+    name: Callable[[int], str],
     token_ids: Sequence[int],
     logprobs: Sequence[TokenLogprob | None],
     offsets: Sequence[int],
@@ -33,19 +38,17 @@ def completion_logprobs(
     """Parallel lists. Every dict holds the chosen token beside the most likely ones; null where there is no
     logprob (the first prompt token)."""
     return CompletionLogprobs(
-        tokens=[tokenizer.token_text(token_id) for token_id in token_ids],
+        tokens=[name(token_id) for token_id in token_ids],
         token_logprobs=[None if entry is None else _finite(entry.logprob) for entry in logprobs],
-        top_logprobs=[
-            None if entry is None else _candidates(tokenizer, entry, num_top) for entry in logprobs
-        ],
+        top_logprobs=[None if entry is None else _candidates(name, entry, num_top) for entry in logprobs],
         text_offset=list(offsets),
     )
 
 
-def _candidates(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str, float]:
+def _candidates(name: Callable[[int], str], entry: TokenLogprob, num_top: int) -> dict[str, float]:
     candidates: dict[str, float] = {}
     for token_id, logprob in (*entry.top[:num_top], (entry.token_id, entry.logprob)):
-        candidates.setdefault(tokenizer.token_text(token_id), _finite(logprob))
+        candidates.setdefault(name(token_id), _finite(logprob))
     return candidates
 
 
@@ -58,16 +61,18 @@ def concatenated(first: CompletionLogprobs, second: CompletionLogprobs) -> Compl
     )
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
+def chat_logprobs(
+    tokenizer: Tokenizer, name: Callable[[int], str], logprobs: Sequence[TokenLogprob]
+) -> ChatLogprobs:
     return ChatLogprobs(
         content=[
             ChatTokenLogprob(
-                token=tokenizer.token_text(entry.token_id),
+                token=name(entry.token_id),
                 logprob=_finite(entry.logprob),
                 bytes=list(tokenizer.token_bytes(entry.token_id)),
                 top_logprobs=[
                     ChatTopLogprob(
-                        token=tokenizer.token_text(token_id),
+                        token=name(token_id),
                         logprob=_finite(logprob),
                         bytes=list(tokenizer.token_bytes(token_id)),
                     )

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from .answering import encoded, receive, respond
 from .detokenizer import TextDelta, TextOptions, joined
+from .fields import GENERATING_RULES, chosen_salt
 from .generation import GenerateSpec, SessionTurn, TurnParams
 from .hidden_states import hidden_states
 from .http_metrics import RequestMeter
@@ -33,8 +34,6 @@ from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
 from .validation import (
-    NATIVE_RULES,
-    NATIVE_SAMPLING_RULES,
     SamplingFields,
     bad_value,
     check_num_outputs,
@@ -60,12 +59,13 @@ class Native:
 
     async def handle(self, http: Request) -> Response:
         serving = self._serving
-        body, laps = await receive(http, serving, NativeRequest, NATIVE_RULES)
+        body, laps = await receive(http, serving, NativeRequest, GENERATING_RULES)
         meter = serving.metrics.meter(streamed=body.stream)
         laps.lap("receive")
         prompts, is_batch = await self._prompts(body)
         laps.lap("tokenize")
-        samplings = await _samplings(body, len(prompts))
+        salts = _salts(body, len(prompts))
+        samplings = await _samplings(body, len(prompts), strict=serving.limits.strict_fields)
         check_num_outputs(sum(sampling.n for sampling in samplings), serving.limits)
         async for prompt, sampling in spaced(zip(prompts, samplings, strict=True)):
             check_prompt(
@@ -77,8 +77,10 @@ class Native:
         request_id, rids = self._ids(http, body, len(prompts))
         turns = self._turns(body, rids, prompts, samplings)
         jobs = [
-            self._job(body, rid, prompt, sampling, turn)
-            async for rid, prompt, sampling, turn in spaced(zip(rids, prompts, samplings, turns, strict=True))
+            self._job(body, rid, prompt, sampling, turn, salt)
+            async for rid, prompt, sampling, turn, salt in spaced(
+                zip(rids, prompts, samplings, turns, salts, strict=True)
+            )
         ]
         is_list = is_batch or any(sampling.n > 1 for sampling in samplings)
         answer = _NativeAnswer(serving, body, jobs, turns, is_list=is_list, meter=meter, laps=laps)
@@ -171,6 +173,7 @@ class Native:
         new_ids: tuple[int, ...],
         sampling: NativeSampling,
         turn: SessionTurn | None,
+        cache_salt: str,
     ) -> TextJob:
         serving = self._serving
         prompt_ids = new_ids if turn is None else turn.prompt_ids
@@ -231,6 +234,7 @@ class Native:
             num_choices=sampling.n,
             stream=body.stream or bool(options.stops),
             priority=checked_priority(body.priority),
+            cache_salt=cache_salt,
             session=None if turn is None else turn.hold,
         )
         return TextJob(spec, options, is_scored)
@@ -248,7 +252,18 @@ def _turn_params(body: NativeRequest, num_prompts: int) -> Sequence[TurnParams |
     return given
 
 
-async def _samplings(body: NativeRequest, num_prompts: int) -> list[NativeSampling]:
+def _salts(body: NativeRequest, num_prompts: int) -> Sequence[str]:
+    """One for each prompt: its own, or the same for all."""
+    if not isinstance(body.extra_key, list):
+        return [chosen_salt(body.cache_salt, body.extra_key)] * num_prompts
+    if len(body.extra_key) != num_prompts or body.cache_salt is not None:
+        raise bad_value(
+            "extra_key", f"`extra_key` must be one text, or {num_prompts}, and no `cache_salt` beside it."
+        )
+    return body.extra_key
+
+
+async def _samplings(body: NativeRequest, num_prompts: int, *, strict: bool) -> list[NativeSampling]:
     """One for each prompt: its own, or the same for all."""
     given: Sequence[Mapping[str, Any]] = (
         body.sampling_params
@@ -259,7 +274,9 @@ async def _samplings(body: NativeRequest, num_prompts: int) -> list[NativeSampli
         raise bad_value(
             "sampling_params", f"`sampling_params` has {len(given)} entries for {num_prompts} prompts."
         )
-    return [parse_request(one, NativeSampling, NATIVE_SAMPLING_RULES) async for one in spaced(given)]
+    return [
+        parse_request(one, NativeSampling, GENERATING_RULES, strict=strict) async for one in spaced(given)
+    ]
 
 
 class _NativeAnswer:

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..messages.bounds import Count, Name
+from .fields import GivenSalt
 from .generation import TurnParams, WeightSpan
 from .openai_types import CachedTokensDetails
 
@@ -56,6 +57,8 @@ class NativeRequest(msgspec.Struct, kw_only=True):
     return_text_in_logprobs: bool = False
     return_hidden_states: bool = False
     priority: int = 0
+    extra_key: GivenSalt | list[GivenSalt] | None = None
+    cache_salt: GivenSalt | None = None  # vLLM's name of the same
     session_params: TurnParams | list[TurnParams] | None = None
 
 

@@ -37,6 +37,7 @@ from ..messages.weights import (
     FromGpuMemory,
     FromGroup,
     FromPeer,
+    FromServed,
     FromSharedMemory,
     FromTensors,
     MemoryTag,
@@ -61,8 +62,8 @@ from .admin import (
     flush_timeout_s,
     load_body,
     model_answer,
-    model_entry,
     model_info,
+    model_list,
     read_abort,
     read_death,
     read_pause,
@@ -265,7 +266,7 @@ class NodeRoutes:
 
     async def models(self, _: Request) -> Response:
         info = await self._link.client.server_info()
-        return json_response(ModelList(data=[model_entry(_card(info.model))]))
+        return json_response(model_list(_card(info.model)))
 
     async def model(self, http: Request) -> Response:
         info = await self._link.client.server_info()
@@ -400,6 +401,9 @@ class NodeWeights:
             return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
         version = weight_version or entry.weight_version
         return await self._update(_new_update(), FromPeer(zmq_address=entry.zmq_address), version, mode)
+
+    async def update_weight_version(self, weight_version: str, mode: UpdateMode) -> AdminReply:
+        return await self._update(_new_update(), FromServed(), weight_version, mode)
 
     async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
         reply = await self._link.client.save_weights(

@@ -17,11 +17,12 @@ from ..runtime.errors import RequestError
 from .answering import encoded, receive, respond
 from .detokenizer import TextDelta, joined
 from .errors import unsupported
+from .fields import OPENAI_RULES, chosen_salt
 from .generation import GenerateSpec, ModelCard, WeightSpan
 from .http_metrics import RequestMeter
 from .in_flight import bare_id
 from .json_slices import JsonTooLargeError, decode_slices
-from .logprobs import chat_logprobs, prompt_logprobs
+from .logprobs import chat_logprobs, prompt_logprobs, token_namer
 from .openai_requests import (
     SYSTEM_FINGERPRINT,
     Envelope,
@@ -56,7 +57,6 @@ from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
 from .tokenization import Tokenizer
 from .validation import (
-    OPENAI_RULES,
     bad_type,
     bad_value,
     check_model,
@@ -253,6 +253,7 @@ class ChatCompletions:
             num_choices=num_choices(body, serving),
             stream=body.stream or bool(options.stops),
             priority=checked_priority(body.priority),
+            cache_salt=chosen_salt(body.cache_salt, body.extra_key),
         )
         return TextJob(spec, options)
 
@@ -374,7 +375,10 @@ class _ChatAnswer:
         return UNSET if delta.finish_reason is None else self._run.weight_versions(0, delta.choice)
 
     def _logprobs(self, delta: TextDelta) -> ChatLogprobs | None:
-        return chat_logprobs(self._tokenizer, delta.logprobs) if self._body.logprobs else None
+        if not self._body.logprobs:
+            return None
+        name = token_namer(self._tokenizer, by_id=self._body.return_tokens_as_token_ids)
+        return chat_logprobs(self._tokenizer, name, delta.logprobs)
 
     def _prompt_token_ids(self) -> tuple[int, ...] | UnsetType:
         return self._prompt_ids if self._body.return_token_ids else UNSET

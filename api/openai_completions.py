@@ -15,10 +15,11 @@ from starlette.responses import Response
 from .answering import encoded, receive, respond
 from .detokenizer import TextDelta, empty_delta, joined, text_decoder
 from .errors import unsupported
+from .fields import OPENAI_RULES, chosen_salt
 from .generation import GenerateSpec
 from .http_metrics import RequestMeter
 from .in_flight import bare_id
-from .logprobs import completion_logprobs, concatenated, prompt_logprobs
+from .logprobs import completion_logprobs, concatenated, prompt_logprobs, token_namer
 from .openai_requests import (
     SYSTEM_FINGERPRINT,
     Envelope,
@@ -48,7 +49,6 @@ from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
 from .validation import (
-    OPENAI_RULES,
     bad_value,
     check_model,
     check_num_outputs,
@@ -131,6 +131,7 @@ class Completions:
                 num_choices=choices,
                 stream=body.stream or bool(options.stops),
                 priority=checked_priority(body.priority),
+                cache_salt=chosen_salt(body.cache_salt, body.extra_key),
             )
             async for position, prompt in spaced(enumerate(prompts))
         ]
@@ -270,8 +271,9 @@ class _CompletionAnswer:
         if num_top is None:
             return None
         start = len(self._echo(prompt)) if self._body.echo else 0
+        name = token_namer(self._tokenizer, by_id=self._body.return_tokens_as_token_ids)
         generated = completion_logprobs(
-            self._tokenizer,
+            name,
             delta.token_ids,
             delta.logprobs,
             [start + offset for offset in delta.text_offsets],
@@ -281,7 +283,7 @@ class _CompletionAnswer:
             return generated
         token_ids = self._prompts[prompt].token_ids
         echoed = completion_logprobs(
-            self._tokenizer,
+            name,
             token_ids,
             self._run.info(prompt).prompt_logprobs,
             self._offsets(self._prompts[prompt]),

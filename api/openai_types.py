@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from .fields import GivenSalt
 from .generation import WeightSpan
 
 # ---- requests ---------------------------------------------------------------------------------------
@@ -47,9 +48,12 @@ class OpenAIRequest(msgspec.Struct, kw_only=True):
     no_stop_trim: bool = False  # SGLang's name of the same
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False  # in logprobs: "token_id:5", which no two tokens share
     timeline: bool = False
     return_cached_tokens_details: bool = False
     priority: int = 0
+    cache_salt: GivenSalt | None = None
+    extra_key: GivenSalt | None = None  # SGLang's name of the same
     rid: str | None = None
     request_id: str | None = None  # vLLM's name of the same
 

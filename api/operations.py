@@ -29,11 +29,12 @@ from ..messages.operation import (
 )
 from ..runtime.logs import set_log_level
 from .answers import json_response, outcome
+from .fields import FieldRules, Unsupported
 from .generation import AdminReply
 from .mounting import GET, POST, Operation
 from .openapi import reports
 from .request_log import LEVELS, RequestLog
-from .validation import FieldRules, Limits, bad_value, parse_request, read_object
+from .validation import Limits, bad_value, parse_request, read_object
 
 _FILE_SAFE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _DEFAULT_OUTPUT_DIR = "/tmp"
@@ -90,18 +91,21 @@ class StartProfileRequest(msgspec.Struct, kw_only=True):
     profile_id: str | None = None  # begins the files' names
 
 
-_STATE_RULES = FieldRules(harmless=frozenset())
+_STATE_RULES = FieldRules()
 _LOGGING_RULES = FieldRules(
-    harmless=frozenset(),
-    inert=dict.fromkeys(
+    unsupported=dict.fromkeys(
         ("log_requests_format", "dump_requests_folder", "dump_requests_threshold", "crash_dump_folder"),
-        ("", None),
+        Unsupported("requests are told in the log alone", ("",)),
     ),
 )
-_SLOW_RULES = FieldRules(harmless=frozenset())
+_SLOW_RULES = FieldRules()
 _PROFILE_RULES = FieldRules(
     harmless=frozenset({"profile_prefix"}),
-    inert={"start_step": (0,), "merge_profiles": (True, False), "profile_stages": ([],)},
+    unsupported={
+        "start_step": Unsupported("it begins at once", (0,)),
+        "merge_profiles": Unsupported("a trace is of one process", (True, False)),
+        "profile_stages": Unsupported("`profile_by_stage` tells them apart"),
+    },
 )
 
 

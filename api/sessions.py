@@ -8,12 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .answers import json_response, outcome
+from .fields import FieldRules, Unsupported
 from .generation import Sessions
 from .native_types import CloseSessionRequest, OpenSessionRequest
-from .validation import FieldRules, Limits, bad_value, parse_request, read_object
+from .validation import Limits, bad_value, parse_request, read_object
 
-_OPEN_RULES = FieldRules(harmless=frozenset(), inert={"streaming": (False,)})
-_CLOSE_RULES = FieldRules(harmless=frozenset())
+_OPEN_RULES = FieldRules(unsupported={"streaming": Unsupported("a turn is sent whole")})
+_CLOSE_RULES = FieldRules()
 _ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 

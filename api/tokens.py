@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .answers import json_response
+from .fields import TOKEN_RULES
 from .generation import ModelCard
 from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from .openai_chat import encode_chat
@@ -15,7 +16,6 @@ from .prompts import encode_prompt
 from .slices import SLICE_ENTRIES, SLICE_ITEMS, sliced
 from .tokenization import Tokenizer
 from .validation import (
-    TOKEN_RULES,
     Limits,
     bad_value,
     check_ids,
@@ -33,7 +33,7 @@ class TokenRoutes:
 
     async def tokenize(self, http: Request) -> Response:
         raw = await read_object(http, self.limits)
-        body = parse_request(raw, TokenizeRequest, TOKEN_RULES)
+        body = parse_request(raw, TokenizeRequest, TOKEN_RULES, strict=self.limits.strict_fields)
         check_model(body.model, self.card)
         if (body.prompt is None) == (body.messages is None):
             raise bad_value("prompt", "Give either `prompt` or `messages`.")
@@ -79,7 +79,7 @@ class TokenRoutes:
 
     async def detokenize(self, http: Request) -> Response:
         raw = await read_object(http, self.limits)
-        body = parse_request(raw, DetokenizeRequest, TOKEN_RULES)
+        body = parse_request(raw, DetokenizeRequest, TOKEN_RULES, strict=self.limits.strict_fields)
         check_model(body.model, self.card)
         async for token_ids in sliced(body.tokens, SLICE_ITEMS):
             check_ids(token_ids, self.card, "tokens")

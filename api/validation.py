@@ -1,7 +1,6 @@
 """From a request's body to a GenerateSpec: every bound and every default, in one place.
 
-A field that we do not know, or whose value we cannot honour, is refused by name when it would change the
-answer; only what is known to be harmless is ignored.
+Which fields beyond a request's own are ignored, and which refused, is in fields.py.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from ..messages.sampling import (
 )
 from ..runtime.errors import RequestError
 from .errors import unsupported
+from .fields import FieldRules, tell_ignored
 from .generation import ModelCard
 from .json_slices import JSON_BOUNDS, JsonBounds, JsonTooLargeError, decode_slices
 from .slices import in_slices
@@ -80,6 +80,7 @@ class Limits:
     max_choices: int = 128  # of a prompt
     max_outputs: int = 16_384  # prompts times choices
     max_logprobs: int = 20
+    strict_fields: bool = False  # unknown fields of generating requests are refused, not ignored
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,95 +109,6 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
             else:
                 defaults = msgspec.structs.replace(defaults, **{name: value})
         return defaults
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FieldRules:
-    """Fields beyond a request's own: ``harmless`` whatever they hold, ``inert`` only with these values."""
-
-    harmless: frozenset[str]
-    inert: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    refuse_unknown: bool = True
-
-
-_EMPTY: tuple[object, ...] = ("", [], {}, False)
-
-# Written by routers in front of us, or bookkeeping of the caller's.
-_HARMLESS = frozenset(
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "session_id",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prediction",
-        "include_reasoning",
-        "reasoning_effort",
-        "verbosity",
-        "parallel_tool_calls",
-        "separate_reasoning",
-        "stream_reasoning",
-        "spaces_between_special_tokens",
-        "stream_interval",
-        "bootstrap_host",
-        "bootstrap_port",
-        "bootstrap_room",
-        "log_metrics",
-        "background",
-        "no_logs",
-    }
-)
-OPENAI_RULES = FieldRules(
-    harmless=_HARMLESS,
-    inert={
-        "suffix": ("",),
-        "use_beam_search": (False,),
-        "length_penalty": (1, 1.0),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"],),
-        "lora_path": ("",),
-        "return_hidden_states": (False,),
-        "return_routed_experts": (False,),
-        "echo": (False,),
-        "truncate_prompt_tokens": (-1,),
-        "documents": ([],),
-        "bad_words": ([],),
-        "return_tokens_as_token_ids": (False,),
-        "best_of": (1,),
-    },
-)
-NATIVE_RULES = FieldRules(
-    harmless=_HARMLESS,
-    inert=dict.fromkeys(
-        (
-            "input_embeds",
-            "image_data",
-            "audio_data",
-            "video_data",
-            "lora_path",
-            "return_routed_experts",
-            "return_entropy",
-            "return_bytes",
-            "token_ids_logprob",
-        ),
-        _EMPTY,
-    ),
-    refuse_unknown=False,  # SGLang's clients send fields of many versions
-)
-NATIVE_SAMPLING_RULES = FieldRules(
-    harmless=_HARMLESS,
-    inert=dict.fromkeys(
-        ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params"), _EMPTY
-    ),
-)
-TOKEN_RULES = FieldRules(harmless=_HARMLESS)
 
 
 # ---- bodies -----------------------------------------------------------------------------------------
@@ -253,8 +165,11 @@ def _too_large(message: str) -> RequestError:
     return RequestError(message, status=413, code="body_too_large")
 
 
-def parse_request(value: Mapping[str, Any], request_type: type[S], rules: FieldRules) -> S:
-    """`value` as a `request_type`. Raises RequestError that names the field."""
+def parse_request(
+    value: Mapping[str, Any], request_type: type[S], rules: FieldRules, *, strict: bool = True
+) -> S:
+    """`value` as a `request_type`. Raises RequestError that names the field. `strict`: unknown fields are
+    refused, also where the rules would have them ignored."""
     own_fields = request_type.__struct_fields__
     given: dict[str, Any] = {}
     for name, content in value.items():
@@ -262,11 +177,13 @@ def parse_request(value: Mapping[str, Any], request_type: type[S], rules: FieldR
             continue
         if name in own_fields:
             given[name] = _without_nulls(content)
-        elif name in rules.inert:
-            if content not in rules.inert[name]:
-                raise unsupported(name)
-        elif rules.refuse_unknown and name not in rules.harmless:
-            raise unsupported(name, "unknown field")
+        elif (known := rules.unsupported.get(name)) is not None:
+            if content not in known.inert:
+                raise unsupported(name, known.reason)
+        elif name not in rules.harmless:
+            if strict or rules.refuse_unknown:
+                raise unsupported(name, "unknown field")
+            tell_ignored(name)
     try:
         return msgspec.convert(given, request_type)
     except msgspec.ValidationError as error:
@@ -307,13 +224,13 @@ def bad_type(param: str, message: str) -> RequestError:
 
 
 def check_model(model: str | None, card: ModelCard) -> None:
-    if model and model != card.name:
+    if model and model not in card.names:
         raise model_not_found(model, card)
 
 
 def model_not_found(model: str, card: ModelCard) -> RequestError:
     return RequestError(
-        f"The model `{model}` does not exist; this server has `{card.name}`.",
+        f"The model `{model}` does not exist; this server has {' and '.join(f'`{n}`' for n in card.names)}.",
         status=404,
         param="model",
         code="model_not_found",

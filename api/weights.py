@@ -33,10 +33,11 @@ from ..messages.weights import (
 )
 from ..runtime.errors import RequestError
 from .answers import Outcome, json_response, outcome
+from .fields import FieldRules, Unsupported
 from .generation import AdminReply, GroupReply, UpdateMode
 from .mounting import GET, POST, Operation
 from .openapi import Bodies, reports
-from .validation import FieldRules, Limits, bad_value, parse_request, read_object
+from .validation import Limits, bad_value, parse_request, read_object
 
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself says
 _FORMAT = (
@@ -107,6 +108,22 @@ class PeerRequest(msgspec.Struct, kw_only=True):
     force: bool = False
 
 
+class UpdateVersionRequest(msgspec.Struct, kw_only=True):
+    """The weights that serve get another name. Running requests end at once, as with SGLang, unless
+    ``abort_all_requests`` is false or ``mode`` says otherwise."""
+
+    new_version: Annotated[Name, Meta(min_length=1)]
+    abort_all_requests: bool = True
+    mode: str | None = None
+    force: bool = False
+
+
+class UpdateVersionAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    success: bool
+    message: str
+    new_version: str
+
+
 class InitGroupRequest(msgspec.Struct, kw_only=True):
     """Nodes become ranks from ``rank_offset`` on of a process group whose rank 0 listens at the master's."""
 
@@ -166,11 +183,15 @@ class CheckWeightsAnswer(msgspec.Struct, frozen=True, kw_only=True):
 # Fields that SGLang's clients send along and that have no bearing here.
 WEIGHT_RULES = FieldRules(
     harmless=frozenset({"load_format", "flush_cache", "is_async", "torch_empty_cache", "token_step"}),
-    inert={"keep_pause": (False,), "recapture_cuda_graph": (False,), "manifest": ({},)},
+    unsupported={
+        "keep_pause": Unsupported("a pause is ended by who began it"),
+        "recapture_cuda_graph": Unsupported("there are no graphs"),
+        "manifest": Unsupported("the folder says what it holds"),
+    },
 )
 DISTRIBUTED_RULES = FieldRules(harmless=frozenset({"flush_cache", "torch_empty_cache"}))
-_NO_RULES = FieldRules(harmless=frozenset())
-_SHARDED_RULES = FieldRules(harmless=frozenset(), inert={"pattern": ("",)})
+_NO_RULES = FieldRules()
+_SHARDED_RULES = FieldRules(unsupported={"pattern": Unsupported("files are named as checkpoints are")})
 _MODES: dict[str, UpdateMode] = {"wait": "wait", "abort": "abort", "retract": "retract", "keep": "retract"}
 _NO_MIX = " (`in_place` would go on with a KV cache that other weights computed.)"
 _FLAGS = {"": True, "1": True, "true": True, "0": False, "false": False}
@@ -201,6 +222,10 @@ class WeightAdmin(Protocol):
         self, peer_url: str, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         """From the weights that the node at this URL serves; without a version of its own with theirs."""
+        ...
+
+    async def update_weight_version(self, weight_version: str, mode: UpdateMode) -> AdminReply:
+        """The weights stay as they are."""
         ...
 
     async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
@@ -329,6 +354,19 @@ class WeightRoutes:
         reply = await self._admin.update_weights_from_peer(body.peer.rstrip("/"), body.weight_version, mode)
         return outcome(reply.success, reply.message)
 
+    async def update_version(self, http: Request) -> Response:
+        raw = await read_object(http, self._limits)
+        body = parse_request(raw, UpdateVersionRequest, _NO_RULES)
+        given = "abort" if body.abort_all_requests else "wait"
+        mode = _mode(given if body.mode is None else body.mode, aborts=False)
+        if not self._may_update(force=body.force):
+            return _one_node()
+        reply = await self._admin.update_weight_version(body.new_version, mode)
+        answer = UpdateVersionAnswer(
+            success=reply.success, message=reply.message, new_version=body.new_version
+        )
+        return json_response(answer, 200 if reply.success else 400)
+
     async def save_sharded(self, http: Request) -> Response:
         raw = await read_object(http, self._limits)
         body = parse_request(raw, SaveShardedRequest, _SHARDED_RULES)
@@ -427,6 +465,7 @@ def weight_operations(routes: WeightRoutes) -> list[Operation]:
         ("/update_weights_from_distributed", routes.update_from_distributed, reports(DistributedRequest)),
         ("/update_weights_from_ipc", routes.update_from_ipc, reports(IpcRequest)),
         ("/update_weights_from_peer", routes.update_from_peer, reports(PeerRequest)),
+        ("/update_weight_version", routes.update_version, reports(UpdateVersionRequest, UpdateVersionAnswer)),
         ("/init_weights_update_group", routes.init_group, reports(InitGroupRequest, InitGroupAnswer)),
         ("/destroy_weights_update_group", routes.destroy_group, reports(DestroyGroupRequest)),
         ("/save_sharded_model", routes.save_sharded, reports(SaveShardedRequest)),

@@ -76,7 +76,7 @@ from .saved_model import save_model, upload_model
 from .weight_images import WeightImage
 from .weight_inbox import Inboxes
 from .weight_outbox import WeightOutbox
-from .weight_updater import LoadFolder, LoadOrder, LoadTensors, Prepared, Sums, TensorHead
+from .weight_updater import LoadFolder, LoadOrder, LoadServed, LoadTensors, Prepared, Sums, TensorHead
 from .whole_tensors import gather_tensors
 
 _log = logging.getLogger(__name__)
@@ -236,6 +236,8 @@ class Node:
                 return load_replacement(paths, model.config, self.layout.dtype, self.shard)
             case LoadTensors(file, source, fingerprint):
                 return updated_model(file, model, source, self.shard, fingerprint)
+            case LoadServed():
+                return model
             case _:
                 assert_never(order)
 
@@ -388,7 +390,7 @@ def start_node(
         role=config.role,
         incarnation=incarnation,
         zmq_address=zmq_address,
-        model_name=config.served_model_name,
+        model_name=config.served_model_name[0],
         model_fingerprint=model.fingerprint,
         weight_version=INITIAL_WEIGHT_VERSION,
         colocated=config.colocated,
@@ -404,7 +406,7 @@ def start_node(
     )
     model_info = _model_info(config, model, max_model_len, dtype)
     status = NodeStatus(entry, model_info, config, layout, backend.transport, rank_infos)
-    metrics = MetricsReporter(config.served_model_name, config.role, config.metrics_compat)
+    metrics = MetricsReporter(config.served_model_name[0], config.role, config.metrics_compat)
     metrics.include_process()
     kind = TransferKind(backend.name, backend.transport)
     puller = WeightPuller(
@@ -629,7 +631,7 @@ def _weight_bytes(config: ModelConfig, dtype: str) -> int:
 
 def _model_info(config: NodeConfig, model: LoadedModel, max_model_len: int, dtype: str) -> ModelInfo:
     return ModelInfo(
-        model_name=config.served_model_name,
+        model_name=config.served_model_name[0],
         model_path=str(model.path),
         model_type=model.config.family,
         architectures=(model.config.architecture,),

@@ -11,8 +11,8 @@ Life of a prompt's pages:
 The tree is one reader of each of its pages (see page_allocator). A node is a run of pages (path compression)
 and is split where a match or an insertion parts from it. A lock counts on every node up to the root, so
 whatever a locked node needs is locked too. So does a pin, which keeps pages that nobody reads: they are there
-for who asks, once they are unpinned. Prefixes are kept apart by `namespace`: the weight version, and
-whatever else makes equal tokens give different KV.
+for who asks, once they are unpinned. Prefixes are kept apart by `namespace`: a client's salt, and whatever
+else is to keep requests of equal tokens from sharing pages.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from ..messages.ranks import (
     FillTensors,
     FreezeRankGc,
     FromRank,
+    KeepShard,
     LoadShard,
     MoveMemory,
     PoisonPages,
@@ -62,7 +63,7 @@ from ..runtime.process import end, obituary, spawn, wait_or_kill
 from ..runtime.waiting import Waiter
 from ..transfer.backends.rank import RankMover
 from .hang_watch import HangWatch
-from .weight_updater import LoadFolder, LoadOrder, LoadTensors
+from .weight_updater import LoadFolder, LoadOrder, LoadServed, LoadTensors
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -236,6 +237,8 @@ class RankGroup:
                 return self._call(lambda call_id: LoadShard(call_id=call_id, model_path=str(path)))
             case LoadTensors(file, source):
                 return self._call(lambda call_id: UpdateShard(call_id=call_id, file=str(file), source=source))
+            case LoadServed():
+                return self._call(lambda call_id: KeepShard(call_id=call_id))
             case _:
                 assert_never(order)
 

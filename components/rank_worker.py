@@ -37,6 +37,7 @@ from ..messages.ranks import (
     DropShard,
     FillTensors,
     FreezeRankGc,
+    KeepShard,
     LeaveRegion,
     LoadShard,
     MeetRegion,
@@ -190,6 +191,9 @@ class RankWorker:
             case LoadShard():
                 self._loaded, path, weights = None, Path(message.model_path), self._weights
                 self._start(message.call_id, lambda: self._load_beside(message.call_id, path, weights))
+            case KeepShard():
+                self._loaded = self._weights
+                self._pipe.send(RankDone(call_id=message.call_id))
             case UpdateShard():
                 self._loaded, weights = None, self._weights
                 self._start(message.call_id, lambda: self._update_beside(message, weights))

@@ -24,6 +24,7 @@ from ..messages.weights import (
     FromGpuMemory,
     FromGroup,
     FromPeer,
+    FromServed,
     FromSharedMemory,
     FromTensors,
     GetWeights,
@@ -71,7 +72,12 @@ class LoadTensors:
     fingerprint: str = ""  # of them, where it does not follow from the file
 
 
-LoadOrder: TypeAlias = LoadFolder | LoadTensors
+@dataclass(frozen=True, slots=True)
+class LoadServed:
+    """Nothing: those that serve go on, under another version."""
+
+
+LoadOrder: TypeAlias = LoadFolder | LoadTensors | LoadServed
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +239,8 @@ class WeightUpdater(Generic[C]):
                 if not file.is_file():
                     return _no(link, message, f"there is no file {file} on this node's host")
                 order = LoadTensors(file, _told(message.source))
+            case FromServed():
+                order = LoadServed()
             case FromGroup() as group:
                 self._receive(link, message, lambda: self._groups.receive(group))
                 return None
@@ -469,6 +477,8 @@ def _told(source: WeightSource) -> str:
             return f"an update from memory of GPU {device}"
         case FromPeer(zmq_address=address):
             return f"the weights of {address}"
+        case FromServed():
+            return "the weights that serve"
         case _:
             assert_never(source)
 

@@ -75,7 +75,9 @@ class RequestPages:
         """The cached prefix of a waiting request's prompt, not locked. Looked up when the cache changed."""
         if request.match is None or request.match_generation != self._cache.generation:
             limit = request.reusable_tokens if self._keeps_prefixes else 0
-            request.match = self._cache.match(request.prefill_ids, max_tokens=limit)
+            request.match = self._cache.match(
+                request.prefill_ids, max_tokens=limit, namespace=self._namespace(request)
+            )
             request.match_generation = self._cache.generation
         return request.match
 
@@ -194,7 +196,7 @@ class RequestPages:
 
     def _namespace(self, request: DecodeRequest) -> str:
         """Choices of one request share pages also where requests do not."""
-        return "" if self._keeps_prefixes else repr(request.key)
+        return request.message.cache_salt if self._keeps_prefixes else repr(request.key)
 
     def make_room(self, sequence: Sequence) -> bool:
         """The KV of the sequence's last token is about to be written: have a page for it.
@@ -243,7 +245,12 @@ class RequestPages:
         sequence.growth = sequence.promised = 0
         num_computed = request.num_computed(sequence)
         if sequence.pages and self._keeps_prefixes:
-            kept = self._cache.insert(sequence.token_ids[:num_computed], sequence.pages, sequence.owner).match
+            kept = self._cache.insert(
+                sequence.token_ids[:num_computed],
+                sequence.pages,
+                sequence.owner,
+                self._namespace(request),
+            ).match
             if request.message.session_id and kept.pages:
                 self._pins.hold(request.message.session_id, kept, request.message.session_timeout_s)
         self._allocator.free_private(sequence.owner)

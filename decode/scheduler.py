@@ -552,6 +552,7 @@ class DecodeScheduler:
             deadline_s=request.deadline_s - now,
             now=now,
             digest_pages=digest_pages,
+            cache_salt=message.cache_salt,
         )
         self.by_room[request.room] = request
         request.enter(RequestState.HANDOFF, now)

@@ -45,6 +45,7 @@ Path: TypeAlias = Annotated[str, Meta(max_length=4096, pattern=_NO_NUL)]
 FileName: TypeAlias = Annotated[str, Meta(max_length=255, pattern=r"\A(?!\.{1,2}\Z)[^/\x00]+\Z")]
 # Of a scheduler's socket.
 ZmqAddress: TypeAlias = Annotated[str, Meta(max_length=1024, pattern=r"\Atcp://[^\x00-\x20/]+\Z")]
+CacheSalt: TypeAlias = Annotated[str, Meta(max_length=1024)]  # what a client tells its prefixes apart by
 Text: TypeAlias = Annotated[str, Meta(max_length=1 << 20)]  # for a person
 Page: TypeAlias = Annotated[str, Meta(max_length=1 << 26)]  # of metrics
 Blob: TypeAlias = Annotated[bytes, Meta(max_length=2**32 - 1)]  # as much as msgpack takes

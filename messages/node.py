@@ -14,6 +14,7 @@ from msgspec import Meta
 from .bounds import (
     MAX_TOKENS,
     Blob,
+    CacheSalt,
     Choice,
     Choices,
     Count,
@@ -156,6 +157,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate")
     stream_interval: Count = 1  # tokens per TokenOutput; 0: one at the end
     priority: Priority = 0
     num_prefill_tokens_ahead: Count = 0  # that the prefill node computes before the first token; 0: unknown
+    cache_salt: CacheSalt = ""  # prefixes are shared only with requests of the same one
     session_id: Name = ""  # whose pages stay here when it ends, for as long as nobody needs them
     session_timeout_s: Seconds = 0.0  # or the session is idle for so long
     was_retracted: bool = False  # an earlier attempt was: all pages it can need are reserved before this one

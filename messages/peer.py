@@ -14,6 +14,7 @@ from msgspec import Meta
 from .bounds import (
     MAX_PAGES,
     Blob,
+    CacheSalt,
     Choice,
     Choices,
     Count,
@@ -34,7 +35,7 @@ from .node import FailureCode
 from .sampling import PromptLogprobs, SamplingParams, TokenLogprob
 from .timeline import Spans
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class RoomId(msgspec.Struct, frozen=True, array_like=True):
@@ -101,6 +102,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_req
     weight_version: Name
     deadline_s: Seconds  # remaining seconds
     digest_pages: Pages = ()  # indices into dest_pages: HandoffDone carries a digest of each
+    cache_salt: CacheSalt = ""  # prefixes are shared only with requests of the same one
 
 
 class AbortRoom(msgspec.Struct, frozen=True, kw_only=True, tag="abort_room"):

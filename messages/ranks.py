@@ -67,6 +67,12 @@ class LoadShard(msgspec.Struct, frozen=True, kw_only=True, tag="load_shard"):
     model_path: Path
 
 
+class KeepShard(msgspec.Struct, frozen=True, kw_only=True, tag="keep_shard"):
+    """Hold the weights that serve for the next swap."""
+
+    call_id: Number
+
+
 class UpdateShard(msgspec.Struct, frozen=True, kw_only=True, tag="update_shard"):
     """Make new weights of those that serve and the tensors of a safetensors file, beside them."""
 
@@ -155,6 +161,7 @@ ToRank: TypeAlias = (
     | CopyPages
     | PoisonPages
     | LoadShard
+    | KeepShard
     | UpdateShard
     | CheckShard
     | FillTensors

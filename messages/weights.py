@@ -118,7 +118,13 @@ class FromPeer(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
     fingerprint: Name = ""
 
 
-WeightSource: TypeAlias = FromDisk | FromTensors | FromGroup | FromSharedMemory | FromGpuMemory | FromPeer
+class FromServed(msgspec.Struct, frozen=True, kw_only=True, tag="served"):
+    """The weights that serve already: what changes is their version."""
+
+
+WeightSource: TypeAlias = (
+    FromDisk | FromTensors | FromGroup | FromSharedMemory | FromGpuMemory | FromPeer | FromServed
+)
 
 
 _OF_ONE_NODE = "node-"

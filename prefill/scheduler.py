@@ -349,7 +349,9 @@ class PrefillScheduler:
         """Locks the cached prefix and allocates the rest; all or nothing."""
         cached: list[int] = []
         if self.cache is not None:
-            job.match = self.cache.match(job.token_ids, max_tokens=job.reusable_tokens)
+            job.match = self.cache.match(
+                job.token_ids, max_tokens=job.reusable_tokens, namespace=job.message.cache_salt
+            )
             self.cache.lock(job.match)
             cached = job.match.pages
             num_missing = num_pages - len(cached) - self.allocator.num_free
@@ -478,7 +480,7 @@ class PrefillScheduler:
         if self.cache is None:
             return
         before = job.match
-        job.match = self.cache.insert(job.token_ids, job.pages, job.room).match
+        job.match = self.cache.insert(job.token_ids, job.pages, job.room, job.message.cache_salt).match
         self.cache.lock(job.match)
         if before is not None:
             self.cache.unlock(before)

@@ -161,13 +161,16 @@ class RequestRecord:
 
     def page_hashes(self, page_size: int) -> list[int]:
         if page_size not in self._page_hashes:
-            self._page_hashes[page_size] = page_hashes(self.spec.prompt_ids, page_size)
+            self._page_hashes[page_size] = page_hashes(
+                self.spec.prompt_ids, page_size, salt=self.spec.cache_salt
+            )
         return self._page_hashes[page_size]
 
     def answer_hashes(self, choice: int, page_size: int) -> list[int]:
         """Of the prompt with what a choice has generated: what the decode node holds in the end."""
         token_ids = (*self.spec.prompt_ids, *self.choices[choice].kept_ids)
-        return page_hashes(token_ids, page_size, known=self.page_hashes(page_size))
+        known = self.page_hashes(page_size)
+        return page_hashes(token_ids, page_size, known=known, salt=self.spec.cache_salt)
 
     def num_usable_cached(self, num_cached_tokens: int) -> int:
         """Prompt logprobs and hidden states are wanted of positions that must then be computed."""
@@ -222,6 +225,7 @@ class RequestRecord:
             deadline_s=max(0.0, self.deadline - now),
             stream_interval=stream_interval,
             priority=self.spec.priority,
+            cache_salt=self.spec.cache_salt,
             num_prefill_tokens_ahead=attempt.num_tokens_ahead,
             session_id="" if session is None else session.session_id,
             session_timeout_s=0.0 if session is None else session.idle_timeout_s,

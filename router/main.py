@@ -20,7 +20,7 @@ from ..api.request_log import RequestLog
 from ..api.server import serve
 from ..api.timelines import Timelines
 from ..api.tokenization import Tokenizer
-from ..api.validation import GenerationDefaults
+from ..api.validation import GenerationDefaults, Limits
 from ..engine.model_config import read_vocabulary_digest
 from ..engine.model_paths import ModelPaths
 from ..messages.link_guard import LinkKeys
@@ -114,6 +114,7 @@ async def _serve(
         root_path=config.root_path,
         allowed_origins=config.allowed_origins,
         seed=config.seed,
+        limits=Limits(strict_fields=config.strict_fields),
     )
     await service.start()
     _log.info("%s serves %s", http_url(config.host, listeners[0], config.tls.scheme), card.name)
@@ -146,7 +147,7 @@ def _model_card(config: RouterConfig, paths: ModelPaths) -> ModelCard:
             f"--max-model-len {max_model_len}: the model was made for at most {model.max_model_len} tokens"
         )
     return ModelCard(
-        name=config.served_model_name,
+        name=config.served_model_name[0],
         path=str(paths.model),
         model_type=model.family,
         architectures=(model.architecture,),
@@ -155,4 +156,6 @@ def _model_card(config: RouterConfig, paths: ModelPaths) -> ModelCard:
         eos_token_ids=model.eos_token_ids,
         created=int(time.time()),
         vocabulary_digest=read_vocabulary_digest(paths.tokenizer_folder),
+        aliases=config.served_model_name[1:],
+        embedding_size=model.hidden_size,
     )

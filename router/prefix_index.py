@@ -8,13 +8,15 @@ from collections.abc import Sequence
 DEFAULT_MAX_PAGES = 65_536
 
 
-def page_hashes(token_ids: Sequence[int], page_size: int, known: Sequence[int] = ()) -> list[int]:
-    """One hash per full page, of everything up to its end: equal hashes mean equal prefixes.
+def page_hashes(
+    token_ids: Sequence[int], page_size: int, known: Sequence[int] = (), salt: str = ""
+) -> list[int]:
+    """One hash per full page, of everything up to its end: equal hashes mean equal prefixes of equal salts.
 
     ``known``: those of the first pages, where they were computed before.
     """
     hashes = list(known)
-    chained = hashes[-1] if hashes else 0
+    chained = hashes[-1] if hashes else hash(salt)
     for end in range((len(hashes) + 1) * page_size, len(token_ids) + 1, page_size):
         chained = hash((chained, *token_ids[end - page_size : end]))
         hashes.append(chained)

@@ -29,6 +29,7 @@ from ..messages.weights import (
     FromGpuMemory,
     FromGroup,
     FromPeer,
+    FromServed,
     FromSharedMemory,
     FromTensors,
     KeepWeights,
@@ -137,6 +138,9 @@ class WeightUpdates:
             return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
         source = FromPeer(zmq_address=entry.zmq_address)
         return await self._update_alone(source, weight_version or entry.weight_version, mode)
+
+    async def update_weight_version(self, weight_version: str, mode: UpdateMode) -> AdminReply:
+        return await self._update_alone(FromServed(), weight_version, mode)
 
     async def _update_alone(self, source: WeightSource, weight_version: str, mode: UpdateMode) -> AdminReply:
         """From what every node can reach by itself."""

@@ -66,8 +66,9 @@ FLAGS: tuple[Flag, ...] = (
               "vllm: none, or the folder of another one"),
     Flag(names=("--load-format",), roles=_NODES, default="auto", choices=("auto", "safetensors", "dummy"),
          help="of the weights; dummy: random ones, to measure speed without a checkpoint's"),
-    Flag(names=("--served-model-name",), roles=_ALL,
-         help="name that clients ask for (default: the path as given)"),
+    Flag(names=("--served-model-name",), roles=_ALL, repeatable=True, takes_several=True, default=(),
+         metavar="NAME",
+         help="names that clients may ask for; answers show the first (default: the path as given)"),
     Flag(names=("--host",), roles=_ALL, default="127.0.0.1", help="address to listen on"),
     Flag(names=("--port",), roles=_ALL, kind=int,
          help="HTTP port (default: router 8000, prefill 8100, decode 8200, or the next free one)"),
@@ -185,6 +186,8 @@ FLAGS: tuple[Flag, ...] = (
          help="path of a Unix socket to listen on as well: nodes still come by --host and --port"),
     Flag(names=("--metrics-compat",), roles=_ALL, default="none", choices=METRICS_COMPATS,
          help="another server's names that /metrics has beside its own"),
+    Flag(names=("--strict-fields",), roles=_ROUTER, kind=bool, default=False,
+         help="refuse requests with unknown fields (default: ignore these and say so once a name)"),
     Flag(names=("--log-requests", "--enable-log-requests"), roles=_ROUTER, kind=bool, default=False,
          help="a line in the log when a request comes and when it ends"),
     Flag(names=("--log-requests-level",), roles=_ROUTER, kind=int, default=2,
@@ -206,7 +209,7 @@ class RouterConfig:
     tokenizer: str
     chat_template: str
     generation_config: str
-    served_model_name: str
+    served_model_name: tuple[str, ...]  # the first is shown in answers
     host: str
     port: int | None  # None: the role's own, or the next free one
     api_key: tuple[str, ...]
@@ -234,6 +237,7 @@ class RouterConfig:
     root_path: str
     uds: str
     metrics_compat: MetricsCompat
+    strict_fields: bool
     log_requests: bool
     log_requests_level: int
     log_level: str
@@ -260,7 +264,7 @@ class NodeConfig:
     tokenizer: str
     generation_config: str
     load_format: str
-    served_model_name: str
+    served_model_name: tuple[str, ...]
     host: str
     port: int | None  # None: the role's own, or the next free one
     advertise_host: str
@@ -344,6 +348,8 @@ def resolve(role: ProcessRole, given: Mapping[str, Any]) -> dict[str, Any]:
             both = f"{given['model_positional']!r} and --model {given['model']!r}"
             raise StartupError(f"two models were given, {both}; give one")
         values["model"] = given["model_positional"]
+    elif "model" not in given:
+        _check_names(given.get("served_model_name", ()))
     for flag in FLAGS:
         if flag.repeatable and flag.field in values:
             value = values[flag.field]
@@ -352,6 +358,14 @@ def resolve(role: ProcessRole, given: Mapping[str, Any]) -> dict[str, Any]:
     _check(values)
     values[FOREIGN_FIELD] = (*foreign, *given.get(FOREIGN_FIELD, ()))
     return values
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises StartupError where the last of several names is a checkpoint's folder: somebody meant MODEL."""
+    if len(names) > 1 and (Path(names[-1]).expanduser() / "config.json").is_file():
+        raise StartupError(
+            f"--served-model-name takes {names[-1]} for one more name; give MODEL before it, or by --model"
+        )
 
 
 def _from_json_lists(flag: Flag, items: Sequence[str]) -> tuple[str, ...]:
@@ -395,6 +409,8 @@ def _check(values: Mapping[str, Any]) -> None:
         raise StartupError(f"--session-cache-fraction {values['session_cache_fraction']}: 0 to 1 is expected")
     if not 0 <= (values.get("log_requests_level") or 0) <= 3:
         raise StartupError(f"--log-requests-level {values['log_requests_level']}: 0 to 3 is expected")
+    if "" in (values.get("served_model_name") or ()):
+        raise StartupError("--served-model-name is empty; give a name, or leave the flag out")
     if values.get("host") == "":
         raise StartupError("--host is empty; give an address, such as 127.0.0.1 or 0.0.0.0")
     for key in values.get("api_key") or ():
@@ -491,7 +507,7 @@ def _filled(
     ).check()
     is_shipped = values["model"] == str(SHIPPED_MODEL)
     path_as_given = SHIPPED_MODEL.name if is_shipped else values["model"]
-    filled["served_model_name"] = values["served_model_name"] or path_as_given
+    filled["served_model_name"] = tuple(dict.fromkeys(values["served_model_name"])) or (path_as_given,)
     names = {field.name for field in fields(config_type)}
     return {name: value for name, value in filled.items() if name in names}
 

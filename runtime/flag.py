@@ -28,6 +28,7 @@ class Flag:
     repeatable: bool = False
     positional: bool = False
     takes_json_list: bool = False  # of a repeatable one, as vLLM writes it
+    takes_several: bool = False  # of a repeatable one: values up to the next flag
     takes_suffix: bool = False  # of an int: 32k is 32000, 32K is 32768
     metavar: str = ""  # S, N, X or URL where empty
 
@@ -76,7 +77,9 @@ class Flag:
             else:
                 usual = {int: "N", float: "X"}.get(self.kind, "URL" if self.repeatable else "S")
                 options["metavar"] = self.metavar or usual
-            if self.repeatable:
+            if self.takes_several:
+                options |= {"action": "extend", "nargs": "+"}
+            elif self.repeatable:
                 options["action"] = "append"
         parser.add_argument(*self.names, **options)
         if self.positional:

@@ -315,6 +315,7 @@ class DecodeRooms:
         deadline_s: float,
         now: float,
         digest_pages: tuple[int, ...] = (),
+        cache_salt: str = "",
     ) -> tuple[RoomId, list[DecodeAction]]:
         """Asks a ready peer to prefill into reserved pages.
 
@@ -349,6 +350,7 @@ class DecodeRooms:
             weight_version=self._identity.weight_version,
             deadline_s=deadline_s,
             digest_pages=digest_pages,
+            cache_salt=cache_salt,
         )
         return room_id, [SendToPrefill(address, request)]
 

@@ -29,7 +29,16 @@ from ...components.staged_weights import StagedFile
 from ...components.update_groups import Group, UpdateGroups
 from ...components.weight_images import WeightImage, WeightImages
 from ...components.weight_outbox import WeightOutbox
-from ...components.weight_updater import LoadFolder, LoadOrder, Prepared, Sums, TensorHead, WeightUpdater
+from ...components.weight_updater import (
+    LoadFolder,
+    LoadOrder,
+    LoadServed,
+    LoadTensors,
+    Prepared,
+    Sums,
+    TensorHead,
+    WeightUpdater,
+)
 from ...decode.batching import DecodeRow
 from ...decode.death_probe import DeathProbe
 from ...decode.growth_estimate import GrowthEstimate
@@ -100,7 +109,13 @@ class FakeStore:
 
     def load(self, order: LoadOrder) -> Callable[[], FakeCheckpoint]:
         def job() -> FakeCheckpoint:
-            path = order.path if isinstance(order, LoadFolder) else Path(order.file.read_text())
+            match order:
+                case LoadFolder(path):
+                    pass
+                case LoadTensors(file=file):
+                    path = Path(file.read_text())
+                case LoadServed():
+                    path = Path(self._served())
             if path.name.startswith("wrong"):
                 raise StartupError(f"{path} cannot replace the model that is served")
             return FakeCheckpoint(path, f"print of {path.name}")

@@ -88,4 +88,9 @@ def test_what_two_ranks_serve_is_read_saved_and_pulled_as_a_whole(
     ask(url, "/update_weights_from_peer", peer=decode, weight_version="v5")  # decode pulls from itself
     assert sums(unequal) == expected
     assert greedy_ids(url, PROMPT, 12) == ids
+
+    ask(url, "/update_weight_version", new_version="v6")
+    assert {worker["weight_version"] for worker in unequal.workers()} == {"v6"}
+    assert sums(unequal) == expected
+    assert greedy_ids(url, PROMPT, 12) == ids
     unequal.wait_idle(timeout_s=15.0)

@@ -107,6 +107,11 @@ def test_every_answer_names_its_weights(updatable: LocalCluster, perturbed: Path
     assert updatable.get("/server_info")["weight_version"] == "step-7"
     assert {worker["weight_version"] for worker in updatable.workers()} == {"step-7"}
 
+    ids = greedy_ids(updatable.url, PROMPT, 8)
+    assert updatable.post("/update_weight_version", {"new_version": "step-7b"})["new_version"] == "step-7b"
+    assert updatable.post(COMPLETIONS, {"prompt": "def", **small})["weight_version"] == "step-7b"
+    assert greedy_ids(updatable.url, PROMPT, 8) == ids
+
 
 def test_running_streams_end_on_their_weights_and_new_requests_wait(
     updatable: LocalCluster, perturbed: Path

@@ -287,7 +287,7 @@ def test_up_looks_names_on_the_hub_up_once(monkeypatch: pytest.MonkeyPatch, tmp_
     for child in children(monkeypatch, "some/Model", *arguments):
         given = values(child)
         assert (given["model"], given["tokenizer"]) == ("/cache/some/Model", "/cache/some/Tokenizer")
-        assert given["served_model_name"] == "some/Model"
+        assert given["served_model_name"] == ["some/Model"]
         assert "model_positional" not in given
     cache = str(tmp_path)
     assert asked == [("some/Model", "v1", cache, True), ("some/Tokenizer", "v1", cache, False)]

@@ -73,6 +73,8 @@ def card(tokenizer: Tokenizer) -> ModelCard:
         max_model_len=256,
         eos_token_ids=(2,),
         created=1_700_000_000,
+        aliases=("tiny", "tiny-lora"),
+        embedding_size=4,
     )
 
 

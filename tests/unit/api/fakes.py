@@ -229,6 +229,10 @@ class FakeAdmin:
         self.calls.append(("update peer", peer_url, weight_version, mode))
         return self.reply
 
+    async def update_weight_version(self, weight_version: str, mode: UpdateMode) -> AdminReply:
+        self.calls.append(("update version", weight_version, mode))
+        return self.reply
+
     async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
         self.calls.append(("save", target, is_remote, max_shard_bytes))
         return self.reply

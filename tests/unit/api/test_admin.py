@@ -42,7 +42,7 @@ async def test_models(api: Api) -> None:
     assert models["object"] == "list"
     assert models["data"] == [
         {
-            "id": "org/tiny",
+            "id": name,
             "object": "model",
             "created": 1_700_000_000,
             "owned_by": "pdserve",
@@ -50,6 +50,7 @@ async def test_models(api: Api) -> None:
             "parent": None,
             "max_model_len": 256,
         }
+        for name in ("org/tiny", "tiny", "tiny-lora")
     ]
     assert (await api.get("/v1/models/org/tiny"))[1] == models["data"][0]
     assert (await api.get("/v1/models/org%2Ftiny"))[1] == models["data"][0]

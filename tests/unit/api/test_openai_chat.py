@@ -107,10 +107,27 @@ async def test_the_openai_client_sees_errors(api: Api, client: openai.AsyncOpenA
     assert "".join(received) == " quick brown"
 
 
-async def test_the_openai_client_lists_models(client: openai.AsyncOpenAI) -> None:
+async def test_m_the_openai_client_lists_models_and_uses_any_name(client: openai.AsyncOpenAI) -> None:
     models = [model async for model in client.models.list()]
-    assert [model.id for model in models] == ["org/tiny"]
+    assert [model.id for model in models] == ["org/tiny", "tiny", "tiny-lora"]
     assert (await client.models.retrieve("org/tiny")).id == "org/tiny"
+    assert (await client.models.retrieve("tiny")).id == "tiny"
+    answer = await client.chat.completions.create(model="tiny-lora", messages=HI)
+    assert answer.model == "org/tiny", "answers show the first"
+
+
+async def test_logprobs_may_name_tokens_by_their_ids(api: Api) -> None:
+    body = {"messages": HI, "logprobs": True, "top_logprobs": 2, "return_tokens_as_token_ids": True}
+    _, answer = await api.post(PATH, body)
+    first = answer["choices"][0]["logprobs"]["content"][0]
+    token_id = api.generator.token_ids[0]
+    assert (first["token"], bytes(first["bytes"])) == (f"token_id:{token_id}", b" quick")
+    assert [top["token"] for top in first["top_logprobs"]] == [f"token_id:{token_id + 1}", first["token"]]
+    body = {"prompt": [7], "logprobs": 1, "echo": True, "return_tokens_as_token_ids": True}
+    _, answer = await api.post("/v1/completions", body)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"][:2] == ["token_id:7", f"token_id:{token_id}"]
+    assert logprobs["top_logprobs"][1] == {f"token_id:{token_id + 1}": -0.5, f"token_id:{token_id}": -1.0}
 
 
 @pytest.mark.parametrize("n", [1, 2])

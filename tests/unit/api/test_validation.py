@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from starlette.requests import Request
 
+from pdserve.api.fields import TOKEN_RULES
 from pdserve.api.generation import ModelCard
 from pdserve.api.validation import (
-    TOKEN_RULES,
     BodyMemory,
     GenerationDefaults,
     Limits,

@@ -288,6 +288,32 @@ async def test_saving(api: Api) -> None:
     )
 
 
+async def test_the_version_alone(api: Api) -> None:
+    """SGLang's route, whose default ends running requests."""
+    path = "/update_weight_version"
+    assert await api.post(path, {"new_version": "step-8"}) == (
+        200,
+        {"success": True, "message": "done", "new_version": "step-8"},
+    )
+    for fields in ({"abort_all_requests": False}, {"mode": "retract"}):
+        assert (await api.post(path, {"new_version": "9", **fields}))[0] == 200
+    assert api.admin.calls == [
+        ("update version", "step-8", "abort"),
+        ("update version", "9", "wait"),
+        ("update version", "9", "retract"),
+    ]
+    for wrong, param in (
+        ({}, "new_version"),
+        ({"new_version": ""}, "new_version"),
+        ({"mode": "in_place", "new_version": "9"}, "mode"),
+    ):
+        status, answer = await api.post(path, wrong)
+        assert (status, answer["error"]["param"]) == (400, param)
+    api.admin.reply = AdminReply(False, "no node is registered")
+    status, answer = await api.post(path, {"new_version": "9"})
+    assert (status, answer["success"], answer["message"]) == (400, False, "no node is registered")
+
+
 async def test_an_update_from_a_peer(api: Api) -> None:
     body = {"peer": "http://p:8100/", "mode": "keep"}
     assert (await api.post("/update_weights_from_peer", body))[0] == 200

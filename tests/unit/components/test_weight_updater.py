@@ -18,6 +18,7 @@ from pdserve.components.weight_updater import (
     Answer,
     LoadFolder,
     LoadOrder,
+    LoadServed,
     LoadTensors,
     Prepared,
     Sums,
@@ -76,6 +77,8 @@ class FakeStore:
             match order:
                 case LoadFolder(path):
                     return FakeCheckpoint(path)
+                case LoadServed():
+                    return FakeCheckpoint(Path(self.served))
                 case LoadTensors(file) if self.reads_tensors:
                     self.read = load_file(file)
                     return FakeCheckpoint(Path("/received"), order.fingerprint)

@@ -504,6 +504,7 @@ class Pair:
         weight_version: str = "",
         session_id: str = "",
         session_timeout_s: float = 0.0,
+        cache_salt: str = "",
         **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
     ) -> None:
         """Send a request to decode; nothing moves until the loops do."""
@@ -521,6 +522,7 @@ class Pair:
             was_retracted=was_retracted,
             weight_version=weight_version,
             session_id=session_id,
+            cache_salt=cache_salt,
             session_timeout_s=session_timeout_s,
         )
         self.decode.server.deliver(client, message)

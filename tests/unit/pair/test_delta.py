@@ -134,6 +134,25 @@ def test_a_lone_prompt_is_computed_in_long_chunks() -> None:
     assert [row.num_tokens for row in pair.decode.engine.rows_of("long")] == [10]
 
 
+@pytest.mark.parametrize("is_colocated", [False, True])
+def test_only_requests_of_one_salt_share_prefixes(is_colocated: bool) -> None:
+    """Neither on decode, in what was prefilled and in what was generated, nor on prefill."""
+    pair = Pair(is_colocated=is_colocated)
+    prompt = prompt_of(14)
+    cached: dict[str, int] = {}
+    for name, salt in (("a", ""), ("b", "mine"), ("c", "other"), ("d", "mine"), ("e", "")):
+        pair.start(name, prompt, cache_salt=salt)
+        pair.finish()
+        pair.check_answer(name, prompt, 4)
+        cached[name] = pair.stream(name).num_cached_tokens
+    assert cached == {"a": 0, "b": 0, "c": 0, "d": 12, "e": 12}
+    answer = (*prompt, *expected_tokens(prompt, 4), 7)
+    for name, salt, num_cached in (("f", "mine", 16), ("g", "third", 0)):
+        pair.start(name, answer, cache_salt=salt)
+        pair.finish()
+        assert pair.stream(name).num_cached_tokens == num_cached
+
+
 def test_choices_of_a_follow_up_share_what_is_cached() -> None:
     pair = Pair(local_prefill_threshold=ALWAYS_PREFILL)
     conversation = first_turn(pair)

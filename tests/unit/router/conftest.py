@@ -45,6 +45,7 @@ from pdserve.messages.weights import (
     FromGpuMemory,
     FromGroup,
     FromPeer,
+    FromServed,
     FromSharedMemory,
     FromTensors,
     MemoryReply,
@@ -384,6 +385,8 @@ class FakeLink:
                 pass
             case FromGpuMemory(device_uuid=path) | FromPeer(zmq_address=path):
                 pass
+            case FromServed():
+                path = "served"
         self.node.sources.append(source)
         await self._answer(f"prepare {path} {weight_version}")
         self.prepared = {"weight_version": weight_version, "update_id": update_id}

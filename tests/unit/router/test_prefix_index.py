@@ -15,6 +15,13 @@ def test_a_hash_covers_everything_before_it() -> None:
     assert page_hashes([1, 2, 3, 4, *same_page], 4) == page_hashes((1, 2, 3, 4, *same_page, 9), 4)
 
 
+def test_a_hash_is_of_one_salt() -> None:
+    hashes = {salt: page_hashes(range(8), 4, salt=salt) for salt in ("", "a", "b")}
+    assert len({page for pages in hashes.values() for page in pages}) == 6
+    assert page_hashes(range(12), 4, known=hashes["a"], salt="a") == page_hashes(range(12), 4, salt="a")
+    assert page_hashes(range(12), 4, salt="a")[:2] == hashes["a"]
+
+
 def test_the_leading_pages_that_match_are_counted() -> None:
     index = PrefixIndex()
     index.record("p", page_hashes(range(12), 4))

@@ -23,7 +23,7 @@ from pdserve.messages.node import (
 )
 from pdserve.messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from pdserve.messages.sampling import SamplingParams
-from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, KeepWeights, UpdateGroupSpec
+from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, FromServed, KeepWeights, UpdateGroupSpec
 from pdserve.router.attempts import RequestRecord
 from pdserve.runtime.errors import RequestError
 
@@ -714,10 +714,11 @@ async def test_f8_choices_beyond_a_node_s_pages_go_in_turns(bench: Bench, spec: 
 async def test_f8_choices_that_wait_for_their_turn_end_with_an_abort_or_a_stop(
     bench: Bench, spec: Spec, expected: Expected
 ) -> None:
-    _, decode = await small_cluster(bench)
+    _, decode = await small_cluster(bench, pong_timeout_s=60.0, gate_patience_s=60.0)
     decode.load = msgspec.structs.replace(decode.load, max_running_requests=1)
     decode.tokens_per_attempt = 1
     await bench.until(lambda: bench.service.view.workers()[1].load.max_running_requests == 1)
+    decode.answers_pings = False  # so it is busy with what it was sent, and nobody says otherwise
     generation = await bench.service.generate(spec(num_choices=4))
     await bench.until(lambda: len(decode.requests()) == 2)  # one more than there are places
     generation.stop_choice(3)
@@ -1376,6 +1377,28 @@ async def test_nodes_pull_from_a_node_of_theirs_or_another(bench: Bench) -> None
         False,
         "http://nobody/server_info does not answer as a node",
     )
+
+
+async def test_only_the_version_of_the_weights_changes_on_all_nodes(bench: Bench, spec: Spec) -> None:
+    prefill, decode = await small_cluster(bench)
+    reply = await bench.service.weights.update_weight_version("step-8", "wait")
+    assert (reply.success, reply.message) == (True, "2 nodes serve weight version step-8")
+    assert [node.entry.weight_version for node in (prefill, decode)] == ["step-8", "step-8"]
+    assert [source for node in (prefill, decode) for source in node.sources] == [FromServed(), FromServed()]
+    decode.prepare_reply = "memory is released"
+    reply = await bench.service.weights.update_weight_version("step-9", "wait")
+    assert not reply.success
+    assert [node.entry.weight_version for node in (prefill, decode)] == ["step-8", "step-8"]
+
+
+async def test_a_salt_goes_to_the_node_and_into_the_estimates(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    prompt = tuple(range(1, 13))
+    for name, salt in (("a", "x"), ("b", "y"), ("c", "x")):
+        await read(await bench.service.generate(replace(spec(name, prompt), cache_salt=salt)))
+    assert [request.cache_salt for request in decode.requests()] == ["x", "y", "x"]
+    ahead = [request.num_prefill_tokens_ahead for request in decode.requests()]
+    assert ahead == [12, 12, 1], "nothing is known of what another salt left there"
 
 
 async def test_one_node_saves_what_all_hold(bench: Bench) -> None:

@@ -68,7 +68,7 @@ def write_config(tmp_path: Path) -> WriteConfig:
 # As it was promised: names with their aliases, who takes it, default, choices, whether it repeats.
 TABLE: tuple[tuple[str, frozenset[str], object, str, bool], ...] = (
     ("--model --model-path", NODES | {"router"}, str(SHIPPED_MODEL), "", False),
-    ("--served-model-name", NODES | {"router"}, None, "", False),
+    ("--served-model-name", NODES | {"router"}, (), "", True),
     ("--host", NODES | {"router"}, "127.0.0.1", "", False),
     ("--port", NODES | {"router"}, None, "", False),
     ("--api-key", NODES | {"router"}, (), "", True),
@@ -159,16 +159,16 @@ def test_the_configs_hold_exactly_the_flags_of_their_roles() -> None:
 
 def test_without_flags_the_shipped_model_is_served_under_its_name() -> None:
     router = router_config({})
-    assert (router.model, router.served_model_name) == (str(SHIPPED_MODEL), "tiny-python")
+    assert (router.model, router.served_model_name) == (str(SHIPPED_MODEL), ("tiny-python",))
     assert (router.host, router.port, router.api_key) == ("127.0.0.1", None, ())
     assert node_config("prefill", {}).port is None
     assert node_config("decode", {}).num_threads >= 1
 
 
 def test_another_model_is_served_under_its_path_as_given() -> None:
-    assert router_config(given("router", "../my-model")).served_model_name == "../my-model"
+    assert router_config(given("router", "../my-model")).served_model_name == ("../my-model",)
     named = router_config(given("router", "../my-model", "--served-model-name", "mine"))
-    assert (named.model, named.served_model_name) == ("../my-model", "mine")
+    assert (named.model, named.served_model_name) == ("../my-model", ("mine",))
 
 
 def test_the_model_is_positional_or_a_flag() -> None:
@@ -471,3 +471,24 @@ def test_allowed_origins_are_repeated_or_a_json_list(arguments: list[str]) -> No
 )
 def test_what_is_no_origin_or_no_path_is_refused_by_name(flag: str, value: str) -> None:
     assert refusal("router", given("router", flag, value)).startswith(f"{flag} {value}: ")
+
+
+def test_m_several_names_of_the_model(tmp_path: Path) -> None:
+    config = router_config(given("router", "../my-model", "--served-model-name", "a", "b", "b", "a", "c"))
+    assert config.served_model_name == ("a", "b", "c")
+    again = router_config(given("router", "--served-model-name=a", "--served-model-name=b", "--model=m"))
+    assert again.served_model_name == ("a", "b")
+    flags = forwarded_flags(given("up", "m", "--served-model-name", "a", "b"), "router")
+    assert router_config(given("router", *flags)).served_model_name == ("a", "b")
+    file = tmp_path / "names.yaml"
+    file.write_text("served-model-name: [x, y]")
+    assert router_config(given("router", "--config", str(file))).served_model_name == ("x", "y")
+    assert node_config("decode", given("decode", "--served-model-name", "a", "b")).served_model_name == (
+        "a",
+        "b",
+    )
+    with pytest.raises(StartupError, match="--served-model-name is empty"):
+        router_config(given("router", "--served-model-name", "a", ""))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StartupError, match="give MODEL before it, or by --model"):
+        router_config(given("router", "--served-model-name", "a", str(tmp_path)))
