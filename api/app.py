@@ -78,6 +78,7 @@ def build_router_app(
     root_path: str = "",
     allowed_origins: Sequence[str] = (),
     seed: int | None = None,
+    allow_pickled_tensors: bool = False,
     limits: Limits | None = None,
 ) -> FastAPI:
     """The whole surface of a router.
@@ -191,7 +192,9 @@ def build_router_app(
             reports(AssertPeerDeathRequest),
             is_admin=True,
         ),
-        *weight_operations(WeightRoutes(weights, limits, is_node=False)),
+        *weight_operations(
+            WeightRoutes(weights, limits, is_node=False, allows_pickles=allow_pickled_tensors)
+        ),
     ]
     operations += OperationRoutes(operator, limits, request_log).operations()
     answers = HttpAnswers(lambda: (card.name, "router"))

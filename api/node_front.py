@@ -82,9 +82,10 @@ from .openapi import Bodies, reports
 from .operations import OperationRoutes, ProfileOutcome
 from .server import serve
 from .sessions import read_close
+from .tensor_bodies import in_parts
 from .validation import Limits
 from .version import VERSION
-from .weights import WeightRoutes, in_parts, weight_operations
+from .weights import WeightRoutes, weight_operations
 
 log = logging.getLogger(__name__)
 

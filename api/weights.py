@@ -1,20 +1,20 @@
 """The routes about weights, on routers and nodes: update from disk or from tensors, read one, compare all.
 
-Tensors travel as a safetensors file, which holds numbers and nothing that runs. Pickled payloads are refused.
+Tensors travel as a safetensors file, which holds numbers and nothing that runs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Annotated, Literal, NoReturn, Protocol
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..messages.bounds import MAX_NAME_CHARS, Count, Name, Path, Positive, Rank, WorldSize
+from ..messages.bounds import Count, Name, Path, Positive, Rank, WorldSize
 from ..messages.weights import (
     CUDA_HANDLE_BYTES,
     MAX_GROUP_TIMEOUT_S,
@@ -37,13 +37,9 @@ from .fields import FieldRules, Unsupported
 from .generation import AdminReply, GroupReply, UpdateMode
 from .mounting import GET, POST, Operation
 from .openapi import Bodies, reports
+from .tensor_bodies import read_tensor_update
 from .validation import Limits, bad_value, parse_request, read_object
 
-_MAX_HEADER_BYTES = 100_000_000  # as safetensors itself says
-_FORMAT = (
-    "The body is the bytes of a safetensors file, as `safetensors.torch.save(named_tensors)` makes them, of "
-    "content type application/octet-stream; `weight_version` goes in the query. Pickled tensors are not read."
-)
 _NO_PICKLE = (
     "What comes over these sockets is pickled, and is not read: give `gpu` with a CUDA memory handle, or put "
     "a safetensors file into /dev/shm and give its `name`."
@@ -194,7 +190,6 @@ _NO_RULES = FieldRules()
 _SHARDED_RULES = FieldRules(unsupported={"pattern": Unsupported("files are named as checkpoints are")})
 _MODES: dict[str, UpdateMode] = {"wait": "wait", "abort": "abort", "retract": "retract", "keep": "retract"}
 _NO_MIX = " (`in_place` would go on with a KV cache that other weights computed.)"
-_FLAGS = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
 class WeightAdmin(Protocol):
@@ -254,12 +249,16 @@ class WeightAdmin(Protocol):
 
 
 class WeightRoutes:
-    """`is_node`: one node alone, whose update leaves the pairs of its cluster unlike: only with ``force``."""
+    """`is_node`: one node alone, whose update leaves the pairs of its cluster unlike: only with ``force``.
+    `allows_pickles`: updates from tensors may come as SGLang's JSON."""
 
-    def __init__(self, admin: WeightAdmin, limits: Limits, *, is_node: bool) -> None:
+    def __init__(
+        self, admin: WeightAdmin, limits: Limits, *, is_node: bool, allows_pickles: bool = False
+    ) -> None:
         self._admin = admin
         self._limits = limits
         self._is_node = is_node
+        self._allows_pickles = allows_pickles
         self._snapshot: WeightChecksReply | None = None
 
     async def update_from_disk(self, http: Request) -> Response:
@@ -273,20 +272,13 @@ class WeightRoutes:
         return outcome(reply.success, reply.message)
 
     async def update_from_tensor(self, http: Request) -> Response:
-        """A safetensors file as the body, options in the query."""
-        if http.headers.get("content-type", "").startswith("application/json"):
-            _refuse_format()
-        may_update = self._may_update(force=_flag(http, "force"))
-        mode = _mode(http.query_params.get("mode", "wait"), aborts=_flag(http, "abort_all_requests"))
-        weight_version = http.query_params.get("weight_version") or None
-        if weight_version and ("\0" in weight_version or len(weight_version) > MAX_NAME_CHARS):
-            raise bad_value(
-                "weight_version", f"`weight_version` takes {MAX_NAME_CHARS} characters at most, and no NUL."
-            )
-        body = await _checked(http.stream())
-        if not may_update:
+        update = await read_tensor_update(
+            http, self._limits, WEIGHT_RULES, allows_pickles=self._allows_pickles
+        )
+        mode = _mode(update.mode, aborts=update.abort_all_requests)
+        if not self._may_update(force=update.force):
             return _one_node()
-        reply = await self._admin.update_weights_from_tensor(body, weight_version, mode)
+        reply = await self._admin.update_weights_from_tensor(update.body, update.weight_version, mode)
         return outcome(reply.success, reply.message)
 
     async def init_group(self, http: Request) -> Response:
@@ -568,45 +560,3 @@ def _mode(name: str, *, aborts: bool) -> UpdateMode:
     if name not in _MODES:
         raise bad_value("mode", f"`mode` must be one of {', '.join(_MODES)}, got {name!r}.{_NO_MIX}")
     return "abort" if aborts else _MODES[name]
-
-
-def _flag(http: Request, name: str) -> bool:
-    text = http.query_params.get(name, "false").lower()
-    if text not in _FLAGS:
-        raise bad_value(name, f"`{name}` must be true or false, got {text!r}.")
-    return _FLAGS[text]
-
-
-async def _checked(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes, once they begin as a safetensors file does: 8 bytes that count a JSON object's."""
-    start = b""
-    async for piece in body:
-        start += piece
-        if len(start) > 8:
-            break
-    num_bytes = int.from_bytes(start[:8], "little")
-    if len(start) <= 8 or not 2 <= num_bytes <= _MAX_HEADER_BYTES or start[8:9] != b"{":
-        _refuse_format()
-    return _chained(start, body)
-
-
-async def _chained(start: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield start
-    async for piece in rest:
-        yield piece
-
-
-def _refuse_format() -> NoReturn:
-    raise RequestError(_FORMAT, code="not_safetensors")
-
-
-async def in_parts(body: AsyncIterator[bytes], num_bytes: int) -> AsyncIterator[bytes]:
-    """The same bytes in parts of this length; the last one may be shorter."""
-    kept = bytearray()
-    async for piece in body:
-        kept += piece
-        while len(kept) >= num_bytes:
-            yield bytes(kept[:num_bytes])
-            del kept[:num_bytes]
-    if kept:
-        yield bytes(kept)

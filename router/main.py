@@ -114,6 +114,7 @@ async def _serve(
         root_path=config.root_path,
         allowed_origins=config.allowed_origins,
         seed=config.seed,
+        allow_pickled_tensors=config.allow_pickled_tensors,
         limits=Limits(strict_fields=config.strict_fields),
     )
     await service.start()

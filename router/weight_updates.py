@@ -21,7 +21,7 @@ from typing import Any
 from ..api.entry_lookup import EntryLookup
 from ..api.generation import AdminReply, GroupReply, UpdateMode
 from ..api.node_calls import NodeCalls, NodeUnavailableError
-from ..api.weights import in_parts
+from ..api.tensor_bodies import in_parts
 from ..messages.node import CallReply
 from ..messages.weights import (
     STAGE_PART_BYTES,

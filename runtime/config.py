@@ -180,6 +180,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--allowed-origins",), roles=_ROUTER, repeatable=True, default=(), takes_json_list=True,
          help="origins of web pages that may ask, such as https://app.example, or * for any; repeatable, or "
               "a JSON list"),
+    Flag(names=("--allow-pickled-tensors",), roles=_ROUTER, kind=bool, default=False,
+         help="take SGLang's JSON of /update_weights_from_tensor where it holds plain CPU tensors; nothing "
+              "in it is run"),
     Flag(names=("--root-path",), roles=_ROUTER, default="",
          help="path under which a proxy in front shows this server, such as /llm"),
     Flag(names=("--uds",), roles=_ROUTER, default="",
@@ -234,6 +237,7 @@ class RouterConfig:
     drain_timeout: float
     otlp_traces_endpoint: str
     allowed_origins: tuple[str, ...]
+    allow_pickled_tensors: bool
     root_path: str
     uds: str
     metrics_compat: MetricsCompat

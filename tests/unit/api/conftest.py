@@ -141,6 +141,11 @@ def allowed_origins() -> tuple[str, ...]:
 
 
 @pytest.fixture
+def allow_pickled_tensors() -> bool:
+    return False
+
+
+@pytest.fixture
 def seed() -> int | None:
     return None
 
@@ -160,6 +165,7 @@ async def api(
     root_path: str,
     allowed_origins: tuple[str, ...],
     seed: int | None,
+    allow_pickled_tensors: bool,
 ) -> AsyncIterator[Api]:
     generator = FakeGenerator(tokenizer.encode(" quick brown fox jumps"))
     admin = FakeAdmin()
@@ -187,6 +193,7 @@ async def api(
         root_path=root_path,
         allowed_origins=allowed_origins,
         seed=seed,
+        allow_pickled_tensors=allow_pickled_tensors,
     )
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

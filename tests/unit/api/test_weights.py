@@ -7,11 +7,11 @@ import pickle
 from typing import Any
 
 import pytest
-from safetensors.torch import save
-from torch import zeros
+from safetensors.torch import load, save
+from torch import ones, zeros
 
 from pdserve.api.generation import AdminReply
-from pdserve.api.weights import in_parts
+from pdserve.api.tensor_bodies import in_parts
 from pdserve.messages.weights import (
     FromGpuMemory,
     FromGroup,
@@ -64,6 +64,41 @@ async def test_a_payload_of_sglang_is_refused_with_our_format(api: Api) -> None:
     )
     assert (status, answer["error"]["code"]) == (400, "not_safetensors")
     assert "Pickled tensors are not read" in answer["error"]["message"]
+    assert "safetensors.torch.save" in answer["error"]["message"]
+    assert "--allow-pickled-tensors" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("allow_pickled_tensors", [True])
+async def test_a_payload_of_sglang_is_read_where_it_is_allowed(api: Api) -> None:
+    tensors = {"t": zeros(3), "u": ones(2, 2)}
+    entry = base64.b64encode(pickle.dumps(list(tensors.items()))).decode()
+    body = {"serialized_named_tensors": [entry, entry], "flush_cache": True, "weight_version": "8"}
+    assert await api.post(TENSOR_ROUTE, body) == (200, {"success": True, "message": "done"})
+    ((_, file, weight_version, mode),) = api.admin.calls
+    assert (weight_version, mode) == ("8", "wait")
+    read = load(file)
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+    assert (await post_bytes(api, save(tensors)))[0] == 200, "the file as before"
+
+
+@pytest.mark.parametrize("allow_pickled_tensors", [True])
+@pytest.mark.parametrize(
+    ("serialized", "word"),
+    [
+        ([], "one pickle"),
+        (["a", "b"], "one pickle"),
+        (["?"], "base64"),
+        ([base64.b64encode(pickle.dumps(print)).decode()], "builtins.print"),
+        ([base64.b64encode(pickle.dumps({"t": 1})).decode()], "safetensors.torch.save"),
+    ],
+)
+async def test_another_pickle_is_refused_by_name(api: Api, serialized: list[str], word: str) -> None:
+    status, answer = await api.post(TENSOR_ROUTE, {"serialized_named_tensors": serialized})
+    assert (status, answer["error"]["param"]) == (400, "serialized_named_tensors")
+    assert word in answer["error"]["message"]
+    assert api.admin.calls == []
 
 
 async def test_a_flag_that_is_none_is_refused(api: Api) -> None:
