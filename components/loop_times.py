@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -35,10 +35,8 @@ class LoopTimes:
     def __init__(self) -> None:
         self._kinds: dict[str, _Kind] = {}
 
-    @contextmanager
-    def handling(self, message: msgspec.Struct) -> Iterator[None]:
-        with self.measured(str(message.__struct_config__.tag)):
-            yield
+    def handling(self, message: msgspec.Struct) -> AbstractContextManager[None]:
+        return self.measured(str(message.__struct_config__.tag))
 
     @contextmanager
     def measured(self, kind: str) -> Iterator[None]:

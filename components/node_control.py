@@ -196,8 +196,8 @@ class NodeControl(Generic[C]):
 
     @property
     def deadline(self) -> float | None:
-        parts = (self._flush, self._weights, self._images, self._memory)
-        return min((part.deadline for part in parts if part.deadline is not None), default=None)
+        parts = (self._flush.deadline, self._weights.deadline, self._images.deadline, self._memory.deadline)
+        return min([deadline for deadline in parts if deadline is not None], default=None)
 
     def _decide(self, decision: FlushDecision | None, result: ControlResult[C]) -> None:
         match decision:

@@ -234,17 +234,17 @@ class SimulatedCluster:
             self._look_at_messages(life)
         life.node.scheduler.step(now)
         self._count_admissions(life)
-        self._check_deadlines(life, now)
-        self._arm(life, now)
+        due = life.node.scheduler.next_deadline()
+        self._check_deadlines(life, due)
+        self._arm(life, now, due)
         if self.events.num_run >= self._next_check:
             self._next_check = self.events.num_run + CHECK_EVERY
             self.check()
             if self.events.num_run > MAX_EVENTS:
                 raise Violation(f"no rest after {MAX_EVENTS} events")
 
-    def _arm(self, life: Life, now: float) -> None:
+    def _arm(self, life: Life, now: float, due: float) -> None:
         """Its loop turns again by its deadline. One timer is enough: a later deadline lets it run in vain."""
-        due = life.node.scheduler.next_deadline()
         if due < life.timer_at:
             life.timer_at = due
             self.events.at(due, lambda: self._on_timer(life, due))
@@ -260,10 +260,11 @@ class SimulatedCluster:
         life.timer_at = math.inf
 
         def look() -> None:
-            if life.node.scheduler.next_deadline() <= self.events.now:
+            due = life.node.scheduler.next_deadline()
+            if due <= self.events.now:
                 life.process.wake()
             else:
-                self._arm(life, self.events.now)
+                self._arm(life, self.events.now, due)
 
         life.process.do(look)
 
@@ -601,10 +602,9 @@ class SimulatedCluster:
             when = moves_on_at - self.events.now
             _require(overdue_at <= moves_on_at <= until, f"{life.process.name} waits {when:.1f} s for {peer}")
 
-    def _check_deadlines(self, life: Life, now: float) -> None:
+    def _check_deadlines(self, life: Life, due: float) -> None:
         """Whoever waits is looked at again by a time that is known."""
         node = life.node
-        due = node.scheduler.next_deadline()
         if isinstance(node, DecodeNode):
             # Rooms of suspects are the death probe's to look after, once a second on its own thread.
             is_probing = bool(node.death_probe.suspects)
