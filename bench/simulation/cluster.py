@@ -673,6 +673,8 @@ class SimulatedCluster:
         if outcome.error is None:
             _require(len(outcome.finishes) == request.num_choices, f"{name}: a choice has no end")
             self.statistics.count("requests that ended with every token")
+            if not _fits(request, self.plan.settings.decode_pages, request.num_choices):
+                self.statistics.count("choices that ran in turns")
             if outcome.num_cached_tokens:
                 self.statistics.count("prompts found in the prefix cache")
             if any(len(tokens) == 1 for tokens in outcome.tokens) and outcome.num_attempts == 1:
@@ -680,7 +682,7 @@ class SimulatedCluster:
             return
         self.statistics.count("requests that failed for good")
         error = outcome.error
-        if error.status == 400 and not _fits(request, self.plan.settings.decode_pages):
+        if error.status == 400 and not _fits(request, self.plan.settings.decode_pages, num_choices=1):
             self.statistics.count("requests that can never fit")
             return
         _require(error.status in LEGITIMATE_STATUS, f"{name} failed with {error.status}: {error}")
@@ -730,12 +732,12 @@ def _expected(request: RequestPlan, choice: int) -> list[int]:
     return tokens
 
 
-def _fits(request: RequestPlan, num_pages: int) -> bool:
-    """Whether an empty decode node can hold all that this request may ever need."""
+def _fits(request: RequestPlan, num_pages: int, num_choices: int) -> bool:
+    """Whether an empty decode node can hold all that so many choices of this request may ever need."""
     num_final = max(len(request.prompt), len(request.prompt) + request.max_tokens - 1)
     num_whole = len(request.prompt) // PAGE_SIZE
     num_most = -(-num_final // PAGE_SIZE)
-    return num_most + (request.num_choices - 1) * (num_most - num_whole) <= num_pages
+    return num_most + (num_choices - 1) * (num_most - num_whole) <= num_pages
 
 
 def _busy(node: PrefillNode | DecodeNode) -> str:

@@ -14,12 +14,13 @@ from enum import Enum
 from ...messages.node import Role
 from .network import Latency
 from .nodes import Settings
-from .tokens import expected_tokens, prompt_of
+from .tokens import PAGE_SIZE, expected_tokens, prompt_of
 from .wire import WireQuality
 
 READY_S = 0.5  # the cluster is given this long before the first request
 FAULTS_UNTIL_S = 5.0  # after the start: then nodes go on or are started again, and nothing fails any more
-MAX_PAGES = 64
+MAX_PAGES = 32  # of a decode node's pool
+OVERSIZED_RATE = 0.04  # of the seeds: one of its requests fits into no pool
 MAX_PROMPT_TOKENS = 36
 
 
@@ -127,7 +128,7 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
     flavour = flavour or drawn
     settings = Settings(
         prefill_pages=draw.randint(13, 16 if flavour == "crowded" else 28),
-        decode_pages=draw.randint(14, 32),
+        decode_pages=draw.randint(14, MAX_PAGES),
         chunk_tokens=draw.choice((4, 8, 12, 16)),
         max_rows=draw.choice((2, 4, 16)),
         max_waiting=draw.choice((3, 4) if flavour == "crowded" else (1, 1, 2, 4)),
@@ -157,6 +158,8 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
     forward_s = 0.03 if flavour == "crowded" else draw.choice((0.002, 0.01, 0.03))
     requests = [_request(draw, index, num_routers, settings) for index in range(draw.randint(1, 8))]
     requests = [_as_next_turn(draw, request, requests[:index]) for index, request in enumerate(requests)]
+    if random.Random(f"oversized/{seed}").random() < OVERSIZED_RATE:
+        requests[-1] = replace(requests[-1], max_tokens=MAX_PAGES * PAGE_SIZE + 1, stop_token_ids=())
     faults = [_fault(draw, index, roles) for index in range(draw.choice((0, 1, 2, 3, 4)))]
     match flavour:
         case "calm":

@@ -9,6 +9,7 @@ SITUATIONS = (
     "requests that ended with every token",
     "requests that failed for good",
     "requests that can never fit",
+    "choices that ran in turns",
     "new attempts from kept tokens",
     "crashes of a prefill node",
     "crashes of a decode node",
