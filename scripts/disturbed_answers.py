@@ -2,12 +2,15 @@
 
     scripts/disturbed_answers --clients 2000 --leave 0.3
     scripts/disturbed_answers --clients 400 --faulty fail=0.1,late=0.05,half=0.05,delay=0.02,duplicate=0.05
+    scripts/disturbed_answers --clients 8 --tokens 1900 --kills 3 --restarts 5
 
 Asks every request once of a cluster that nothing disturbs. Then starts another one, with `--faulty` if given,
 and as many clients as are wanted; a share of them leaves at a random moment: before the first byte, or after
-some tokens. Whoever stays must get the same tokens, text and finish reasons. Afterwards no page of any node
-may be locked, reserved, exposed or in quarantine, and all must be free after a flush. Further arguments go to
-`pdserve up`. Exit code 1 when anything of this does not hold.
+some tokens. Whoever stays must get the same tokens, text and finish reasons. With `--kills` the decode node
+is killed (SIGKILL) so many times while they are answered, and with `--restarts` every node is told to end
+(SIGTERM), one after the other, in so many rounds; each time the cluster is whole again before the next.
+Afterwards no page of any node may be locked, reserved, exposed or in quarantine, and all must be free after a
+flush. Further arguments go to `pdserve up`. Exit code 1 when anything of this does not hold.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import asyncio
 import json
 import random
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
@@ -36,6 +42,8 @@ NUM_BODIES = 64  # distinct requests; every one is asked by many clients
 VOCAB_SIZE = 4096  # of the shipped model
 REQUEST_TIMEOUT_S = 300.0
 IDLE_TIMEOUT_S = 40.0
+BETWEEN_LOSSES_S = 2.0  # the cluster is whole again, and works on what it got back
+REJOIN_TIMEOUT_S = 90.0
 _FAULT = re.compile(r"write \d+ of \d+ bytes: (\w+)")
 
 
@@ -74,22 +82,40 @@ class Tally:
     num_left: int = 0
     num_early: int = 0  # of those that left: before the first token
     duration_s: float = 0.0
+    num_losses: int = 0  # of nodes, while clients were answered
+    attempts: Counter[str] = field(default_factory=Counter)  # by how they ended
     faults: Counter[str] = field(default_factory=Counter)
     rooms: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
 
-def make_bodies(seed: int) -> list[dict[str, Any]]:
-    """Prompts of one to some thirty pages, a third with a common beginning; greedy or sampled; n 1 or 2."""
+@dataclass(frozen=True)
+class Loss:
+    """What happens to a node of this role."""
+
+    role: str
+    number: signal.Signals
+
+
+def planned_losses(num_kills: int, num_restarts: int) -> list[Loss]:
+    kills = [Loss("decode", signal.SIGKILL)] * num_kills
+    return kills + [Loss(role, signal.SIGTERM) for role in ("prefill", "decode")] * num_restarts
+
+
+def make_bodies(seed: int, num_tokens: int = 0) -> list[dict[str, Any]]:
+    """Prompts of one to some thirty pages, a third with a common beginning; greedy or sampled; n 1 or 2.
+
+    With `num_tokens` every answer has so many, and prompts are short.
+    """
     rng = random.Random(seed)
-    common = [rng.randrange(1, VOCAB_SIZE) for _ in range(100)]
+    common = [rng.randrange(1, VOCAB_SIZE) for _ in range(20 if num_tokens else 100)]
     bodies = []
     for number in range(NUM_BODIES):
-        own = [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(3, 400))]
+        own = [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(3, 100 if num_tokens else 400))]
         bodies.append(
             {
                 "prompt": common + own if number % 3 == 0 else own,
-                "max_tokens": rng.randrange(2, 40),
+                "max_tokens": num_tokens or rng.randrange(2, 40),
                 "temperature": 0.0 if number % 2 else 0.8,
                 "seed": number,
                 "n": 2 if number % 5 == 0 else 1,
@@ -157,6 +183,49 @@ def undisturbed_answers(
     return [answer for answer, _ in asked]
 
 
+class LosingNodes(threading.Thread):
+    """Does to the nodes of a cluster what `losses` says, while clients are answered."""
+
+    def __init__(self, cluster: LocalCluster, losses: Sequence[Loss]) -> None:
+        super().__init__(name="losing nodes", daemon=True)
+        self._cluster = cluster
+        self._losses = losses
+        self._num_nodes = len(cluster.workers())
+        self._are_answered = threading.Event()
+        self.num_done = 0
+        self.failure = ""
+
+    def run(self) -> None:
+        for loss in self._losses:
+            if self._are_answered.wait(BETWEEN_LOSSES_S):
+                return
+            before = {row["id"] for row in self._cluster.workers(loss.role)}
+            self._node(loss.role).send_signal(loss.number)
+            self.num_done += 1
+            deadline = time.monotonic() + REJOIN_TIMEOUT_S
+            while not self._is_whole(loss.role, before):
+                if time.monotonic() > deadline:
+                    self.failure = (
+                        f"no new {loss.role} node within {REJOIN_TIMEOUT_S:g} s of {loss.number.name}"
+                    )
+                    return
+                time.sleep(0.1)
+
+    def answered(self) -> None:
+        """All clients are; returns when the cluster is whole."""
+        self._are_answered.set()
+        self.join()
+
+    def _node(self, role: str) -> psutil.Process:
+        children = psutil.Process(self._cluster.pid).children()
+        return next(child for child in children if child.is_running() and role in child.cmdline())
+
+    def _is_whole(self, role: str, before: set[str]) -> bool:
+        rows = self._cluster.workers()
+        is_new = all(row["id"] not in before for row in rows if row["role"] == role)
+        return is_new and len(rows) == self._num_nodes and all(row["is_ready"] for row in rows)
+
+
 def run(
     work_dir: Path,
     bodies: Sequence[dict[str, Any]],
@@ -166,6 +235,7 @@ def run(
     leave: float,
     concurrency: int,
     faulty: str = "",
+    losses: Sequence[Loss] = (),
     seed: int = 0,
     flags: Sequence[str] = (),
 ) -> Tally:
@@ -185,9 +255,17 @@ def run(
     tally = Tally()
     log_path = work_dir / "disturbed.log"
     with LocalCluster(arguments, log_path=log_path) as cluster:
+        losing = LosingNodes(cluster, losses)
+        losing.start()
         started_s = time.monotonic()
         asked = asyncio.run(ask_all(cluster.url, wanted, leaving, concurrency))
         tally.duration_s = time.monotonic() - started_s
+        losing.answered()
+        tally.num_losses = losing.num_done
+        if losing.failure:
+            tally.failures.append(losing.failure)
+        elif losing.num_done < len(losses):
+            tally.failures.append(f"all were answered after {losing.num_done} of {len(losses)} losses")
         compare(asked, leaving, expected, tally)
         try:
             cluster.wait_idle(timeout_s=IDLE_TIMEOUT_S)
@@ -198,6 +276,9 @@ def run(
         metrics: str = cluster.get("/metrics", prefill["url"])
         rooms = re.findall(r'pd_rooms_total\{.*outcome="(\w+)".*\} (\S+)', metrics)
         tally.rooms.update({outcome: int(float(value)) for outcome, value in rooms})
+        metrics = cluster.get("/metrics")
+        attempts = re.findall(r'pd_router_attempts_total\{.*code="(\w+)".*\} (\S+)', metrics)
+        tally.attempts.update({outcome: int(float(value)) for outcome, value in attempts})
     log = log_path.read_text()
     tally.faults.update(_FAULT.findall(log))
     if "Traceback" in log:
@@ -239,25 +320,34 @@ def main() -> int:
         "--concurrency", type=int, default=256, metavar="N", help="clients at a time (default: 256)"
     )
     parser.add_argument("--faulty", default="", metavar="PLAN", help="see docs/handoff_protocol.md")
+    parser.add_argument(
+        "--tokens", type=int, default=0, metavar="N", help="of every answer (default: 2 to 40)"
+    )
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="of the decode node, with SIGKILL")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="rounds of SIGTERM to every node"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", default="", metavar="DIR", help="where the clusters' logs are kept")
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work_dir, bodies = Path(options.log_dir or temporary), make_bodies(options.seed)
+        work_dir, bodies = Path(options.log_dir or temporary), make_bodies(options.seed, options.tokens)
         tally = run(
             work_dir,
             bodies,
-            undisturbed_answers(work_dir, bodies, flags),
+            undisturbed_answers(work_dir, bodies[: options.clients], flags),
             num_clients=options.clients,
             leave=options.leave,
             concurrency=options.concurrency,
             faulty=options.faulty,
+            losses=planned_losses(options.kills, options.restarts),
             seed=options.seed,
             flags=flags,
         )
     for failure in tally.failures[:20]:
         print(failure[:1000], file=sys.stderr)
-    print(f"rooms {dict(tally.rooms)}, faults {dict(tally.faults)}, {tally.duration_s:.0f} s")
+    print(f"rooms {dict(tally.rooms)}, attempts {dict(tally.attempts)}, faults {dict(tally.faults)}")
+    print(f"{tally.num_losses} nodes lost, {tally.duration_s:.0f} s")
     print(
         f"CLIENTS {options.clients} EQUAL {tally.num_equal} LEFT {tally.num_left} "
         f"({tally.num_early} before the first token) FAILURES {len(tally.failures)}"

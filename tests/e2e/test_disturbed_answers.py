@@ -86,3 +86,14 @@ def test_a_third_of_the_clients_leaves_while_writes_fail(
     assert tally.num_left > 25
     assert tally.num_early > 5
     assert tally.faults.total() > 0
+
+
+@pytest.mark.slow
+def test_long_streams_outlive_kills_and_rolling_restarts(script: ModuleType, tmp_path: Path) -> None:
+    bodies = list(script.make_bodies(0, 1900)[:4])
+    expected = list(script.undisturbed_answers(tmp_path, bodies, ()))
+    losses = script.planned_losses(3, 1)
+    tally = script.run(tmp_path, bodies, expected, num_clients=8, leave=0.0, concurrency=4, losses=losses)
+    assert tally.failures == []
+    assert tally.num_equal == 8
+    assert tally.num_losses == 5
