@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..runtime.errors import StartupError
+from .load_progress import LoadProgress
 from .model_config import ModelConfig
 from .tensor_parallel import WHOLE, Shard
 
@@ -71,6 +72,7 @@ class Checkpoint:
         self._path = path
         self._files = ExitStack()
         self._shard_of: dict[str, Any] = {}
+        self._file_of: dict[str, Path] = {}
         for file in [path] if path.is_file() else _shards(path):
             try:
                 shard = self._files.enter_context(safe_open(file, framework="pt"))
@@ -78,6 +80,7 @@ class Checkpoint:
                 self._files.close()
                 raise StartupError(f"{file}: cannot be read: {error}") from error
             self._shard_of.update(dict.fromkeys(shard.keys(), shard))
+            self._file_of.update(dict.fromkeys(shard.keys(), file))
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -88,6 +91,10 @@ class Checkpoint:
     @property
     def names(self) -> set[str]:
         return set(self._shard_of)
+
+    def file(self, name: str) -> Path:
+        """That holds the tensor."""
+        return self._file_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._shard_of[name].get_slice(name).get_shape())
@@ -108,19 +115,28 @@ def load_weights(
 ) -> Weights:
     """Read the checkpoint in `path`, or a rank's share of it; `config` is the whole model's. Raises
     `StartupError` naming tensors that are missing, unexpected or of another shape. One tensor at a time is
-    held twice."""
+    held twice. Rank 0 tells how far it is."""
     shapes = tensor_shapes(config)
     broken: list[str] = []
     with Checkpoint(path) as checkpoint:
         _check_tensors(path, checkpoint, shapes, config)
+        wanted = [name for name, shape in shapes.items() if shard.part(name, shape, config) is not None]
+        progress = LoadProgress(
+            path,
+            {name: checkpoint.file(name) for name in wanted},
+            {name: math.prod(shapes[name]) * dtype.itemsize for name in wanted},
+            silent=shard.rank > 0,
+        )
 
         def tensor(name: str, part: tuple[slice, ...]) -> Tensor:
             read = checkpoint.tensor(name, part).to(dtype)  # in which a large number may become infinity
             if not is_finite(read):
                 broken.append(name)
+            progress.read(name)
             return read
 
-        weights = fuse_weights(tensor, config, dtype, device, shard)
+        with progress:
+            weights = fuse_weights(tensor, config, dtype, device, shard)
     warn_of_broken(broken, len(shapes), str(path))
     return weights
 
