@@ -24,6 +24,7 @@ from .validation import (
     Limits,
     bad_value,
     model_not_found,
+    node_url,
     parse_request,
     read_object,
 )
@@ -33,7 +34,7 @@ METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class RegisterRequest(msgspec.Struct, kw_only=True):
-    """A node's registration. Without ``entry`` it is learned from the URL's /server_info."""
+    """A node's registration. Without ``entry`` it is learned from the URL's /node_entry."""
 
     url: str
     entry: NodeEntry | None = None
@@ -302,7 +303,10 @@ class ClusterRoutes:
     async def register_worker(self, http: Request) -> Response:
         raw = await read_object(http, self.limits)
         body = parse_request(raw, RegisterRequest, REGISTER_RULES)
-        reply = await self.admin.register_worker(body.url.rstrip("/"), body.entry)
+        url = node_url("url", body.url)
+        if body.entry is not None and body.entry.url != url:
+            raise bad_value("entry.url", "`entry.url` must be the same as `url`.")
+        reply = await self.admin.register_worker(url, body.entry)
         return outcome(reply.success, reply.message)
 
     async def remove_worker(self, http: Request) -> Response:

@@ -30,6 +30,7 @@ from .generation import ClusterAdmin, ClusterView, Generator, ModelCard, Session
 from .http_answers import HttpAnswers
 from .http_metrics import HttpMetrics
 from .in_flight import InFlightRequests
+from .membership_guard import MembershipGuard
 from .mounting import GET, POST, Operation, make_app
 from .native import Native
 from .native_types import (
@@ -75,6 +76,7 @@ def build_router_app(
     timelines: Timelines,
     keys: AccessKeys = NO_KEYS,
     is_loopback: bool = True,
+    is_open_cluster: bool = False,
     root_path: str = "",
     allowed_origins: Sequence[str] = (),
     seed: int | None = None,
@@ -82,6 +84,8 @@ def build_router_app(
     limits: Limits | None = None,
 ) -> FastAPI:
     """The whole surface of a router.
+
+    `is_open_cluster`: whoever may ask may also register and remove nodes.
 
     The HTTP metrics are registered with `registry`; ``/metrics`` is what `view.metrics_text` returns, which
     must include them. Seeds of requests that bring none are drawn from `seed`.
@@ -176,8 +180,14 @@ def build_router_app(
         Operation(GET, ("/metrics",), cluster.metrics, Bodies(media_type="text/plain")),
         Operation(GET, ("/requests/{request_id:path}",), cluster.request_state),
         Operation(GET, ("/workers",), cluster.workers),
-        Operation(POST, ("/workers",), cluster.register_worker, reports(RegisterRequest)),
-        Operation(("DELETE",), ("/workers/{worker:path}",), cluster.remove_worker, reports()),
+        Operation(POST, ("/workers",), cluster.register_worker, reports(RegisterRequest), is_membership=True),
+        Operation(
+            ("DELETE",),
+            ("/workers/{worker:path}",),
+            cluster.remove_worker,
+            reports(),
+            is_membership=True,
+        ),
         Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache, reports(), is_admin=True),
         Operation(POST, ("/reset_prefix_cache",), cluster.flush_cache, reports(), is_admin=True),
         Operation(
@@ -212,4 +222,5 @@ def build_router_app(
         is_loopback=is_loopback,
         root_path=root_path,
         allowed_origins=allowed_origins,
+        membership=None if is_open_cluster else MembershipGuard(keys),
     )

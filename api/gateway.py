@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import hmac
 import time
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..runtime.cluster_proof import is_same
 from ..runtime.errors import RequestError
 from ..runtime.process import AccessKeys
 from .errors import error_response
 from .in_flight import is_safe_id, new_request_id
 
-# Probes, scrapers and readers of the interface need no key.
+# Probes, scrapers and readers of the interface need no key; nor do routers that ask who is there, which show
+# none to a URL that they were told.
 OPEN_PATHS = frozenset(
     {
         "/health",
@@ -27,6 +29,7 @@ OPEN_PATHS = frozenset(
         "/version",
         "/openapi.json",
         "/docs",
+        "/node_entry",
     }
 )
 DOCS_FILES = "/docs/files"  # scripts and styles of that page: ours, so that it needs no other host
@@ -82,26 +85,36 @@ class ApiKeys:
 
     Admin paths take the admin key alone, which opens the others too. Without an admin key they are ordinary
     paths for whom only this host can reach, and closed for everyone else.
+
+    `guarded`: (method, path) of what is guarded otherwise.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: AccessKeys, admin_paths: Collection[str], is_loopback: bool
+        self,
+        app: ASGIApp,
+        keys: AccessKeys,
+        admin_paths: Collection[str],
+        is_loopback: bool,
+        guarded: Sequence[tuple[str, str]] = (),
     ) -> None:
         self._app = app
         self._keys = keys
         self._admin_paths = frozenset(admin_paths)
         self._is_loopback = is_loopback
+        self._guarded = [(method, compile_path(path)[0]) for method, path in guarded]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
         await (self._app if refusal is None else error_response(refusal))(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
-        path = _route_path(scope)
+        path = route_path(scope)
         if path in OPEN_PATHS or path.startswith(f"{DOCS_FILES}/"):
             return None
-        given = _bearer(scope)
-        if self._keys.admin and _is_same(given, self._keys.admin):
+        if any(method == scope["method"] and pattern.match(path) for method, pattern in self._guarded):
+            return None
+        given = bearer(scope)
+        if self._keys.admin and is_same(given, self._keys.admin):
             return None
         if path in self._admin_paths:
             if self._keys.admin:
@@ -114,7 +127,7 @@ class ApiKeys:
                     code="admin_api_key_not_set",
                     error_type="permission_error",
                 )
-        if self._keys.api and not any(_is_same(given, known) for known in self._keys.api):
+        if self._keys.api and not any(is_same(given, known) for known in self._keys.api):
             return _unauthorized("A valid API key is needed", "invalid_api_key")
         if self._keys.api:
             scope.setdefault("state", {})["client"] = given
@@ -134,7 +147,7 @@ class Door:
         self._paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _route_path(scope) in self._paths:
+        if scope["type"] == "http" and route_path(scope) in self._paths:
             try:
                 self._admit(scope["state"].get("client", ""))
             except RequestError as refusal:
@@ -143,7 +156,7 @@ class Door:
         await self._app(scope, receive, send)
 
 
-def _route_path(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """The path that routes are looked up by."""
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
@@ -157,14 +170,10 @@ def _unauthorized(what: str, code: str) -> RequestError:
     )
 
 
-def _bearer(scope: Scope) -> str:
+def bearer(scope: Scope) -> str:
     """The key that the request shows; empty if none."""
     scheme, _, key = _header(scope, b"authorization").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
-
-
-def _is_same(given: str, known: str) -> bool:
-    return hmac.compare_digest(given.encode(), known.encode())
 
 
 def _header(scope: Scope, wanted: bytes) -> str:

@@ -238,7 +238,7 @@ class ClusterAdmin(Protocol):
     """The control calls of a whole cluster."""
 
     async def register_worker(self, url: str, entry: NodeEntry | None) -> AdminReply:
-        """Add a node or renew its lease. Without ``entry`` it is learned from the URL's /server_info."""
+        """Add a node or renew its lease. Without ``entry`` it is learned from the URL's /node_entry."""
         ...
 
     async def remove_worker(self, url: str) -> AdminReply: ...

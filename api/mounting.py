@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from enum import Enum
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 
 from ..runtime.process import AccessKeys
 from .errors import install_error_handlers
 from .gateway import DOCS_FILES, ApiKeys, Door, RequestIds, RootPath
 from .http_answers import CountAnswers, HttpAnswers
+from .membership_guard import Handler, MembershipGuard
 from .openapi import NO_BODIES, Bodies, install_schemas
 from .version import VERSION
-
-Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 GET = ("GET", "HEAD")
 POST = ("POST",)
@@ -34,6 +33,14 @@ class Operation:
     bodies: Bodies = NO_BODIES
     is_admin: bool = False  # changes or ends what others do
     generates: bool = False  # asks for tokens
+    is_membership: bool = False  # changes which nodes belong to the cluster
+
+    @property
+    def tags(self) -> list[str | Enum] | None:
+        """Of the interface's page."""
+        if self.is_membership:
+            return ["membership"]
+        return ["admin"] if self.is_admin else None
 
 
 def make_app(
@@ -45,8 +52,11 @@ def make_app(
     admit: Callable[[str], None] | None = None,
     root_path: str = "",
     allowed_origins: Sequence[str] = (),
+    membership: MembershipGuard | None = None,
 ) -> FastAPI:
     """`is_loopback`: only this host can reach it, so the admin routes need no key of their own.
+
+    `membership`: who may use membership operations; None: whoever may use the others.
 
     `answers`: where each is counted, those of this app's middleware too.
 
@@ -56,18 +66,23 @@ def make_app(
     origins may ask, ``*`` for any (https://fetch.spec.whatwg.org/#http-cors-protocol).
     """
     app = FastAPIOffline(title="pdserve", version=VERSION, redoc_url=None, static_url=DOCS_FILES)
+    guarded: list[tuple[str, str]] = []
     for operation in operations:
+        handler = operation.handler
+        if operation.is_membership and membership is not None:
+            handler = membership.guard(handler)
+            guarded += itertools.product(operation.methods, operation.paths)
         for path in operation.paths:
             for method in operation.methods:
                 app.add_api_route(
                     path,
-                    operation.handler,
+                    handler,
                     methods=[method],
                     response_model=None,
                     responses=operation.bodies.responses(),
                     openapi_extra=operation.bodies.takes(path),
                     include_in_schema=method != "HEAD",
-                    tags=["admin"] if operation.is_admin else None,
+                    tags=operation.tags,
                 )
     install_schemas(app, [operation.bodies for operation in operations])
     install_error_handlers(app)
@@ -75,7 +90,7 @@ def make_app(
     if admit is not None:
         generating = [path for operation in operations if operation.generates for path in operation.paths]
         app.add_middleware(Door, admit=admit, paths=generating)
-    app.add_middleware(ApiKeys, keys=keys, admin_paths=admin_paths, is_loopback=is_loopback)
+    app.add_middleware(ApiKeys, keys=keys, admin_paths=admin_paths, is_loopback=is_loopback, guarded=guarded)
     app.add_middleware(RequestIds)
     if allowed_origins:  # outermost: a browser's preflight shows no key, and reads refusals too
         app.add_middleware(

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -47,6 +46,7 @@ from ..messages.weights import (
     WeightsReply,
     of_one_node,
 )
+from ..runtime.cluster_proof import is_nonce
 from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
 from ..runtime.logs import Complaints
@@ -71,9 +71,10 @@ from .admin import (
     wanted_request,
 )
 from .answers import json_response, outcome
-from .entry_lookup import EntryLookup, HttpEntryLookup
+from .entry_lookup import EntryLookup, HttpEntryLookup, NoNodeError, proof_info
 from .generation import AdminReply, GroupReply, ModelCard, UpdateMode
 from .http_answers import HttpAnswers
+from .member_calls import MemberCalls
 from .mounting import GET, POST, Operation, make_app
 from .native_types import CloseSessionRequest
 from .node_calls import REPLY_MARGIN_S, NodeUnavailableError
@@ -83,7 +84,7 @@ from .operations import OperationRoutes, ProfileOutcome
 from .server import serve
 from .sessions import read_close
 from .tensor_bodies import in_parts
-from .validation import Limits
+from .validation import Limits, bad_value
 from .version import VERSION
 from .weights import WeightRoutes, weight_operations
 
@@ -148,15 +149,18 @@ class SchedulerLink:
 class Registrar:
     """Keeps the node's lease with every router."""
 
-    def __init__(self, url: str, router_urls: Sequence[str], key: str, trust: Trust = SYSTEM_TRUST) -> None:
+    def __init__(
+        self, url: str, router_urls: Sequence[str], keys: AccessKeys, trust: Trust = SYSTEM_TRUST
+    ) -> None:
         self._url = url
-        self._trust = trust
-        routers = [router.rstrip("/") for router in router_urls]
-        self._problems = dict.fromkeys(routers, "it was not asked yet")  # of each; empty: registered
-        self._complaints = Complaints()
-        headers = {"authorization": f"Bearer {key}"} if key else {}
         timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S)
-        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
+        self._session = aiohttp.ClientSession(timeout=timeout)
+        self._routers = {
+            router: MemberCalls(self._session, router, keys, trust)
+            for router in dict.fromkeys(url.rstrip("/") for url in router_urls)
+        }
+        self._problems = dict.fromkeys(self._routers, "it was not asked yet")  # of each; empty: registered
+        self._complaints = Complaints()
 
     @property
     def problem(self) -> str:
@@ -166,21 +170,19 @@ class Registrar:
         return "; ".join(f"{router}: {problem}" for router, problem in self._problems.items())
 
     async def renew(self, entry: NodeEntry) -> None:
-        body = {"url": self._url, "entry": msgspec.structs.asdict(entry)}
-        await asyncio.gather(*(self._renew_at(router, body) for router in self._problems))
+        body = msgspec.json.encode({"url": self._url, "entry": entry})
+        await asyncio.gather(*(self._renew_at(router, body) for router in self._routers))
 
     async def leave(self) -> None:
         """The node is on its way out: routers take no more registrations of this incarnation."""
-        await asyncio.gather(*(self._leave(router) for router in self._problems))
+        await asyncio.gather(*(self._leave(router) for router in self._routers.values()))
 
     async def close(self) -> None:
         await self._session.close()
 
-    async def _renew_at(self, router: str, body: dict[str, Any]) -> None:
+    async def _renew_at(self, router: str, body: bytes) -> None:
         try:
-            tls = self._trust.of(router) or True
-            async with self._session.post(f"{router}/workers", json=body, ssl=tls) as answer:
-                problem = "" if answer.ok else f"{answer.status}: {(await answer.text())[:300]}"
+            problem = (await self._routers[router].ask("POST", "/workers", body)).problem
         except (aiohttp.ClientError, TimeoutError) as error:
             problem = f"{type(error).__name__}: {error}"
         was_registered, self._problems[router] = not self._problems[router], problem
@@ -191,20 +193,22 @@ class Registrar:
             self._complaints.forget(router)
             log.info("registered with %s", router)
 
-    async def _leave(self, router: str) -> None:
+    async def _leave(self, router: MemberCalls) -> None:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            place = f"{router}/workers/{quote(self._url, safe='')}"
-            await self._session.delete(place, ssl=self._trust.of(router) or True)
+            await router.ask("DELETE", f"/workers/{self._url}")
 
 
 class NodeRoutes:
     """Handlers of a node's own routes. What they answer comes from the scheduler."""
 
-    def __init__(self, link: SchedulerLink, registrar: Registrar, url: str, limits: Limits) -> None:
+    def __init__(
+        self, link: SchedulerLink, registrar: Registrar, url: str, limits: Limits, cluster_secret: str
+    ) -> None:
         self._link = link
         self._registrar = registrar
         self._url = url
         self._limits = limits
+        self._cluster_secret = cluster_secret
         self.answers = HttpAnswers(self._metric_labels)
         self._registry = CollectorRegistry()
         self._registry.register(self.answers)
@@ -232,8 +236,20 @@ class NodeRoutes:
     async def version_info(self, _: Request) -> Response:
         return json_response({"version": VERSION})
 
+    async def node_entry(self, http: Request) -> Response:
+        """What a router must know to use this node, with a proof of the cluster secret for its ``nonce``."""
+        nonce = http.query_params.get("nonce", "")
+        if nonce and not is_nonce(nonce):
+            raise bad_value("nonce", "`nonce` must be 16 to 256 letters, digits, `_`, `-` or `=`.")
+        pong = await self._link.client.ping()
+        content = msgspec.json.encode(msgspec.structs.replace(pong.entry, url=self._url))
+        answer = Response(content, media_type="application/json")
+        if nonce and self._cluster_secret:
+            answer.headers["authentication-info"] = proof_info(self._cluster_secret, nonce, content)
+        return answer
+
     async def server_info(self, _: Request) -> Response:
-        """Everything a router must know to use this node, and the fields that SGLang's clients look for."""
+        """The whole of this node, and the fields that SGLang's clients look for."""
         info = await self._link.client.server_info()
         load = info.load
         return json_response(
@@ -397,9 +413,10 @@ class NodeWeights:
     async def update_weights_from_peer(
         self, peer_url: str, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
-        entry = await self._lookup(peer_url)
-        if entry is None:
-            return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
+        try:
+            entry = await self._lookup(peer_url)
+        except NoNodeError as error:
+            return AdminReply(False, str(error))
         version = weight_version or entry.weight_version
         return await self._update(_new_update(), FromPeer(zmq_address=entry.zmq_address), version, mode)
 
@@ -499,6 +516,7 @@ def build_node_app(
         Operation(GET, ("/live", "/liveness"), routes.live),
         Operation(GET, ("/ready", "/readiness"), routes.ready),
         Operation(GET, ("/version",), routes.version_info),
+        Operation(GET, ("/node_entry",), routes.node_entry, Bodies(answer=NodeEntry)),
         Operation(GET, ("/server_info", "/get_server_info"), routes.server_info),
         Operation(GET, ("/model_info", "/get_model_info"), routes.model_info),
         Operation(GET, ("/v1/models", "/v1/models/"), routes.models, Bodies(answer=ModelList)),
@@ -548,12 +566,13 @@ async def serve_node_front(
     context = zmq.asyncio.Context()
     link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret))
     trust = Trust(tls)
-    registrar = Registrar(url, router_urls, keys.first, trust)
+    registrar = Registrar(url, router_urls, keys, trust)
     limits = Limits()
-    weights = WeightRoutes(NodeWeights(link, url, HttpEntryLookup(keys.first, trust)), limits, is_node=True)
+    lookup = HttpEntryLookup(keys.cluster_secret, trust)
+    weights = WeightRoutes(NodeWeights(link, url, lookup), limits, is_node=True)
     operator = NodeOperator(link, url)
     app = build_node_app(
-        NodeRoutes(link, registrar, url, limits),
+        NodeRoutes(link, registrar, url, limits, keys.cluster_secret),
         operator,
         weights,
         limits=limits,

@@ -30,6 +30,7 @@ from ..messages.sampling import (
     SamplingParams,
 )
 from ..runtime.errors import RequestError
+from ..runtime.http_urls import url_fault
 from .errors import unsupported
 from .fields import FieldRules, tell_ignored
 from .generation import ModelCard
@@ -221,6 +222,14 @@ def bad_value(param: str, message: str) -> RequestError:
 
 def bad_type(param: str, message: str) -> RequestError:
     return RequestError(message, param=param, code="invalid_type")
+
+
+def node_url(param: str, url: str) -> str:
+    """As nodes name themselves, without a slash at its end. Raises RequestError for what cannot be one."""
+    url = url.rstrip("/")
+    if fault := url_fault(url, of_node=True):
+        raise bad_value(param, f"`{param}`: {fault}.")
+    return url
 
 
 def check_model(model: str | None, card: ModelCard) -> None:

@@ -38,7 +38,7 @@ from .generation import AdminReply, GroupReply, UpdateMode
 from .mounting import GET, POST, Operation
 from .openapi import Bodies, reports
 from .tensor_bodies import read_tensor_update
-from .validation import Limits, bad_value, parse_request, read_object
+from .validation import Limits, bad_value, node_url, parse_request, read_object
 
 _NO_PICKLE = (
     "What comes over these sockets is pickled, and is not read: give `gpu` with a CUDA memory handle, or put "
@@ -338,12 +338,11 @@ class WeightRoutes:
     async def update_from_peer(self, http: Request) -> Response:
         raw = await read_object(http, self._limits)
         body = parse_request(raw, PeerRequest, _NO_RULES)
-        if not body.peer.startswith(("http://", "https://")):
-            raise bad_value("peer", "`peer` must be the URL of a node, such as http://host:8100.")
+        peer = node_url("peer", body.peer)
         mode = _mode(body.mode, aborts=body.abort_all_requests)
         if not self._may_update(force=body.force):
             return _one_node()
-        reply = await self._admin.update_weights_from_peer(body.peer.rstrip("/"), body.weight_version, mode)
+        reply = await self._admin.update_weights_from_peer(peer, body.weight_version, mode)
         return outcome(reply.success, reply.message)
 
     async def update_version(self, http: Request) -> Response:

@@ -12,15 +12,17 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..api.entry_lookup import EntryLookup
+from ..api.entry_lookup import EntryLookup, NoNodeError
 from ..api.generation import AdminReply, ModelCard
 from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
 from ..runtime.containment import Containment, nobody_waits
+from ..runtime.errors import RequestError
 from ..runtime.logs import Complaints
 from .links import Connector
 from .options import RouterOptions
 from .registry import (
+    MAX_NODES,
     NodeChanged,
     NodeEvent,
     NodeJoined,
@@ -153,12 +155,25 @@ class Cluster:
                 self._is_awaited.clear()
 
     async def register(self, url: str, entry: NodeEntry | None) -> AdminReply:
-        """``entry`` None: a person names a URL; otherwise a node registers itself."""
+        """``entry`` None: a person names a URL; otherwise a node registers itself.
+
+        Raises RequestError when there are too many nodes.
+        """
         by_hand = entry is None
-        if entry is None and (entry := await self._lookup(url)) is None:
-            return AdminReply(False, f"{url}/server_info does not answer as a node")
+        if entry is None:
+            try:
+                entry = await self._lookup(url)
+            except NoNodeError as error:
+                return AdminReply(False, str(error))
         if reason := self._refusal(entry):
             return AdminReply(False, f"this node does not fit: {reason}")
+        if not self.registry.has_room(entry):
+            raise RequestError(
+                f"This router has {MAX_NODES} nodes, as many as it takes.",
+                status=503,
+                code="too_many_nodes",
+                error_type="service_unavailable",
+            )
         self._apply(self.registry.register(entry, self._clock(), by_hand=by_hand))
         if self.registry.was_removed(entry.incarnation):
             return AdminReply(False, "this node was taken out; restart it, or register its URL by hand")
@@ -294,16 +309,24 @@ class Cluster:
         while True:
             known = self.registry.get(found)
             if known is None or not self.registry.healthy(known):
-                with self._containment.around(f"the facts of {url}", nobody_waits):
-                    entry = await self._lookup(url)
-                    if entry is None:
-                        if self._complaints.is_due(url, "silent", self._clock()):
-                            log.warning("nothing at %s answers as a node; it is asked again and again", url)
-                    elif not self._refusal(entry):
-                        self._complaints.forget(url)
-                        found = entry.incarnation
-                        self._apply(self.registry.register(entry, self._clock()))
+                with self._containment.around(f"the entry of {url}", nobody_waits):
+                    found = await self._find(url)
             await asyncio.sleep(self._options.poll_interval_s)
+
+    async def _find(self, url: str) -> str:
+        """The incarnation of the node at a static URL, which is registered; empty when there is none that
+        may be."""
+        try:
+            entry = await self._lookup(url)
+        except NoNodeError as error:
+            if self._complaints.is_due(url, "silent", self._clock()):
+                log.warning("%s; it is asked again and again", error)
+            return ""
+        if self._refusal(entry) or not self.registry.has_room(entry):
+            return ""
+        self._complaints.forget(url)
+        self._apply(self.registry.register(entry, self._clock()))
+        return entry.incarnation
 
     # ---- roster ---------------------------------------------------------------------------------
 

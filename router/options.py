@@ -28,7 +28,7 @@ class RouterOptions:
     lease_s: float = 5.0
     ping_interval_s: float = 1.0
     pong_timeout_s: float = 2.0  # a node silent for longer gets no work and its attempts are made again
-    poll_interval_s: float = 1.0  # of /server_info of nodes given by URL, until they answer
+    poll_interval_s: float = 1.0  # of /node_entry of nodes given by URL, until they answer
     roster_interval_s: float = 3.0
 
     prefill_credit_tokens: int = 16_384  # queued on one prefill node before requests wait here

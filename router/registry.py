@@ -1,6 +1,6 @@
 """The nodes that the router knows: leases, liveness, readiness. Values and ``now`` in, events out.
 
-A node is *known* while its lease holds: a registration, an answer of its ``/server_info`` or a pong renews
+A node is *known* while its lease holds: a registration, an answer of its ``/node_entry`` or a pong renews
 it. It is *healthy* while its scheduler answers pings as well, *ready* while it may be paired.
 """
 
@@ -18,7 +18,9 @@ from ..api.generation import ModelCard
 from ..messages.node import NodeEntry, NodeLoad, Pong, is_same_process
 from ..messages.weights import is_of_cluster
 
+MAX_NODES = 512  # known at a time: who registers made-up ones must not fill the memory
 _MAX_UNFIT = 64  # URLs that are remembered
+_MAX_REMOVED = 1024  # incarnations that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ class NodeRegistry:
         self._nodes: dict[str, NodeRecord] = {}  # by incarnation
         self._by_url: dict[str, str] = {}  # url -> incarnation
         self._superseded: deque[str] = deque(maxlen=256)  # by a restart: a late registration changes nothing
-        self._removed: set[str] = set()  # taken out: they come back by hand or as another incarnation
+        # Taken out: they come back by hand or as another incarnation.
+        self._removed: deque[str] = deque(maxlen=_MAX_REMOVED)
         self._unfit: dict[str, tuple[str, float]] = {}  # url -> why, until when that is worth telling
 
     def __iter__(self) -> Iterator[NodeRecord]:
@@ -133,6 +136,11 @@ class NodeRegistry:
         node = self._nodes.get(incarnation)
         return node.entry.url if node is not None else incarnation
 
+    def has_room(self, entry: NodeEntry) -> bool:
+        """Whether it may be registered: it is known, takes a known one's place, or there are not too many."""
+        is_known = entry.incarnation in self._nodes or entry.url in self._by_url
+        return is_known or len(self._nodes) < MAX_NODES
+
     # ---- what happens ---------------------------------------------------------------------------
 
     def register(self, entry: NodeEntry, now: float, *, by_hand: bool = False) -> list[NodeEvent]:
@@ -140,8 +148,8 @@ class NodeRegistry:
 
         What a known incarnation serves is learned from its pongs alone, which come from its scheduler.
         """
-        if by_hand:
-            self._removed.discard(entry.incarnation)
+        if by_hand and entry.incarnation in self._removed:
+            self._removed.remove(entry.incarnation)
         if entry.incarnation in self._removed or entry.incarnation in self._superseded:
             return []
         known = self._nodes.get(entry.incarnation)
@@ -222,7 +230,8 @@ class NodeRegistry:
         if node is None:
             return False
         node.leaving = True
-        self._removed.add(node.incarnation)
+        if node.incarnation not in self._removed:
+            self._removed.append(node.incarnation)
         return True
 
     def forget(self, incarnation: str) -> list[NodeEvent]:

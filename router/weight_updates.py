@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-from ..api.entry_lookup import EntryLookup
+from ..api.entry_lookup import EntryLookup, NoNodeError
 from ..api.generation import AdminReply, GroupReply, UpdateMode
 from ..api.node_calls import NodeCalls, NodeUnavailableError
 from ..api.tensor_bodies import in_parts
@@ -133,9 +133,10 @@ class WeightUpdates:
         self, peer_url: str, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         known = self._registry.at_url(peer_url)
-        entry = await self._lookup(peer_url) if known is None else known.entry
-        if entry is None:
-            return AdminReply(False, f"{peer_url}/server_info does not answer as a node")
+        try:
+            entry = await self._lookup(peer_url) if known is None else known.entry
+        except NoNodeError as error:
+            return AdminReply(False, str(error))
         source = FromPeer(zmq_address=entry.zmq_address)
         return await self._update_alone(source, weight_version or entry.weight_version, mode)
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -23,6 +22,7 @@ from .config_file import file_layers
 from .errors import StartupError
 from .flag import Flag, field_of, near_miss
 from .foreign_flags import FOREIGN_FIELD, declare_foreign_flags, foreign_name, foreign_names
+from .http_urls import is_host, url_fault
 from .logs import LEVELS
 from .metric_aliases import METRICS_COMPATS, MetricsCompat
 from .process import AccessKeys, usable_cores
@@ -34,9 +34,6 @@ SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-python
 HIDDEN_STATES_FLAG = "--enable-return-hidden-states"
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 _ROOT_PATH = re.compile(r"(/[\w.~-]+)+")
-_URL = re.compile(r"[^\s?#]+")
-_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%\w+)?")  # a name, or IPv6
 _THREADS_A_CORE = 8  # more wait for one another
 _HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
 DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
@@ -442,8 +439,10 @@ def _check(values: Mapping[str, Any]) -> None:
         raise StartupError(f"--num-threads {num_threads}: this host has {num_cores} cores")
     for name in ("router", "prefill", "decode"):
         for url in values.get(name) or ():
-            _check_url(f"--{name}", str(url))
-    if (host := values.get("advertise_host")) and not _HOST.fullmatch(host):
+            if fault := url_fault(str(url)):
+                shown = "" if "@" in str(url) else f" {url}"  # it may hold a password
+                raise StartupError(f"--{name}{shown}: {fault}")
+    if (host := values.get("advertise_host")) and not is_host(host):
         raise StartupError(f"--advertise-host {host}: a name or an address is expected, without a port")
     if values.get("ib_device") and values.get("transport") != "rdma":
         raise StartupError(
@@ -454,21 +453,6 @@ def _check(values: Mapping[str, Any]) -> None:
         raise StartupError(
             "--transport rdma: --transfer-backend shm has no wire; give mooncake or nixl, or leave it out"
         )
-
-
-def _check_url(flag: str, url: str) -> None:
-    """One that can be asked. Whether somebody answers there is told by who asks."""
-    try:
-        parts = urlsplit(url)
-        is_whole = parts.scheme in ("http", "https") and parts.port != 0 and parts.hostname is not None
-    except ValueError:  # a bracket that is not closed, a port over 65535
-        is_whole = False
-    if not is_whole or not _URL.fullmatch(url):
-        raise StartupError(f"{flag} {url}: a URL is expected, such as http://127.0.0.1:8000")
-    if parts.username is not None:  # it holds a secret: not shown
-        raise StartupError(f"{flag}: a URL without user and password is expected; --api-key is what is sent")
-    if not _HOST.fullmatch(parts.hostname or ""):
-        raise StartupError(f"{flag} {url}: {parts.hostname!r} is no name and no address of a host")
 
 
 def _check_key(flag: str, key: str) -> None:

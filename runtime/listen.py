@@ -80,7 +80,17 @@ def inherit_http(fd: int) -> socket.socket:
 
 def is_loopback(listener: socket.socket) -> bool:
     """Whether only this host can reach it."""
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    return is_loopback_address(listener.getsockname()[0])
+
+
+def is_loopback_address(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback  # who came by IPv4 to a socket of both
+    return address.is_loopback
 
 
 def resolves(host: str) -> bool:

@@ -19,6 +19,7 @@ from functools import partial
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from ...api.entry_lookup import NoNodeError
 from ...api.generation import GenerateSpec, ModelCard
 from ...api.node_calls import NodeUnavailableError, StreamMessage
 from ...components.metrics_reporter import MetricsReporter
@@ -334,12 +335,12 @@ class SimulatedCluster:
                 self.network, address, client_name=name, on_stream=on_stream, on_lost=on_lost
             )
 
-        async def lookup(url: str) -> NodeEntry | None:
+        async def lookup(url: str) -> NodeEntry:
             await asyncio.sleep(LOOKUP_S)
             for life in self.lives.values():
                 if life.node.place.url == url and life.process.is_alive and not life.process.is_frozen:
                     return life.node.status.entry
-            return None
+            raise NoNodeError(f"{url} does not answer as a node")
 
         router = RouterService(
             RouterOptions(no_pair_timeout_s=4.0, gate_patience_s=0.5, weight_drain_s=3.0),

@@ -6,23 +6,25 @@ has so few pages that it would use a page again at once if it let go of it too e
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
+import aiohttp
 import psutil
 import pytest
 
+from pdserve.api.member_calls import MemberCalls, RouterAnswer
 from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.cluster_secret import given_secret
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.runtime.direct_http import open_url
-from pdserve.runtime.process import end
+from pdserve.runtime.process import AccessKeys, end
 from pdserve.tests.e2e.helpers import (
     GREEDY,
     Body,
@@ -64,9 +66,23 @@ def extra_node(cluster: LocalCluster, role: str, *flags: str) -> Iterator[subpro
         end(process, grace_s=30.0)
 
 
+def ask_as_member(cluster: LocalCluster, method: str, path: str, body: bytes = b"") -> None:
+    """What only processes of the cluster may ask. All of them have the secret of our environment."""
+
+    async def ask() -> RouterAnswer:
+        async with aiohttp.ClientSession() as session:
+            keys = AccessKeys(cluster_secret=given_secret(""))
+            return await MemberCalls(session, cluster.url, keys).ask(method, path, body)
+
+    assert asyncio.run(ask()).problem == ""
+
+
+def add_by_hand(cluster: LocalCluster, url: str) -> None:
+    ask_as_member(cluster, "POST", "/workers", json.dumps({"url": url}).encode())
+
+
 def remove(cluster: LocalCluster, url: str) -> None:
-    request = urllib.request.Request(f"{cluster.url}/workers/{quote(url, safe='')}", method="DELETE")
-    open_url(request, timeout_s=10.0).close()
+    ask_as_member(cluster, "DELETE", f"/workers/{url}")
 
 
 @contextmanager
@@ -108,7 +124,7 @@ def test_prefill_frozen_in_mid_write(tmp_path: Path, undisturbed: list[dict[int,
         wait_for_log(tmp_path, "bytes: delay")
         due_at = time.monotonic() + 4.0
         with frozen(scheduler_process(cluster, late)):
-            cluster.post("/workers", {"url": healthy})
+            add_by_hand(cluster, healthy)
             answer = stream.answer()
             assert answer.is_proper, answer
             assert answer.token_ids == undisturbed[0]
@@ -152,7 +168,7 @@ def test_decode_frozen_and_the_sender_killed(
                 supervisor.suspend()
             kill_nodes(cluster, [late], with_fronts=True)
         try:
-            cluster.post("/workers", {"url": healthy})
+            add_by_hand(cluster, healthy)
             answer = stream.answer()
             assert answer.is_proper, answer
             assert answer.token_ids == undisturbed[0]

@@ -131,6 +131,11 @@ def is_loopback() -> bool:
 
 
 @pytest.fixture
+def is_open_cluster() -> bool:
+    return False
+
+
+@pytest.fixture
 def root_path() -> str:
     return ""
 
@@ -161,6 +166,7 @@ async def api(
     card: ModelCard,
     keys: AccessKeys,
     is_loopback: bool,
+    is_open_cluster: bool,
     limits: Limits,
     root_path: str,
     allowed_origins: tuple[str, ...],
@@ -189,6 +195,7 @@ async def api(
         timelines=Timelines(SpanClock.start(), registry, card.name, exported.append),
         keys=keys,
         is_loopback=is_loopback,
+        is_open_cluster=is_open_cluster,
         limits=limits,
         root_path=root_path,
         allowed_origins=allowed_origins,

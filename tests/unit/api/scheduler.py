@@ -11,6 +11,7 @@ import zmq.asyncio
 
 from pdserve.components.request_receiver import refusals
 from pdserve.messages.codec import Codec
+from pdserve.messages.link_guard import LinkKeys
 from pdserve.messages.malformed import malformed
 from pdserve.messages.node import (
     AbortRequests,
@@ -105,8 +106,10 @@ RANKS = tuple(RankInfo(rank=rank, pid=10 + rank, session=f"h:{rank}") for rank i
 
 
 class FakeScheduler:
-    def __init__(self, context: zmq.asyncio.Context) -> None:
+    def __init__(self, context: zmq.asyncio.Context, keys: LinkKeys | None = None) -> None:
         self._socket = context.socket(zmq.ROUTER)
+        if keys is not None:
+            keys.secure_server(self._socket)
         port = self._socket.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{port}"
         self.entry = NodeEntry(

@@ -14,14 +14,17 @@ import zmq.asyncio
 from aiohttp import web
 
 from pdserve.api import node_front
+from pdserve.api.entry_lookup import HttpEntryLookup, NoNodeError
 from pdserve.api.generation import AdminReply
 from pdserve.api.node_front import Registrar, serve_node_front
+from pdserve.messages.link_guard import LinkKeys
 from pdserve.messages.node import (
     AssertPeerDeath,
     FlushCache,
 )
 from pdserve.messages.operation import CloseSession, PauseGeneration, SlowDown
 from pdserve.messages.weights import CommitWeights, DiscardWeights, FromTensors, PrepareWeights, StageWeights
+from pdserve.runtime.process import NO_KEYS, AccessKeys
 from pdserve.runtime.tls import SYSTEM_TRUST, TlsFiles, Trust
 from pdserve.tests.certificates import Certificates
 from pdserve.tests.unit.api.conftest import Api, eventually
@@ -145,7 +148,7 @@ async def test_f3_a_node_that_cannot_register_says_why(
 async def test_f3_nobody_at_the_router_s_url_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    registrar = Registrar("http://node", [url], "")
+    registrar = Registrar("http://node", [url], NO_KEYS)
     assert registrar.problem == f"{url}: it was not asked yet"
     await registrar.renew(ENTRY)
     await registrar.renew(ENTRY)
@@ -174,6 +177,65 @@ async def test_a_bug_in_its_own_loop_ends_it_loudly(monkeypatch: pytest.MonkeyPa
             await asyncio.wait_for(serving, 10)
     await scheduler.close()
     context.destroy(linger=0)
+
+
+async def test_it_says_who_it_is_and_proves_it(front: Front) -> None:
+    """To anybody who asks: without a key, and for a nonce that cannot be read in two ways."""
+    assert (await front.get("/node_entry"))[1]["url"] == front.url
+    entry = await HttpEntryLookup()(front.url)
+    assert (entry.url, entry.incarnation, entry.zmq_address) == (front.url, "d-1", front.scheduler.address)
+    for bad in ("short", "n" * 257, "n" * 16 + "%0A"):
+        status, answer = await front.get(f"/node_entry?nonce={bad}")
+        assert (status, answer["error"]["param"]) == (400, "nonce")
+    with pytest.raises(NoNodeError, match="does not prove this cluster's secret"):
+        await HttpEntryLookup("s" * 32)(front.url)
+
+
+async def test_a_node_with_a_secret_proves_it_and_hides_the_rest() -> None:
+    """Its scheduler's link is CURVE too."""
+    keys = AccessKeys(("k1",), cluster_secret="s" * 32)
+    context = zmq.asyncio.Context()
+    scheduler = FakeScheduler(context, LinkKeys.of(keys.cluster_secret))
+    stop = asyncio.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        serving = serve_node_front(
+            zmq_address=scheduler.address, listener=listener, url=url, keys=keys, stop=stop
+        )
+        task = asyncio.create_task(serving)
+        async with asyncio.timeout(10):
+            entry = await HttpEntryLookup(keys.cluster_secret)(url)
+        assert (entry.url, entry.incarnation) == (url, "d-1")
+        with pytest.raises(NoNodeError, match="does not prove this cluster's secret"):
+            await HttpEntryLookup("o" * 32)(url)
+        async with aiohttp.ClientSession() as http, http.get(f"{url}/server_info") as answer:
+            assert answer.status == 401
+        stop.set()
+        await asyncio.wait_for(task, 10)
+    await scheduler.close()
+    context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("keys", [AccessKeys(("k1",), "root", "s" * 32)])
+async def test_a_node_of_another_secret_says_once_what_to_do(
+    api: Api, keys: AccessKeys, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = Registrar(ENTRY.url, [api.url], keys)
+    await member.renew(ENTRY)
+    assert (member.problem, api.admin.calls) == ("", [("register", ENTRY.url, ENTRY)])
+    await member.leave()
+    await member.close()
+    for stranger_keys in (AccessKeys(("k1",)), AccessKeys(("k1",), cluster_secret="o" * 32)):
+        caplog.clear()
+        stranger = Registrar(ENTRY.url, [api.url], stranger_keys)
+        for _ in range(3):
+            await stranger.renew(ENTRY)
+        (warning,) = caplog.messages
+        assert f"registration with {api.url} failed, it is tried each second: 401: " in warning
+        assert "with the same --cluster-secret-file FILE (or PDSERVE_CLUSTER_SECRET)" in warning
+        assert "\n" not in warning
+        await stranger.close()
+    assert api.admin.calls == [("register", ENTRY.url, ENTRY), ("remove", ENTRY.url)]
 
 
 async def test_facts(front: Front) -> None:
@@ -327,7 +389,7 @@ async def test_a_node_registers_with_a_router_that_it_trusts(certificates: Certi
         (Trust(TlsFiles(ca_certs=certificates.ca_certs)), ""),
         (SYSTEM_TRUST, "certificate verify failed"),
     ):
-        registrar = Registrar("https://127.0.0.1:1", [router], "", trust)
+        registrar = Registrar("https://127.0.0.1:1", [router], NO_KEYS, trust)
         await registrar.renew(ENTRY)
         assert problem in registrar.problem
         assert bool(registrar.problem) == bool(problem)

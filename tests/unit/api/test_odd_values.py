@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from pdserve.api.app import build_router_app
+from pdserve.api.entry_lookup import NoNodeError
 from pdserve.api.generation import ModelCard
 from pdserve.api.in_flight import InFlightRequests
 from pdserve.api.native_types import NativeSampling
@@ -292,8 +293,8 @@ async def test_a_router_answers_whatever_a_field_holds(
     context = zmq.asyncio.Context()
     registry = CollectorRegistry()
 
-    async def lookup(url: str) -> NodeEntry | None:
-        return None
+    async def lookup(url: str) -> NodeEntry:
+        raise NoNodeError(f"{url} does not answer as a node")
 
     service = RouterService(
         RouterOptions(request_timeout_s=5.0, max_queue_wait_s=0),
@@ -330,13 +331,13 @@ async def test_a_node_answers_whatever_a_field_holds(scheduler: Scheduler) -> No
     context = zmq.asyncio.Context()
     url = scheduler.entry.url
 
-    async def lookup(url: str) -> NodeEntry | None:
-        return None
+    async def lookup(url: str) -> NodeEntry:
+        raise NoNodeError(f"{url} does not answer as a node")
 
     link = SchedulerLink(context, scheduler.address, None)
-    registrar = Registrar(url, [], "")
+    registrar = Registrar(url, [], NO_KEYS)
     app = build_node_app(
-        NodeRoutes(link, registrar, url, Limits()),
+        NodeRoutes(link, registrar, url, Limits(), ""),
         NodeOperator(link, url),
         WeightRoutes(NodeWeights(link, url, lookup), Limits(), is_node=True),
         limits=Limits(),

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import msgspec
 import pytest
 
+from pdserve.api.entry_lookup import NoNodeError
 from pdserve.api.generation import GenerateSpec, ModelCard
 from pdserve.api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from pdserve.messages.node import (
@@ -477,9 +478,11 @@ class FakeNet:
             raise NodeUnavailableError(f"cannot connect to {address!r}")
         return cast(NodeCalls, FakeLink(node, on_stream, on_lost))
 
-    async def lookup(self, url: str) -> NodeEntry | None:
+    async def lookup(self, url: str) -> NodeEntry:
         node = self.nodes.get(url)
-        return node.entry if node is not None and node.alive else None
+        if node is None or not node.alive:
+            raise NoNodeError(f"{url} does not answer as a node")
+        return node.entry
 
 
 class Bench:

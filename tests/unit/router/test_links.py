@@ -1,9 +1,10 @@
-"""The real links: a zmq connection through NodeClient, and /server_info over HTTP."""
+"""The real links: a zmq connection through NodeClient, and /node_entry over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ import zmq
 import zmq.asyncio
 from aiohttp import web
 
-from pdserve.api.entry_lookup import HttpEntryLookup
+from pdserve.api.entry_lookup import HttpEntryLookup, NoNodeError, proof_info
 from pdserve.api.generation import GenerateSpec, ModelCard
 from pdserve.api.node_calls import NodeUnavailableError
 from pdserve.messages.codec import Codec
@@ -29,6 +30,7 @@ from pdserve.messages.node import (
 from pdserve.router.links import ZmqConnector
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
+from pdserve.runtime.cluster_proof import is_nonce
 
 Entry = Callable[..., NodeEntry]
 
@@ -41,46 +43,81 @@ async def serve(app: web.Application) -> tuple[web.AppRunner, str]:
     return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
 
 
+SECRET = "s" * 32
+
+
+@dataclass
+class FakeFront:
+    """A server whose /node_entry answers what the test puts here."""
+
+    url: str = ""
+    status: int = 200
+    body: bytes = b""
+    secret: str = ""
+    requests: list[web.Request] = field(default_factory=list)
+
+    async def node_entry(self, request: web.Request) -> web.Response:
+        self.requests.append(request)
+        headers = {"location": f"{self.url}/elsewhere"} if self.status == 302 else {}
+        if self.secret:
+            headers["authentication-info"] = proof_info(self.secret, request.query["nonce"], self.body)
+        return web.Response(body=self.body, status=self.status, headers=headers)
+
+
 @pytest.fixture
-async def answers() -> AsyncIterator[tuple[str, dict[str, web.Response]]]:
-    """A server whose /server_info answers what the test puts under "answer"."""
-    answer: dict[str, web.Response] = {}
-
-    async def server_info(request: web.Request) -> web.Response:
-        assert request.headers.get("Authorization") == "Bearer key"
-        return answer["answer"]
-
+async def front(entry: Entry) -> AsyncIterator[FakeFront]:
+    front = FakeFront(body=msgspec.json.encode(entry()))
     app = web.Application()
-    app.router.add_get("/server_info", server_info)
-    runner, url = await serve(app)
-    yield url, answer
+    for path in ("/node_entry", "/elsewhere"):
+        app.router.add_get(path, front.node_entry)
+    runner, front.url = await serve(app)
+    yield front
     await runner.cleanup()
 
 
-async def test_an_entry_is_read_from_server_info(
-    answers: tuple[str, dict[str, web.Response]], entry: Entry
-) -> None:
-    url, answer = answers
-    body = msgspec.json.encode({"entry": entry(), "model": {"more": 1}})
-    answer["answer"] = web.Response(body=body, content_type="application/json")
-    assert await HttpEntryLookup("key")(f"{url}/") == entry()
+async def test_a_url_is_asked_for_its_entry_and_shown_no_key(front: FakeFront, entry: Entry) -> None:
+    assert await HttpEntryLookup()(f"{front.url}/") == entry()
+    (request,) = front.requests
+    assert "authorization" not in request.headers
+    assert "cookie" not in request.headers
+
+
+async def test_with_a_secret_an_entry_must_be_proven(front: FakeFront, entry: Entry) -> None:
+    lookup = HttpEntryLookup(SECRET)
+    front.secret = SECRET
+    assert await lookup(front.url) == entry()
+    assert await lookup(front.url) == entry()
+    first, second = (request.query["nonce"] for request in front.requests)
+    assert first != second, "an answer that was heard proves nothing later"
+    assert is_nonce(first)
+    for secret in ("", "o" * 32):
+        front.secret = secret
+        with pytest.raises(NoNodeError, match="does not prove this cluster's secret: start it with the same"):
+            await lookup(front.url)
 
 
 @pytest.mark.parametrize(
-    ("status", "text"), [(404, "{}"), (200, "{}"), (200, "<html>"), (200, '{"entry": {"url": 1}}')]
+    ("status", "body", "reason"),
+    [
+        (404, b"{}", "HTTP 404"),
+        (302, b"{}", "HTTP 302"),
+        (200, b"{}", "missing required field `url`"),
+        (200, b"<html>", "JSON is malformed"),
+        (200, b'{"url": 1}', "Expected `str`"),
+        (200, b" " * (1 << 20), "truncated"),
+    ],
 )
-async def test_what_is_no_node_is_none(
-    answers: tuple[str, dict[str, web.Response]], status: int, text: str
-) -> None:
-    url, answer = answers
-    answer["answer"] = web.Response(status=status, text=text)
-    assert await HttpEntryLookup("key")(url) is None
+async def test_what_is_no_node_is_told(front: FakeFront, status: int, body: bytes, reason: str) -> None:
+    front.status, front.body = status, body
+    with pytest.raises(NoNodeError, match=f"{front.url} does not answer as a node: .*{reason}"):
+        await HttpEntryLookup()(front.url)
+    assert len(front.requests) == 1, "no redirect is followed"
 
 
-async def test_nobody_there_is_none() -> None:
-    assert await HttpEntryLookup()("http://127.0.0.1:1") is None
-    for url in ("no url", "http://[", "http://127.0.0.1:x", f"http://{'a' * 64}.com"):
-        assert await HttpEntryLookup()(url) is None
+async def test_nobody_there_is_told() -> None:
+    for url in ("http://127.0.0.1:1", "no url", "http://[", "http://127.0.0.1:x", f"http://{'a' * 64}.com"):
+        with pytest.raises(NoNodeError, match="does not answer as a node"):
+            await HttpEntryLookup()(url)
 
 
 async def test_what_is_no_address_is_unavailable() -> None:

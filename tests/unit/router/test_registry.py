@@ -10,6 +10,7 @@ import pytest
 from pdserve.messages.node import NodeEntry, NodeLoad, Pong
 from pdserve.messages.weights import of_one_node
 from pdserve.router.registry import (
+    MAX_NODES,
     NodeChanged,
     NodeJoined,
     NodeLost,
@@ -167,6 +168,30 @@ def test_a_leaving_node_may_be_named_again(registry: NodeRegistry, entry: Entry)
     registry.take_out("http://d")
     assert registry.register(entry(), 1.0, by_hand=True) == []
     assert len(registry.ready_pairs()) == 1
+
+
+def test_made_up_nodes_do_not_fill_the_memory(registry: NodeRegistry, entry: Entry) -> None:
+    entries = [entry(url=f"http://n{i}", incarnation=f"n{i}-1") for i in range(3000)]
+    for each in entries:
+        if registry.has_room(each):
+            registry.register(each, 0.0)
+    assert len(registry) == MAX_NODES
+    assert registry.has_room(entries[0]), "it renews its lease"
+    assert registry.has_room(entry(url="http://n0", incarnation="n0-2")), "it was started again"
+    assert not registry.has_room(entries[-1])
+    registry.expire(100.0)
+    assert registry.has_room(entries[-1])
+
+
+def test_what_was_taken_out_is_not_remembered_for_ever(registry: NodeRegistry, entry: Entry) -> None:
+    for i in range(2000):
+        registry.register(entry(url="http://n", incarnation=f"n-{i}"), 0.0)
+        registry.take_out("http://n")
+        registry.take_out("http://n")
+    assert not registry.was_removed("n-0")
+    assert registry.was_removed("n-1999")
+    registry.register(entry(url="http://n", incarnation="n-1999"), 0.0, by_hand=True)
+    assert not registry.was_removed("n-1999")
 
 
 def test_the_routers_own_stall_is_nobodys_fault(registry: NodeRegistry, entry: Entry) -> None:

@@ -25,6 +25,7 @@ from pdserve.messages.operation import CloseSession, ContinueGeneration, PauseGe
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, FromServed, KeepWeights, UpdateGroupSpec
 from pdserve.router.attempts import RequestRecord
+from pdserve.router.registry import MAX_NODES
 from pdserve.runtime.errors import RequestError
 
 Spec = Callable[..., GenerateSpec]
@@ -602,6 +603,17 @@ async def test_an_operator_removes_a_node_and_names_it_again(bench: Bench) -> No
     await bench.ready()
     reply = await bench.service.register_worker("http://nowhere", None)
     assert (reply.success, "does not answer" in reply.message) == (False, True)
+
+
+async def test_a_router_takes_so_many_nodes(bench: Bench, entry: Callable[..., NodeEntry]) -> None:
+    _, decode = await small_cluster(bench)
+    made_up = [entry("decode", f"made-up-{i}") for i in range(MAX_NODES)]
+    for each in made_up[:-2]:
+        await bench.service.register_worker(each.url, each)
+    with pytest.raises(RequestError, match=f"has {MAX_NODES} nodes, as many as it takes") as refusal:
+        await bench.service.register_worker(made_up[-1].url, made_up[-1])
+    assert (refusal.value.status, refusal.value.code) == (503, "too_many_nodes")
+    assert (await bench.service.register_worker(decode.entry.url, decode.entry)).success
 
 
 # ---- admin ----------------------------------------------------------------------------------------------
@@ -1375,7 +1387,7 @@ async def test_nodes_pull_from_a_node_of_theirs_or_another(bench: Bench) -> None
     reply = await bench.service.weights.update_weights_from_peer("http://nobody", None, "wait")
     assert (reply.success, reply.message) == (
         False,
-        "http://nobody/server_info does not answer as a node",
+        "http://nobody does not answer as a node",
     )
 
 
