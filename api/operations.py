@@ -82,7 +82,7 @@ class SlowDownRequest(msgspec.Struct, kw_only=True):
 
 class StartProfileRequest(msgspec.Struct, kw_only=True):
     output_dir: Path | None = None  # on each node; default /tmp
-    # Forwards, of each stage with `profile_by_stage`; none: until it is stopped.
+    # Forwards, of each stage with `profile_by_stage`; default: DEFAULT_PROFILE_STEPS.
     num_steps: Positive | None = None
     activities: list[Activity] | None = None
     profile_by_stage: bool = False

@@ -13,6 +13,7 @@ import psutil
 from ..engine.engine_thread import JobResult
 from ..messages.node import CallReply
 from ..messages.operation import (
+    DEFAULT_PROFILE_STEPS,
     MAX_FORWARD_SLEEP_S,
     ConfigureLogging,
     FreezeGc,
@@ -81,6 +82,7 @@ class _Profile:
     """What is known of the profiler, which the engine's thread owns."""
 
     is_running: bool = False
+    told: str = ""  # to who began it
     waiting: dict[str, tuple[bytes, int]] = field(default_factory=dict)  # job -> link, call
 
 
@@ -133,6 +135,8 @@ class NodeOperations:
             case StartProfile():
                 if self._profile.is_running or self._profile.waiting:
                     return _answer(link, message.call_id, False, "a profile is running")
+                num_steps = message.num_steps or DEFAULT_PROFILE_STEPS
+                self._profile.told = f"profiling: {num_steps} forwards at most"
                 self._submit(START_JOB, link, message.call_id, self._profiler.start(message))
                 return None
             case StopProfile():
@@ -154,7 +158,7 @@ class NodeOperations:
         error = "" if job.error is None else str(job.error)
         if job.name == START_JOB:
             self._profile.is_running = not error
-            return _answer(link, call_id, not error, error or "profiling")
+            return _answer(link, call_id, not error, error or self._profile.told)
         self._profile.is_running = False
         if error:
             return OperationReply(link, ProfileReply(call_id=call_id, success=False, message=error))

@@ -23,6 +23,9 @@ SETTINGS: Mapping[str, frozenset[str]] = {
 }
 
 MAX_FORWARD_SLEEP_S = 60.0
+# Forwards that a profile records where nobody says how many: what torch keeps of each is put together with
+# the interpreter's lock held, so the loop stands still for so long.
+DEFAULT_PROFILE_STEPS = 32
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 Activity: TypeAlias = Literal["CPU", "GPU"]
@@ -66,7 +69,7 @@ class StartProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile
     call_id: Number = 0
     profile_id: ProfileId  # names the traces
     output_dir: Path  # on the node
-    num_steps: Positive | None = None  # forwards, of each stage with `by_stage`; None: until it is stopped
+    num_steps: Positive | None = None  # forwards, of each stage with `by_stage`; None: DEFAULT_PROFILE_STEPS
     by_stage: bool = False
     activities: Annotated[tuple[Activity, ...], Meta(max_length=2)] = ("CPU", "GPU")
     record_shapes: bool = False

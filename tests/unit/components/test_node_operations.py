@@ -171,7 +171,7 @@ def test_what_lives_is_frozen(bench: Bench) -> None:
 
 def test_a_profile_begins_and_ends_on_the_engine(bench: Bench) -> None:
     assert bench.ask(START) is None
-    assert bench.finish() == CallReply(call_id=1, success=True, message="profiling")
+    assert bench.finish() == CallReply(call_id=1, success=True, message="profiling: 32 forwards at most")
     assert bench.profiler.plans == [START]
     assert bench.state().is_profiling
     again = bench.ask(START)

@@ -14,7 +14,7 @@ import torch
 
 from pdserve.engine.forward_batch import ForwardBatch
 from pdserve.engine.step_profiler import ProfileError, StepProfiler
-from pdserve.messages.operation import StartProfile
+from pdserve.messages.operation import DEFAULT_PROFILE_STEPS, StartProfile
 
 
 def plan(folder: Path, **changes: object) -> StartProfile:
@@ -57,6 +57,16 @@ def test_so_many_steps_are_recorded_and_no_more(tmp_path: Path) -> None:
     profiler.start(plan(tmp_path))
     run(profiler, 5)
     assert steps_in(*profiler.stop()) == ["decode 5"]
+
+
+def test_a_profile_that_is_not_stopped_ends_by_itself(tmp_path: Path) -> None:
+    """Its trace would hold the loop for seconds."""
+    profiler = StepProfiler("decode-1")
+    profiler.start(plan(tmp_path))
+    for step in range(DEFAULT_PROFILE_STEPS + 2):
+        run(profiler, step)
+    (path,) = profiler.stop()
+    assert steps_in(path) == [f"decode {step}" for step in range(DEFAULT_PROFILE_STEPS)]
 
 
 def test_stages_have_traces_of_their_own(tmp_path: Path) -> None:

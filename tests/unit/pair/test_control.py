@@ -503,7 +503,9 @@ def test_a_profile_begins_while_requests_run() -> None:
         send(StartProfile(call_id=1, profile_id="p", output_dir="/d"), ADMIN)
         while num_replies(node) == 0:
             pair.compute(node)
-        assert pair.last_reply(node, ADMIN) == CallReply(call_id=1, success=True, message="profiling")
+        assert pair.last_reply(node, ADMIN) == CallReply(
+            call_id=1, success=True, message="profiling: 32 forwards at most"
+        )
         send(StopProfile(call_id=2), ADMIN)
         while num_replies(node) == 1:
             pair.compute(node)
