@@ -214,10 +214,13 @@ class FakeServer(Generic[T]):
         self.inbox: deque[tuple[bytes, T | MalformedMessage]] = deque()
         self.sent: dict[bytes, list[NodeToClient]] = {}
         self.gone: set[bytes] = set()
+        self.deaf: set[bytes] = set()  # who reads no answer
         self.wires: dict[bytes, Wire] = {}
 
     def deliver(self, link: bytes, message: msgspec.Struct) -> None:
-        payload = self._codec.encode(message)
+        self.deliver_raw(link, self._codec.encode(message))
+
+    def deliver_raw(self, link: bytes, payload: bytes) -> None:
         try:
             self.inbox.append((link, self._codec.decode(payload)))
         except msgspec.DecodeError as error:
@@ -230,6 +233,8 @@ class FakeServer(Generic[T]):
     def send(self, link: bytes, message: msgspec.Struct) -> bool:
         if link in self.gone:
             return False
+        if link in self.deaf:
+            return True
         if link in self.wires:
             wire = self.wires[link]
             if not wire.is_down:
@@ -259,8 +264,10 @@ class Network:
         self.holds_to_decode = False
 
     def open(self, address: str, epoch: int) -> None:
-        assert address == ADDRESS
         self.close(address)
+        if address != ADDRESS:  # nobody is there: a link that goes down at once
+            self.wires[address] = Wire(epoch, b"", is_down=True)
+            return
         wire = self.wires[address] = Wire(epoch, f"epoch-{epoch}".encode())
         self.server.wires[wire.link] = wire
 
