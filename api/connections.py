@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -14,6 +15,9 @@ log = logging.getLogger(__name__)
 _Awaited: TypeAlias = Literal["headers", "body", "reader"]
 # A reader that takes less than this in `reader_s` is behind for good; what one call of send(2) moves.
 _MIN_TAKEN_BYTES = 16 << 10
+# What the kernel may hold of an answer that the client's window has no room for. Otherwise it takes
+# megabytes, a long stream's worth, and nobody notices a client that reads nothing.
+_MAX_UNSENT_BYTES = 128 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +42,9 @@ def watched_protocol(deadlines: ClientDeadlines) -> type[HttpProtocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             self._timers = {}
             super().connection_made(transport)
+            connection = transport.get_extra_info("socket")
+            if connection.family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
             self._expect("headers", deadlines.headers_s)
 
         def connection_lost(self, exc: Exception | None) -> None:

@@ -86,11 +86,14 @@ async def test_an_answer_may_take_longer_than_the_client_may() -> None:
 async def test_a_reader_that_takes_nothing_is_cut_off_and_its_request_ends() -> None:
     app = FastAPI()
     ended = asyncio.Event()
+    num_bytes = 0
 
     async def endless() -> AsyncIterator[bytes]:
+        nonlocal num_bytes
         try:
             while True:
-                yield b"x" * 65536
+                yield b"x" * 4096
+                num_bytes += 4096
                 await asyncio.sleep(0)
         finally:
             ended.set()
@@ -100,6 +103,9 @@ async def test_a_reader_that_takes_nothing_is_cut_off_and_its_request_ends() -> 
         return StreamingResponse(endless())
 
     async with served(app, reader_s=0.2) as port:
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            client.connect(("127.0.0.1", port))
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             await asyncio.wait_for(ended.wait(), 20)
+    assert num_bytes < 1 << 20, "what nobody reads is not made"
