@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -18,7 +18,6 @@ from .timelines import Laps
 from .validation import parse_request, read_object
 
 S = TypeVar("S", bound=msgspec.Struct)
-T = TypeVar("T")
 
 
 class Answer(Protocol):
@@ -27,11 +26,6 @@ class Answer(Protocol):
     def events(self) -> AsyncGenerator[bytes, None]: ...
 
     async def whole(self) -> bytes: ...
-
-
-def encoded(part: T) -> T:
-    """`part` as JSON already, which msgspec writes as it is: a large answer is encoded a part at a time."""
-    return cast(T, msgspec.Raw(msgspec.json.encode(part)))
 
 
 async def receive(

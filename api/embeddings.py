@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from ..messages.sampling import SamplingParams
 from ..runtime.errors import RequestError
-from .answering import encoded, receive, respond_whole
+from .answering import receive, respond_whole
 from .detokenizer import TextOptions
 from .fields import EMBEDDING_RULES, GENERATING_RULES, GivenSalt, chosen_salt
 from .generation import GenerateSpec
@@ -28,7 +28,7 @@ from .http_metrics import RequestMeter
 from .native_types import NativeFinish
 from .openai_types import CachedTokensDetails
 from .prompts import Prompt, read_prompts
-from .slices import spaced
+from .slices import encoded, spaced
 from .text_run import Serving, TextJob, TextRun
 from .validation import (
     bad_value,

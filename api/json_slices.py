@@ -18,7 +18,7 @@ import msgspec
 from .slices import SLICE_BYTES
 
 # Texts and brackets in a slice: each takes about a microsecond to look at.
-_SLICE_MARKS = 4_000
+_SLICE_MARKS = 1_000
 # Containers longer than a slice within each other; what is shorter may nest as deep as msgspec reads.
 _MAX_LONG_DEPTH = 32
 _QUOTE, _COMMA, _COLON = b'",:'

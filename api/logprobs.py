@@ -14,6 +14,7 @@ from .openai_types import (
     PromptLogprobs,
     VllmLogprob,
 )
+from .slices import rows
 from .tokenization import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no infinity
@@ -28,7 +29,7 @@ def token_namer(tokenizer: Tokenizer, *, by_id: bool) -> Callable[[int], str]:
     return "token_id:{}".format if by_id else tokenizer.token_text
 
 
-def completion_logprobs(
+async def completion_logprobs(
     name: Callable[[int], str],
     token_ids: Sequence[int],
     logprobs: Sequence[TokenLogprob | None],
@@ -37,10 +38,14 @@ def completion_logprobs(
 ) -> CompletionLogprobs:
     """Parallel lists. Every dict holds the chosen token beside the most likely ones; null where there is no
     logprob (the first prompt token)."""
+
+    def candidates(entry: TokenLogprob | None) -> dict[str, float] | None:
+        return None if entry is None else _candidates(name, entry, num_top)
+
     return CompletionLogprobs(
-        tokens=[name(token_id) for token_id in token_ids],
-        token_logprobs=[None if entry is None else _finite(entry.logprob) for entry in logprobs],
-        top_logprobs=[None if entry is None else _candidates(name, entry, num_top) for entry in logprobs],
+        tokens=await rows(token_ids, name),
+        token_logprobs=await rows(logprobs, lambda entry: None if entry is None else _finite(entry.logprob)),
+        top_logprobs=await rows(logprobs, candidates, num_top + 1),
         text_offset=list(offsets),
     )
 
@@ -61,34 +66,36 @@ def concatenated(first: CompletionLogprobs, second: CompletionLogprobs) -> Compl
     )
 
 
-def chat_logprobs(
-    tokenizer: Tokenizer, name: Callable[[int], str], logprobs: Sequence[TokenLogprob]
+async def chat_logprobs(
+    tokenizer: Tokenizer, name: Callable[[int], str], logprobs: Sequence[TokenLogprob], num_top: int
 ) -> ChatLogprobs:
-    return ChatLogprobs(
-        content=[
-            ChatTokenLogprob(
-                token=name(entry.token_id),
-                logprob=_finite(entry.logprob),
-                bytes=list(tokenizer.token_bytes(entry.token_id)),
-                top_logprobs=[
-                    ChatTopLogprob(
-                        token=name(token_id),
-                        logprob=_finite(logprob),
-                        bytes=list(tokenizer.token_bytes(token_id)),
-                    )
-                    for token_id, logprob in entry.top
-                ],
-            )
-            for entry in logprobs
-        ]
-    )
+    def row(entry: TokenLogprob) -> ChatTokenLogprob:
+        return ChatTokenLogprob(
+            token=name(entry.token_id),
+            logprob=_finite(entry.logprob),
+            bytes=list(tokenizer.token_bytes(entry.token_id)),
+            top_logprobs=[
+                ChatTopLogprob(
+                    token=name(token_id),
+                    logprob=_finite(logprob),
+                    bytes=list(tokenizer.token_bytes(token_id)),
+                )
+                for token_id, logprob in entry.top
+            ],
+        )
+
+    return ChatLogprobs(content=await rows(logprobs, row, num_top + 1))
 
 
-def prompt_logprobs(
+async def prompt_logprobs(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None], num_top: int
 ) -> PromptLogprobs:
     """vLLM's form: one dict per prompt token, from token id to candidate; the first is null."""
-    return [None if entry is None else _ranked(tokenizer, entry, num_top) for entry in logprobs]
+
+    def row(entry: TokenLogprob | None) -> dict[str, VllmLogprob] | None:
+        return None if entry is None else _ranked(tokenizer, entry, num_top)
+
+    return await rows(logprobs, row, num_top + 1)
 
 
 def _ranked(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str, VllmLogprob]:
@@ -105,7 +112,7 @@ def _ranked(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str
     return ranked
 
 
-def native_logprobs(
+async def native_logprobs(
     tokenizer: Tokenizer,
     token_ids: Sequence[int],
     logprobs: Sequence[TokenLogprob | None],
@@ -113,18 +120,29 @@ def native_logprobs(
     with_text: bool,
 ) -> list[NativeLogprob]:
     """SGLang's triples; the logprob is null where there is none."""
-    return [
-        (
+
+    def row(pair: tuple[int, TokenLogprob | None]) -> NativeLogprob:
+        token_id, entry = pair
+        return (
             None if entry is None else _finite(entry.logprob),
             token_id,
             tokenizer.token_text(token_id) if with_text else None,
         )
-        for token_id, entry in zip(token_ids, logprobs, strict=True)
-    ]
+
+    return await rows(list(zip(token_ids, logprobs, strict=True)), row)
 
 
-def native_top_logprobs(tokenizer: Tokenizer, entry: TokenLogprob, *, with_text: bool) -> list[NativeLogprob]:
-    return [
-        (_finite(logprob), token_id, tokenizer.token_text(token_id) if with_text else None)
-        for token_id, logprob in entry.top
-    ]
+async def native_top_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None], num_top: int, *, with_text: bool
+) -> list[list[NativeLogprob] | None]:
+    """Of each token the most likely ones, as triples; null where there are none."""
+
+    def row(entry: TokenLogprob | None) -> list[NativeLogprob] | None:
+        if entry is None:
+            return None
+        return [
+            (_finite(logprob), token_id, tokenizer.token_text(token_id) if with_text else None)
+            for token_id, logprob in entry.top
+        ]
+
+    return await rows(logprobs, row, num_top)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -13,7 +12,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answering import encoded, receive, respond
+from .answering import receive, respond
 from .detokenizer import TextDelta, TextOptions, joined
 from .fields import GENERATING_RULES, chosen_salt
 from .generation import GenerateSpec, SessionTurn, TurnParams
@@ -29,7 +28,7 @@ from .native_types import (
 )
 from .openai_types import CachedTokensDetails
 from .prompts import batch_of, encode_prompt
-from .slices import spaced
+from .slices import encoded, spaced
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -329,7 +328,7 @@ class _NativeAnswer:
                     so_far[key] = [shown]
                     num_shown[key] = num_tokens[key]
                     is_first = True
-                output = self._output(prompt, shown, num_tokens[key], with_input=is_first)
+                output = await self._output(prompt, shown, num_tokens[key], with_input=is_first)
                 if self._is_list:
                     output = msgspec.structs.replace(output, index=self._index[key])
                 yield event(msgspec.json.encode(output))
@@ -342,12 +341,11 @@ class _NativeAnswer:
                 parts[prompt, delta.choice].append(delta)
                 self._note_turn(prompt, delta)
         outputs: list[NativeOutput] = []
-        for key in self._index:
+        async for key in spaced(self._index):
             delta = joined(parts[key])
             num_tokens = len(delta.token_ids)
             self._meter.add_chunk(key, num_tokens, delta.finish_reason)
-            outputs.append(encoded(self._output(key[0], delta, num_tokens, with_input=True)))
-            await asyncio.sleep(0)  # a large answer is made in slices
+            outputs.append(encoded(await self._output(key[0], delta, num_tokens, with_input=True)))
         self._meter.answered(self._run.usage().prompt_tokens)
         return msgspec.json.encode(outputs if self._is_list else outputs[0])
 
@@ -358,34 +356,33 @@ class _NativeAnswer:
             if delta.finish_reason in ("stop", "length"):
                 self._sessions.finish_turn(turn, tuple(self._turn_ids[prompt]))
 
-    def _output(self, prompt: int, delta: TextDelta, num_tokens: int, *, with_input: bool) -> NativeOutput:
+    async def _output(
+        self, prompt: int, delta: TextDelta, num_tokens: int, *, with_input: bool
+    ) -> NativeOutput:
         spec = self._jobs[prompt].spec
         info = self._run.info(prompt)
         with_text = self._body.return_text_in_logprobs
+        num_top = self._body.top_logprobs_num
         logprobs: dict[str, Any] = {}
         if self._body.return_logprob:
-            logprobs["output_token_logprobs"] = native_logprobs(
+            logprobs["output_token_logprobs"] = await native_logprobs(
                 self._tokenizer, delta.token_ids, delta.logprobs, with_text=with_text
             )
             logprobs["input_token_logprobs"] = []
-            if self._body.top_logprobs_num:
-                logprobs["output_top_logprobs"] = [
-                    native_top_logprobs(self._tokenizer, entry, with_text=with_text)
-                    for entry in delta.logprobs
-                ]
+            if num_top:
+                logprobs["output_top_logprobs"] = await native_top_logprobs(
+                    self._tokenizer, delta.logprobs, num_top, with_text=with_text
+                )
                 logprobs["input_top_logprobs"] = []
         if with_input and spec.sampling.num_prompt_logprobs is not None:
             scored_ids = spec.prompt_ids[spec.sampling.prompt_logprobs_start :]
-            logprobs["input_token_logprobs"] = native_logprobs(
+            logprobs["input_token_logprobs"] = await native_logprobs(
                 self._tokenizer, scored_ids, info.prompt_logprobs, with_text=with_text
             )
-            if self._body.top_logprobs_num:
-                logprobs["input_top_logprobs"] = [
-                    None
-                    if entry is None
-                    else native_top_logprobs(self._tokenizer, entry, with_text=with_text)
-                    for entry in info.prompt_logprobs
-                ]
+            if num_top:
+                logprobs["input_top_logprobs"] = await native_top_logprobs(
+                    self._tokenizer, info.prompt_logprobs, num_top, with_text=with_text
+                )
         return NativeOutput(
             text=delta.text,
             output_ids=delta.token_ids,

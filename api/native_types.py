@@ -123,7 +123,7 @@ class MetaInfo(msgspec.Struct, frozen=True, kw_only=True):
     input_token_logprobs: list[NativeLogprob] | UnsetType = UNSET
     output_token_logprobs: list[NativeLogprob] | UnsetType = UNSET
     input_top_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
-    output_top_logprobs: list[list[NativeLogprob]] | UnsetType = UNSET
+    output_top_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
     hidden_states: NativeHiddenStates | UnsetType = UNSET
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -14,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..runtime.errors import RequestError
-from .answering import encoded, receive, respond
+from .answering import receive, respond
 from .detokenizer import TextDelta, joined
 from .errors import unsupported
 from .fields import OPENAI_RULES, chosen_salt
@@ -51,7 +50,7 @@ from .openai_types import (
     Usage,
 )
 from .prompts import encode_prompt
-from .slices import MAX_INLINE_MESSAGES, at_once, in_thread
+from .slices import MAX_INLINE_MESSAGES, at_once, encoded, in_thread, spaced
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -282,10 +281,12 @@ class _ChatAnswer:
         async with aclosing(self._run.deltas()) as deltas:
             async for _, delta in deltas:
                 if delta.choice not in begun:
-                    yield self._role_event(delta.choice, is_first=not begun)
+                    yield await self._role_event(delta.choice, is_first=not begun)
                     begun.add(delta.choice)
                 self._meter.add_chunk(delta.choice, len(delta.token_ids), delta.finish_reason)
-                yield self._event([self._chunk_choice(delta)], self._run.usage() if every_usage else UNSET)
+                yield self._event(
+                    [await self._chunk_choice(delta)], self._run.usage() if every_usage else UNSET
+                )
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
         if has_last_chunk(self._body):
@@ -297,11 +298,10 @@ class _ChatAnswer:
             async for _, delta in deltas:
                 parts[delta.choice].append(delta)
         choices = []
-        for number, pieces in sorted(parts.items()):
+        async for number, pieces in spaced(sorted(parts.items())):
             delta = joined(pieces)
             self._meter.add_chunk(number, len(delta.token_ids), delta.finish_reason)
-            choices.append(encoded(self._choice(delta)))
-            await asyncio.sleep(0)  # a large answer is made in slices
+            choices.append(encoded(await self._choice(delta)))
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
         return msgspec.json.encode(
@@ -314,13 +314,13 @@ class _ChatAnswer:
                 usage=usage,
                 weight_version=self._run.weight_version,
                 prompt_token_ids=self._prompt_token_ids(),
-                prompt_logprobs=self._prompt_logprobs(),
+                prompt_logprobs=await self._prompt_logprobs(),
                 timeline=self._timeline(),
                 sglext=self._extension(),
             )
         )
 
-    def _role_event(self, choice: int, *, is_first: bool) -> bytes:
+    async def _role_event(self, choice: int, *, is_first: bool) -> bytes:
         chunk = ChatChunk(
             id=self._envelope.id,
             created=self._envelope.created,
@@ -328,7 +328,7 @@ class _ChatAnswer:
             system_fingerprint=SYSTEM_FINGERPRINT,
             choices=[ChatChunkChoice(index=choice, delta=_ROLE_DELTA)],
             prompt_token_ids=self._prompt_token_ids() if is_first else UNSET,
-            prompt_logprobs=self._prompt_logprobs() if is_first else UNSET,
+            prompt_logprobs=await self._prompt_logprobs() if is_first else UNSET,
         )
         return event(msgspec.json.encode(chunk))
 
@@ -349,22 +349,22 @@ class _ChatAnswer:
         )
         return event(msgspec.json.encode(chunk))
 
-    def _chunk_choice(self, delta: TextDelta) -> ChatChunkChoice:
+    async def _chunk_choice(self, delta: TextDelta) -> ChatChunkChoice:
         return ChatChunkChoice(
             index=delta.choice,
             delta=ChatDelta(content=delta.text or UNSET),
-            logprobs=self._logprobs(delta),
+            logprobs=await self._logprobs(delta),
             finish_reason=delta.finish_reason,
             stop_reason=stop_reason(delta, self._card),
             token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
             weight_versions=self._weight_versions(delta),
         )
 
-    def _choice(self, delta: TextDelta) -> ChatChoice:
+    async def _choice(self, delta: TextDelta) -> ChatChoice:
         return ChatChoice(
             index=delta.choice,
             message=ChatMessage(content=delta.text),
-            logprobs=self._logprobs(delta),
+            logprobs=await self._logprobs(delta),
             finish_reason=delta.finish_reason,
             stop_reason=stop_reason(delta, self._card),
             token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
@@ -374,20 +374,20 @@ class _ChatAnswer:
     def _weight_versions(self, delta: TextDelta) -> list[WeightSpan] | UnsetType:
         return UNSET if delta.finish_reason is None else self._run.weight_versions(0, delta.choice)
 
-    def _logprobs(self, delta: TextDelta) -> ChatLogprobs | None:
+    async def _logprobs(self, delta: TextDelta) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
         name = token_namer(self._tokenizer, by_id=self._body.return_tokens_as_token_ids)
-        return chat_logprobs(self._tokenizer, name, delta.logprobs)
+        return await chat_logprobs(self._tokenizer, name, delta.logprobs, self._body.top_logprobs or 0)
 
     def _prompt_token_ids(self) -> tuple[int, ...] | UnsetType:
         return self._prompt_ids if self._body.return_token_ids else UNSET
 
-    def _prompt_logprobs(self) -> PromptLogprobs | UnsetType:
+    async def _prompt_logprobs(self) -> PromptLogprobs | UnsetType:
         num_top = self._body.prompt_logprobs
         if num_top is None:
             return UNSET
-        return prompt_logprobs(self._tokenizer, self._run.info(0).prompt_logprobs, num_top)
+        return await prompt_logprobs(self._tokenizer, self._run.info(0).prompt_logprobs, num_top)
 
     def _extension(self) -> Extension | UnsetType:
         return self._run.extension() if self._body.return_cached_tokens_details else UNSET

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -12,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answering import encoded, receive, respond
+from .answering import receive, respond
 from .detokenizer import TextDelta, empty_delta, joined, text_decoder
 from .errors import unsupported
 from .fields import OPENAI_RULES, chosen_salt
@@ -44,7 +43,7 @@ from .openai_types import (
     Usage,
 )
 from .prompts import Prompt, read_prompts
-from .slices import spaced
+from .slices import SLICE_ENTRIES, encoded, sliced, spaced
 from .sse import event
 from .text_run import Serving, TextJob, TextRun
 from .timelines import Laps
@@ -166,13 +165,15 @@ class _CompletionAnswer:
         self._meter = meter
         self._run = TextRun(serving, jobs, laps)
         self._begun: set[tuple[int, int]] = set()  # (prompt, choice) whose first chunk is out
+        self._echo_texts: dict[int, str] = {}  # by prompt, of those given as ids
+        self._echoed: dict[int, CompletionLogprobs] = {}  # by prompt
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         every_usage = usage_in_every_chunk(self._body)
         async with aclosing(self._deltas()) as deltas:
             async for prompt, delta in deltas:
                 self._meter.add_chunk((prompt, delta.choice), len(delta.token_ids), delta.finish_reason)
-                choice = self._choice(prompt, delta)
+                choice = await self._choice(prompt, delta)
                 yield self._event([choice], self._run.usage() if every_usage else UNSET)
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
@@ -185,11 +186,10 @@ class _CompletionAnswer:
             async for prompt, delta in deltas:
                 parts[prompt, delta.choice].append(delta)
         choices = []
-        for (prompt, number), pieces in sorted(parts.items()):
+        async for (prompt, number), pieces in spaced(sorted(parts.items())):
             delta = joined(pieces)
             self._meter.add_chunk((prompt, number), len(delta.token_ids), delta.finish_reason)
-            choices.append(encoded(self._choice(prompt, delta)))
-            await asyncio.sleep(0)  # a large answer is made in slices
+            choices.append(encoded(await self._choice(prompt, delta)))
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
         return msgspec.json.encode(self._completion(choices, usage, self._run.weight_version, is_last=True))
@@ -237,15 +237,15 @@ class _CompletionAnswer:
             sglext=self._extension() if is_last else UNSET,
         )
 
-    def _choice(self, prompt: int, delta: TextDelta) -> CompletionChoice:
+    async def _choice(self, prompt: int, delta: TextDelta) -> CompletionChoice:
         body = self._body
         is_first = (prompt, delta.choice) not in self._begun
         self._begun.add((prompt, delta.choice))
-        echo = self._echo(prompt) if is_first and body.echo else ""
+        echo = await self._echo(prompt) if is_first and body.echo else ""
         return CompletionChoice(
             index=prompt * body.n + delta.choice,
             text=echo + delta.text,
-            logprobs=self._logprobs(prompt, delta, is_first=is_first),
+            logprobs=await self._logprobs(prompt, delta, is_first=is_first),
             finish_reason=delta.finish_reason,
             stop_reason=stop_reason(delta, self._card),
             token_ids=delta.token_ids if body.return_token_ids else UNSET,
@@ -255,24 +255,26 @@ class _CompletionAnswer:
             prompt_token_ids=(
                 self._prompts[prompt].token_ids if is_first and body.return_token_ids else UNSET
             ),
-            prompt_logprobs=self._prompt_logprobs(prompt) if is_first else UNSET,
+            prompt_logprobs=await self._prompt_logprobs(prompt) if is_first else UNSET,
         )
 
-    def _echo(self, prompt: int) -> str:
+    async def _echo(self, prompt: int) -> str:
         text = self._prompts[prompt].text
-        if text is not None:
-            return text
-        return self._tokenizer.decode(
-            self._prompts[prompt].token_ids, skip_special_tokens=self._body.skip_special_tokens
-        )
+        if text is None:
+            text = self._echo_texts.get(prompt)
+        if text is None:
+            text = self._echo_texts[prompt] = await self._tokenizer.decode_async(
+                self._prompts[prompt].token_ids, skip_special_tokens=self._body.skip_special_tokens
+            )
+        return text
 
-    def _logprobs(self, prompt: int, delta: TextDelta, *, is_first: bool) -> CompletionLogprobs | None:
+    async def _logprobs(self, prompt: int, delta: TextDelta, *, is_first: bool) -> CompletionLogprobs | None:
         num_top = self._body.logprobs
         if num_top is None:
             return None
-        start = len(self._echo(prompt)) if self._body.echo else 0
+        start = len(await self._echo(prompt)) if self._body.echo else 0
         name = token_namer(self._tokenizer, by_id=self._body.return_tokens_as_token_ids)
-        generated = completion_logprobs(
+        generated = await completion_logprobs(
             name,
             delta.token_ids,
             delta.logprobs,
@@ -281,17 +283,17 @@ class _CompletionAnswer:
         )
         if not (is_first and self._body.echo):
             return generated
-        token_ids = self._prompts[prompt].token_ids
-        echoed = completion_logprobs(
-            name,
-            token_ids,
-            self._run.info(prompt).prompt_logprobs,
-            self._offsets(self._prompts[prompt]),
-            num_top,
-        )
-        return concatenated(echoed, generated)
+        if prompt not in self._echoed:  # one for all choices
+            self._echoed[prompt] = await completion_logprobs(
+                name,
+                self._prompts[prompt].token_ids,
+                self._run.info(prompt).prompt_logprobs,
+                await self._offsets(self._prompts[prompt]),
+                num_top,
+            )
+        return concatenated(self._echoed[prompt], generated)
 
-    def _offsets(self, prompt: Prompt) -> list[int]:
+    async def _offsets(self, prompt: Prompt) -> list[int]:
         """Where the text of each prompt token begins in the echo.
 
         A prompt given as text is echoed as it is: a special token counts where the text spells it, and not
@@ -301,17 +303,18 @@ class _CompletionAnswer:
         decoder = text_decoder(self._tokenizer, skip_special_tokens=skips_special)
         offsets: list[int] = []
         num_chars = 0
-        for token_id in prompt.token_ids:
-            offsets.append(num_chars)
-            piece = decoder.push(token_id)
-            if prompt.text is not None and token_id in self._tokenizer.special_ids:
-                spelled = self._tokenizer.token_string(token_id)
-                piece = spelled if prompt.text.startswith(spelled, num_chars) else ""
-            num_chars += len(piece)
+        async for token_ids in sliced(prompt.token_ids, SLICE_ENTRIES):
+            for token_id in token_ids:
+                offsets.append(num_chars)
+                piece = decoder.push(token_id)
+                if prompt.text is not None and token_id in self._tokenizer.special_ids:
+                    spelled = self._tokenizer.token_string(token_id)
+                    piece = spelled if prompt.text.startswith(spelled, num_chars) else ""
+                num_chars += len(piece)
         return offsets
 
-    def _prompt_logprobs(self, prompt: int) -> PromptLogprobs | UnsetType:
+    async def _prompt_logprobs(self, prompt: int) -> PromptLogprobs | UnsetType:
         num_top = self._body.prompt_logprobs
         if num_top is None:
             return UNSET
-        return prompt_logprobs(self._tokenizer, self._run.info(prompt).prompt_logprobs, num_top)
+        return await prompt_logprobs(self._tokenizer, self._run.info(prompt).prompt_logprobs, num_top)

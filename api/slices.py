@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, cast
+
+import msgspec
 
 SLICE_BYTES = 64 << 10  # of JSON: at most 5 ms to decode, and 20 ms to scan if all of it is brackets
 SLICE_ITEMS = 8_000  # token ids and other small things of which each costs well under a microsecond
@@ -19,6 +21,7 @@ SLICE_ENTRIES = 2_000  # things of which each costs some microseconds: logprobs,
 MAX_INLINE_MESSAGES = 100  # a template takes some 20 microseconds for each
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _thread = ThreadPoolExecutor(1, thread_name_prefix="large")  # one: they take turns
 
@@ -47,6 +50,23 @@ async def in_slices(steps: Generator[None, None, T]) -> T:
             result: T = end.value
             return result
         await asyncio.sleep(0)
+
+
+def encoded(part: T) -> T:
+    """`part` as JSON already, which msgspec writes as it is: a large answer is encoded a part at a time."""
+    return cast(T, msgspec.Raw(msgspec.json.encode(part)))
+
+
+async def rows(items: Sequence[T], row: Callable[[T], R], width: int = 1) -> list[R]:
+    """A row of an answer for each item, of `width` entries. Where they are many they are encoded at once:
+    others run between slices of them."""
+    size = max(1, SLICE_ENTRIES // width)
+    if len(items) <= size:
+        return [row(item) for item in items]
+    made: list[R] = []
+    async for run in sliced(items, size):
+        made += [encoded(row(item)) for item in run]
+    return made
 
 
 async def spaced(items: Iterable[T]) -> AsyncGenerator[T, None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import time
@@ -119,6 +120,7 @@ async def _serve(
         limits=Limits(strict_fields=config.strict_fields),
     )
     await service.start()
+    gc.freeze()  # what lives now lives on: the collector need not look at it again, which takes 50 ms
     _log.info("%s serves %s", http_url(config.host, listeners[0], config.tls.scheme), card.name)
     serving = asyncio.create_task(
         serve(

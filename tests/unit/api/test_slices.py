@@ -14,7 +14,7 @@ import pytest
 from pdserve.api import json_slices
 from pdserve.api.generation import GenerateSpec
 from pdserve.api.json_slices import JsonBounds, JsonTooLargeError, decode_slices
-from pdserve.api.slices import SLICE_BYTES, at_once, in_slices, in_thread, sliced, spaced
+from pdserve.api.slices import SLICE_BYTES, at_once, in_slices, in_thread, rows, sliced, spaced
 from pdserve.api.tokenization import Tokenizer
 from pdserve.tests.unit.api.conftest import Api
 from pdserve.tests.unit.api.fakes import FakeGeneration
@@ -208,3 +208,13 @@ async def test_a_chat_of_many_messages_is_rendered_in_a_thread(
     assert threads == [True, False]
     status, answer = await api.post("/v1/chat/completions", {"messages": [{"role": "none"}] * 150})
     assert (status, answer["error"]["param"]) == (400, "messages[0].role")
+
+
+async def test_others_have_their_turn_between_rows_of_an_answer() -> None:
+    """Few rows are made at once; many are JSON already, so that the answer's end does not encode them."""
+    async with Turns() as turns:
+        assert await rows(range(100), str, width=20) == [str(number) for number in range(100)]
+        assert turns.num == 0
+        made = await rows(range(2_000), str, width=20)
+        assert turns.num >= 15
+    assert msgspec.json.encode(made) == msgspec.json.encode([str(number) for number in range(2_000)])
