@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 import argparse
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -29,19 +30,18 @@ import tempfile
 import threading
 import time
 import typing
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+import aiohttp
 import msgspec
 import psutil
 import zmq
 from msgspec import inspect
 
+from pdserve.api.member_calls import MemberCalls
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.messages.channel import ServerChannel
 from pdserve.messages.link_guard import LinkKeys
@@ -67,7 +67,7 @@ from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import MEMORY_TAGS, ResumeMemory
 from pdserve.runtime.cluster_secret import SECRET_VARIABLE, new_secret
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.runtime.direct_http import open_url
+from pdserve.runtime.process import AccessKeys
 
 UNIONS = {
     "decode": typing.get_args(ClientToNode),
@@ -285,7 +285,8 @@ class RouterTarget(Target):
 
     def __init__(self, cluster: LocalCluster, values: Values, kinds: Sequence[inspect.StructType]) -> None:
         super().__init__(cluster, values, kinds)
-        keys = LinkKeys.of(os.environ[SECRET_VARIABLE])
+        self.keys = AccessKeys(cluster_secret=os.environ[SECRET_VARIABLE])
+        keys = LinkKeys.of(self.keys.cluster_secret)
         self.channel: ServerChannel[ClientToNode] = ServerChannel(
             zmq.Context.instance(), "127.0.0.1", 0, ClientToNode, keys=keys
         )
@@ -359,19 +360,23 @@ class RouterTarget(Target):
 
     def register(self) -> None:
         body = {"url": self.URL, "entry": msgspec.to_builtins(self.entry)}
-        with contextlib.suppress(urllib.error.HTTPError):
-            self.cluster.post("/workers", body, timeout_s=ANSWER_S)
+        self._ask_as_member("POST", "/workers", msgspec.json.encode(body))
+
+    def _ask_as_member(self, method: str, path: str, body: bytes = b"") -> None:
+        """With a proof of the cluster secret. A no is none of ours to judge."""
+
+        async def ask() -> None:
+            async with aiohttp.ClientSession() as session:
+                await MemberCalls(session, self.cluster.url, self.keys).ask(method, path, body)
+
+        asyncio.run(ask())
 
     def answers(self) -> bool:
         return bool(self.cluster.get("/live")["status"] == "ok")
 
     def set_back(self) -> None:
         """The made-up node leaves: what it answers is not to be looked at."""
-        request = urllib.request.Request(
-            f"{self.cluster.url}/workers/{quote(self.URL, safe='')}", method="DELETE"
-        )
-        with contextlib.suppress(urllib.error.HTTPError), open_url(request, ANSWER_S):
-            pass
+        self._ask_as_member("DELETE", f"/workers/{self.URL}")
         self.links.clear()
 
 
