@@ -158,6 +158,11 @@ CALLS = (
         restores_weights=True,
     ),
     Call(PULL, Ask(PULL.path, {"peer": "nowhere", "force": True}), restores_weights=True),
+    Call(
+        Ask("/update_weight_version", {"new_version": "named", "force": True}),
+        Ask("/update_weight_version", {"new_version": 5}),
+        restores_weights=True,
+    ),
     Call(SAVE, Ask(SAVE.path, {"path": "not/absolute"})),
     Call(SAVE_REMOTE, Ask(SAVE_REMOTE.path, {"url": "no-such-scheme://folder"})),
     Call(INIT, Ask(INIT.path, {"master_address": "nowhere"}), after=(LEAVE,), trains="join"),
