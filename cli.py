@@ -335,7 +335,13 @@ def _demo(given: dict[str, Any]) -> int:
 def _doctor(given: dict[str, Any]) -> int:
     from .doctor import run_doctor
 
-    return run_doctor(tuple(given["url"]), given["api_key"], TlsFiles(ca_certs=given["ssl_ca_certs"]))
+    try:
+        code = run_doctor(tuple(given["url"]), given["api_key"], TlsFiles(ca_certs=given["ssl_ca_certs"]))
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `pdserve doctor | head`
+        _stop_saying()
+        return 0
+    return code
 
 
 # ---- a whole cluster on this machine ----------------------------------------------------------------
@@ -403,9 +409,13 @@ def _say(line: str) -> None:
     try:
         print(line, flush=True)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what is buffered is flushed once more at the end
-        os.close(nowhere)
+        _stop_saying()
+
+
+def _stop_saying() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # what is buffered is flushed once more at the end
+    os.close(nowhere)
 
 
 def _router_child(given: Mapping[str, Any], listener: socket.socket) -> Child:

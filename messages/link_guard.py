@@ -122,4 +122,7 @@ class LinkGuard:
 
     def _tell(self, now: float) -> None:
         if num_refused := self._refusals.add(now):
-            _log.warning("%d connections refused: they do not have this cluster's secret", num_refused)
+            _log.warning(
+                "%d handshakes failed: these do not have this cluster's secret, or left meanwhile",
+                num_refused,
+            )

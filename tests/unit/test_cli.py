@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pdserve import cli
+from pdserve import cli, doctor
 from pdserve.runtime import hub
 from pdserve.runtime.cluster_secret import SECRET_VARIABLE
 from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, add_flags
@@ -391,6 +391,16 @@ def test_m_nobody_reads_what_up_says_and_it_goes_on(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sys, "stdout", stdout)
         cli._say("pdserve is ready")
         cli._say("and says more")
+
+
+def test_nobody_reads_all_of_what_doctor_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pdserve doctor | head`: no traceback, and nothing is wrong."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(doctor, "run_doctor", lambda *_: print("x" * 100_000))
+        assert cli.main(["doctor"]) == 0
 
 
 def test_a_cluster_that_does_not_get_ready_says_what_is_missing(
