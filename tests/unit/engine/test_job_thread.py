@@ -47,11 +47,11 @@ def test_a_refusal_is_its_result_and_the_next_job_is_done(jobs: JobThread) -> No
     assert second.value == 1
 
 
-class PanicError(BaseException):
+class PanicException(BaseException):  # the name that PyO3 gives it
     """As Rust's panics arrive in Python: no Exception."""
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), PanicError("index out of bounds")])
+@pytest.mark.parametrize("error", [KeyError("x"), PanicException("index out of bounds")])
 def test_what_a_job_never_says_that_it_raises_ends_that_job_alone(
     jobs: JobThread, error: BaseException
 ) -> None:
@@ -61,7 +61,7 @@ def test_what_a_job_never_says_that_it_raises_ends_that_job_alone(
     jobs.submit("load", fail)
     jobs.submit("next", lambda: 1)
     first, second = wait_for(jobs, 2)
-    assert str(first.error) == f"load: {type(error).__name__}: {error}"
+    assert str(first.error) == f"the job 'load' failed here: {type(error).__name__}: {error}"
     assert second.value == 1
 
 
