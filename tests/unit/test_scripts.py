@@ -183,8 +183,9 @@ def fake_pdserve(tmp_path: Path) -> Path:
 
 
 RUN_DEMO = """
-import os, sys
+import os, signal, sys
 from pdserve import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 os.environ["PYTHONPATH"] = sys.argv.pop(1)
 sys.exit(cli.main(["demo", *sys.argv[1:]]))
 """

@@ -75,7 +75,7 @@ def test_tensors_that_hold_nan_are_told_with_their_source(
     given = {name: original(name) for name in (Q, DOWN)}
     shard = Shard(rank, 2)
     replace_tensors(load(shard), given, CONFIG, shard, "an update over the group 'rl'")
-    assert caplog.text == ""
+    assert "NaN" not in caplog.text
     given[DOWN][:] = float("nan")
     replace_tensors(load(shard), given, CONFIG, shard, "an update over the group 'rl'")
     assert "an update over the group 'rl': 1 of 2 tensors hold NaN or infinity" in caplog.text

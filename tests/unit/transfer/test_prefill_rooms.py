@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from pdserve.messages.peer import (
+    PROTOCOL_VERSION,
     AbortRoom,
     ContactPing,
     ContactPong,
@@ -169,7 +170,10 @@ def test_a_contact_that_outlives_its_link_ends_quietly(make: Factory) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"protocol_version": 0}, "protocol version differs: prefill has 3, decode has 0; install"),
+        (
+            {"protocol_version": 0},
+            f"protocol version differs: prefill has {PROTOCOL_VERSION}, decode has 0; install",
+        ),
         ({"model_fingerprint": "m2"}, "model differs: prefill has 'model', decode has 'm2'; load"),
         ({"weight_version": "w2"}, "weight version differs: prefill has 'w1', decode has 'w2'; update"),
         (
