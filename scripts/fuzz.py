@@ -384,8 +384,8 @@ def is_right(cluster: LocalCluster, target: Target, right: object) -> bool:
     """Whether the cluster gives the right tokens, once it is as it was."""
     until, told = time.monotonic() + ANSWER_S, ""
     while time.monotonic() < until:
-        target.set_back()
         try:
+            target.set_back()
             answer = cluster.post("/generate", QUESTION, timeout_s=20.0)["output_ids"]
         except (OSError, http.client.HTTPException) as error:  # it may take a moment
             told = str(error)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -16,18 +14,10 @@ from pdserve.messages.channel import ClientChannel, ServerChannel
 from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.node import CallReply, ClientToNode, NodeToClient, Ping
 from pdserve.runtime.listen import bind_http
+from pdserve.tests.unit.messages.conftest import DEADLINE_S, Context, wait_for
 
-DEADLINE_S = 30.0
-Context = zmq.Context[zmq.Socket[bytes]]
 Server = ServerChannel[ClientToNode]
 Client = ClientChannel[NodeToClient]
-
-
-@pytest.fixture
-def context() -> Iterator[Context]:
-    context: Context = zmq.Context()
-    yield context
-    context.destroy(linger=0)
 
 
 @pytest.fixture
@@ -38,13 +28,6 @@ def server(context: Context) -> Server:
 @pytest.fixture
 def client(context: Context, server: Server) -> Client:
     return ClientChannel(context, f"tcp://127.0.0.1:{server.port}", NodeToClient, keys=None)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def receive(channel: Server | Client, count: int) -> list[Any]:

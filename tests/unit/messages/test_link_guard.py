@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import zmq
@@ -14,19 +14,11 @@ from pdserve.messages.codec import Codec
 from pdserve.messages.link_guard import NOT_OF_THE_CLUSTER, LinkKeys
 from pdserve.messages.node import CallReply, ClientToNode, NodeToClient, Ping
 from pdserve.runtime.errors import StartupError
+from pdserve.tests.unit.messages.conftest import DEADLINE_S, Context, wait_for
 
-DEADLINE_S = 10
 SECRET, OTHER = "a" * 64, "b" * 64
-Context = zmq.Context[zmq.Socket[bytes]]
 Client = ClientChannel[NodeToClient]
 Server = ServerChannel[ClientToNode]
-
-
-@pytest.fixture
-def context() -> Iterator[Context]:
-    context: Context = zmq.Context()
-    yield context
-    context.destroy(linger=0)
 
 
 @pytest.fixture
@@ -34,13 +26,6 @@ def server(context: Context) -> Iterator[Server]:
     server: Server = ServerChannel(context, "127.0.0.1", 0, ClientToNode, keys=LinkKeys.of(SECRET))
     yield server
     server.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def connect(context: Context, server: Server, keys: LinkKeys | None) -> Client:
