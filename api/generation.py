@@ -81,6 +81,7 @@ class GenerateSpec:
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
+    has_default_length: bool = False  # nobody asked for max_tokens: it shrinks to what nodes have room for
     num_choices: int = 1
     stream: bool = False  # False: tokens may arrive in fewer, larger deltas
     priority: int = 0
@@ -144,11 +145,6 @@ class Generation(Protocol):
 
 
 class Generator(Protocol):
-    @property
-    def num_kv_tokens(self) -> int | None:
-        """Tokens of one request whose KV every node has room for; None: not known (yet)."""
-        ...
-
     def check_wait(self, client: str) -> None:
         """Raises RequestError (429 with Retry-After) when a request that comes now would wait for its first
         token for too long.

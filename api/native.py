@@ -222,7 +222,6 @@ class Native:
                         len(prompt_ids),
                         serving.card,
                         "max_new_tokens",
-                        num_kv_tokens=serving.generator.num_kv_tokens,
                     )
                 ),
                 num_logprobs=num_logprobs,
@@ -230,6 +229,7 @@ class Native:
                 prompt_logprobs_start=max(0, body.logprob_start_len),
                 hidden_states="all" if body.return_hidden_states else "none",
             ),
+            has_default_length=sampling.max_new_tokens is None,
             num_choices=sampling.n,
             stream=body.stream or bool(options.stops),
             priority=checked_priority(body.priority),

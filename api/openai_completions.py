@@ -121,12 +121,12 @@ class Completions:
                             len(prompt.token_ids),
                             serving.card,
                             "max_tokens",
-                            num_kv_tokens=serving.generator.num_kv_tokens,
                         )
                     ),
                     num_logprobs=num_logprobs,
                     num_prompt_logprobs=num_prompt_logprobs,
                 ),
+                has_default_length=body.max_tokens is None,
                 num_choices=choices,
                 stream=body.stream or bool(options.stops),
                 priority=checked_priority(body.priority),

@@ -296,15 +296,10 @@ def resolve_max_tokens(
     num_prompt: int,
     card: ModelCard,
     name: str,
-    *,
-    num_kv_tokens: int | None = None,
 ) -> int:
-    """`wanted`, which must fit the context, or `default` (None: the rest) as far as it fits, and as far as
-    nodes have room for the KV. The last token's is never written."""
+    """`wanted`, which must fit the context, or `default` (None: the rest) as far as it fits."""
     rest = card.max_model_len - num_prompt
     if wanted is None:
-        if num_kv_tokens is not None:
-            rest = max(1, min(rest, num_kv_tokens + 1 - num_prompt))
         return rest if default is None else min(default, rest)
     if wanted < 1:
         raise bad_value(name, f"`{name}` must be at least 1, got {wanted}.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -122,6 +122,17 @@ class RequestRecord:
     def continue_with_other_weights(self) -> None:
         """A stream that is retracted for new weights goes on with them."""
         self._weight_version = ""
+
+    def settle_length(self, num_kv_tokens: int | None) -> None:
+        """Nodes that can run it are known: a length that nobody asked for ends where their room for KV does,
+        which the last token needs none of. Once it has begun, every attempt has the same length."""
+        sampling = self.spec.sampling
+        if not self.spec.has_default_length or num_kv_tokens is None or self.info.num_attempts:
+            return
+        room = max(1, sampling.min_tokens, num_kv_tokens + 1 - len(self.spec.prompt_ids))
+        if room < sampling.max_tokens:
+            fitting = msgspec.structs.replace(sampling, max_tokens=room)
+            self.spec = replace(self.spec, sampling=fitting)
 
     def live_attempts(self) -> list[Attempt]:
         attempts = {id(c.attempt): c.attempt for c in self.choices if c.attempt is not None}

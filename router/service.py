@@ -219,10 +219,6 @@ class RouterService:
 
     # ---- Generator ------------------------------------------------------------------------------
 
-    @property
-    def num_kv_tokens(self) -> int | None:
-        return self._nodes.num_kv_tokens()
-
     def check_wait(self, client: str) -> None:
         try:
             self._queue.check_wait(client, self._clock())
@@ -327,6 +323,8 @@ class RouterService:
             if generation is None:  # it failed for good in this very loop
                 continue
             turn = self._clock()
+            if pairs:
+                generation.record.settle_length(self._nodes.num_kv_tokens())
             decision: PairingDecision = NoPair()
             with self._contained("dispatch", ticket.request_id):
                 decision = self._choose(ticket, generation.record, pairs, now)

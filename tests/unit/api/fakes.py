@@ -129,7 +129,6 @@ class FakeGenerator:
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self.token_ids = tuple(token_ids)
-        self.num_kv_tokens: int | None = None
         self.script: Callable[[GenerateSpec], Sequence[Step]] | None = None
         self.refusal: RequestError | None = None
         self.overload: RequestError | None = None

@@ -46,16 +46,23 @@ async def test_an_answer(api: Api, tokenizer: Tokenizer) -> None:
     assert api.generator.specs[0].sampling.max_tokens == 256 - num_prompt  # the rest of the context
 
 
-async def test_f4_the_default_length_is_what_nodes_have_room_for(api: Api) -> None:
-    api.generator.num_kv_tokens = 100
-    assert (await api.post(PATH, {"messages": HI}))[0] == 200
-    spec = api.generator.specs[0]
-    assert spec.sampling.max_tokens == 101 - len(spec.prompt_ids)  # the last token's KV is not kept
-    assert (await api.post(PATH, {"messages": HI, "max_tokens": 200}))[0] == 200
-    assert api.generator.specs[1].sampling.max_tokens == 200, "asked for: the nodes answer that"
-    api.generator.num_kv_tokens = 1
-    assert (await api.post(PATH, {"messages": HI}))[0] == 200
-    assert api.generator.specs[2].sampling.max_tokens == 1
+async def test_f4_a_default_length_may_shrink_to_what_nodes_have_room_for(api: Api) -> None:
+    for path, prompt, name in (
+        (PATH, {"messages": HI}, "max_completion_tokens"),
+        (PATH, {"messages": HI}, "max_tokens"),
+        ("/v1/completions", {"prompt": "The fox"}, "max_tokens"),
+    ):
+        assert (await api.post(path, prompt))[0] == 200
+        assert (await api.post(path, {**prompt, name: 200}))[0] == 200
+        default, asked = api.generator.specs[-2:]
+        assert default.has_default_length
+        assert not asked.has_default_length, "asked for: the nodes answer that"
+    assert (await api.post("/generate", {"text": "The fox"}))[0] == 200
+    assert api.generator.specs[-1].has_default_length
+    assert (await api.post("/generate", {"text": "The fox", "sampling_params": {"max_new_tokens": 3}}))[
+        0
+    ] == 200
+    assert not api.generator.specs[-1].has_default_length
 
 
 async def test_the_openai_client_streams(client: openai.AsyncOpenAI) -> None:

@@ -742,13 +742,31 @@ async def test_f8_choices_that_wait_for_their_turn_end_with_an_abort_or_a_stop(
     }
 
 
-async def test_f4_the_smallest_pool_says_what_a_request_may_hold(bench: Bench) -> None:
-    prefill, decode = await small_cluster(bench)
-    assert bench.service.num_kv_tokens == 4000
-    decode.load = msgspec.structs.replace(decode.load, num_total_pages=7)
-    await bench.until(lambda: bench.service.num_kv_tokens == 28)
-    prefill.load = msgspec.structs.replace(prefill.load, num_total_pages=5)
-    await bench.until(lambda: bench.service.num_kv_tokens == 20)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_f4_the_smallest_pool_ends_a_length_that_nobody_asked_for(
+    bench: Bench, spec: Spec, role: str
+) -> None:
+    """It is settled when the request is sent: when it comes, no node may be known."""
+    await bench.start()
+    wanted = [
+        replace(spec("default", max_tokens=900), has_default_length=True),
+        replace(spec("short", max_tokens=5), has_default_length=True),
+        replace(spec("floor", max_tokens=900, min_tokens=40), has_default_length=True),
+        spec("asked", max_tokens=30),
+    ]
+    running = [asyncio.create_task(bench.service.generate(each)) for each in wanted]
+    await bench.until(lambda: bench.service.num_queued == 4)
+    prefill, decode = bench.prefill(), bench.decode()
+    node = prefill if role == "prefill" else decode
+    node.load = msgspec.structs.replace(node.load, num_total_pages=7, num_free_pages=7)
+    for each in (prefill, decode):
+        await bench.service.register_worker(each.entry.url, each.entry)
+    for task in running:
+        await read(await task)
+    lengths = {request.request_id: request.sampling.max_tokens for request in decode.requests()}
+    assert lengths == {"default": 26, "short": 5, "floor": 40, "asked": 30}, (
+        "28 tokens of KV, 3 of the prompt"
+    )
 
 
 async def test_a_pause_keeps_everything_in_the_queue_and_no_deadline_runs_out(
