@@ -31,6 +31,7 @@ class ModelCard:
     eos_token_ids: tuple[int, ...]
     created: int  # unix seconds
     vocabulary_digest: str = ""  # of its tokenizer; empty: not known
+    text_digests: Mapping[str, str] = field(default_factory=dict)  # file → digest; empty: not known
     aliases: tuple[str, ...] = ()  # further names that requests may give
     embedding_size: int = 0  # of /v1/embeddings; 0: not known
 

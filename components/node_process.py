@@ -397,6 +397,7 @@ def start_node(
         vocab_size=model.config.vocab_size,
         max_model_len=max_model_len,
         vocabulary_digest=read_vocabulary_digest(paths.tokenizer_folder),
+        text_digests=paths.text_digests(),
     )
     pids = (os.getpid(), *(() if ranks is None else ranks.pids))
     regions = (rank_memory.region, *(() if ranks is None else ranks.regions))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from ..runtime.errors import StartupError
 from .model_config import ModelConfig
 
 GENERATION_FILE = "generation_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +56,25 @@ class ModelPaths:
     def read_config(self) -> ModelConfig:
         """Raises StartupError."""
         return ModelConfig.from_dir(self.model, self.tokenizer, self.generation)
+
+    def text_digests(self) -> dict[str, str]:
+        """Of the files that say how text becomes a prompt and how tokens are drawn by default: name → 32 hex
+        digits. One that is not there has none."""
+        files = [
+            *(self.tokenizer_folder / name for name in _TOKENIZER_FILES),
+            self.generation_folder / GENERATION_FILE,
+        ]
+        return {file.name: _digest(file) for file in files if file.is_file()}
+
+
+def _digest(file: Path) -> str:
+    """Of JSON: of what it says, however it is written. A file that cannot be read has one of its own."""
+    try:
+        content = file.read_bytes()
+        if file.suffix == ".json":
+            content = msgspec.json.encode(msgspec.json.decode(content), order="sorted")
+    except OSError as error:
+        content = str(error).encode()
+    except (msgspec.DecodeError, RecursionError):
+        pass  # as it is written, then; who needs what it says tells what is wrong
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -86,6 +86,8 @@ class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: Count = 0  # token ids of its model; 0: it does not say
     max_model_len: Count = 0  # tokens of prompt and output that it takes; 0: it does not say
     vocabulary_digest: Name = ""  # of the tokenizer in its model's folder; empty: there is none
+    # Of the files of that folder by which text becomes a prompt; empty: it does not say.
+    text_digests: Annotated[dict[Name, Name], Meta(max_length=16)] = {}
 
 
 class PeerTraffic(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,6 +30,7 @@ from .registry import (
     NodeRegistry,
     NodeRestarted,
     NodeSilent,
+    other_files,
     why_unfit,
 )
 from .waiting import until
@@ -186,6 +187,16 @@ class Cluster:
             log.warning("%s node does not fit: %s: %s", entry.role, entry.url, reason)
         return reason
 
+    def _warn_of_other_files(self, entry: NodeEntry) -> None:
+        if names := other_files(self._model, entry):
+            log.warning(
+                "%s node %s differs from this router in %s: prompts, or the default sampling, may not be "
+                "those of its model; start both with the same files",
+                entry.role,
+                entry.url,
+                " and ".join(names),
+            )
+
     def remove(self, url: str) -> AdminReply:
         """The node gets no new work, and is forgotten once what it works on has ended."""
         if not self.registry.take_out(url):
@@ -217,10 +228,12 @@ class Cluster:
             match event:
                 case NodeJoined(entry):
                     log.info("%s node joined: %s (%s)", entry.role, entry.url, entry.incarnation)
+                    self._warn_of_other_files(entry)
                     self._open_link(entry, now)
                     self._handler.on_node_event(event)
                 case NodeRestarted(old, new):
                     log.info("%s node restarted: %s (%s)", new.role, new.url, new.incarnation)
+                    self._warn_of_other_files(new)
                     # The handler still reaches the old one, to cancel what it may be working on.
                     self._handler.on_node_event(event)
                     self._disconnect(old.incarnation)

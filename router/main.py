@@ -160,6 +160,7 @@ def _model_card(config: RouterConfig, paths: ModelPaths) -> ModelCard:
         eos_token_ids=model.eos_token_ids,
         created=int(time.time()),
         vocabulary_digest=read_vocabulary_digest(paths.tokenizer_folder),
+        text_digests=paths.text_digests(),
         aliases=config.served_model_name[1:],
         embedding_size=model.hidden_size,
     )

@@ -99,11 +99,21 @@ def why_unfit(model: ModelCard, entry: NodeEntry) -> str:
         sizes = f"{entry.vocab_size} token ids, this router's {model.vocab_size}"
         return f"its model has {sizes}; start both with the same model"
     if entry.vocabulary_digest and model.vocabulary_digest not in ("", entry.vocabulary_digest):
-        return "its token ids have other meanings than this router's; start both with the same model"
+        meanings = "its tokenizer.json gives token ids other meanings than this router's"
+        return f"{meanings}; start both with the same model"
     if entry.max_model_len and entry.max_model_len < model.max_model_len:
         lengths = f"{entry.max_model_len} tokens, this router advertises {model.max_model_len}"
         return f"it takes {lengths}; start both with --max-model-len {entry.max_model_len}"
     return ""
+
+
+def other_files(model: ModelCard, entry: NodeEntry) -> list[str]:
+    """Names of the files by which the router makes prompts that the node has otherwise, or one of them not at
+    all. The node gets token ids and works with any of them; but answers may not be those of its model."""
+    ours, theirs = model.text_digests, entry.text_digests
+    if not ours or not theirs:
+        return []
+    return [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
 
 
 class NodeRegistry:
@@ -275,8 +285,8 @@ class NodeRegistry:
             del self._by_url[node.entry.url]
 
     def num_kv_tokens(self) -> int | None:
-        """Tokens whose KV the smallest pool holds; None while no node has told. On prefill nodes too: when a
-        decode node is lost, they prefill what a stream has so far."""
+        """Tokens whose KV the smallest pool holds; None while no node has told, which those of a ready pair
+        have. On prefill nodes too: when a decode node is lost, they prefill what a stream has so far."""
         pools = [node.load.num_total_pages * node.load.page_size for node in self.usable()]
         return min((size for size in pools if size), default=None)
 

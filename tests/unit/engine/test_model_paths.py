@@ -46,3 +46,30 @@ def test_a_folder_without_the_file_is_named(tokenizer: str, generation_config: s
 def test_a_model_that_is_not_there_is_told_what_could_be() -> None:
     with pytest.raises(StartupError, match=r"no model at gpt2: a folder .* or OWNER/NAME on the hub"):
         ModelPaths.given("gpt2", "", "auto")
+
+
+def test_f1_a_digest_is_of_what_a_file_says(tmp_path: Path) -> None:
+    def digests() -> dict[str, str]:
+        return ModelPaths(tmp_path).text_digests()
+
+    assert digests() == {}
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / name).write_text('{"a": 1, "b": [2]}')
+    (tmp_path / "chat_template.jinja").write_text("{{ 1 }}")
+    (tmp_path / "config.json").write_text("{}")
+    before = digests()
+    assert sorted(before) == [
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    (tmp_path / "tokenizer.json").write_text('{\n"b": [2], "a": 1}')
+    assert digests() == before, "the same, written otherwise"
+    (tmp_path / "tokenizer.json").write_text('{"a": 1, "b": [3]}')
+    (tmp_path / "generation_config.json").write_text("no JSON")
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    (tmp_path / "chat_template.jinja").write_text("{{  1 }}")
+    after = digests()
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in before)

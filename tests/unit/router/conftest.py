@@ -491,6 +491,7 @@ class Bench:
     def __init__(self, net: FakeNet) -> None:
         self.net = net
         self.service: RouterService
+        self.model = MODEL
         self.static_urls: tuple[str, ...] = ()
         self.options: dict[str, Any] = {
             "ping_interval_s": 0.01,
@@ -502,7 +503,7 @@ class Bench:
     async def start(self, **options: object) -> RouterService:
         self.service = RouterService(
             RouterOptions(**{**self.options, **options}),
-            model=MODEL,
+            model=self.model,
             connect=self.net.connect,
             lookup=self.net.lookup,
             static_urls=self.static_urls,

@@ -17,6 +17,7 @@ from pdserve.router.registry import (
     NodeRegistry,
     NodeRestarted,
     NodeSilent,
+    other_files,
     why_unfit,
 )
 from pdserve.tests.unit.router.conftest import MODEL
@@ -346,6 +347,21 @@ def test_f1_a_node_of_another_model_does_not_fit(entry: Entry) -> None:
     assert why_unfit(MODEL, entry(**fitting)) == ""
     assert "999 token ids, this router's 1000;" in why_unfit(model, entry(**fitting | {"vocab_size": 999}))
     assert "other meanings" in why_unfit(model, entry(**fitting | {"vocabulary_digest": "theirs"}))
+
+
+def test_f1_files_that_make_prompts_are_compared_by_name(entry: Entry) -> None:
+    ours = {"tokenizer.json": "1", "chat_template.jinja": "2", "generation_config.json": "3"}
+    model = replace(MODEL, text_digests=ours)
+    assert other_files(model, entry()) == [], "it does not say"
+    assert other_files(MODEL, entry(text_digests=ours)) == []
+    assert other_files(model, entry(text_digests=ours)) == []
+    theirs = {"tokenizer.json": "4", "tokenizer_config.json": "5", "chat_template.jinja": "2"}
+    assert other_files(model, entry(text_digests=theirs)) == [
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert why_unfit(model, entry(text_digests=theirs)) == "", "it can be worked with"
 
 
 def test_m_a_node_takes_at_least_what_the_router_advertises(entry: Entry) -> None:

@@ -1565,3 +1565,15 @@ async def test_a_fault_in_one_request_ends_that_one_alone(
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
     assert bench.service.violations() == []
     assert not bench.service.crashed.done()
+
+
+async def test_f1_a_node_with_other_files_is_told_of_once_by_name(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode = bench.decode()
+    decode.entry = msgspec.structs.replace(decode.entry, text_digests={"tokenizer.json": "theirs"})
+    bench.model = replace(bench.model, text_digests={"tokenizer.json": "ours"})
+    await bench.start()
+    assert (await bench.service.register_worker(decode.entry.url, decode.entry)).success
+    (warning,) = [text for text in caplog.messages if "differs" in text]
+    assert warning.startswith("decode node http://d differs from this router in tokenizer.json: ")
