@@ -14,7 +14,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..messages.bounds import Name, Path, Positive
+from ..messages.bounds import Name, Path
 from ..messages.operation import (
     MAX_FORWARD_SLEEP_S,
     Activity,
@@ -22,6 +22,7 @@ from ..messages.operation import (
     ConfigureLogging,
     FreezeGc,
     LogLevel,
+    ProfileSteps,
     SetInternalState,
     SettingValue,
     SlowDown,
@@ -82,8 +83,7 @@ class SlowDownRequest(msgspec.Struct, kw_only=True):
 
 class StartProfileRequest(msgspec.Struct, kw_only=True):
     output_dir: Path | None = None  # on each node; default /tmp
-    # Forwards, of each stage with `profile_by_stage`; default: DEFAULT_PROFILE_STEPS.
-    num_steps: Positive | None = None
+    num_steps: ProfileSteps | None = None  # of each stage with `profile_by_stage`; default: 32
     activities: list[Activity] | None = None
     profile_by_stage: bool = False
     record_shapes: bool | None = None

@@ -405,7 +405,7 @@ class AsyncEngine:
         with_stack: bool = False,
         profile_id: str | None = None,
     ) -> Outcome:
-        """Records forwards on all nodes at once, `num_steps` of them (default: 32)."""
+        """Records forwards on all nodes at once, `num_steps` of them (default: 32, at most 256)."""
         body = {
             "output_dir": None if output_dir is None else str(output_dir),
             "num_steps": num_steps,

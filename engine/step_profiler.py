@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from ..messages.operation import DEFAULT_PROFILE_STEPS, StartProfile
 from ..runtime.errors import PdserveError
 from .forward_batch import ForwardBatch
 
+# Forwards in a file. What torch keeps of them it puts together and writes with the interpreter's lock held: a
+# few tenths of a second for so many, in which the loop answers nobody; a longer profile has several files.
+_MAX_TRACE_STEPS = 32
 _ALL = "all"  # the one trace of a profile that does not tell stages apart
 _STAGES = ("prefill", "decode")
 _OVERHEAD_S = 6.0
@@ -30,13 +34,16 @@ class ProfileError(PdserveError):
 
 
 class StepProfiler:
-    """`node` names this node in the files: one for each stage that was recorded."""
+    """`node` names this node in the files: for each stage that was recorded one, and further ones (`-2`, …)
+    where it was long."""
 
     def __init__(self, node: str) -> None:
         self._node = node
         self._plan: StartProfile | None = None
         self._remaining: dict[str, int] = {}  # stage -> forwards that are still to be recorded
         self._open: tuple[str, profile] | None = None  # the stage that is recorded now
+        self._num_open_steps = 0  # forwards that it has, those of another stage included
+        self._num_files: Counter[str] = Counter()  # of each stage
         self._traces: list[Path] = []
         self._error = ""
 
@@ -53,6 +60,7 @@ class StepProfiler:
             _STAGES if plan.by_stage else (_ALL,), plan.num_steps or DEFAULT_PROFILE_STEPS
         )
         self._traces, self._error = [], ""
+        self._num_files.clear()
 
     def stop(self) -> tuple[Path, ...]:
         """Ends what is still recorded; returns every trace since `start`. Raises ProfileError."""
@@ -79,18 +87,18 @@ class StepProfiler:
         stage = kind if self._plan.by_stage else _ALL
         if self._open is None and stage in self._remaining:
             self._open = (stage, _started(self._plan))
+            self._num_open_steps = 0
         num_prefill = batch.num_prefill_tokens
         with record_function(
             f"{kind} step {batch.step}: {len(batch.row_ids)} rows, {num_prefill} prefill tokens"
         ):
             yield
-        if self._open is not None and self._open[0] == stage:
-            self._count(stage)
-
-    def _count(self, stage: str) -> None:
-        self._remaining[stage] -= 1
-        if not self._remaining[stage]:
-            self._close()
+        if self._open is not None:
+            self._num_open_steps += 1
+            wanted = self._open[0]
+            self._remaining[wanted] -= stage == wanted
+            if not self._remaining[wanted] or self._num_open_steps == _MAX_TRACE_STEPS:
+                self._close()
 
     def _close(self) -> None:
         """A trace that cannot be written must not end the engine: `stop` tells."""
@@ -98,13 +106,18 @@ class StepProfiler:
         assert self._plan is not None
         stage, recorded = self._open
         self._open = None
-        del self._remaining[stage]
+        if not self._remaining[stage]:
+            del self._remaining[stage]
         recorded.stop()
-        path = Path(self._plan.output_dir) / f"{self._plan.profile_id}-{self._node}-{stage}.trace.json.gz"
+        self._num_files[stage] += 1
+        number = f"-{self._num_files[stage]}" if self._num_files[stage] > 1 else ""
+        name = f"{self._plan.profile_id}-{self._node}-{stage}{number}.trace.json.gz"
+        path = Path(self._plan.output_dir) / name
         try:
             _write(recorded, path)
         except (OSError, RuntimeError) as error:
             self._error = f"{path} was not written: {error}"
+            self._remaining = {}  # nor would the next one be
         else:
             self._traces.append(path)
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from ..runtime.pause_gate import PauseMode
-from .bounds import Count, Finite, Int64, Name, Number, Path, Positive, Rank, Seconds, Text
+from .bounds import Count, Finite, Int64, Name, Number, Path, Rank, Seconds, Text
 
 SettingValue: TypeAlias = Int64 | Finite | None
 _FEW = Meta(max_length=2**10)
@@ -26,9 +26,11 @@ MAX_FORWARD_SLEEP_S = 60.0
 # Forwards that a profile records where nobody says how many: what torch keeps of each is put together with
 # the interpreter's lock held, so the loop stands still for so long.
 DEFAULT_PROFILE_STEPS = 32
+MAX_PROFILE_STEPS = 256
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 Activity: TypeAlias = Literal["CPU", "GPU"]
+ProfileSteps: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_PROFILE_STEPS)]  # forwards
 ProfileId: TypeAlias = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,100}\Z")]
 
 
@@ -69,7 +71,7 @@ class StartProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile
     call_id: Number = 0
     profile_id: ProfileId  # names the traces
     output_dir: Path  # on the node
-    num_steps: Positive | None = None  # forwards, of each stage with `by_stage`; None: DEFAULT_PROFILE_STEPS
+    num_steps: ProfileSteps | None = None  # of each stage with `by_stage`; None: DEFAULT_PROFILE_STEPS
     by_stage: bool = False
     activities: Annotated[tuple[Activity, ...], Meta(max_length=2)] = ("CPU", "GPU")
     record_shapes: bool = False

@@ -139,6 +139,7 @@ def bad_input_cases(*, max_model_len: int, vocab_size: int, max_body_bytes: int 
         _case("a sleep that is too long", "/slow_down", {"forward_sleep_time": 61}, "forward_sleep_time", value),
         _case("no setting", "/set_internal_state", {"server_args": {}}, "server_args", value),
         _case("a profile of no step", "/start_profile", {"num_steps": 0}, "num_steps", value),
+        _case("a profile of too many steps", "/start_profile", {"num_steps": 257}, "num_steps", value),
         _case("a profile named like a path", "/start_profile", {"profile_id": "../x"}, "profile_id", value),
         _case("update without a path", "/update_weights_from_disk", {}, "model_path", "missing_parameter"),
         BadInput("invalid JSON", COMPLETIONS, b'{"prompt": "def"', 400, None, "invalid_json"),

@@ -129,7 +129,7 @@ CALLS = (
     ),
     Call(Ask("/freeze_gc", {}), None),
     Call(
-        Ask("/start_profile", {"num_steps": 1000, "activities": ["CPU"]}),
+        Ask("/start_profile", {"num_steps": 256, "activities": ["CPU"]}),
         Ask("/start_profile", {"num_steps": 0}),
         after=(STOP_PROFILE,),
     ),

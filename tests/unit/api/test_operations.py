@@ -68,6 +68,7 @@ async def test_what_is_asked_is_handed_on_and_a_failure_is_an_answer(
         ("/pause_generation", {"mode": "freeze"}, "mode"),
         ("/start_profile", {"num_steps": 0}, "num_steps"),
         ("/start_profile", {"num_steps": 2**70}, "num_steps"),
+        ("/start_profile", {"num_steps": 257}, "num_steps"),
         ("/start_profile", {"output_dir": "/tmp/\0"}, "output_dir"),
         ("/set_internal_state", {"server_args": {"max_queued_prefills": 2**70}}, "server_args"),
         ("/start_profile", {"activities": ["MEM"]}, "activities"),

@@ -69,6 +69,32 @@ def test_a_profile_that_is_not_stopped_ends_by_itself(tmp_path: Path) -> None:
     assert steps_in(path) == [f"decode {step}" for step in range(DEFAULT_PROFILE_STEPS)]
 
 
+def test_a_long_profile_has_files_that_are_soon_written(tmp_path: Path) -> None:
+    """While torch writes one, the loop answers nobody."""
+    profiler = StepProfiler("decode-1")
+    profiler.start(plan(tmp_path, num_steps=70))
+    for step in range(72):
+        run(profiler, step)
+    paths = profiler.stop()
+    assert [path.name.removeprefix("p1-decode-1-").partition(".")[0] for path in paths] == [
+        "all",
+        "all-2",
+        "all-3",
+    ]
+    assert [len(steps_in(path)) for path in paths] == [32, 32, 6]
+    assert steps_in(paths[2])[-1] == "decode 69"
+
+
+def test_a_stage_that_does_not_come_leaves_the_recorder_to_the_other(tmp_path: Path) -> None:
+    profiler = StepProfiler("decode-1")
+    profiler.start(plan(tmp_path, num_steps=3, by_stage=True))
+    run(profiler, 0, is_prefill=True)
+    for step in range(1, 40):
+        run(profiler, step)
+    prefill, decode = profiler.stop()
+    assert (len(steps_in(prefill)), steps_in(decode)) == (32, ["decode 32", "decode 33", "decode 34"])
+
+
 def test_stages_have_traces_of_their_own(tmp_path: Path) -> None:
     profiler = StepProfiler("decode-1")
     profiler.start(plan(tmp_path, num_steps=2, by_stage=True))
