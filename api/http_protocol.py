@@ -1,4 +1,5 @@
-"""HTTP/1 as uvicorn speaks it, for two kinds of client that it does not serve well.
+"""HTTP/1 as uvicorn speaks it, but that an answer's head and body go out together; and for two kinds of
+client that it does not serve well.
 
 * Who offers to upgrade (the JDK's HttpClient, ``curl --http2``: ``Upgrade: h2c``) may be answered as if it
   had not (RFC 9110, 7.8). The parser takes what follows such a head for another protocol's, and the body is
@@ -8,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import httptools
@@ -50,9 +52,46 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        cycle.transport = HeadWithBody(cycle.transport, self.loop)
         if cycle.scope["http_version"] == "1.0":
             app = _without_chunks(cycle, app)
         super()._start_asgi_task(cycle, app)
+
+
+class HeadWithBody(asyncio.Transport):
+    """Where one answer is written: its head goes out with what follows at once. A call of write(2) is a good
+    part of what a short answer costs, and wakes its client."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._transport = transport
+        self._loop = loop
+        self._is_begun = False
+        self._head = b""  # held back until the loop's next turn at most
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]  # what uvicorn writes
+        if not self._is_begun:
+            self._is_begun = True
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.writelines((head, data))
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def _flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
 
 
 def _without_chunks(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:

@@ -65,7 +65,13 @@ def make_app(
     `root_path`: where a proxy in front shows it, such as ``/llm``. `allowed_origins`: web pages of these
     origins may ask, ``*`` for any (https://fetch.spec.whatwg.org/#http-cors-protocol).
     """
-    app = FastAPIOffline(title="pdserve", version=VERSION, redoc_url=None, static_url=DOCS_FILES)
+    app = FastAPIOffline(
+        title="pdserve",
+        version=VERSION,
+        redoc_url=None,
+        static_url=DOCS_FILES,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours are told by the services
+    )
     guarded: list[tuple[str, str]] = []
     for operation in operations:
         handler = operation.handler

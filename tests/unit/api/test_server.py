@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 import aiohttp
@@ -12,6 +13,7 @@ import uvloop
 from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 
+from pdserve.api.http_protocol import HeadWithBody
 from pdserve.api.in_flight import InFlightRequests
 from pdserve.api.server import serve
 from pdserve.runtime.errors import RequestError
@@ -95,6 +97,40 @@ async def test_http_1_0_is_answered_without_chunks(path: str, body: bytes) -> No
     head, _, rest = heard.partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in head.lower()
     assert rest == body
+
+
+class Wire(asyncio.Transport):
+    """Keeps what is written, one entry a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        self.written.append(data)
+
+    def writelines(self, list_of_data: Iterable[bytes]) -> None:  # type: ignore[override]
+        self.written.append(b"".join(list_of_data))
+
+    def close(self) -> None:
+        self.written.append(b"<close>")
+
+
+async def test_the_head_of_an_answer_goes_out_with_its_body_and_waits_for_no_later_one() -> None:
+    wire = Wire()
+    whole = HeadWithBody(wire, asyncio.get_running_loop())
+    whole.write(b"head")
+    whole.write(b"body")
+    await asyncio.sleep(0)
+    stream = HeadWithBody(wire, asyncio.get_running_loop())
+    stream.write(b"head of a stream")
+    await asyncio.sleep(0)
+    stream.write(b"piece")
+    empty = HeadWithBody(wire, asyncio.get_running_loop())
+    empty.write(b"head alone")
+    empty.close()
+    await asyncio.sleep(0)
+    assert wire.written == [b"headbody", b"head of a stream", b"piece", b"head alone", b"<close>"]
 
 
 @pytest.mark.parametrize("how", ["stop", "signal"])
