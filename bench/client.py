@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
-import aiohttp
 import msgspec
 
 from ..runtime.errors import StartupError
+from .connections import Connections, Exchange
 from .datasets import Sample
 from .load import Release
 from .records import Outcome, RequestRecord
 from .stream import Expectation, StreamReader, error_message
-
-KEEPALIVE_S = 4.0
-"""Idle connections are dropped before uvicorn's default of 5 s can close them under a request."""
 
 INFO_TIMEOUT_S = 10.0
 
@@ -95,59 +92,56 @@ def prepare(sample: Sample, options: BodyOptions) -> PreparedRequest:
     )
 
 
-def open_session(api_key: str | None) -> aiohttp.ClientSession:
-    """A session without a connection limit of its own: `--max-concurrency` is the only one."""
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-    if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=None),
-        headers=headers,
-    )
-
-
 class Client:
     """Sends requests to one server and times what comes back."""
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
         base_url: str,
         endpoint: Endpoint,
         timeout_s: float,
+        api_key: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._session = session
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._connections = Connections(base_url, headers)
         self._base_url = base_url
         self._endpoint = endpoint
         self._timeout_s = timeout_s
         self._clock = clock
 
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connections.close()
+
     async def send(self, request: PreparedRequest, release: Release) -> RequestRecord:
         """Never raises for what a server does: every end is an outcome in the record."""
         reader = StreamReader()
-        status: int | None = None
-        url = self._base_url + self._endpoint
+        no_stream: list[bytes] = []
+
+        def take(status: int, data: bytes) -> None:
+            if status == 200:
+                reader.feed(data, self._clock())
+            else:
+                no_stream.append(data)
+
         sent_s = self._clock()
+        exchange = Exchange(self._connections.request("POST", self._endpoint, request.body), take)
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._session.post(url, data=request.body) as response,
-            ):
-                status = response.status
-                if status == 200:
-                    async for data in response.content.iter_any():
-                        reader.feed(data, self._clock())
-                else:
-                    reader.fail(
-                        _http_outcome(status), f"HTTP {status}: {error_message(await response.read())}"
-                    )
+            async with asyncio.timeout(self._timeout_s):
+                await self._connections.carry(exchange)
         except TimeoutError:
             reader.fail(Outcome.TIMEOUT, f"no end within {self._timeout_s:g} s")
-        except (aiohttp.ClientError, OSError) as error:
-            outcome = Outcome.CONNECT if status is None else Outcome.TRUNCATED
+        except ConnectionError as error:
+            outcome = Outcome.CONNECT if exchange.status is None else Outcome.TRUNCATED
             reader.fail(outcome, f"{type(error).__name__}: {error}")
+        status = exchange.status
+        if status is not None and status != 200:
+            reader.fail(_http_outcome(status), f"HTTP {status}: {error_message(b''.join(no_stream))}")
         ended_s = self._clock()
         answer = reader.judge(request.expected)
         return RequestRecord(
@@ -190,13 +184,17 @@ class Client:
 
     async def _get(self, path: str) -> tuple[int, bytes]:
         url = self._base_url + path
+        body = bytearray()
+        exchange = Exchange(self._connections.request("GET", path), lambda _, data: body.extend(data))
         try:
-            async with asyncio.timeout(INFO_TIMEOUT_S), self._session.get(url) as response:
-                return response.status, await response.read()
+            async with asyncio.timeout(INFO_TIMEOUT_S):
+                await self._connections.carry(exchange)
         except TimeoutError as error:
             raise StartupError(f"{url}: no answer within {INFO_TIMEOUT_S:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except ConnectionError as error:
             raise StartupError(f"{url}: {error}") from error
+        assert exchange.status is not None, "it has ended well"
+        return exchange.status, bytes(body)
 
 
 def _http_outcome(status: int) -> Outcome:

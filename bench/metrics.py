@@ -32,6 +32,7 @@ class Metric(StrEnum):
     E2EL_FROM_SCHEDULE = "e2el_from_schedule"
     CLIENT_QUEUE = "client_queue_time"
     SEND_DELAY = "send_delay"
+    REFUSAL = "time_to_refusal"
 
 
 DEFINITIONS: Mapping[str, str] = {
@@ -55,6 +56,10 @@ DEFINITIONS: Mapping[str, str] = {
     "goodput": (
         "good requests per second that meet every --goodput limit: TTFT, mean ITL of the request, TPOT, E2EL "
         "(ITL and TPOT of a one-token answer are 0)"
+    ),
+    "time to refusal": (
+        "sent -> the end of an answer of status 429 or 503; like all times it has the client's own lateness "
+        "in it, see the event-loop lag"
     ),
     "throughput": "of good requests, over the time from the first one due to the last end, rounds added up",
 }
@@ -196,7 +201,7 @@ def summarize(
         count_sources=Counter(record.count_source for record in good),
         stats={
             metric: stat_ms(samples_s, options.percentiles)
-            for metric, samples_s in samples_of(good, options.open_loop).items()
+            for metric, samples_s in samples_of(records, options.open_loop).items()
             if samples_s
         },
         spans=span_stats(good),
@@ -207,8 +212,9 @@ def summarize(
     )
 
 
-def samples_of(good: Sequence[RequestRecord], open_loop: bool) -> dict[Metric, list[float]]:
-    """Samples in seconds of every metric, in the order of the requests."""
+def samples_of(records: Sequence[RequestRecord], open_loop: bool) -> dict[Metric, list[float]]:
+    """Samples in seconds of every metric, in the order of the requests: of good ones, but time to refusal."""
+    good = [record for record in records if record.ok]
     samples: dict[Metric, list[float]] = {
         Metric.TTFT: [value for record in good if (value := record.ttft_s) is not None],
         Metric.TPOT: [value for record in good if (value := record.tpot_s) is not None],
@@ -218,6 +224,7 @@ def samples_of(good: Sequence[RequestRecord], open_loop: bool) -> dict[Metric, l
         Metric.CHUNK_GAP: [gap for record in good for gap in record.chunk_gaps_s],
         Metric.CLIENT_QUEUE: [record.queue_s for record in good],
         Metric.SEND_DELAY: [record.send_delay_s for record in good],
+        Metric.REFUSAL: [value for record in records if (value := record.refusal_s) is not None],
     }
     if open_loop:
         samples[Metric.TTFT_FROM_SCHEDULE] = [

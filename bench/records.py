@@ -29,6 +29,10 @@ class Outcome(StrEnum):
     """A whole answer with the wrong number of tokens, or with no way to know it."""
 
 
+REFUSALS = frozenset({429, 503})
+"""The statuses of a server that has too much to do."""
+
+
 class CountSource(StrEnum):
     """Where the number of tokens in a chunk is known from, best first."""
 
@@ -83,6 +87,11 @@ class RequestRecord:
     @property
     def ok(self) -> bool:
         return self.outcome is Outcome.OK
+
+    @property
+    def refusal_s(self) -> float | None:
+        """Sent to told to come again later; None for every other end."""
+        return self.ended_s - self.sent_s if self.status in REFUSALS else None
 
     @property
     def first_token_s(self) -> float | None:

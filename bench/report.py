@@ -29,6 +29,7 @@ METRIC_NAMES: Mapping[Metric, tuple[str, str]] = {
     Metric.E2EL_FROM_SCHEDULE: ("E2EL from schedule", "End-to-end Latency from Schedule"),
     Metric.CLIENT_QUEUE: ("client queue", "Client-side Queueing"),
     Metric.SEND_DELAY: ("send delay", "Client Send Delay"),
+    Metric.REFUSAL: ("time to refusal", "Time to Refusal"),
 }
 
 
@@ -207,6 +208,8 @@ def _sections(summary: Summary, info: RunInfo) -> list[_Section]:
     ]
     if scheduled:
         sections.append(_Section("From Schedule", scheduled))
+    if Metric.REFUSAL in summary.stats and Metric.REFUSAL not in info.metrics:
+        sections.append(_refusals(summary))
     sections.append(_Section("Client", _client_rows(summary, info)))
     if summary.spans:
         rows = [_Row(f"Mean {span.name} (ms):", span.mean_ms) for span in summary.spans]
@@ -256,6 +259,12 @@ def _stat_rows(summary: Summary, metric: Metric) -> list[_Row]:
         _Row(f"Median {name} (ms):", stat.median),
         *(_Row(f"P{percentile:g} {name} (ms):", value) for percentile, value in stat.percentiles.items()),
     ]
+
+
+def _refusals(summary: Summary) -> _Section:
+    title = METRIC_NAMES[Metric.REFUSAL][1]
+    num_refused = summary.stats[Metric.REFUSAL].num_samples
+    return _Section(title, [_Row("Refused requests:", num_refused), *_stat_rows(summary, Metric.REFUSAL)])
 
 
 def _client_rows(summary: Summary, info: RunInfo) -> list[_Row]:

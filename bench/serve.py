@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 
 from ..runtime.errors import StartupError
 from . import datasets, report
-from .client import BodyOptions, Client, Endpoint, PreparedRequest, open_session, prepare
+from .client import BodyOptions, Client, Endpoint, PreparedRequest, prepare
 from .datasets import Sample, TraceExpander, Vocabulary
 from .load import LoadRun, Release, arrival_offsets_s, run_load
 from .metrics import DEFINITIONS, Summary, SummaryOptions, summarize
@@ -82,9 +83,9 @@ class Measurement:
 
 async def bench(options: Options) -> int:
     """Measures, prints and saves."""
-    async with open_session(options.api_key) as session:
+    with ExitStack() as stack:
         clients = [
-            Client(session, target.base_url, options.endpoint, options.timeout_s)
+            stack.enter_context(Client(target.base_url, options.endpoint, options.timeout_s, options.api_key))
             for target in options.targets
         ]
         workload = await build_workload(options, clients[0])

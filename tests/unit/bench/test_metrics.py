@@ -110,6 +110,19 @@ def test_summary_latencies(make_record: MakeRecord) -> None:
     assert stats[Metric.CHUNK_GAP].num_samples == 3
 
 
+def test_refusals_are_timed_and_no_other_failures(make_record: MakeRecord) -> None:
+    records = [
+        make_record([], outcome=Outcome.HTTP_4XX, status=429, sent_s=1.0, ended_s=1.01),
+        make_record([], outcome=Outcome.HTTP_5XX, status=503, sent_s=1.0, ended_s=1.03),
+        make_record([], outcome=Outcome.HTTP_4XX, status=400, sent_s=1.0, ended_s=2.0),
+        make_record([], outcome=Outcome.CONNECT, status=None, sent_s=1.0, ended_s=2.0),
+        make_record([(0.1, 1)], sent_s=1.0),
+    ]
+    refusals = summarize(records, 1.0, [], options()).stats[Metric.REFUSAL]
+    assert refusals.num_samples == 2
+    assert refusals.mean == pytest.approx(20.0)
+
+
 def test_a_late_client_makes_the_run_invalid(make_record: MakeRecord) -> None:
     summary = three(make_record)
     assert summary.max_send_delay_ms == pytest.approx(500.0)

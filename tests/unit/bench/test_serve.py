@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from pdserve.bench import cli, serve
-from pdserve.bench.client import Client, Endpoint, open_session
+from pdserve.bench.client import Client, Endpoint
 from pdserve.bench.load import LoadRun
 from pdserve.bench.metrics import SummaryOptions
 from pdserve.bench.options import Target, add_arguments, parse_options
@@ -155,14 +155,25 @@ async def test_two_servers_take_turns_with_the_same_prompts(
     assert ["Run", "valid:", "yes", "yes", "-", "-"] in rows
 
 
+async def test_the_time_to_a_refusal_is_told(
+    fake_server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_server.inject("status_503")
+    words = ("--warmup", "0", "--result-filename", str(tmp_path / "r.json"))
+    assert await run(fake_server.url, *words) == 1
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["median_time_to_refusal_ms"] > 0
+    assert result["median_e2el_ms"] is None
+    assert "Refused requests:                        6         " in capsys.readouterr().out.splitlines()
+
+
 async def test_rounds_are_pooled_but_their_peaks_are_not(make_record: Callable[..., RequestRecord]) -> None:
     rounds = [
         LoadRun([make_record([(0.1, 1), (0.2, 1)], due_s=start_s, index=number)], 0.5, [0.001])
         for number, start_s in enumerate((10.0, 10.4, 10.7))
     ]
     target = Target("A", "http://a")
-    async with open_session(None) as session:
-        client = Client(session, target.base_url, Endpoint.COMPLETIONS, 1.0)
+    with Client(target.base_url, Endpoint.COMPLETIONS, 1.0) as client:
         measurement = serve.Measurement(target, client, "m", [], [], rounds)
         options = SummaryOptions(percentiles=(), slos_ms={}, open_loop=False, max_client_delay_ms=10.0)
         summary = measurement.summary(options)
