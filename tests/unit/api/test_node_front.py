@@ -21,6 +21,7 @@ from pdserve.messages.link_guard import LinkKeys
 from pdserve.messages.node import (
     AssertPeerDeath,
     FlushCache,
+    Ping,
 )
 from pdserve.messages.operation import CloseSession, PauseGeneration, SlowDown
 from pdserve.messages.weights import CommitWeights, DiscardWeights, FromTensors, PrepareWeights, StageWeights
@@ -49,10 +50,22 @@ class Front:
         async with self.http.post(self.url + path, json=body) as answer:
             return answer.status, await answer.json()
 
-    async def is_healthy(self) -> None:
+    async def answers(self, path: str, status: int) -> Any:  # noqa: ANN401  JSON is what it is
+        """Its first answer of this status."""
         async with asyncio.timeout(10):
-            while (await self.get("/health"))[0] != 200:  # noqa: ASYNC110 (another process in real life)
+            while True:
+                given, answer = await self.get(path)
+                if given == status:
+                    return answer
                 await asyncio.sleep(0.005)
+
+    async def pings(self, num_more: int) -> None:
+        """It has asked its scheduler so many times from now on, and is done with all but the last."""
+        num_before = self._num_pings()
+        await eventually(lambda: self._num_pings() >= num_before + num_more)
+
+    def _num_pings(self) -> int:
+        return sum(isinstance(message, Ping) for message in self.scheduler.received)
 
 
 @pytest_asyncio.fixture
@@ -79,7 +92,7 @@ async def front(api: Api, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fron
     )
     async with aiohttp.ClientSession() as http:
         front = Front(url, scheduler, http, stop, task, node_goes_on)
-        await front.is_healthy()
+        await front.answers("/health", 200)
         yield front
     stop.set()
     await asyncio.wait_for(task, 10)
@@ -92,11 +105,11 @@ async def test_it_registers_while_the_scheduler_answers(api: Api, front: Front) 
     kind, url, entry = api.admin.calls[0]
     assert (kind, url, entry.url, entry.incarnation) == ("register", front.url, front.url, "d-1")
     front.scheduler.is_silent = True
-    await asyncio.sleep(0.3)  # a ping is under way; it fails
+    await front.pings(2)
     num_calls = len(api.admin.calls)
-    await asyncio.sleep(0.3)
+    await front.pings(2)
     assert len(api.admin.calls) == num_calls
-    assert (await front.get("/health"))[0] == 503
+    await front.answers("/health", 503)
     assert (await front.get("/live"))[0] == 200
     front.scheduler.is_silent = False
     await eventually(lambda: len(api.admin.calls) > num_calls)
@@ -115,34 +128,32 @@ async def test_a_front_that_ends_alone_leaves_its_node_where_it_is(api: Api, fro
 
 async def test_a_draining_node_does_not_renew_its_lease(api: Api, front: Front) -> None:
     front.scheduler.is_draining = True
-    await asyncio.sleep(0.2)
+    await front.pings(2)
     num_calls = len(api.admin.calls)
-    await asyncio.sleep(0.2)
+    await front.pings(5)
     assert len(api.admin.calls) == num_calls
-    assert (await front.get("/ready"))[1]["error"]["code"] == "draining"
-    assert (await front.get("/health"))[0] == 200
+    assert (await front.answers("/ready", 503))["error"]["code"] == "draining"
+    await front.answers("/health", 200)
 
 
 async def test_f3_a_node_that_cannot_register_says_why(
     api: Api, front: Front, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with asyncio.timeout(10):
-        while (await front.get("/ready"))[0] != 200:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await front.answers("/ready", 200)
     api.admin.reply = AdminReply(False, "it does not fit")
     num_calls = len(api.admin.calls)
     await eventually(lambda: len(api.admin.calls) >= num_calls + 5)
-    status, answer = await front.get("/ready")
-    assert (status, answer["error"]["code"]) == (503, "not_registered")
+    answer = await front.answers("/ready", 503)
+    assert answer["error"]["code"] == "not_registered"
     assert f"No router has this node: {api.url}: 400: " in answer["error"]["message"]
     assert "it does not fit" in answer["error"]["message"]
-    assert (await front.get("/health"))[0] == 200
+    await front.answers("/health", 200)
     warnings = [message for message in caplog.messages if message.startswith("registration with ")]
     assert len(warnings) == 1, "at once, and then rarely"
     api.admin.reply = AdminReply(True)
     num_calls = len(api.admin.calls)
     await eventually(lambda: len(api.admin.calls) >= num_calls + 2)
-    assert (await front.get("/ready"))[0] == 200
+    await front.answers("/ready", 200)
 
 
 async def test_f3_nobody_at_the_router_s_url_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:

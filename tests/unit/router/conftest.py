@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -18,6 +19,7 @@ import pytest
 from pdserve.api.entry_lookup import NoNodeError
 from pdserve.api.generation import GenerateSpec, ModelCard
 from pdserve.api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
+from pdserve.bench.simulation.clock import EventQueue, SimulationLoop
 from pdserve.messages.node import (
     AttemptFailed,
     CallReply,
@@ -507,6 +509,7 @@ class Bench:
             connect=self.net.connect,
             lookup=self.net.lookup,
             static_urls=self.static_urls,
+            clock=asyncio.get_running_loop().time,
         )
         await self.service.start()
         for node in self.net.nodes.values():
@@ -528,6 +531,32 @@ class Bench:
         async with asyncio.timeout(10):
             while not condition():  # noqa: ASYNC110 (any condition)
                 await asyncio.sleep(0.001)
+
+
+class LogicalTime(SimulationLoop):
+    """Time passes while everybody sleeps, and then at once: no machine is too busy for a deadline."""
+
+    def __init__(self) -> None:
+        super().__init__(EventQueue())
+
+    def run_in_executor(  # type: ignore[override]  # not worth its type variables
+        self,
+        executor: Executor | None,
+        func: Callable[..., Any],
+        *args: Any,  # noqa: ANN401
+    ) -> asyncio.Future[Any]:
+        """Done at once: a thread's time would be real."""
+        del executor
+        done = self.create_future()
+        done.set_result(func(*args))
+        return done
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Function,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """All that a bench talks to is in this process."""
+    return {"time": LogicalTime if "bench" in item.fixturenames else asyncio.new_event_loop}
 
 
 @pytest.fixture
