@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ..runtime.cluster_process import ClusterProcess
 from ..runtime.direct_http import open_url
 from ..runtime.errors import StartupError
@@ -48,6 +50,11 @@ class LocalCluster:
     def pid(self) -> int:
         """Of `pdserve up`, whose children are the router and the nodes."""
         return self._process.pid
+
+    def process(self, command: str) -> psutil.Process:
+        """The first one of `router`, `prefill` or `decode` that runs. Raises StopIteration when none does."""
+        children = psutil.Process(self.pid).children()
+        return next(child for child in children if child.is_running() and command in child.cmdline())
 
     def stop(self) -> int:
         """Ends the cluster and returns its exit code."""

@@ -2,21 +2,23 @@
 
     scripts/disturbed_answers --clients 2000 --leave 0.3
     scripts/disturbed_answers --clients 400 --faulty fail=0.1,late=0.05,half=0.05,delay=0.02,duplicate=0.05
-    scripts/disturbed_answers --clients 8 --tokens 1900 --kills 3 --restarts 5
+    scripts/disturbed_answers --clients 16 --concurrency 16 --tokens 1900 --kills 3 --restarts 5
 
 Asks every request once of a cluster that nothing disturbs. Then starts another one, with `--faulty` if given,
 and as many clients as are wanted; a share of them leaves at a random moment: before the first byte, or after
 some tokens. Whoever stays must get the same tokens, text and finish reasons. With `--kills` the decode node
 is killed (SIGKILL) so many times while they are answered, and with `--restarts` every node is told to end
-(SIGTERM), one after the other, in so many rounds; each time the cluster is whole again before the next.
-Afterwards no page of any node may be locked, reserved, exposed or in quarantine, and all must be free after a
-flush. Further arguments go to `pdserve up`. Exit code 1 when anything of this does not hold.
+(SIGTERM), one after the other, in so many rounds; each time the cluster is whole again before the next, and
+clients ask from the first request on again until the last one is back. No node may be lost while nothing is
+being answered. Afterwards no page of any node may be locked, reserved, exposed or in quarantine, and all must
+be free after a flush. Further arguments go to `pdserve up`. Exit code 1 when anything of this does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -26,13 +28,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
@@ -40,7 +41,7 @@ from pdserve.runtime.config import SHIPPED_MODEL
 FLAGS = ("--dtype", "float32", "--poison-reserved-pages", "--num-threads", "1", "--max-attempts", "8")
 NUM_BODIES = 64  # distinct requests; every one is asked by many clients
 VOCAB_SIZE = 4096  # of the shipped model
-REQUEST_TIMEOUT_S = 300.0
+REQUEST_TIMEOUT_S = 600.0  # an answer may meet every loss
 IDLE_TIMEOUT_S = 40.0
 BETWEEN_LOSSES_S = 2.0  # the cluster is whole again, and works on what it got back
 REJOIN_TIMEOUT_S = 90.0
@@ -76,13 +77,26 @@ class Leaving:
     after_s: float
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A request, and what came of it."""
+
+    client: int
+    answer: Answer
+    end: str  # "done", "left", or what was wrong
+    began_s: float  # of time.monotonic()
+    ended_s: float
+
+
 @dataclass
 class Tally:
+    num_asked: int = 0
     num_equal: int = 0
     num_left: int = 0
     num_early: int = 0  # of those that left: before the first token
     duration_s: float = 0.0
-    num_losses: int = 0  # of nodes, while clients were answered
+    under_way: list[int] = field(default_factory=list)  # answers, at each loss of a node
+    most_outlived: int = 0  # losses, by one answer
     attempts: Counter[str] = field(default_factory=Counter)  # by how they ended
     faults: Counter[str] = field(default_factory=Counter)
     rooms: Counter[str] = field(default_factory=Counter)
@@ -130,7 +144,7 @@ def make_bodies(seed: int, num_tokens: int = 0) -> list[dict[str, Any]]:
 async def ask(
     session: aiohttp.ClientSession, url: str, body: dict[str, Any], leaving: Leaving | None
 ) -> tuple[Answer, str]:
-    """The answer and how it ended: "done", "left", or what was wrong."""
+    """The answer and how it ended, as in `Asked`."""
     answer = Answer()
     try:
         async with asyncio.timeout(leaving.after_s if leaving else REQUEST_TIMEOUT_S):
@@ -157,20 +171,45 @@ async def ask(
 
 
 async def ask_all(
-    url: str, bodies: Sequence[dict[str, Any]], leaving: Sequence[Leaving | None], concurrency: int
-) -> list[tuple[Answer, str]]:
-    """Every body once, `concurrency` at a time. A client that leaves closes its connection."""
-    gate = asyncio.Semaphore(concurrency)
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    leaving: Sequence[Leaving | None],
+    concurrency: int,
+    goes_on: Callable[[], bool] = lambda: False,
+) -> list[Asked]:
+    """Every body once, `concurrency` at a time, and from the first one again for as long as it `goes_on`.
+
+    A client that leaves closes its connection.
+    """
+    numbers = itertools.count()
+    asked: list[Asked] = []
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None)
     ) as session:
 
-        async def one(body: dict[str, Any], leaves: Leaving | None) -> tuple[Answer, str]:
-            async with gate:
-                return await ask(session, url, body, leaves)
+        async def one_after_the_other() -> None:
+            end = "done"
+            for number in numbers:
+                if number >= len(bodies) and (end not in ("done", "left") or not goes_on()):
+                    return
+                client, began_s = number % len(bodies), time.monotonic()
+                answer, end = await ask(session, url, bodies[client], leaving[client])
+                asked.append(Asked(client, answer, end, began_s, time.monotonic()))
 
-        return await asyncio.gather(*map(one, bodies, leaving))
+        await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
+    return sorted(asked, key=lambda one: one.client)
+
+
+def under_way(asked: Sequence[Asked], lost_at_s: Sequence[float]) -> list[int]:
+    """How many answers each loss met."""
+    return [sum(one.began_s < at_s < one.ended_s for one in asked) for at_s in lost_at_s]
+
+
+def most_outlived(asked: Sequence[Asked], lost_at_s: Sequence[float]) -> int:
+    """How many losses the answer met that was done in spite of most of them."""
+    done = [one for one in asked if one.end == "done"]
+    return max((sum(one.began_s < at_s < one.ended_s for at_s in lost_at_s) for one in done), default=0)
 
 
 def undisturbed_answers(
@@ -178,30 +217,28 @@ def undisturbed_answers(
 ) -> list[Answer]:
     with LocalCluster([str(SHIPPED_MODEL), *FLAGS, *flags], log_path=work_dir / "undisturbed.log") as cluster:
         asked = asyncio.run(ask_all(cluster.url, bodies, [None] * len(bodies), 8))
-    if wrong := [end for _, end in asked if end != "done"]:
+    if wrong := [one.end for one in asked if one.end != "done"]:
         raise RuntimeError(f"the undisturbed run failed: {wrong[0]}")
-    return [answer for answer, _ in asked]
+    return [one.answer for one in asked]
 
 
 class LosingNodes(threading.Thread):
-    """Does to the nodes of a cluster what `losses` says, while clients are answered."""
+    """Does to a cluster's nodes what `losses` says; ends when it is whole again after the last one."""
 
     def __init__(self, cluster: LocalCluster, losses: Sequence[Loss]) -> None:
         super().__init__(name="losing nodes", daemon=True)
         self._cluster = cluster
         self._losses = losses
         self._num_nodes = len(cluster.workers())
-        self._are_answered = threading.Event()
-        self.num_done = 0
+        self.lost_at_s: list[float] = []  # of time.monotonic()
         self.failure = ""
 
     def run(self) -> None:
         for loss in self._losses:
-            if self._are_answered.wait(BETWEEN_LOSSES_S):
-                return
+            time.sleep(BETWEEN_LOSSES_S)
             before = {row["id"] for row in self._cluster.workers(loss.role)}
-            self._node(loss.role).send_signal(loss.number)
-            self.num_done += 1
+            self._cluster.process(loss.role).send_signal(loss.number)
+            self.lost_at_s.append(time.monotonic())
             deadline = time.monotonic() + REJOIN_TIMEOUT_S
             while not self._is_whole(loss.role, before):
                 if time.monotonic() > deadline:
@@ -210,15 +247,6 @@ class LosingNodes(threading.Thread):
                     )
                     return
                 time.sleep(0.1)
-
-    def answered(self) -> None:
-        """All clients are; returns when the cluster is whole."""
-        self._are_answered.set()
-        self.join()
-
-    def _node(self, role: str) -> psutil.Process:
-        children = psutil.Process(self._cluster.pid).children()
-        return next(child for child in children if child.is_running() and role in child.cmdline())
 
     def _is_whole(self, role: str, before: set[str]) -> bool:
         rows = self._cluster.workers()
@@ -258,14 +286,16 @@ def run(
         losing = LosingNodes(cluster, losses)
         losing.start()
         started_s = time.monotonic()
-        asked = asyncio.run(ask_all(cluster.url, wanted, leaving, concurrency))
+        asked = asyncio.run(ask_all(cluster.url, wanted, leaving, concurrency, losing.is_alive))
         tally.duration_s = time.monotonic() - started_s
-        losing.answered()
-        tally.num_losses = losing.num_done
+        losing.join()
+        tally.num_asked = len(asked)
+        tally.under_way = under_way(asked, losing.lost_at_s)
+        tally.most_outlived = most_outlived(asked, losing.lost_at_s)
         if losing.failure:
             tally.failures.append(losing.failure)
-        elif losing.num_done < len(losses):
-            tally.failures.append(f"all were answered after {losing.num_done} of {len(losses)} losses")
+        if 0 in tally.under_way:
+            tally.failures.append(f"nothing was being answered at loss {tally.under_way.index(0) + 1}")
         compare(asked, leaving, expected, tally)
         try:
             cluster.wait_idle(timeout_s=IDLE_TIMEOUT_S)
@@ -287,23 +317,20 @@ def run(
 
 
 def compare(
-    asked: Sequence[tuple[Answer, str]],
-    leaving: Sequence[Leaving | None],
-    expected: Sequence[Answer],
-    tally: Tally,
+    asked: Sequence[Asked], leaving: Sequence[Leaving | None], expected: Sequence[Answer], tally: Tally
 ) -> None:
-    for number, (answer, end) in enumerate(asked):
-        right = expected[number % len(expected)]
-        if end == "left" and leaving[number] is not None:
+    for one in asked:
+        right = expected[one.client % len(expected)]
+        if one.end == "left" and leaving[one.client] is not None:
             tally.num_left += 1
-            tally.num_early += answer.num_tokens == 0
-            for choice, ids in answer.token_ids.items():
+            tally.num_early += one.answer.num_tokens == 0
+            for choice, ids in one.answer.token_ids.items():
                 if right.token_ids[choice][: len(ids)] != ids:
-                    tally.failures.append(f"client {number}, who left, had seen other tokens")
-        elif end != "done":
-            tally.failures.append(f"client {number}: {end}")
-        elif answer != right:
-            tally.failures.append(f"client {number}: {answer} instead of {right}")
+                    tally.failures.append(f"client {one.client}, who left, had seen other tokens")
+        elif one.end != "done":
+            tally.failures.append(f"client {one.client}: {one.end}")
+        elif one.answer != right:
+            tally.failures.append(f"client {one.client}: {one.answer} instead of {right}")
         else:
             tally.num_equal += 1
 
@@ -331,11 +358,12 @@ def main() -> int:
     parser.add_argument("--log-dir", default="", metavar="DIR", help="where the clusters' logs are kept")
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work_dir, bodies = Path(options.log_dir or temporary), make_bodies(options.seed, options.tokens)
+        work_dir = Path(options.log_dir or temporary)
+        bodies = make_bodies(options.seed, options.tokens)[: options.clients]
         tally = run(
             work_dir,
             bodies,
-            undisturbed_answers(work_dir, bodies[: options.clients], flags),
+            undisturbed_answers(work_dir, bodies, flags),
             num_clients=options.clients,
             leave=options.leave,
             concurrency=options.concurrency,
@@ -347,9 +375,13 @@ def main() -> int:
     for failure in tally.failures[:20]:
         print(failure[:1000], file=sys.stderr)
     print(f"rooms {dict(tally.rooms)}, attempts {dict(tally.attempts)}, faults {dict(tally.faults)}")
-    print(f"{tally.num_losses} nodes lost, {tally.duration_s:.0f} s")
+    if tally.under_way:
+        print(
+            f"{len(tally.under_way)} nodes lost, {min(tally.under_way)} to {max(tally.under_way)} answers "
+            f"under way at each; one outlived {tally.most_outlived} of them"
+        )
     print(
-        f"CLIENTS {options.clients} EQUAL {tally.num_equal} LEFT {tally.num_left} "
+        f"{tally.duration_s:.0f} s ASKED {tally.num_asked} EQUAL {tally.num_equal} LEFT {tally.num_left} "
         f"({tally.num_early} before the first token) FAILURES {len(tally.failures)}"
     )
     return 1 if tally.failures else 0

@@ -236,11 +236,6 @@ def rss(process: psutil.Process) -> int:
     return num_bytes
 
 
-def router_of(cluster: LocalCluster) -> psutil.Process:
-    children = psutil.Process(cluster.pid).children()
-    return next(child for child in children if "router" in child.cmdline())
-
-
 @dataclass(frozen=True, slots=True)
 class Run:
     stood: Stood
@@ -250,7 +245,7 @@ class Run:
 
 
 def measured(cluster: LocalCluster, wanted: Input | None) -> Run:
-    router = router_of(cluster)
+    router = cluster.process("router")
     ours, theirs = multiprocessing.Pipe()
     prober = multiprocessing.get_context("spawn").Process(
         target=probe, args=(cluster.url, router.pid, theirs)

@@ -95,5 +95,5 @@ def test_long_streams_outlive_kills_and_rolling_restarts(script: ModuleType, tmp
     losses = script.planned_losses(3, 1)
     tally = script.run(tmp_path, bodies, expected, num_clients=8, leave=0.0, concurrency=4, losses=losses)
     assert tally.failures == []
-    assert tally.num_equal == 8
-    assert tally.num_losses == 5
+    assert tally.num_equal == tally.num_asked >= 8
+    assert len(tally.under_way) == 5

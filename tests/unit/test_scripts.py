@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pdserve
 from pdserve import demo
 from pdserve.runtime.listen import bind_http
 from pdserve.tests.http_server import serving
+from pdserve.tests.scripts import load_script
 
 ROOT = Path(pdserve.__file__).resolve().parent
 SHELL = sorted(
@@ -247,3 +249,29 @@ def test_the_cluster_ends_with_the_demo(
     process.communicate(timeout=60)
     assert process.returncode == code
     assert (fake_pdserve / "ended").exists()
+
+
+# ---- disturbed_answers -------------------------------------------------------------------------------
+
+
+async def test_clients_ask_until_the_last_node_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("disturbed_answers")
+    ends = iter(["done", "left", "done", "done", "status 503: gone"])
+
+    async def ask(*_: object) -> tuple[object, str]:
+        await asyncio.sleep(0)
+        return script.Answer(), next(ends, "done")
+
+    monkeypatch.setattr(script, "ask", ask)
+    bodies = [{"prompt": [number]} for number in range(3)]
+    asked = await script.ask_all("http://h", bodies, [None] * 3, 1, goes_on=lambda: True)
+    assert [one.client for one in asked] == [0, 0, 1, 1, 2], "and nobody asks on after a failure"
+    assert len(await script.ask_all("http://h", bodies, [None] * 3, 2)) == 3, "each once without losses"
+
+
+def test_a_loss_counts_for_the_answers_that_it_met() -> None:
+    script = load_script("disturbed_answers")
+    spans = [("done", 0.0, 5.0), ("done", 1.5, 9.0), ("status 503: gone", 0.0, 9.0)]
+    asked = [script.Asked(0, script.Answer(), *span) for span in spans]
+    assert script.under_way(asked, [1.0, 2.0, 6.0, 10.0]) == [2, 3, 2, 0]
+    assert script.most_outlived(asked, [1.0, 2.0, 6.0, 10.0]) == 2
