@@ -45,7 +45,7 @@ from pdserve.bench.local_cluster import LocalCluster
 from pdserve.docs.examples.trainer_group import TrainerGroup
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.direct_http import open_url
-from pdserve.tests.e2e.helpers import (
+from pdserve.tests.cluster.helpers import (
     all_paired,
     in_background,
     kill_nodes,

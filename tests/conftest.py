@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 from hypothesis import settings
 
 from pdserve.tests.certificates import Certificates
+
+# Tests run side by side, one a core: threads of torch's own in each would only wait for each other.
+# Read when torch is imported; tests of more threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A deadline for an example is an assertion on the machine's speed. The examples are the same in each run,
 # so that no change is blamed for what it did not do; --hypothesis-profile=explore looks for new ones.

@@ -403,6 +403,7 @@ def test_nobody_reads_all_of_what_doctor_says(monkeypatch: pytest.MonkeyPatch) -
         assert cli.main(["doctor"]) == 0
 
 
+@pytest.mark.process
 def test_a_cluster_that_does_not_get_ready_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -429,6 +430,7 @@ def test_a_cluster_that_does_not_get_ready_says_what_is_missing(
 # ---- as a process -------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_node_that_fails_after_its_front_was_started_takes_it_along(tmp_path: Path) -> None:
     """The backend refuses RDMA on a host without a device, when the front is already there."""
     if Path("/sys/class/infiniband").is_dir() and list(Path("/sys/class/infiniband").iterdir()):

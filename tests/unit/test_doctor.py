@@ -201,6 +201,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("flags", [[], ["--insecure-cluster"]])
 def test_sockets_of_a_running_node_are_found(flags: list[str]) -> None:
     # Its command line ends like a decode node's: that is all that tells it.

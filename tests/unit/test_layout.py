@@ -122,6 +122,7 @@ def test_a_zmq_socket_elsewhere_would_be_noticed(code: str) -> None:
     assert not makes_zmq_socket(ast.parse("socket.socket(socket.AF_INET)"))
 
 
+@pytest.mark.process
 def test_no_path_of_this_checkout_is_committed() -> None:
     found = subprocess.run(
         ["git", "-c", f"safe.directory={ROOT}", "grep", "-I", "-l", "-F", str(ROOT)],
@@ -144,6 +145,7 @@ def test_transformers_is_imported_beside_our_kernels() -> None:
     importlib.import_module("transformers")
 
 
+@pytest.mark.process
 def test_transformers_is_imported_from_the_checkout() -> None:
     code = """if True:
         import importlib.util, sys
@@ -156,6 +158,7 @@ def test_transformers_is_imported_from_the_checkout() -> None:
     assert not done.stdout.strip().startswith(str(ROOT / "kernels"))
 
 
+@pytest.mark.process
 def test_what_the_base_install_serves_needs_no_torch() -> None:
     code = """if True:
         import importlib, pkgutil, sys

@@ -12,6 +12,8 @@ import pytest
 
 from pdserve.tests.scripts import FOLDER
 
+pytestmark = pytest.mark.process
+
 # Each is run at the start of both processes of the check.
 LINK_BREAKS_UNDER_THE_FIRST_ROOM = """
 import time

@@ -40,6 +40,7 @@ def test_the_promised_scripts_are_there() -> None:
     assert names <= {path.name for path in SHELL}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
 def test_a_shell_script_parses_and_can_be_run(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
@@ -203,6 +204,7 @@ def start_demo(folder: Path, url: str, *arguments: str) -> subprocess.Popen[str]
     )
 
 
+@pytest.mark.process
 def test_once_ends_the_cluster_and_says_that_all_is_well(fake_pdserve: Path, serve: Serve) -> None:
     process = start_demo(fake_pdserve, serve(WHOLE), "--once", "--port", "9000")
     output, errors = process.communicate(timeout=60)
@@ -212,6 +214,7 @@ def test_once_ends_the_cluster_and_says_that_all_is_well(fake_pdserve: Path, ser
     assert (fake_pdserve / "arguments").read_text() == "up --port 9000"
 
 
+@pytest.mark.process
 def test_a_cluster_with_keys_is_asked_with_the_first(fake_pdserve: Path, serve: Serve) -> None:
     sent: list[str | None] = []
     arguments = ["--api-key=k=1", "--once", "--api-key", "k2"]
@@ -222,6 +225,7 @@ def test_a_cluster_with_keys_is_asked_with_the_first(fake_pdserve: Path, serve: 
     assert (fake_pdserve / "arguments").read_text() == "up --api-key=k=1 --api-key k2"
 
 
+@pytest.mark.process
 def test_once_fails_when_a_stream_is_cut(fake_pdserve: Path, serve: Serve) -> None:
     process = start_demo(fake_pdserve, serve(WHOLE[:1], is_cut=True), "--once")
     process.communicate(timeout=60)
@@ -229,12 +233,14 @@ def test_once_fails_when_a_stream_is_cut(fake_pdserve: Path, serve: Serve) -> No
     assert (fake_pdserve / "ended").exists()
 
 
+@pytest.mark.process
 def test_a_cluster_that_does_not_start_gives_its_exit_code(fake_pdserve: Path) -> None:
     process = start_demo(fake_pdserve, "", "--once")
     process.communicate(timeout=60)
     assert process.returncode == 7
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_the_cluster_ends_with_the_demo(
     fake_pdserve: Path, serve: Serve, number: signal.Signals, code: int

@@ -15,6 +15,8 @@ import pytest
 
 import pdserve
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(pdserve.__file__).resolve().parent
 MODEL = "pdserve/assets/tiny-python/"
 

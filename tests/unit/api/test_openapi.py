@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pdserve.tests.unit.api.conftest import Api
 
@@ -28,6 +29,7 @@ async def test_every_parameter_of_a_path_is_declared(api: Api) -> None:
             assert declared >= set(re.findall(r"{(\w+)}", path)), (method, path)
 
 
+@pytest.mark.process
 async def test_answers_are_as_the_page_says(api: Api, tmp_path: Path) -> None:
     """A few generated requests of each operation, others every day; the seed is in what a failure shows."""
     api.generator.prompt_hidden_states = np.ones(4, np.float32).tobytes()

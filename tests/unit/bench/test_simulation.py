@@ -62,6 +62,7 @@ def test_there_are_enough_mutants_and_each_says_what_is_wrong() -> None:
     assert all(mutant.bug for mutant in MUTANTS)
 
 
+@pytest.mark.process
 @pytest.mark.timeout(600)
 def test_a_seed_is_the_same_in_every_process() -> None:
     code = (
@@ -120,6 +121,7 @@ def test_what_a_seed_does_not_have_cannot_be_left_out() -> None:
         make_plan(0, ["n0", "n1", *(f"n{node}" for node in make_plan(0).roles if node > 1)])
 
 
+@pytest.mark.process
 def test_several_processes_share_seeds_and_planted_bugs() -> None:
     script = Path(__file__).parents[3] / "scripts" / "simulate.py"
     bugs = ",".join(mutant.name for mutant in MUTANTS[:2])

@@ -11,6 +11,8 @@ import pytest
 from pdserve.components.front_process import FrontProcess
 from pdserve.runtime.process import NO_SUCCESSOR
 
+pytestmark = pytest.mark.process
+
 SLEEP = "import time; time.sleep(600)"
 
 

@@ -163,6 +163,7 @@ def test_names_keep_promtools_rules(reporter: MetricsReporter) -> None:
         assert not re.search(r"counter|gauge|histogram|summary", name), name
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_is_content(reporter: MetricsReporter) -> None:
     use_everything(reporter)

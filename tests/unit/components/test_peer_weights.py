@@ -364,6 +364,7 @@ def peer_process(kind: TransferKind) -> Iterator[PeerProcess]:
         yield PeerProcess(process, FromPeer(zmq_address=line_of(process)))
 
 
+@pytest.mark.process
 def test_a_peer_killed_in_mid_pull(
     kind: TransferKind, peer_process: PeerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +380,7 @@ def test_a_peer_killed_in_mid_pull(
     node.puller.close()
 
 
+@pytest.mark.process
 def test_a_peer_frozen_in_mid_pull(
     kind: TransferKind, peer_process: PeerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +401,7 @@ def test_a_peer_frozen_in_mid_pull(
     node.puller.close()
 
 
+@pytest.mark.process
 def test_a_puller_frozen_in_mid_pull(kind: TransferKind) -> None:
     """The peer goes on with others, whatever became of the writes to that one."""
     given = tensors()

@@ -54,6 +54,8 @@ from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.backends.rank import RankMover
 from pdserve.transfer.copy_plan import Run
 
+pytestmark = pytest.mark.process
+
 REGION = MemoryRegion(session="s", address=0, num_bytes=1, scratch_address=0)
 
 

@@ -54,6 +54,7 @@ def test_check_finish(
     assert finish == expected
 
 
+@pytest.mark.process
 def test_the_router_can_ask_without_torch() -> None:
     script = "import sys, pdserve.components.stop_conditions; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -21,6 +21,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.process
 def test_the_command_writes_the_same_bytes_every_time(
     tmp_path: Path, checkpoint: Callable[..., Path]
 ) -> None:

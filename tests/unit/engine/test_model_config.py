@@ -292,6 +292,7 @@ def test_dtype_and_layout(read: Callable[..., ModelConfig]) -> None:
     assert layout.page_bytes == 3 * 2 * 2 * 16 * 8 * 2
 
 
+@pytest.mark.process
 def test_reading_a_config_imports_no_torch() -> None:
     code = "import sys, pdserve.engine.model_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -37,6 +37,7 @@ def buffers(*sizes: int) -> list[torch.Tensor]:
     return [torch.zeros(size, dtype=torch.uint8) for size in sizes]
 
 
+@pytest.mark.process
 def test_tensors_arrive_and_a_trainer_that_dies_ends_the_wait() -> None:
     trainer = TrainerProcess()
     try:
@@ -62,6 +63,7 @@ def test_tensors_arrive_and_a_trainer_that_dies_ends_the_wait() -> None:
         trainer.end()
 
 
+@pytest.mark.process
 def test_a_trainer_that_sends_nothing_ends_the_wait_at_the_deadline() -> None:
     trainer = TrainerProcess()
     try:

@@ -39,7 +39,7 @@ from pdserve.messages.weights import (
     ReleaseMemory,
     ResumeMemory,
 )
-from pdserve.tests.e2e.helpers import metric
+from pdserve.tests.cluster.helpers import metric
 
 from .cluster import ADDRESS, DecodeNode, Pair, PrefillNode, kv_of, prompt_of
 

@@ -25,6 +25,8 @@ from pdserve.runtime.process import (
     wait_or_kill,
 )
 
+pytestmark = pytest.mark.process
+
 DEADLINE_S = 30.0
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 IGNORE_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP

@@ -18,6 +18,8 @@ from pdserve.runtime.process import NO_KEYS, SUCCESSOR_MAY_START, AccessKeys, wa
 from pdserve.runtime.supervisor import Child, Supervisor
 from pdserve.tests.present import at_present
 
+pytestmark = pytest.mark.process
+
 DEADLINE_S = 30.0
 SLEEP = "import time; time.sleep(600)"
 

@@ -37,6 +37,8 @@ from pdserve.transfer.backends.base import (
 from pdserve.transfer.backends.faulty import FaultPlan, FaultyBackend
 from pdserve.transfer.copy_plan import Run
 
+pytestmark = pytest.mark.process
+
 POOL_BYTES = 1 << 20
 KINDS = [
     ("shm", "shm"),

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.docs.examples.trainer_group import TrainerGroup
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import (
+from pdserve.tests.cluster.helpers import (
     GREEDY,
     Stream,
     all_paired,

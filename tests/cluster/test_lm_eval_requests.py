@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pdserve.bench.local_cluster import LocalCluster
-from pdserve.tests.e2e.helpers import COMPLETIONS, random_ids, request
-from pdserve.tests.e2e.reference import Reference
+from pdserve.tests.cluster.helpers import COMPLETIONS, random_ids, request
+from pdserve.tests.cluster.reference import Reference
 
 TOLERANCE = 1e-4
 EMPTY_KEY = {"Authorization": "Bearer "}

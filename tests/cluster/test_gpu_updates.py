@@ -13,7 +13,7 @@ from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.docs.examples.gpu_bucket import GpuBucket
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import in_background
+from pdserve.tests.cluster.helpers import in_background
 from pdserve.tests.trainer import free_port
 
 NORM = "model.norm.weight"

@@ -11,7 +11,7 @@ import pytest
 from openai.types import Completion
 
 from pdserve.bench.local_cluster import LocalCluster
-from pdserve.tests.e2e.helpers import request
+from pdserve.tests.cluster.helpers import request
 
 MODEL = "tiny-python"
 PROMPT = "def add(a, b):"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.process import end
-from pdserve.tests.e2e.helpers import (
+from pdserve.tests.cluster.helpers import (
     CHAT,
     COMPLETIONS,
     GREEDY,
@@ -32,7 +32,7 @@ from pdserve.tests.e2e.helpers import (
     stream_all,
     wait_until,
 )
-from pdserve.tests.e2e.reference import Reference
+from pdserve.tests.cluster.reference import Reference
 from pdserve.tests.trainer import free_port
 
 UPDATE = "/update_weights_from_disk"

@@ -6,7 +6,7 @@ import pytest
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.messages.timeline import FIRST_TOKEN_STAGES, OVERLAPPING, SECOND_TOKEN_STAGES
-from pdserve.tests.e2e.helpers import metric
+from pdserve.tests.cluster.helpers import metric
 
 PAGE_SIZE = 16
 

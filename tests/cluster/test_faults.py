@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import (
+from pdserve.tests.cluster.helpers import (
     COMPLETIONS,
     GREEDY,
     Body,

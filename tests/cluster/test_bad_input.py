@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pdserve.api.validation import Limits
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.tests.bad_input_cases import BadInput, bad_input_cases
-from pdserve.tests.e2e.helpers import Stream, random_ids, slowed, stream_all
+from pdserve.tests.cluster.helpers import Stream, random_ids, slowed, stream_all
 
 NUM_STREAMS = 8
 

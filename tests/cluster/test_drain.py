@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from pdserve.bench.local_cluster import LocalCluster
-from pdserve.tests.e2e.helpers import (
+from pdserve.tests.cluster.helpers import (
     COMPLETIONS,
     GREEDY,
     Body,

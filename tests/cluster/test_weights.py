@@ -21,7 +21,7 @@ from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.docs.examples.trainer_group import TrainerGroup
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import greedy_ids, in_background, random_ids, request, wait_until
+from pdserve.tests.cluster.helpers import greedy_ids, in_background, random_ids, request, wait_until
 from pdserve.tests.trainer import free_port
 
 PROMPT = random_ids(42, 50)

@@ -18,8 +18,8 @@ import pytest
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.errors import RequestError, StartupError, UnreachableError
-from pdserve.tests.e2e.helpers import GREEDY, greedy_ids, random_ids, wait_until
-from pdserve.tests.e2e.reference import Reference
+from pdserve.tests.cluster.helpers import GREEDY, greedy_ids, random_ids, wait_until
+from pdserve.tests.cluster.reference import Reference
 
 SAMPLING = {"max_new_tokens": 12, **GREEDY}
 PROMPT = random_ids(70, 40)

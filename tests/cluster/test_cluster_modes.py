@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.bench.local_cluster import LocalCluster
-from pdserve.tests.e2e.helpers import (
+from pdserve.tests.cluster.helpers import (
     COMPLETIONS,
     GREEDY,
     Body,

@@ -15,7 +15,7 @@ from torch import Tensor
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.direct_http import open_url
-from pdserve.tests.e2e.helpers import clean_cluster, greedy_ids, random_ids, request
+from pdserve.tests.cluster.helpers import clean_cluster, greedy_ids, random_ids, request
 
 FLAGS = ["--dtype", "float32", "--poison-reserved-pages", "--num-threads", "1"]
 PROMPT = random_ids(7, 40)

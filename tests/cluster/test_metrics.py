@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import GREEDY, Stream, greedy_ids, metric, request, stream_all, wait_until
+from pdserve.tests.cluster.helpers import GREEDY, Stream, greedy_ids, metric, request, stream_all, wait_until
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "dashboards" / "grafana.json"
 SELECTOR = re.compile(r"\b((?:pd|process)_\w+)(?:\{([^}]*)\})?")  # in PromQL: a metric, its matchers

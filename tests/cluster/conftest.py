@@ -12,8 +12,8 @@ from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.cluster_secret import SECRET_VARIABLE, new_secret
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import clean_cluster
-from pdserve.tests.e2e.reference import Reference
+from pdserve.tests.cluster.helpers import clean_cluster
+from pdserve.tests.cluster.reference import Reference
 
 # fp32, so that answers can be compared; NaN in reserved pages, so that a page that did not travel shows;
 # small chunks, so that prompts of the tests have several.

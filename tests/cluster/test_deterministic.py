@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from pdserve.bench.local_cluster import LocalCluster
-from pdserve.tests.e2e.helpers import GREEDY, Body, random_ids, request, stream_all
+from pdserve.tests.cluster.helpers import GREEDY, Body, random_ids, request, stream_all
 
 KINDS: tuple[Body, ...] = (
     {"logprobs": 3, **GREEDY},

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.control_table import CALLS, FLAGS, ROLES, Bench, run, statuses_in_docs
-from pdserve.tests.e2e.helpers import request
+from pdserve.tests.cluster.control_table import CALLS, FLAGS, ROLES, Bench, run, statuses_in_docs
+from pdserve.tests.cluster.helpers import request
 
 # All of them take minutes: scripts/control_table.
 STATES_OF = {"decode": ("busy", "twice")}

@@ -11,7 +11,7 @@ from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import RequestError
-from pdserve.tests.e2e.helpers import GREEDY, all_paired, greedy_ids, kill_nodes, random_ids, wait_until
+from pdserve.tests.cluster.helpers import GREEDY, all_paired, greedy_ids, kill_nodes, random_ids, wait_until
 
 SAMPLING = {"max_new_tokens": 24, **GREEDY}
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]

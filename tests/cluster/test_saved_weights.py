@@ -10,7 +10,7 @@ from safetensors import safe_open
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import greedy_ids, metric, random_ids, request
+from pdserve.tests.cluster.helpers import greedy_ids, metric, random_ids, request
 
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--num-threads", "1"]
 PROMPT = random_ids(99, 30)

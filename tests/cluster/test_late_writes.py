@@ -25,7 +25,7 @@ from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.cluster_secret import given_secret
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.process import AccessKeys, end
-from pdserve.tests.e2e.helpers import (
+from pdserve.tests.cluster.helpers import (
     GREEDY,
     Body,
     Stream,

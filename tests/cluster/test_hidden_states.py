@@ -9,8 +9,8 @@ import torch
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import GREEDY, greedy_ids, random_ids, request, wait_until
-from pdserve.tests.e2e.reference import Reference
+from pdserve.tests.cluster.helpers import GREEDY, greedy_ids, random_ids, request, wait_until
+from pdserve.tests.cluster.reference import Reference
 
 PROMPT = random_ids(90, 150)  # three chunks
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.e2e.helpers import (
+from pdserve.tests.cluster.helpers import (
     GREEDY,
     Body,
     Stream,
@@ -31,7 +31,7 @@ from pdserve.tests.e2e.helpers import (
     stream_all,
     wait_until,
 )
-from pdserve.tests.e2e.reference import Reference
+from pdserve.tests.cluster.reference import Reference
 from pdserve.tests.scripts import load_script
 
 FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "16"]
