@@ -93,6 +93,9 @@ log = logging.getLogger(__name__)
 PING_INTERVAL_S = 1.0
 PING_TIMEOUT_S = 2.0
 REGISTER_TIMEOUT_S = 1.0
+# That a router which had this node may be out of reach without a word: it is started again, or `pdserve up`
+# ends, which ends it first.
+ROUTER_AWAY_S = 5.0
 RECONNECT_INTERVAL_S = 0.2
 SCHEDULER_GONE_S = 10.0  # without a connection for so long, after there was one
 WEIGHTS_TIMEOUT_S = 600.0
@@ -150,9 +153,15 @@ class Registrar:
     """Keeps the node's lease with every router."""
 
     def __init__(
-        self, url: str, router_urls: Sequence[str], keys: AccessKeys, trust: Trust = SYSTEM_TRUST
+        self,
+        url: str,
+        router_urls: Sequence[str],
+        keys: AccessKeys,
+        trust: Trust = SYSTEM_TRUST,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
+        self._clock = clock
         timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S)
         self._session = aiohttp.ClientSession(timeout=timeout)
         self._routers = {
@@ -160,6 +169,7 @@ class Registrar:
             for router in dict.fromkeys(url.rstrip("/") for url in router_urls)
         }
         self._problems = dict.fromkeys(self._routers, "it was not asked yet")  # of each; empty: registered
+        self._registered_at_s = dict.fromkeys(self._routers, float("-inf"))  # the last time
         self._complaints = Complaints()
 
     @property
@@ -181,17 +191,22 @@ class Registrar:
         await self._session.close()
 
     async def _renew_at(self, router: str, body: bytes) -> None:
+        is_away = False
         try:
             problem = (await self._routers[router].ask("POST", "/workers", body)).problem
         except (aiohttp.ClientError, TimeoutError) as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem, is_away = f"{type(error).__name__}: {error}", True
         was_registered, self._problems[router] = not self._problems[router], problem
-        if problem:
-            if self._complaints.is_due(router, problem, time.monotonic()):
-                log.warning("registration with %s failed, it is tried each second: %s", router, problem)
-        elif not was_registered:
-            self._complaints.forget(router)
-            log.info("registered with %s", router)
+        now = self._clock()
+        if not problem:
+            self._registered_at_s[router] = now
+            if not was_registered:
+                self._complaints.forget(router)
+                log.info("registered with %s", router)
+        elif is_away and now - self._registered_at_s[router] < ROUTER_AWAY_S:
+            log.debug("%s is away: %s", router, problem)
+        elif self._complaints.is_due(router, problem, now):
+            log.warning("registration with %s failed, it is tried each second: %s", router, problem)
 
     async def _leave(self, router: MemberCalls) -> None:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):

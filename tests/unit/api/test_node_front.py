@@ -170,6 +170,34 @@ async def test_f3_nobody_at_the_router_s_url_is_said_at_once(caplog: pytest.LogC
     await registrar.close()
 
 
+async def test_a_router_that_had_the_node_may_be_away_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    """It is started again, or the cluster ends: nobody has to read of that."""
+    now = 0.0
+
+    async def register(_: web.Request) -> web.Response:
+        return web.json_response({})
+
+    app = web.Application()
+    app.router.add_post("/workers", register)
+    router = web.AppRunner(app)
+    await router.setup()
+    await web.TCPSite(router, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{router.addresses[0][1]}"
+    registrar = Registrar("http://node", [url], NO_KEYS, clock=lambda: now)
+    await registrar.renew(ENTRY)
+    assert registrar.problem == ""
+    await router.cleanup()
+    now = 4.9
+    await registrar.renew(ENTRY)
+    assert registrar.problem
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    now = 5.1
+    await registrar.renew(ENTRY)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"registration with {url} failed")
+    await registrar.close()
+
+
 async def test_it_ends_with_its_scheduler(front: Front) -> None:
     await front.scheduler.close()
     await asyncio.wait_for(front.task, 10)
