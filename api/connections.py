@@ -24,7 +24,9 @@ _MAX_UNSENT_BYTES = 128 << 10
 class ClientDeadlines:
     """In seconds. Idle connections between requests have uvicorn's keep-alive deadline instead."""
 
-    headers_s: float = 30.0  # for all of a request's headers, from the connection's or the request's begin
+    # For all of a request's headers, from the connection's or the request's begin. A TLS handshake, which is
+    # before the connection's begin here, has as long.
+    headers_s: float = 30.0
     body_s: float = 30.0  # between two pieces of a body
     # For a reader with a full buffer to take something: its requests hold places in batches meanwhile.
     reader_s: float = 30.0

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import MutableMapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -24,10 +25,33 @@ log = logging.getLogger(__name__)
 class _Server(uvicorn.Server):
     """The first SIGTERM or SIGINT drains, the second ends at once."""
 
-    def __init__(self, config: uvicorn.Config, stop: asyncio.Event) -> None:
+    def __init__(self, config: uvicorn.Config, stop: asyncio.Event, deadlines: ClientDeadlines) -> None:
         super().__init__(config)
         self._stop = stop
+        self._protocol = watched_protocol(deadlines)
+        self._handshake_s = deadlines.headers_s
         self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's of given sockets, which leaves a TLS handshake the loop's 60 s."""
+        assert sockets is not None
+        protocol = partial(
+            self._protocol,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        self.servers = [
+            await self._loop.create_server(
+                protocol,
+                sock=each,
+                ssl=self.config.ssl,
+                backlog=self.config.backlog,
+                ssl_handshake_timeout=None if self.config.ssl is None else self._handshake_s,
+            )
+            for each in sockets
+        ]
+        self.started = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._stop.is_set():
@@ -80,7 +104,6 @@ async def serve(
     stop = stop or asyncio.Event()
     config = uvicorn.Config(
         app if in_flight is None else _LastAnswers(app, in_flight),
-        http=watched_protocol(deadlines),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -91,7 +114,7 @@ async def serve(
         ssl_certfile=tls.certfile or None,
         ssl_keyfile=tls.keyfile or None,
     )
-    server = _Server(config, stop)
+    server = _Server(config, stop, deadlines)
     logging.getLogger("uvicorn.error").addFilter(_AbortsAreMeant())
     draining = asyncio.create_task(_drain(server, stop, in_flight, drain_timeout_s, succession))
     try:

@@ -8,24 +8,32 @@ import socket
 from collections.abc import AsyncIterator
 
 import pytest
+import uvloop
 from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 
 from pdserve.api.connections import ClientDeadlines
 from pdserve.api.server import serve
+from pdserve.runtime.tls import NO_TLS, TlsFiles
+from pdserve.tests.certificates import Certificates
 
 _LONG_S = 600.0
 
 
 @contextlib.asynccontextmanager
 async def served(
-    app: FastAPI, *, headers_s: float = _LONG_S, body_s: float = _LONG_S, reader_s: float = _LONG_S
+    app: FastAPI,
+    *,
+    headers_s: float = _LONG_S,
+    body_s: float = _LONG_S,
+    reader_s: float = _LONG_S,
+    tls: TlsFiles = NO_TLS,
 ) -> AsyncIterator[int]:
     """The port of a server."""
     listener = socket.create_server(("127.0.0.1", 0))
     deadlines = ClientDeadlines(headers_s=headers_s, body_s=body_s, reader_s=reader_s)
     stop = asyncio.Event()
-    server = asyncio.create_task(serve(app, listener, stop=stop, deadlines=deadlines))
+    server = asyncio.create_task(serve(app, listener, tls=tls, stop=stop, deadlines=deadlines))
     try:
         yield listener.getsockname()[1]
     finally:
@@ -48,6 +56,19 @@ async def test_headers_must_come(begin: bytes) -> None:
         writer.write(begin)
         assert await is_cut_off(reader)
         writer.close()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_tls_handshake_must_come(loop: str, certificates: Certificates) -> None:
+    async def wait() -> bool:
+        async with served(FastAPI(), headers_s=0.2, tls=certificates.issue("127.0.0.1")) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            is_over = await is_cut_off(reader)
+            writer.close()
+            return is_over
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
+        assert runner.run(wait())
 
 
 async def test_a_body_must_go_on_coming() -> None:
