@@ -328,8 +328,13 @@ def _bench(given: dict[str, Any]) -> int:
 def _demo(given: dict[str, Any]) -> int:
     from .demo import run_demo
 
-    api_keys = router_config(given).api_key
-    return run_demo(given["arguments"], once=given["once"], api_key=api_keys[0] if api_keys else "")
+    config = router_config(given)
+    return run_demo(
+        given["arguments"],
+        once=given["once"],
+        api_key=config.api_key[0] if config.api_key else "",
+        tls=config.tls,
+    )
 
 
 def _doctor(given: dict[str, Any]) -> int:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from .runtime.tls import SYSTEM_TRUST, TlsFiles, Trust
+
 COMPLETION = {"prompt": "def read_config(path):", "max_tokens": 96, "seed": 2}
 CHAT = {
     "messages": [{"role": "user", "content": "Return the number of words in a text."}],
@@ -67,13 +69,12 @@ def events(response: http.client.HTTPResponse) -> Iterator[str]:
             yield line[6:].decode().strip()
 
 
-def ask(url: str, path: str, body: dict[str, Any], api_key: str = "") -> Answer:
+def ask(url: str, path: str, body: dict[str, Any], api_key: str = "", trust: Trust = SYSTEM_TRUST) -> Answer:
     """Stream one answer, printing its text as it comes."""
     headers = {"Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
-    target = urlsplit(url)
-    connection = http.client.HTTPConnection(target.hostname or "127.0.0.1", target.port, timeout=120)
+    connection = _connection(url, trust)
     body = {**body, "stream": True, "timeline": True, "temperature": 0.6, "top_p": 0.9}
     answer = Answer(started=time.monotonic())
     try:
@@ -92,6 +93,13 @@ def ask(url: str, path: str, body: dict[str, Any], api_key: str = "") -> Answer:
     finally:
         connection.close()
     return answer
+
+
+def _connection(url: str, trust: Trust) -> http.client.HTTPConnection:
+    target, timeout_s = urlsplit(url), 120
+    if (context := trust.of(url)) is None:
+        return http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout_s)
+    return http.client.HTTPSConnection(target.hostname or "", target.port, timeout=timeout_s, context=context)
 
 
 def take(answer: Answer, event: dict[str, Any]) -> None:
@@ -138,13 +146,13 @@ def print_table(answers: list[Answer]) -> None:
     row("KV bytes handed off", [f"{answer.num_bytes:,}" for answer in answers])
 
 
-def show(url: str, api_key: str = "") -> bool:
+def show(url: str, api_key: str = "", trust: Trust = SYSTEM_TRUST) -> bool:
     """The demo. False when an answer did not end properly."""
     print("\n--- /v1/completions: " + repr(COMPLETION["prompt"]))
     print(COMPLETION["prompt"], end="")
-    answers = [ask(url, "/v1/completions", COMPLETION, api_key)]
+    answers = [ask(url, "/v1/completions", COMPLETION, api_key, trust)]
     print("\n\n--- /v1/chat/completions: " + repr(CHAT["messages"][0]["content"]))  # type: ignore[index]
-    answers.append(ask(url, "/v1/chat/completions", CHAT, api_key))
+    answers.append(ask(url, "/v1/chat/completions", CHAT, api_key, trust))
     print("\n")
     for answer in answers:
         if not answer.ended_properly:
@@ -164,9 +172,9 @@ def wait_ready(up: subprocess.Popen[str]) -> str | None:
     return None
 
 
-def run_demo(arguments: Sequence[str], *, once: bool, api_key: str) -> int:
+def run_demo(arguments: Sequence[str], *, once: bool, api_key: str, tls: TlsFiles) -> int:
     """Around `pdserve up ARGUMENTS…`, which ends with it: after the answers when `once`, else at Ctrl-C.
-    Returns the exit code. `api_key`: one that the cluster takes, if it asks for any."""
+    Returns the exit code. `api_key`: one that the cluster takes, if it asks for any. `tls`: its files."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the `finally`
     up = subprocess.Popen(
         [sys.executable, "-P", "-m", "pdserve", "up", *arguments],
@@ -178,16 +186,16 @@ def run_demo(arguments: Sequence[str], *, once: bool, api_key: str) -> int:
         url = wait_ready(up)
         if url is None:
             return up.wait() or 1
-        if not show(url, api_key):
+        if not show(url, api_key, Trust(tls)):
             return 1
         if once:
             return 0
         body = json.dumps({"prompt": "class Stack:", "max_tokens": 64})
         print(f"\nThe cluster goes on at {url} until Ctrl-C. Try:")
         authorization = "-H 'Authorization: Bearer KEY' " if api_key else ""
-        print(
-            f"  curl -N {url}/v1/completions {authorization}-H 'Content-Type: application/json' -d '{body}'"
-        )
+        ca = f"--cacert {tls.ca_certs or tls.certfile} " if tls.certfile else ""
+        json_type = "-H 'Content-Type: application/json'"
+        print(f"  curl -N {ca}{url}/v1/completions {authorization}{json_type} -d '{body}'")
         return up.wait()
     except KeyboardInterrupt:
         return 0

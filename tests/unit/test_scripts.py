@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ import pytest
 import pdserve
 from pdserve import demo
 from pdserve.runtime.listen import bind_http
+from pdserve.runtime.tls import Trust
+from pdserve.tests.certificates import Certificates
 from pdserve.tests.http_server import serving
 from pdserve.tests.scripts import load_script
 
@@ -158,6 +161,24 @@ def test_nobody_there_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
         port = listener.getsockname()[1]
     assert not demo.show(f"http://127.0.0.1:{port}")
     assert "the stream broke" in capsys.readouterr().err
+
+
+def test_a_router_that_speaks_tls_is_asked_so(certificates: Certificates) -> None:
+    """At an address that its certificate does not name: it is ours."""
+    files = certificates.issue("router.example")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certfile, files.keyfile)
+
+    class Streams(_Streams):
+        def setup(self) -> None:
+            self.request = context.wrap_socket(self.request, server_side=True)
+            super().setup()
+
+    with serving(Streams) as server:
+        vars(server).update(pieces=WHOLE)
+        url = server.url.replace("http:", "https:")
+        assert demo.show(url, trust=Trust(files))
+        assert not demo.show(url), "of a CA that nobody knows"
 
 
 # ---- the demo as a process, around an `up` of ours ----------------------------------------------------
