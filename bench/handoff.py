@@ -349,7 +349,7 @@ def stages_of(pairs: Sequence[Pair]) -> Iterator[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder, such as one of scripts/make_checkpoint small-llama")
+    parser.add_argument("model", help="folder, such as one of scripts/dev make_checkpoint small-llama")
     names = [setting.name for setting in SETTINGS]
     parser.add_argument("--rows", nargs="+", default=names, choices=names, help="of the table (default: all)")
     parser.add_argument(

@@ -128,7 +128,7 @@ def measure_chunks(options: argparse.Namespace, vocab_size: int, flags: Sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder, such as one of scripts/make_checkpoint small-llama")
+    parser.add_argument("model", help="folder, such as one of scripts/dev make_checkpoint small-llama")
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="of the first turn")
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help="of the first turn")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of the second turn")

@@ -1,4 +1,4 @@
-"""The scripts, which are no part of the package, as modules."""
+"""The tools of scripts/dev, which are no part of the package, as modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pdserve
 
-FOLDER = Path(pdserve.__file__).resolve().parent / "scripts"
+FOLDER = Path(pdserve.__file__).resolve().parent / "scripts" / "tools"
 
 
 def load_script(name: str) -> ModuleType:

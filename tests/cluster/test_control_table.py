@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.cluster.control_table import CALLS, FLAGS, ROLES, Bench, run, statuses_in_docs
+from pdserve.scripts.tools.control_table import CALLS, FLAGS, ROLES, Bench, run, statuses_in_docs
 from pdserve.tests.cluster.helpers import request
 
-# All of them take minutes: scripts/control_table.
+# All of them take minutes: scripts/dev control_table.
 STATES_OF = {"decode": ("busy", "twice")}
 PATHS = ("/flush_cache?timeout=0", "/update_weights_from_disk", "/release_memory_occupation")
 

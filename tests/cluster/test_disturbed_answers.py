@@ -1,4 +1,4 @@
-"""A slice of scripts/disturbed_answers: writes that go wrong, clients that leave."""
+"""A slice of scripts/dev disturbed_answers: writes that go wrong, clients that leave."""
 
 from __future__ import annotations
 

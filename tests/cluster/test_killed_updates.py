@@ -1,4 +1,4 @@
-"""Slices of scripts/killed_updates: a decode node dies in an update; router, node and trainer do."""
+"""Slices of scripts/dev killed_updates: a decode node dies in an update; router, node and trainer do."""
 
 from __future__ import annotations
 

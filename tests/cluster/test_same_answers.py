@@ -1,4 +1,4 @@
-"""A short slice of scripts/same_answers: the whole cluster against `transformers`, in fp32."""
+"""A short slice of scripts/dev same_answers: the whole cluster against `transformers`, in fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/rdma_check over TCP: it passes, goes on when a link breaks, and finds what it is there to find."""
+"""The RDMA check, over TCP: it passes, goes on when a link breaks, finds what it is there to find."""
 
 from __future__ import annotations
 

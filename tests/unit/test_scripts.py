@@ -21,6 +21,7 @@ import pdserve
 from pdserve import demo
 from pdserve.runtime.listen import bind_http
 from pdserve.runtime.tls import Trust
+from pdserve.scripts.tools import __main__ as tools
 from pdserve.tests.certificates import Certificates
 from pdserve.tests.http_server import serving
 from pdserve.tests.scripts import load_script
@@ -39,7 +40,7 @@ Serve = Callable[..., str]
 
 
 def test_the_promised_scripts_are_there() -> None:
-    names = {"setup", "run", "test", "check", "launch_router", "launch_prefill", "launch_decode"}
+    names = {"setup", "run", "test", "check", "dev", "launch_router", "launch_prefill", "launch_decode"}
     assert names <= {path.name for path in SHELL}
 
 
@@ -49,6 +50,34 @@ def test_a_shell_script_parses_and_can_be_run(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert os.access(path, os.X_OK)
     assert "set -euo pipefail" in path.read_text()
+
+
+def test_the_tools_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tools.main([]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
+    assert set(listed) == {path.stem for path in (ROOT / "scripts" / "tools").glob("[a-z]*.py")}
+    assert listed["simulate"].endswith("every seed is another set of nodes, requests and faults.")
+
+
+def test_a_tool_that_is_not_there_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tools.main(["simulat", "--seeds", "1"]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (
+        "",
+        "scripts/dev: there is no tool 'simulat'; did you mean simulate?\n",
+    )
+
+
+def test_every_script_that_is_named_is_there() -> None:
+    """In prose, docstrings and messages: `scripts/NAME`, `scripts/dev NAME`."""
+    texts = [ROOT / "README.md"]
+    for folder in ("assets", "bench", "docs", "scripts", "tests"):
+        texts += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py")]
+    pattern = r"\bscripts/(dev [a-z]\w+|(?!dev )[a-z]\w+)(?![\w./])"
+    named = {name for path in texts for name in re.findall(pattern, path.read_text())}
+    assert {"dev simulate", "check"} <= named
+    paths = {name: re.sub(r"dev (.*)", r"tools/\1.py", name) for name in named}
+    assert {name for name, path in paths.items() if not (ROOT / "scripts" / path).exists()} == set()
 
 
 # ---- the demo against a server that holds its line, or does not ---------------------------------------

@@ -1,4 +1,4 @@
-"""scripts/second_host: what makes it fail, and that it says when it tried nothing."""
+"""scripts/dev second_host: what makes it fail, and that it says when it tried nothing."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_nothing_that_must_hold_is_violated_and_everything_happens() -> None:
     counts: Counter[str] = Counter()
     for seed in range(NUM_SEEDS):
         result = run_seed(seed)
-        assert result.violation == "", f"replay it with: scripts/simulate --replay {seed}"
+        assert result.violation == "", f"replay it with: scripts/dev simulate --replay {seed}"
         counts.update(result.statistics.counts)
     assert [situation for situation in SITUATIONS if not counts[situation]] == []
 
@@ -39,7 +39,7 @@ def test_nothing_is_violated_in_seeds_that_only_today_has(first_seed_of_today: i
     """Rare things are met by chance, and early. What fails here fails again by the number that it names."""
     for seed in range(first_seed_of_today, first_seed_of_today + NUM_SEEDS_OF_TODAY):
         violation = run_seed(seed).violation
-        assert violation == "", f"replay it with: scripts/simulate --replay {seed}"
+        assert violation == "", f"replay it with: scripts/dev simulate --replay {seed}"
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -123,7 +123,7 @@ def test_what_a_seed_does_not_have_cannot_be_left_out() -> None:
 
 @pytest.mark.process
 def test_several_processes_share_seeds_and_planted_bugs() -> None:
-    script = Path(__file__).parents[3] / "scripts" / "simulate.py"
+    script = Path(__file__).parents[3] / "scripts" / "tools" / "simulate.py"
     bugs = ",".join(mutant.name for mutant in MUTANTS[:2])
     command = [sys.executable, "-P", str(script), "--seeds", "4", "--jobs", "2", "--mutants", bugs]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

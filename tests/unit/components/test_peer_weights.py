@@ -65,7 +65,7 @@ KINDS = [
 def kind(request: pytest.FixtureRequest) -> TransferKind:
     kind: TransferKind = request.param
     if kind.transport == "rdma" and not devices.rdma_devices():
-        pytest.skip("no RDMA device here: scripts/softroce has one")
+        pytest.skip("no RDMA device here: scripts/dev softroce has one")
     if kind.backend == "nixl" and not any(map(find_spec, ("nixl_cu12", "nixl_cu13"))):
         pytest.skip("nixl is not installed: pip install 'pdserve[nixl]'")
     return kind

@@ -1,4 +1,4 @@
-"""Random checkpoints from ``scripts/make_checkpoint``, and sequences computed through a poisoned pool."""
+"""Random checkpoints from ``scripts/dev make_checkpoint``, and sequences computed through a poisoned pool."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.weights import tensor_shapes
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "make_checkpoint.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "tools" / "make_checkpoint.py"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

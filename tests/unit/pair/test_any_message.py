@@ -19,7 +19,7 @@ from pdserve.messages.weights import (
     ReadWeights,
     WriteWeights,
 )
-from pdserve.scripts.fuzz import Values
+from pdserve.scripts.tools.fuzz import Values
 
 from .cluster import ADDRESS, Pair, prompt_of
 

@@ -134,7 +134,7 @@ def start_source(name: str, transport: str) -> Source:
 def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
     name, transport = request.param
     if transport == "rdma" and not devices.rdma_devices():
-        pytest.skip("no RDMA device here: scripts/softroce has one")
+        pytest.skip("no RDMA device here: scripts/dev softroce has one")
     if name == "nixl" and not has_nixl():
         pytest.skip("nixl is not installed: pip install 'pdserve[nixl]'")
     return name, transport
@@ -630,7 +630,7 @@ def test_engines_of_one_process_start_side_by_side_and_leave_stderr_alone() -> N
         backend.close()
 
 
-@pytest.mark.skipif(not on_soft_roce(), reason="no Soft-RoCE device here: scripts/softroce has one")
+@pytest.mark.skipif(not on_soft_roce(), reason="no Soft-RoCE device here: scripts/dev softroce has one")
 def test_soft_roce_keeps_writes_to_a_dead_peer_pending_and_others_go_on() -> None:
     """Mooncake asks for 7 retries, which a network card counts and Linux's rxe takes for "without end"."""
     source = start_source("mooncake", "rdma")

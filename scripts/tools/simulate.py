@@ -1,7 +1,7 @@
 """Runs whole clusters in simulation: every seed is another set of nodes, requests and faults.
 
-    scripts/simulate --seeds N [--jobs J] [--first-seed S] [--mutants all|none|NAME,NAME]
-    scripts/simulate --replay SEED [--drop PART,PART] [--flavour F] [--mutants NAME]   prints every event
+    scripts/dev simulate --seeds N [--jobs J] [--first-seed S] [--mutants all|none|NAME,NAME]
+    scripts/dev simulate --replay SEED [--drop PART,PART] [--flavour F] [--mutants NAME]   prints every event
 
 Prints how often each fault and each rare situation happened (one that never did in 300 seeds or more is a
 failure), the smallest form found of a seed that fails with the command that replays it, and which planted
@@ -80,7 +80,7 @@ def show_smallest(seed: int) -> None:
     small = shrink(seed)
     print(f"\nseed {seed}, made small: {small.result.violation}")
     drop = f" --drop {','.join(small.dropped)}" if small.dropped else ""
-    print(f"replay it with: scripts/simulate --replay {seed}{drop}")
+    print(f"replay it with: scripts/dev simulate --replay {seed}{drop}")
 
 
 def try_mutants(mutants: list[Mutant], jobs: int) -> int:

@@ -1,6 +1,6 @@
 """For how long one large request holds a router, and what it does to the router's memory.
 
-    scripts/held_loop --repeats 3
+    scripts/dev held_loop --repeats 3
 
 Starts a cluster on the shipped model and sends large requests, one at a time. Meanwhile another process asks
 for `GET /live` every 5 ms, and reads a stream of tokens. Told are the most processor time that the router's
@@ -29,8 +29,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.config import SHIPPED_MODEL
 
-MODEL = Path(__file__).parents[1] / "assets" / "tiny-python"
 FLAGS = ("--num-threads", "1", "--kv-cache-gb", "0.2")
 PROBE_EVERY_S = 0.005
 LARGEST = (31 << 20) - 200
@@ -299,7 +299,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     with (
         tempfile.TemporaryDirectory() as work_dir,
-        LocalCluster([str(MODEL), *FLAGS], Path(work_dir) / "log") as cluster,
+        LocalCluster([str(SHIPPED_MODEL), *FLAGS], Path(work_dir) / "log") as cluster,
     ):
         for row in rows(options, cluster):
             print("|", " | ".join(row), "|", flush=True)

@@ -1,8 +1,8 @@
 """Whether clients that stay get the answers of an undisturbed run, while others leave and writes go wrong.
 
-    scripts/disturbed_answers --clients 2000 --leave 0.3
-    scripts/disturbed_answers --clients 400 --faulty fail=0.1,late=0.05,half=0.05,delay=0.02,duplicate=0.05
-    scripts/disturbed_answers --clients 16 --concurrency 16 --tokens 1900 --kills 3 --restarts 5
+    scripts/dev disturbed_answers --clients 2000 --leave 0.3
+    scripts/dev disturbed_answers --clients 400 --faulty fail=0.1,late=0.05,half=0.05,delay=0.02
+    scripts/dev disturbed_answers --clients 16 --concurrency 16 --tokens 1900 --kills 3 --restarts 5
 
 Asks every request once of a cluster that nothing disturbs. Then starts another one, with `--faulty` if given,
 and as many clients as are wanted; a share of them leaves at a random moment: before the first byte, or after

@@ -1,8 +1,8 @@
 """Hands rooms over from prefill nodes to decode nodes over this machine's RDMA device, without an engine.
 
-    scripts/rdma_check                          # on a machine with an RDMA device
-    scripts/softroce scripts/rdma_check         # on one without: inside a small virtual machine
-    scripts/rdma_check --transport tcp          # the same over TCP, on any machine
+    scripts/dev rdma_check                          # on a machine with an RDMA device
+    scripts/dev softroce scripts/dev rdma_check     # on one without: inside a small virtual machine
+    scripts/dev rdma_check --transport tcp          # the same over TCP, on any machine
 
 Prefill nodes in one process, decode nodes in another, TP 1 and 2 on each side, every pair of them. Both room
 machines, their messages over zmq, the page allocator and Mooncake are those of a cluster. In place of the
@@ -590,7 +590,7 @@ def main() -> int:
     parser.add_argument("--serve-prefill", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.transport == "rdma" and not rdma_devices():
-        print("no RDMA device here: scripts/softroce scripts/rdma_check", file=sys.stderr)
+        print("no RDMA device here: scripts/dev softroce scripts/dev rdma_check", file=sys.stderr)
         return 1
     try:
         if options.serve_prefill:

@@ -1,7 +1,7 @@
 """Boots a small virtual machine with a Soft-RoCE device and runs a command inside it.
 
-    scripts/softroce .venv/bin/pytest tests/unit/transfer
-    scripts/softroce --timeout 120 ibv_devinfo
+    scripts/dev softroce .venv/bin/pytest tests/unit/transfer
+    scripts/dev softroce --timeout 120 ibv_devinfo
 
 The guest is Debian's own kernel under QEMU's plain emulation, and sees this machine's files: the same
 checkout, the same .venv. What it writes lands in its memory and goes with it. The command runs in the same
@@ -10,8 +10,7 @@ its exit status is this script's; 124 says that the time was up, 125 that the gu
 ended by itself.
 
 The kernel, its modules and the initramfs are kept in .cache/softroce. The Debian packages that are missing
-are installed when this runs as root, and named otherwise. Standard library alone: it must run before .venv
-is there.
+are installed when this runs as root, and named otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "softroce"
 PACKAGE_OF = {
     "qemu-system-x86_64": "qemu-system-x86",

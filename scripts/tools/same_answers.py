@@ -1,8 +1,8 @@
 """Whether the whole cluster answers as `transformers` does on the same weights, in fp32.
 
-    scripts/same_answers --family all        # llama, mistral, qwen2, qwen3 and the shipped model
-    scripts/same_answers --family qwen3 --transfer-backend shm
-    scripts/same_answers --tensor-parallel     # 1 to 2, 2 to 1, 2 to 4, 4 to 2, shm and Mooncake
+    scripts/dev same_answers --family all        # llama, mistral, qwen2, qwen3 and the shipped model
+    scripts/dev same_answers --family qwen3 --transfer-backend shm
+    scripts/dev same_answers --tensor-parallel     # 1 to 2, 2 to 1, 2 to 4, 4 to 2, shm and Mooncake
 
 For each family: makes a seeded random checkpoint, starts a router, a prefill and a decode node, asks greedy
 continuations of prompts around every page and chunk boundary, alone, with n choices and stops, and in batches
@@ -27,8 +27,9 @@ import torch
 import transformers
 
 from pdserve.bench.local_cluster import LocalCluster
+from pdserve.runtime.config import SHIPPED_MODEL
 
-ROOT = Path(__file__).resolve().parent.parent
+MAKE_CHECKPOINT = Path(__file__).with_name("make_checkpoint.py")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "shipped")
 PAGE_SIZE = 16
 CHUNK = 64
@@ -186,9 +187,9 @@ def run_family(
 ) -> Tally:
     """Everything of one family; `quick` leaves out most prompt lengths and one of the batches. `changes` are
     settings of the checkpoint's config, KEY=JSON."""
-    model_dir = ROOT / "assets" / "tiny-python" if family == "shipped" else work_dir / family
+    model_dir = SHIPPED_MODEL if family == "shipped" else work_dir / family
     if family != "shipped":
-        maker = [sys.executable, "-P", str(ROOT / "scripts" / "make_checkpoint.py"), family, str(model_dir)]
+        maker = [sys.executable, "-P", str(MAKE_CHECKPOINT), family, str(model_dir)]
         maker += ["--dtype", "float32", *(f"--set={change}" for change in changes)]
         subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
     reference = Reference(model_dir)

@@ -1,6 +1,6 @@
 """What a frozen newcomer costs the hand-offs of the others.
 
-    scripts/frozen_newcomer --requests 200
+    scripts/dev frozen_newcomer --requests 200
 
 Times requests of two tokens, one after the other, each with a hand-off of its own, over one prefill and one
 decode node: first alone, then while a further prefill and a further decode node stand still, each frozen

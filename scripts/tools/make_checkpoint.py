@@ -1,6 +1,6 @@
 """Writes a checkpoint with seeded random weights in Hugging Face format, with tokenizer and chat template.
 
-    scripts/make_checkpoint MODEL DIR [--seed N] [--dtype T] [--shards N] [--config-style 4|5]
+    scripts/dev make_checkpoint MODEL DIR [--seed N] [--dtype T] [--shards N] [--config-style 4|5]
                             [--set KEY=JSON]
 
 MODEL is a family in miniature, with odd head counts and head_dims (llama, mistral, qwen2, qwen3), or a shape

@@ -1,6 +1,6 @@
 """Sends a process each message of its union, with values at their edges and beyond, and looks how it fares.
 
-    scripts/fuzz --process prefill|decode|router --minutes N [--seed S] [MODEL]
+    scripts/dev fuzz --process prefill|decode|router --minutes N [--seed S] [MODEL]
 
 A cluster of real processes is started on this machine, and serves requests all the while. Messages are made
 of the types that the process decodes; one in two gets a value that is out of bounds, of another type, or

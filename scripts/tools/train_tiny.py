@@ -6,9 +6,10 @@ the model gets to the code. The learning rate follows elapsed time, not steps: w
 machine's speed, the run is fully annealed when `--minutes` have passed. A run that was stopped goes on where
 its last state was saved.
 
-    scripts/train_tiny --out .scratch/whole --work .scratch/train --minutes 100 --documents whole
-    scripts/train_tiny --out assets/tiny-python --work .scratch/tune --start-from .scratch/whole --minutes 75
-    scripts/train_tiny --eval assets/tiny-python
+    scripts/dev train_tiny --out .scratch/whole --work .scratch/train --minutes 100 --documents whole
+    scripts/dev train_tiny --out assets/tiny-python --work .scratch/tune --minutes 75 \\
+                           --start-from .scratch/whole
+    scripts/dev train_tiny --eval assets/tiny-python
 """
 
 from __future__ import annotations

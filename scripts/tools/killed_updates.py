@@ -1,6 +1,6 @@
 """Whether a cluster ends on one weight version when somebody dies in the middle of an update.
 
-    scripts/killed_updates --times 50 --seed 0
+    scripts/dev killed_updates --times 50 --seed 0
 
 One prefill and two decode nodes, requests all the time, and updates with every tensor, each from a folder,
 from the bytes of a file or from a trainer's broadcast. At a random moment of each, SIGKILL for one of: the

@@ -1,6 +1,6 @@
 """What another host can do to a cluster: tried, from a second network namespace, against three clusters.
 
-    scripts/second_host      # as root: `ip netns` makes the hosts, and takes them away at the end
+    scripts/dev second_host      # as root: `ip netns` makes the hosts, and takes them away at the end
 
 1. with a cluster secret, which the other host does not have, on an address that it reaches;
 2. without a secret, so on loopback alone;

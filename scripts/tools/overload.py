@@ -1,6 +1,6 @@
 """What a cluster answers in time when more is asked of it than it can do, and what refusing the rest costs.
 
-    scripts/overload --rates 34,42,126,420 --at-once 2000
+    scripts/dev overload --rates 34,42,126,420 --at-once 2000
 
 Starts a cluster on the shipped model, or with `--pdserve` that of another version, and has `pdserve bench
 serve` ask at each rate, then with so many requests at once. Beside it a second process asks some ten times

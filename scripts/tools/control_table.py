@@ -1,6 +1,6 @@
 """Every control call, on every role, in every state: its status, and how long it held the node's loop.
 
-    scripts/control_table            # writes the tables of docs/control_plane.md
+    scripts/dev control_table            # writes the tables of docs/control_plane.md
 
 A node's loop is where everything else waits meanwhile. What is measured is the handling of the call's own
 messages, in wall time, by the node itself (`loop_times` of /get_internal_state).
@@ -41,7 +41,7 @@ FLAGS += ["--faulty", "delay=1.0,delay_s=0.6"]  # so that a hand-off lasts
 STATES = ("idle", "busy", "hand-off", "twice", "wrong")
 ROLES = ("prefill", "decode", "router")
 DOCS = Path(__file__).parents[2] / "docs" / "control_plane.md"
-BEGIN, END = "<!-- scripts/control_table -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- scripts/dev control_table -->\n", "<!-- end -->\n"
 NORM = "model.norm.weight"
 _PERCENTILES = ("p50_s", "p99_s", "own_p99_s", "max_s")
 _SERVING = ("ping", "roster", "generate", "cancel", "get_internal_state", "get_request_state", "turn")
@@ -411,7 +411,7 @@ def tables(bench: Bench, rows: dict[tuple[str, str], Row]) -> Iterator[str]:
 
 def main(arguments: Sequence[str]) -> int:
     if arguments:
-        print("usage: scripts/control_table", file=sys.stderr)
+        print("usage: scripts/dev control_table", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     with LocalCluster([str(SHIPPED_MODEL), *FLAGS]) as cluster:

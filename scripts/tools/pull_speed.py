@@ -1,6 +1,6 @@
 """How fast a node takes over another node's weights, over the transfer engines and over the control link.
 
-    scripts/pull_speed MODEL --repeats 7
+    scripts/dev pull_speed MODEL --repeats 7
 
 Starts two clusters, one over shm and one over Mooncake TCP. The prefill node of each pulls from the decode
 node of its own cluster, over the engines, and from that of the other one, over the link; the four take turns.

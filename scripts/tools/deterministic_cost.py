@@ -1,6 +1,6 @@
 """What `--deterministic` costs a forward: prefill and decode against the eager operators, in float32.
 
-    scripts/deterministic_cost MODEL [--prompt-tokens 512] [--streams 1 8 16] [--repeats 7]
+    scripts/dev deterministic_cost MODEL [--prompt-tokens 512] [--streams 1 8 16] [--repeats 7]
 
 One process, one thread, the same weights; the versions take turns. Times are CPU seconds of the thread, so
 that other work on the machine moves the ratio little; medians of the repeats.
