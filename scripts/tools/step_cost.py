@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import msgspec
 
-from pdserve.bench.simulation.nodes import DecodeNode, Place, Settings
+from pdserve.bench.simulation import nodes
+from pdserve.bench.simulation.engine import FakeEngine
+from pdserve.bench.simulation.nodes import Place, Settings
 from pdserve.bench.simulation.tokens import PAGE_SIZE
 from pdserve.decode.peer_links import LinkDown
-from pdserve.engine.engine_thread import EngineThread
-from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput, SampledToken
+from pdserve.engine.forward_batch import ForwardOutput, RowOutput, SampledToken
 from pdserve.engine.schedule_batch import ScheduleBatch
 from pdserve.messages.node import ClientToNode, GenerateRequest
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill
@@ -68,34 +70,31 @@ class NoLinks:
         return iter(())
 
 
-class ReadyEngine:
-    """Samples the same token always, as soon as it is told to."""
+class ReadyEngine(FakeEngine):
+    """Samples the same token always, and looks at no page."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._batch: ScheduleBatch | None = None
-        self._results: list[ForwardOutput] = []
+    @staticmethod
+    def build(batch: ScheduleBatch) -> ScheduleBatch:
+        return batch
 
     def submit(self, batch: ScheduleBatch) -> None:
-        self._batch = batch
+        self.batches = [batch]
 
-    def poll(self) -> list[ForwardOutput]:
-        results, self._results = self._results, []
-        return results
-
-    def num_decoding(self) -> int:
-        """Rows of the batch that was submitted last, if all of them decode; else 0."""
-        rows = () if self._batch is None else self._batch.rows
-        return len(rows) if all(row.num_tokens == 1 for row in rows) else 0
-
-    def finish(self) -> None:
-        if self._batch is not None:
+    def finish(self) -> bool:
+        for batch in self.batches:
             rows = tuple(
                 RowOutput(row.row_id, tuple(SampledToken(choice, TOKEN, None) for choice in row.choices), ())
-                for row in self._batch.rows
+                for row in batch.rows
             )
-            self._results.append(ForwardOutput(0, rows, self._clock(), self._clock()))
-            self._batch = None
+            self.results.append(ForwardOutput(0, rows, self.clock(), self.clock()))
+        self.batches = []
+        return bool(self.results)
+
+    @property
+    def num_decoding(self) -> int:
+        """Rows of the batch that waits, if all of them decode; else 0."""
+        rows = [row for batch in self.batches for row in batch.rows]
+        return len(rows) if all(row.num_tokens == 1 for row in rows) else 0
 
 
 def request(number: int, max_tokens: int) -> GenerateRequest:
@@ -128,27 +127,28 @@ class Node:
             max_model_len=NUM_PROMPT_TOKENS + max_tokens + 1,
         )
         place = Place(name="decode", incarnation="decode-1")
-        self._scheduler = DecodeNode(place, inbox, NoLinks(), settings, clock=lambda: self._now).scheduler
-        self._engine = ReadyEngine(lambda: self._now)
-        self._scheduler.engine = cast(EngineThread, self._engine)
-        self._scheduler.build = cast("Callable[[ScheduleBatch], ForwardBatch]", lambda batch: batch)
+        with mock.patch.object(nodes, "FakeEngine", ReadyEngine):
+            node = nodes.DecodeNode(place, inbox, NoLinks(), settings, clock=lambda: self._now)
+        assert isinstance(node.engine, ReadyEngine)
+        self._engine = node.engine
+        self._step = node.scheduler.step
         inbox.messages += [(CLIENT, request(number, max_tokens)) for number in range(num_running)]
         for _ in range(MOST_STEPS_TO_START):
             self.step_s()
-            if self._engine.num_decoding() == num_running:
+            if self.num_decoding == num_running:
                 return
         raise RuntimeError(f"{num_running} requests do not run after {MOST_STEPS_TO_START} steps")
 
     @property
     def num_decoding(self) -> int:
-        return self._engine.num_decoding()
+        return self._engine.num_decoding
 
     def step_s(self) -> float:
         """CPU seconds of one step, which finds the results of the forward before."""
         self._engine.finish()
         self._now += STEP_S
         started = time.thread_time()
-        self._scheduler.step(self._now)
+        self._step(self._now)
         return time.thread_time() - started
 
 
