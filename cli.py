@@ -56,6 +56,7 @@ from .runtime.supervisor import Child, Supervisor
 from .runtime.tls import TlsFiles, Trust
 
 _READY_TIMEOUT_S = 600.0
+_MAX_NICE = 19  # of Linux
 _NODE_GRACE_S = 15.0
 _SECRETS = ("api_key", "admin_api_key", "cluster_secret_file")  # not for command lines, which `ps` shows
 _ANNOUNCEMENTS = 120
@@ -362,6 +363,9 @@ def _up(given: dict[str, Any]) -> int:
     if num_decode < 1 or (num_prefill < 1 and not is_colocated):
         raise StartupError("--num-prefill and --num-decode must be 1 or more (or use --colocated)")
 
+    if not 0 <= counts["nodes_nice"] <= _MAX_NICE:
+        raise StartupError(f"--nodes-nice must be 0 to {_MAX_NICE}")
+
     listener = _listener(given, "router", config)
     admin_key = config.admin_api_key
     if not admin_key and not is_loopback(listener):
@@ -375,7 +379,9 @@ def _up(given: dict[str, Any]) -> int:
     for role, count in zip(_NODE_ROLES, (num_prefill, num_decode), strict=True):
         if count:
             of_node = _for_child(node_config(role, given), given, folders)
-            nodes += [_node_child(role, i, of_node, url, num_threads) for i in range(count)]
+            nodes += [
+                _node_child(role, i, of_node, url, num_threads, counts["nodes_nice"]) for i in range(count)
+            ]
     router = _router_child(_for_child(config, given, folders), listener)  # last, as it needs no weights
     children = [router, *nodes]
 
@@ -436,6 +442,7 @@ def _node_child(
     given: Mapping[str, Any],
     router_url: str,
     num_threads: int,
+    nice: int,
 ) -> Child:
     flags = forwarded_flags(given, role, dropped=("port", *_SECRETS))
     if resolve(role, given)["num_threads"] is None:
@@ -445,6 +452,7 @@ def _node_child(
         f"{role} {index}",
         arguments,
         _NODE_GRACE_S,
+        nice=nice,
         keys=_keys(given),
         has_incarnation=True,
     )

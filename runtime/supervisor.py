@@ -56,6 +56,7 @@ class Child:
     name: str
     arguments: Sequence[str]
     grace_s: float  # between SIGTERM and SIGKILL
+    nice: int = 0  # more than ours; its own children have that too
     listener: socket.socket | None = None  # inherited; it outlives a child that is started again
     keys: AccessKeys = NO_KEYS
     process: subprocess.Popen[bytes] | None = None
@@ -77,6 +78,8 @@ class Child:
             arguments += ["--incarnation", self.incarnation]
         arguments += self.last_words.arguments
         self.process = spawn(arguments, pass_fds, self.keys)
+        if self.nice:  # before it has other threads, which would keep theirs
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, os.getpriority(os.PRIO_PROCESS, 0) + self.nice)
         self.started_at = time.monotonic()
 
     def close(self) -> None:

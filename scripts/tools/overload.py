@@ -1,12 +1,13 @@
 """What a cluster answers in time when more is asked of it than it can do, and what refusing the rest costs.
 
-    scripts/dev overload --rates 34,42,126,420 --at-once 2000
+    scripts/dev overload --rates 34,42,126,420 --at-once 2000 -- --max-queue-wait 1 --nodes-nice 10
 
 Starts a cluster on the shipped model, or with `--pdserve` that of another version, and has `pdserve bench
 serve` ask at each rate, then with so many requests at once. Beside it a second process asks some ten times
 a second and times what is refused: blocking sockets, before others where we may (nice), so that little but
 the server is in its times, while the harness's have its own loop's lag in them. Told too is the share of a
-core that each process took: they all have one machine.
+core that each process took, and for how long the router could have gone on and had none: they all have
+one machine.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ COLUMNS = (
         "harness's loop lag p99, max, ms",
         "probe's time to refusal p50, p99, ms",
     ),
-    *("router's RSS, MiB", "% of a core"),
+    *("router's RSS, MiB", "router waits for a core, % of the time", "% of a core"),
 )
 
 
@@ -132,6 +133,14 @@ def usage(up: psutil.Process) -> dict[psutil.Process, Usage]:
     return found
 
 
+def waited_s(up: psutil.Process) -> float:
+    """Seconds for which the router's loop so far could have gone on and had no core."""
+    router = next((child for child in up.children() if name_of(child) == "router"), None)
+    if router is None:
+        return 0.0
+    return int(Path(f"/proc/{router.pid}/task/{router.pid}/schedstat").read_text().split()[1]) / 1e9
+
+
 def harness(url: str, result: Path, num_prompts: int, rate: str) -> float:
     """Seconds of a processor that it took, its start included."""
     lengths = ("--random-input-len", str(NUM_INPUT), "--random-output-len", str(NUM_OUTPUT))
@@ -164,9 +173,9 @@ def row(
     ours, theirs = multiprocessing.Pipe()
     prober = multiprocessing.get_context("spawn").Process(target=probe, args=(url, theirs), daemon=True)
     prober.start()
-    before = usage(up)
+    before, waited_before_s = usage(up), waited_s(up)
     harness_s = harness(url, result, num_prompts, rate) - start_s
-    after = usage(up)
+    after, router_waited_s = usage(up), waited_s(up) - waited_before_s
     ours.send(None)
     probed_ms = [1000 * each for each in ours.recv()]
     prober.join()
@@ -189,6 +198,7 @@ def row(
         f"{in_ms(told['p99_loop_lag_ms'])}, {in_ms(told['max_loop_lag_ms'])}",
         percentiles(probed_ms),
         "-" if router is None else f"{router.rss / 2**20:.0f}",
+        f"{100 * router_waited_s / took_s:.0f}",
         ", ".join(f"{name} {100 * share:.0f}" for name, share in shares.items() if share > 0.005),
     )
 

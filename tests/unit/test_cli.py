@@ -181,6 +181,10 @@ def test_a_cluster_needs_nodes(arguments: tuple[str, ...], capsys: pytest.Captur
     assert "--num-prefill and --num-decode" in failure(capsys, "up", "--port", "0", *arguments)
 
 
+def test_nodes_step_back_and_never_forward(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--nodes-nice must be 0 to 19" in failure(capsys, "up", "--port", "0", "--nodes-nice=-1")
+
+
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
@@ -310,6 +314,11 @@ def test_up_starts_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "c.yaml").write_text("num-prefill: 2\n")
     names = [child.name for child in children(monkeypatch, "--config", str(tmp_path / "c.yaml"))]
     assert names == ["router", "prefill 0", "prefill 1", "decode 0"]
+
+
+def test_nodes_step_back_behind_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [child.nice for child in children(monkeypatch, "--nodes-nice", "10")] == [0, 10, 10]
+    assert [child.nice for child in children(monkeypatch)] == [0, 0, 0]
 
 
 def test_children_get_api_keys_but_not_in_their_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,15 @@ def test_ready_children_go_on_until_the_block_ends() -> None:
     assert process_of(first).returncode == process_of(second).returncode == -signal.SIGTERM
 
 
+def test_a_child_steps_back_by_as_much_as_it_is_told() -> None:
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    polite, other = child(SLEEP), child(SLEEP)
+    polite.nice = 3
+    with Supervisor([polite, other]):
+        niceness = [os.getpriority(os.PRIO_PROCESS, process_of(each).pid) for each in (polite, other)]
+    assert niceness == [min(19, ours + 3), ours]
+
+
 def test_a_child_that_ends_before_the_cluster_is_ready_ends_the_start() -> None:
     healthy, broken = child(SLEEP, "router"), child("raise SystemExit(3)", "prefill 0")
     with (
