@@ -6,8 +6,8 @@
 Starts a router, a prefill and a decode node whose Python calls are all written down, and streams completions,
 one after the other, each with a prompt of its own, so that each is handed off. A function counts when more
 than half of the requests passed it (of later tokens: more than half of the tokens): what a node does beside,
-such as its heartbeats, falls out. Calls and changes of file are medians. Comprehensions are part of the
-function that they are in; a coroutine that goes on is a call.
+such as its heartbeats, falls out where the machine is quiet. Calls and changes of file are medians.
+Comprehensions are part of the function that they are in; a coroutine that goes on is a call.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Stack:
 
     def push(self, value):
 '''
-# By folder. What stands in none of them is the last part.
+# By folder. All others are of the nodes.
 PARTS = {
     "api": ("api",),
     "router": ("router",),
-    "both schedulers": ("prefill", "decode", "components", "transfer"),
     "engine": ("engine", "kernels"),
+    "messages, runtime": ("messages", "runtime"),
 }
-REST = "messages, runtime"
+REST = "both schedulers"
 
 
 class Function(NamedTuple):

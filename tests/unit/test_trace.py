@@ -82,7 +82,8 @@ def test_what_most_walks_passed_counts_and_heartbeats_do_not() -> None:
 
 def test_a_file_is_in_the_part_of_its_folder() -> None:
     assert [function.part for function in (HANDLE, STEP, BEAT)] == ["api", "both schedulers", "router"]
-    assert Function("runtime/logs.py", "configure_logging").part == REST
+    assert Function("runtime/logs.py", "configure_logging").part == "messages, runtime"
+    assert Function("node/loop.py", "RoleLoop.step").part == REST == "both schedulers"
     assert Walk().num_file_changes == 0
 
 
