@@ -288,9 +288,12 @@ class Node:
 
 
 class Scheduler(Protocol):
-    """What `run` needs of a scheduler."""
+    """What `run` needs of a scheduler's loop."""
 
-    is_draining: bool
+    @property
+    def is_draining(self) -> bool: ...
+
+    def drain(self) -> None: ...
 
     def step(self, now: float) -> None: ...
 
@@ -497,7 +500,7 @@ def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]
             else:
                 _step_with_ranks(node, node.ranks, scheduler, now)
         if num_signals and not scheduler.is_draining:
-            scheduler.is_draining = True
+            scheduler.drain()
             drain_until = now + _DRAIN_S
         if num_signals > 1 or now > drain_until or (scheduler.is_draining and scheduler.is_idle):
             fail_open_requests()

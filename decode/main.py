@@ -10,6 +10,7 @@ import zmq
 from ..components.control_assembly import make_control
 from ..components.crash_hook import CrashHook, kill_this_process
 from ..components.load_inquirer import LoadInquirer
+from ..components.loaded_model import LoadedModel
 from ..components.node_process import run, start_node
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
@@ -18,17 +19,28 @@ from ..components.request_receiver import RequestReceiver
 from ..messages.channel import ServerChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.node import AttemptFailed, ClientToNode, TokenOutputs
+from ..messages.timeline import SpanClock
+from ..node.loop import RoleLoop
 from ..runtime.config import NodeConfig
+from ..runtime.peer_clock import PeerClocks
 from ..transfer.decode_rooms import DecodeRooms
 from ..transfer.page_digests import DigestWorker
 from .death_probe import DeathProbe
 from .growth_estimate import GrowthEstimate
+from .handoffs import Handoffs
+from .limits import DecodeLimits
 from .local_prefill import LocalPrefillPolicy
+from .outputs import Outputs
 from .peer_links import PeerLinks
+from .prefill_peers import PrefillPeers
+from .report import DecodeReport
 from .request_pages import RequestPages
-from .scheduler import DecodeLimits, DecodeScheduler
+from .running import Running
+from .scheduler import DecodeMessage, DecodeScheduler
 from .session_pins import SessionPins
 from .settings import decode_settings
+from .timeline import Timeline
+from .waiting import Waiting
 
 
 def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "") -> int:
@@ -71,41 +83,96 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         page_size=config.page_size,
         page_bytes=node.layout.page_bytes,
     )
-    scheduler = DecodeScheduler(
-        receiver=RequestReceiver(server),
-        send=server.send,
-        links=PeerLinks(context, node.waiter, link_keys),
-        death_probe=death_probe,
+    clock = SpanClock(time.monotonic, node.unix_minus_monotonic_s)
+    peer_clocks = PeerClocks()
+    streamer = OutputStreamer(send_output)
+    timeline = Timeline(clock, streamer, peer_clocks)
+    limits = DecodeLimits(
+        max_running=config.max_running_requests,
+        max_batch_tokens=max(config.chunked_prefill_size, config.max_running_requests + 1),
+        max_model_len=node.max_model_len,
+        returns_hidden_states=config.enable_return_hidden_states,
+    )
+    outputs = Outputs(
+        streamer,
+        timeline,
+        server.send,
+        gone_clients,
+        eos_token_ids=node.model.config.eos_token_ids,
+        max_model_len=node.max_model_len,
+    )
+    load_inquirer = LoadInquirer(page_size=config.page_size, max_running_requests=config.max_running_requests)
+    control = make_control(node, decode_settings(growth, local_prefill), drop_cache=pages.drop_cache)
+    waiting = Waiting(
+        pages=pages,
+        growth=growth,
+        outputs=outputs,
+        control=control,
+        status=node.status,
+        metrics=node.metrics,
+        limits=limits,
+        clock=clock,
+    )
+    handoffs = Handoffs(
         rooms=DecodeRooms(node.identity, node.regions, node.num_pages),
+        peers=PrefillPeers(
+            PeerLinks(context, node.waiter, link_keys), death_probe, peer_clocks, clock, control.heard
+        ),
         allocator=allocator,
-        cache=cache,
+        pages=pages,
+        digests=digests,
+        verify_pages=config.verify_pages,
+        outputs=outputs,
+        timeline=timeline,
+        local_prefill=local_prefill,
+        load_inquirer=load_inquirer,
+        metrics=node.metrics,
+    )
+    running = Running(
+        pages=pages,
+        growth=growth,
+        outputs=outputs,
+        timeline=timeline,
+        local_prefill=local_prefill,
+        engine=node.engine,
+        build=node.build,
+        load_inquirer=load_inquirer,
+        metrics=node.metrics,
+        limits=limits,
+    )
+    scheduler = DecodeScheduler(
+        waiting=waiting,
+        handoffs=handoffs,
+        running=running,
+        outputs=outputs,
         pages=pages,
         pins=pins,
-        growth=growth,
         local_prefill=local_prefill,
-        digests=digests,
+        control=control,
+        status=node.status,
+        send=server.send,
+    )
+    report = DecodeReport(
+        waiting=waiting,
+        handoffs=handoffs,
+        running=running,
+        pages=pages,
+        pins=pins,
+        load_inquirer=load_inquirer,
+        metrics=node.metrics,
+    )
+    loop: RoleLoop[DecodeMessage, LoadedModel] = RoleLoop(
+        scheduler,
+        report,
+        receiver=RequestReceiver(server),
+        send=server.send,
         engine=node.engine,
         side_jobs=node.jobs,
-        build=node.build,
-        streamer=OutputStreamer(send_output),
-        gone_clients=gone_clients,
-        control=make_control(node, decode_settings(growth, local_prefill), drop_cache=pages.drop_cache),
+        control=control,
         swap=node.swap,
         status=node.status,
-        load_inquirer=LoadInquirer(
-            page_size=config.page_size, max_running_requests=config.max_running_requests
-        ),
         metrics=node.metrics,
         loop_times=node.loop_times,
-        verify_pages=config.verify_pages,
-        limits=DecodeLimits(
-            max_running=config.max_running_requests,
-            max_batch_tokens=max(config.chunked_prefill_size, config.max_running_requests + 1),
-            max_model_len=node.max_model_len,
-            returns_hidden_states=config.enable_return_hidden_states,
-        ),
-        eos_token_ids=node.model.config.eos_token_ids,
-        unix_minus_monotonic_s=node.unix_minus_monotonic_s,
-        clock=time.monotonic,
+        unix_now=clock.unix_now,
     )
-    return run(node, scheduler, scheduler.fail_open_requests)
+    return run(node, loop, scheduler.fail_open_requests)

@@ -8,9 +8,10 @@ join the cache, so that the next turn of a conversation needs only what is new.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
-from ..components.page_allocator import PageAllocator
+from ..components.invariant_checker import check_idle
+from ..components.page_allocator import PageAllocator, PageCounts
 from ..components.page_need import PageNeed, page_need
 from ..components.prefix_cache import PrefixCache, PrefixMatch
 from ..messages.peer import RoomId
@@ -56,9 +57,32 @@ class RequestPages:
     # ---- what there is ------------------------------------------------------------------------------
 
     @property
+    def num_pages(self) -> int:
+        """All that there are, free or not."""
+        return self._allocator.num_pages
+
+    @property
     def num_available(self) -> int:
         """Pages that are free or evictable, and not promised."""
         return self._allocator.num_free + self._cache.num_evictable - self._num_promised
+
+    def counts(self) -> PageCounts:
+        return self._allocator.counts()
+
+    @property
+    def num_locked(self) -> int:
+        """Cached pages that requests read."""
+        return self._cache.num_locked
+
+    @property
+    def num_evictable(self) -> int:
+        """Cached pages that are there for whoever needs them."""
+        return self._cache.num_evictable
+
+    @property
+    def num_pinned(self) -> int:
+        """Cached pages that sessions keep before all others."""
+        return self._cache.num_pinned
 
     def need(self, request: DecodeRequest) -> PageNeed:
         """The most pages that it can hold, with the choices that it still has."""
@@ -236,14 +260,14 @@ class RequestPages:
 
     # ---- the end ------------------------------------------------------------------------------------
 
-    def free(self, request: DecodeRequest, sequence: Sequence) -> None:
+    def free(self, request: DecodeRequest, sequence: Sequence, *, num_computed: int = 0) -> None:
         """Give back all that a sequence holds; no forward may write into it any more.
 
-        Pages full of tokens that were computed stay in the cache, until others need them.
+        Pages full of tokens that were computed, the first `num_computed`, stay in the cache, until others
+        need them.
         """
         self._num_promised -= sequence.promised
         sequence.growth = sequence.promised = 0
-        num_computed = request.num_computed(sequence)
         if sequence.pages and self._keeps_prefixes:
             kept = self._cache.insert(
                 sequence.token_ids[:num_computed],
@@ -265,6 +289,13 @@ class RequestPages:
         """Drop every cached page, those of sessions too. False if a request reads any."""
         self._pins.clear()
         return self._cache.reset()
+
+    def check_idle(self, open_rooms: Collection[RoomId]) -> None:
+        """No request is left: raises BrokenInvariantError if anything is held but the cache, what sessions
+        pin, and the pages of these rooms in quarantine."""
+        check_idle(self._allocator, [self._cache], states={}, open_rooms=open_rooms)
+        self.check_promises([])
+        self._pins.check()
 
     def check_promises(self, requests: Iterable[DecodeRequest]) -> None:
         """Raises RuntimeError unless the promises add up."""

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 from array import array
 from dataclasses import dataclass, field
-from typing import assert_never
 
 from ..components.output_streamer import StreamKey
 from ..components.prefix_cache import PrefixMatch, num_reusable_tokens
 from ..messages.node import GenerateRequest
-from ..messages.peer import RoomId
-from ..messages.sampling import TokenLogprob
-
-
-class RequestState(enum.Enum):
-    WAITING = "waiting"  # for pages, and for places in the batch
-    HANDOFF = "handoff"  # its pages are exposed to a prefill node
-    LOCAL_PREFILL = "local_prefill"  # this node computes the prompt itself
-    RUNNING = "running"
 
 
 @dataclass(slots=True, eq=False)
@@ -49,26 +38,45 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class DecodeRequest:
-    """One attempt of one request: the choices that it carries, and what it waits for."""
+    """One attempt of one request, with the choices that it carries. Which stage has it says what it waits
+    for: `waiting.py`, `handoffs.py` or `running.py`."""
 
     key: StreamKey
     message: GenerateRequest
     arrived_s: float
     deadline_s: float
     sequences: list[Sequence]
-    state: RequestState = RequestState.WAITING
-    state_since_s: float = 0.0
-    match: PrefixMatch | None = None  # WAITING: the longest cached prefix of its prompt,
-    match_generation: int = -1  # at this state of the cache
+    number: int = 0  # in order of arrival
+    since_s: float = 0.0  # when its stage got it
     num_cached: int = 0  # leading tokens that the prefix cache held when it was admitted
-    room: RoomId | None = None  # HANDOFF
-    verified_pages: tuple[int, ...] = ()  # HANDOFF: whose digests prefill sends along
-    num_prefilled: int = 0  # LOCAL_PREFILL: prompt tokens computed, or in a forward
-    prompt_hidden_states: list[bytes] = field(default_factory=list)  # LOCAL_PREFILL: of each chunk
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # LOCAL_PREFILL
-    has_decoded: bool = False  # its first step after the hand-off is done
+    match: PrefixMatch | None = None  # before that: the longest cached prefix of its prompt,
+    match_generation: int = -1  # at this state of the cache
     reached_s: float = 0.0  # where the spans of its timeline end so far
     has_first_token: bool = False
+    has_decoded: bool = False  # its first step after the prompt is done
+
+    @classmethod
+    def of(
+        cls, key: StreamKey, message: GenerateRequest, *, number: int, now: float, reached_s: float
+    ) -> DecodeRequest:
+        return cls(
+            key=key,
+            number=number,
+            message=message,
+            arrived_s=now,
+            deadline_s=now + message.deadline_s,
+            sequences=[
+                Sequence(
+                    key=key,
+                    choice=choice,
+                    token_ids=[*message.prompt_ids, *message.output_ids],
+                    num_prompt_tokens=len(message.prompt_ids),
+                )
+                for choice in message.choices
+            ],
+            since_s=now,
+            reached_s=reached_s,
+        )
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -88,18 +96,6 @@ class DecodeRequest:
             self.num_prefill_tokens, message.sampling, has_output=bool(message.output_ids)
         )
 
-    def num_computed(self, sequence: Sequence) -> int:
-        """Leading tokens of a choice whose KV is in its pages, once no forward writes into them."""
-        match self.state:
-            case RequestState.WAITING | RequestState.HANDOFF:
-                return 0
-            case RequestState.LOCAL_PREFILL:
-                return self.num_prefilled if sequence is self.sequences[0] else 0
-            case RequestState.RUNNING:
-                return len(sequence.token_ids) - 1
-            case _:
-                assert_never(self.state)
-
     @property
     def choices(self) -> tuple[int, ...]:
         """Those that are asked for; without the ones that were cancelled while it waited."""
@@ -108,7 +104,3 @@ class DecodeRequest:
     @property
     def live_sequences(self) -> list[Sequence]:
         return [sequence for sequence in self.sequences if not sequence.is_finished]
-
-    def enter(self, state: RequestState, now: float) -> None:
-        self.state = state
-        self.state_since_s = now

@@ -23,27 +23,8 @@ def next_chunks(
             break
         num_tokens = min(max_tokens, job.num_unscheduled)
         if num_tokens and num_tokens == job.num_unscheduled:
-            num_tokens -= last_chunk.tail(job.num_scheduled, job.num_tokens)
+            num_tokens -= last_chunk.tail(job.prompt.num_scheduled, job.prompt.num_tokens)
         if num_tokens:
-            chunks.append((job, _row(job, num_tokens)))
+            chunks.append((job, job.prompt.chunk(num_tokens)))
             max_tokens -= num_tokens
     return chunks
-
-
-def _row(job: PrefillJob, num_tokens: int) -> ScheduledRow:
-    message, sampling = job.message, job.message.sampling
-    end = job.num_scheduled + num_tokens
-    # They belong to the prompt's first attempt: later ones know them already.
-    wants_prompt_logprobs = sampling.num_prompt_logprobs is not None and not message.output_ids
-    return ScheduledRow(
-        row_id=message.request_id,
-        token_ids=job.token_ids,
-        num_prompt_tokens=len(message.prompt_ids),
-        start=job.num_scheduled,
-        num_tokens=num_tokens,
-        pages=job.pages,
-        sampling=sampling,
-        choices=message.choices if end == job.num_tokens else (),
-        num_output_tokens=len(message.output_ids),
-        prompt_logprobs_from=sampling.prompt_logprobs_start if wants_prompt_logprobs else None,
-    )

@@ -10,6 +10,7 @@ import zmq
 
 from ..components.control_assembly import make_control
 from ..components.load_inquirer import LoadInquirer
+from ..components.loaded_model import LoadedModel
 from ..components.node_process import run, start_node
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
@@ -17,12 +18,18 @@ from ..components.request_receiver import RequestReceiver
 from ..messages.channel import ServerChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.memory_region import MemoryRegion
+from ..messages.timeline import SpanClock
+from ..node.loop import RoleLoop
 from ..runtime.config import NodeConfig
 from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
+from .jobs import PrefillJobs
+from .last_chunk import LastChunk
 from .limits import PrefillLimits
-from .scheduler import PrefillScheduler, ToPrefill
+from .report import PrefillReport
+from .scheduler import PrefillMessage, PrefillScheduler, ToPrefill
 from .settings import prefill_settings
+from .wire import Wire
 
 # The kernel kills further ranks once the first one, whose ports peers look at, is gone: until then they may
 # write.
@@ -52,35 +59,51 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         returns_hidden_states=config.enable_return_hidden_states,
         overlaps_transfer=not config.disable_transfer_overlap,
     )
-    scheduler = PrefillScheduler(
-        receiver=RequestReceiver(server),
-        send=server.send,
-        rooms=PrefillRooms(
-            node.identity,
-            settle_s=max(node.backend.settle_s, _RANK_OUTLIVES_S if node.ranks is not None else 0.0),
-            transfer_addresses=_transfer_addresses(node.regions),
-            unix_minus_monotonic_s=node.unix_minus_monotonic_s,
-        ),
-        movers=node.movers,
+    clock = SpanClock(time.monotonic, node.unix_minus_monotonic_s)
+    last_chunk = LastChunk(config.page_size, node.layout.page_bytes // config.page_size)
+    jobs = PrefillJobs(
         allocator=allocator,
         cache=cache,
-        digests=digests,
         engine=node.engine,
-        side_jobs=node.jobs,
         build=node.build,
-        control=make_control(
-            node, prefill_settings(limits), drop_cache=lambda: cache is None or cache.reset()
-        ),
-        swap=node.swap,
         status=node.status,
         layout=node.layout,
-        load_inquirer=LoadInquirer(
-            page_size=config.page_size, max_running_requests=config.max_running_requests
-        ),
+        limits=limits,
+        last_chunk=last_chunk,
+        clock=clock,
+    )
+    control = make_control(node, prefill_settings(limits), drop_cache=jobs.drop_cache)
+    rooms = PrefillRooms(
+        node.identity,
+        settle_s=max(node.backend.settle_s, _RANK_OUTLIVES_S if node.ranks is not None else 0.0),
+        transfer_addresses=_transfer_addresses(node.regions),
+        unix_minus_monotonic_s=node.unix_minus_monotonic_s,
+    )
+    load_inquirer = LoadInquirer(page_size=config.page_size, max_running_requests=config.max_running_requests)
+    scheduler = PrefillScheduler(
+        jobs=jobs,
+        rooms=rooms,
+        wire=Wire(server.send, node.movers, last_chunk, node.metrics, clock),
+        digests=digests,
+        control=control,
+        send=server.send,
+        load_inquirer=load_inquirer,
+        metrics=node.metrics,
+        limits=limits,
+        clock=clock,
+    )
+    loop: RoleLoop[PrefillMessage, LoadedModel] = RoleLoop(
+        scheduler,
+        PrefillReport(jobs, rooms, load_inquirer, node.metrics),
+        receiver=RequestReceiver(server),
+        send=server.send,
+        engine=node.engine,
+        side_jobs=node.jobs,
+        control=control,
+        swap=node.swap,
+        status=node.status,
         metrics=node.metrics,
         loop_times=node.loop_times,
-        limits=limits,
-        unix_minus_monotonic_s=node.unix_minus_monotonic_s,
-        clock=time.monotonic,
+        unix_now=clock.unix_now,
     )
-    return run(node, scheduler, scheduler.fail_open_requests)
+    return run(node, loop, scheduler.fail_open_requests)

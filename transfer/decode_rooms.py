@@ -359,7 +359,7 @@ class DecodeRooms:
         for room in self._rooms.values():
             room.deadline += by_s
 
-    def abort(self, room_id: RoomId, now: float) -> list[DecodeAction]:
+    def abort(self, room_id: RoomId, now: float) -> list[SendToPrefill]:
         """The request needs this room no more. Its pages come back by PagesReleased, unless it is over."""
         room = self._rooms.get(room_id)
         if room is None or room.state is not RoomState.OPEN:
@@ -570,7 +570,7 @@ class DecodeRooms:
         ended = RoomEnded(room.room, code, reason, retriable, quarantined=True)
         return [ended, *self._drain(room, now, ask=ask)]
 
-    def _drain(self, room: _Room, now: float, *, ask: bool = True) -> list[DecodeAction]:
+    def _drain(self, room: _Room, now: float, *, ask: bool = True) -> list[SendToPrefill]:
         room.state = RoomState.DRAINING
         if ask and self._can_ask(room):
             return self._send_abort(room, now)
@@ -578,7 +578,7 @@ class DecodeRooms:
         self._wake_by(room.next_abort)
         return []
 
-    def _send_abort(self, room: _Room, now: float) -> list[DecodeAction]:
+    def _send_abort(self, room: _Room, now: float) -> list[SendToPrefill]:
         room.next_abort = now + room.abort_s
         room.abort_s = min(2 * room.abort_s, MAX_ABORT_S)
         self._wake_by(room.next_abort)
@@ -610,7 +610,8 @@ class DecodeRooms:
                     return []
                 return self._end(room, "deadline", "the hand-off is over its deadline", True, now)
             case RoomState.DRAINING:
-                return self._send_abort(room, now) if now >= room.next_abort and self._can_ask(room) else []
+                is_due = now >= room.next_abort and self._can_ask(room)
+                return [*self._send_abort(room, now)] if is_due else []
             case RoomState.SETTLING:
                 room.settled_s += min(now - room.counted_at, SETTLE_TICK_S)
                 room.counted_at = now

@@ -24,7 +24,6 @@ from ...api.generation import GenerateSpec, ModelCard
 from ...api.node_calls import NodeUnavailableError, StreamMessage
 from ...components.metrics_reporter import MetricsReporter
 from ...components.output_streamer import StreamKey
-from ...decode.sequence import RequestState
 from ...messages.node import CancelRequest, GenerateRequest, NodeEntry, Role
 from ...messages.peer import AbortRoom
 from ...messages.sampling import SamplingParams
@@ -233,9 +232,9 @@ class SimulatedCluster:
         now = self.events.now
         if life.host.inbox:
             self._look_at_messages(life)
-        life.node.scheduler.step(now)
+        life.node.loop.step(now)
         self._count_admissions(life)
-        due = life.node.scheduler.next_deadline()
+        due = life.node.loop.next_deadline()
         self._check_deadlines(life, due)
         self._arm(life, now, due)
         if self.events.num_run >= self._next_check:
@@ -261,7 +260,7 @@ class SimulatedCluster:
         life.timer_at = math.inf
 
         def look() -> None:
-            due = life.node.scheduler.next_deadline()
+            due = life.node.loop.next_deadline()
             if due <= self.events.now:
                 life.process.wake()
             else:
@@ -281,35 +280,33 @@ class SimulatedCluster:
                 self.statistics.count("requests retracted for want of pages")
             elif isinstance(message, AbortRoom):
                 assert isinstance(life.node, PrefillNode)
-                if message.room not in life.node.scheduler.jobs:
+                if life.node.jobs.get(message.room) is None:
                     self.statistics.count("aborts that overtook their request's end")
 
     def _count_admissions(self, life: Life) -> None:
         if not isinstance(life.node, DecodeNode):
             return
-        for key, request in life.node.scheduler.requests.items():
-            if key in life.admitted or request.state is RequestState.WAITING:
+        for request in (*life.node.handoffs, *life.node.running):
+            if request.key in life.admitted:
                 continue
-            life.admitted.add(key)
+            life.admitted.add(request.key)
             if request.num_cached:
                 self.statistics.count("prompts found in decode's cache")
-            if request.state is RequestState.LOCAL_PREFILL:
+            if life.node.running.is_prefilling(request.key):
                 self.statistics.count("prompts that decode computes itself")
 
     def _count_cancel(self, life: Life, key: StreamKey, message: CancelRequest) -> None:
         assert isinstance(life.node, DecodeNode)
-        request = life.node.scheduler.requests.get(key)
+        node = life.node
         if message.choices:
             self.statistics.count("cancels of one choice of several")
-        if request is None:
-            self.statistics.count("cancels after the end on decode")
-        elif request.state is RequestState.WAITING:
+        if key in node.waiting:
             self.statistics.count("cancels while waiting for pages on decode")
-        elif request.state is RequestState.RUNNING:
+        elif key in node.running and not node.running.is_prefilling(key):
             self.statistics.count("cancels while running")
-        elif request.room is not None:
+        elif (room := node.handoffs.room_of(key)) is not None:
             jobs = [
-                other.node.scheduler.jobs.get(request.room)
+                other.node.jobs.get(room)
                 for other in (*self.lives.values(), *self.replaced)
                 if isinstance(other.node, PrefillNode)
             ]
@@ -322,6 +319,8 @@ class SimulatedCluster:
             self.statistics.count(
                 where[states[0]] if states else "cancels while prefill knows the room no more"
             )
+        elif key not in node.running:
+            self.statistics.count("cancels after the end on decode")
 
     # ---- routers and clients ------------------------------------------------------------------------
 
@@ -593,8 +592,7 @@ class SimulatedCluster:
         overdue_at = self.events.now - OVERDUE_S
         node = life.node
         if isinstance(node, DecodeNode):
-            requests = node.scheduler.requests.values()
-            overdue = [request.key.request_id for request in requests if request.deadline_s < overdue_at]
+            overdue = [request.key.request_id for request in node.requests if request.deadline_s < overdue_at]
         else:
             overdue = ["a room"] if node.rooms.next_deadline() < overdue_at else []
         _require(not overdue, f"{life.process.name} works beyond a deadline: {overdue}")
@@ -609,7 +607,7 @@ class SimulatedCluster:
         if isinstance(node, DecodeNode):
             # Rooms of suspects are the death probe's to look after, once a second on its own thread.
             is_probing = bool(node.death_probe.suspects)
-            waits = bool(node.scheduler.requests) or not (node.rooms.is_idle or is_probing)
+            waits = bool(node.requests) or not (node.rooms.is_idle or is_probing)
         else:
             waits = node.rooms.num_open_rooms > 0
         _require(not waits or due < math.inf, f"{life.process.name} waits without a deadline")

@@ -15,11 +15,13 @@ from typing import Any
 import msgspec
 
 from ...components.prefix_cache import PrefixCache
+from ...decode.handoffs import Handoffs
 from ...decode.request_pages import RequestPages
-from ...decode.scheduler import DecodeScheduler
-from ...decode.sequence import DecodeRequest, RequestState
+from ...decode.running import Running
+from ...decode.waiting import Waiting
 from ...messages.peer import Drained, HandoffDone, PeerRefused, PrefillRequest, RoomId
 from ...messages.timeline import Span
+from ...prefill.jobs import PrefillJobs
 from ...prefill.scheduler import PrefillScheduler
 from ...router import registry
 from ...router.attempts import RequestRecord
@@ -270,8 +272,8 @@ def _nothing_crosses(_: Method) -> Method:
 
 
 def _any_version_accepted(original: Method) -> Method:
-    def accept(self: DecodeScheduler, link: bytes, message: Any, now: float) -> None:  # noqa: ANN401
-        original(self, link, msgspec.structs.replace(message, weight_version=""), now)
+    def accept(self: Waiting, link: bytes, message: Any, now: float, **rest: bool) -> None:  # noqa: ANN401
+        original(self, link, msgspec.structs.replace(message, weight_version=""), now, **rest)
 
     return accept
 
@@ -281,40 +283,48 @@ def _any_version_accepted(original: Method) -> Method:
 
 def _sources_stay_locked(original: Method) -> Method:
     def release(self: PrefillScheduler, action: Any) -> None:  # noqa: ANN401
-        if not action.completed:
-            self.jobs[action.room].match = None
+        job = self._jobs.get(action.room)
+        if not action.completed and job is not None:
+            job.match = None
         original(self, action)
 
     return release
 
 
 def _sources_unlocked_early(original: Method) -> Method:
-    def insert_into_cache(self: PrefillScheduler, job: Any) -> None:  # noqa: ANN401
+    def insert_into_cache(self: PrefillJobs, job: Any) -> None:  # noqa: ANN401
         original(self, job)
-        self.unlock(job)
+        self._unlock(job)
 
     return insert_into_cache
 
 
 def _freed_under_a_forward(_: Method) -> Method:
-    def free_if_unused(self: PrefillScheduler, job: Any) -> None:  # noqa: ANN401
-        self.unlock(job)
-        self.allocator.free_private(job.room)
-        self.jobs.pop(job.room, None)
+    def free_if_unused(self: PrefillJobs, job: Any) -> None:  # noqa: ANN401
+        self._unlock(job)
+        self._allocator.free_private(job.room)
+        self._jobs.pop(job.room, None)
 
     return free_if_unused
 
 
-def _decode_frees_under_a_forward(_: Method) -> Method:
-    def end_sequence(self: DecodeScheduler, request: Any, sequence: Any) -> None:  # noqa: ANN401
-        sequence.is_finished = True
-        self.pages.free(request, sequence)
+def _decode_frees_under_a_forward(original: Method) -> Method:
+    def end(self: Running, request: Any, ended: Any) -> None:  # noqa: ANN401
+        if request.key in self._prefilling:
+            self._prefilling[request.key].job.num_forwards = 0
+        for sequence in ended:
+            sequence.in_forward = False
+        original(self, request, ended)
 
-    return end_sequence
+    return end
 
 
 def _cache_survives_weights(_: Method) -> Method:
-    return lambda self: True
+    def renew(self: PrefillScheduler, identity: Any, reason: str, now: float, regions: Any) -> None:  # noqa: ANN401
+        del regions
+        self._act(self._rooms.set_identity(identity, reason), now)
+
+    return renew
 
 
 def _partial_page_shared(_: Method) -> Method:
@@ -327,15 +337,12 @@ def _partial_page_shared(_: Method) -> Method:
 
 
 def _room_not_aborted(_: Method) -> Method:
-    def drop_room(self: DecodeScheduler, request: Any, now: float) -> None:  # noqa: ANN401
+    def drop(self: Handoffs, handoff: Any, now: float) -> None:  # noqa: ANN401
         del now
-        if request.room is not None:
-            del self.by_room[request.room]
-            self.allocator.quarantine(request.room)
-            request.room = None
-        self.forget_if_over(request)
+        self._remove(handoff)
+        self._allocator.quarantine(handoff.room)
 
-    return drop_room
+    return drop
 
 
 def _prefix_not_locked(_: Method) -> Method:
@@ -359,10 +366,12 @@ def _delta_too_short(original: Method) -> Method:
 
 
 def _last_token_cached(original: Method) -> Method:
-    def num_computed(self: DecodeRequest, sequence: Any) -> int:  # noqa: ANN401
-        return len(sequence.token_ids) if self.state is RequestState.RUNNING else original(self, sequence)
+    def free(self: RequestPages, request: Any, sequence: Any, *, num_computed: int = 0) -> None:  # noqa: ANN401
+        whole = len(sequence.token_ids)
+        is_running = num_computed == whole - 1
+        original(self, request, sequence, num_computed=whole if is_running else num_computed)
 
-    return num_computed
+    return free
 
 
 def _promises_forgotten(_: Any) -> Any:  # noqa: ANN401, a property
@@ -497,7 +506,7 @@ MUTANTS = (
             Patch(prefill_rooms, "refusal", _weights_not_compared),
             Patch(PrefillRooms, "_on_request", _versions_not_compared),
             Patch(DecodeRooms, "_crosses_versions", _nothing_crosses),
-            Patch(DecodeScheduler, "accept", _any_version_accepted),
+            Patch(Waiting, "accept", _any_version_accepted),
             Patch(registry, "may_pair", _any_may_pair),
         ),
         flavour="updated",
@@ -505,28 +514,28 @@ MUTANTS = (
     Mutant(
         "sources-stay-locked",
         "an aborted prompt's cached pages stay locked (6.1.12)",
-        (Patch(PrefillScheduler, "release", _sources_stay_locked),),
+        (Patch(PrefillScheduler, "_release", _sources_stay_locked),),
     ),
     Mutant(
         "sources-unlocked-early",
         "source pages may be evicted while the last ones travel (6.1.1)",
-        (Patch(PrefillScheduler, "insert_into_cache", _sources_unlocked_early),),
+        (Patch(PrefillJobs, "_insert_into_cache", _sources_unlocked_early),),
         flavour="crowded",
     ),
     Mutant(
         "freed-under-a-prefill",
         "an aborted prompt's pages are free while a forward writes them",
-        (Patch(PrefillScheduler, "free_if_unused", _freed_under_a_forward),),
+        (Patch(PrefillJobs, "_free_if_unused", _freed_under_a_forward),),
     ),
     Mutant(
         "freed-under-a-step",
         "a cancelled choice's pages are free while a step writes them",
-        (Patch(DecodeScheduler, "end_sequence", _decode_frees_under_a_forward),),
+        (Patch(Running, "_end", _decode_frees_under_a_forward),),
     ),
     Mutant(
         "cache-survives-weights",
         "the prefix cache is kept over an update of weights (6.4)",
-        (Patch(PrefillScheduler, "drop_cache", _cache_survives_weights),),
+        (Patch(PrefillScheduler, "renew", _cache_survives_weights),),
         flavour="updated",
     ),
     Mutant(
@@ -537,7 +546,7 @@ MUTANTS = (
     Mutant(
         "room-not-aborted",
         "prefill is not told that the client has left (5: #9817)",
-        (Patch(DecodeScheduler, "drop_room", _room_not_aborted),),
+        (Patch(Handoffs, "_drop", _room_not_aborted),),
     ),
     Mutant(
         "locks-ignored",
@@ -557,7 +566,7 @@ MUTANTS = (
     Mutant(
         "last-token-cached",
         "the last token's page is kept in decode's cache though its KV was never computed",
-        (Patch(DecodeRequest, "num_computed", _last_token_cached),),
+        (Patch(RequestPages, "free", _last_token_cached),),
     ),
     Mutant(
         "promises-forgotten",

@@ -39,32 +39,47 @@ from ...components.weight_updater import (
     TensorHead,
     WeightUpdater,
 )
-from ...decode.batching import DecodeRow
+from ...decode.admission import Capacity
 from ...decode.death_probe import DeathProbe
 from ...decode.growth_estimate import GrowthEstimate
+from ...decode.handoffs import Handoffs
+from ...decode.limits import DecodeLimits
 from ...decode.local_prefill import LocalPrefillPolicy
+from ...decode.outputs import Outputs
 from ...decode.peer_links import LinkDown, PeerLinks
+from ...decode.prefill_peers import PrefillPeers
+from ...decode.report import DecodeReport
 from ...decode.request_pages import RequestPages
-from ...decode.scheduler import DecodeLimits, DecodeScheduler
-from ...decode.sequence import DecodeRequest, RequestState, Sequence
+from ...decode.running import Running
+from ...decode.scheduler import DecodeScheduler
+from ...decode.sequence import DecodeRequest, Sequence
 from ...decode.session_pins import SessionPins
 from ...decode.settings import decode_settings
+from ...decode.timeline import Timeline
+from ...decode.waiting import Waiting
 from ...engine.engine_thread import EngineThread
 from ...engine.forward_batch import ForwardBatch
-from ...engine.job_thread import JobThread
 from ...engine.schedule_batch import ScheduleBatch
 from ...messages.channel import ServerChannel
 from ...messages.malformed import MalformedMessage
 from ...messages.memory_region import MemoryRegion
 from ...messages.node import ClientToNode, ModelInfo, NodeEntry, Role
 from ...messages.peer import PROTOCOL_VERSION, PeerIdentity, PeerToDecode, PeerToPrefill
+from ...messages.timeline import SpanClock
 from ...messages.weights import FromGpuMemory, FromPeer, JoinUpdateGroup, MemoryTag
+from ...node.loop import Report, RoleLoop
 from ...prefill.job import JobState
+from ...prefill.jobs import PrefillJobs
+from ...prefill.last_chunk import LastChunk
 from ...prefill.limits import PrefillLimits
+from ...prefill.report import PrefillReport
 from ...prefill.scheduler import PrefillScheduler, ToPrefill
 from ...prefill.settings import prefill_settings
+from ...prefill.wire import Wire
 from ...runtime.config import VerifyPages, node_config
+from ...runtime.containment import Containment
 from ...runtime.errors import StartupError
+from ...runtime.peer_clock import PeerClocks
 from ...transfer.backends.base import Mover
 from ...transfer.decode_rooms import DecodeRooms
 from ...transfer.page_digests import DigestWorker
@@ -287,13 +302,15 @@ class _Base(Generic[T]):
         self.metrics = metrics or MetricsReporter("model", role)
         self.digests = FakeDigests(self.pool, on_digest)
         self.load_inquirer = LoadInquirer(page_size=PAGE_SIZE, max_running_requests=settings.max_running)
+        self.loop_times = LoopTimes()
+        self.span_clock = SpanClock(clock, 0.0)
         self.memory_journal: list[str] = []
         self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", server))
 
-    def _control(
-        self, drop_cache: Callable[[], bool], settings: LiveSettings, loop_times: LoopTimes
-    ) -> NodeControl[FakeCheckpoint]:
-        return NodeControl(
+    def _make_control(
+        self, drop_cache: Callable[[], bool], settings: LiveSettings
+    ) -> NodeControl[LoadedModel]:
+        self.control: NodeControl[FakeCheckpoint] = NodeControl(
             status=self.status,
             flush=FlushWrapper(),
             weights=self.weights,
@@ -304,12 +321,13 @@ class _Base(Generic[T]):
                 settings=settings,
                 engine=self.engine,
                 profiler=NoProfiler(),
-                loop_times=loop_times,
+                loop_times=self.loop_times,
                 ranks=None,
             ),
             metrics=self.metrics,
             drop_cache=drop_cache,
         )
+        return cast("NodeControl[LoadedModel]", self.control)
 
     def swap(self, prepared: Prepared[FakeCheckpoint]) -> PeerIdentity:
         checkpoint = prepared.checkpoint
@@ -334,6 +352,13 @@ class _Base(Generic[T]):
         )
         return (region,)
 
+    @property
+    def containments(self) -> tuple[Containment, ...]:
+        raise NotImplementedError
+
+    def _check_nothing_raised(self) -> None:
+        assert not any(each.num_faults for each in self.containments), "a handler has raised"
+
     # ---- MemoryPort: it keeps a list of what was done ----
 
     def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
@@ -344,25 +369,21 @@ class _Base(Generic[T]):
         self.identity = announce(self.status, self.identity, is_released=is_released)
         return Announced(self.status.shown(self.identity), self.regions)
 
-    def _common(self, drop_cache: Callable[[], bool], settings: LiveSettings) -> dict[str, Any]:
-        loop_times = LoopTimes()
-        return {
-            "loop_times": loop_times,
-            "receiver": self.receiver,
-            "send": self.server.send,
-            "allocator": self.allocator,
-            "digests": cast(DigestWorker, self.digests),
-            "engine": cast(EngineThread, self.engine),
-            "side_jobs": cast(JobThread, self.engine.jobs),
-            "build": cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
-            "control": cast("NodeControl[LoadedModel]", self._control(drop_cache, settings, loop_times)),
-            "swap": self.swap,
-            "status": self.status,
-            "load_inquirer": self.load_inquirer,
-            "metrics": self.metrics,
-            "unix_minus_monotonic_s": 0.0,
-            "clock": self.clock,
-        }
+    def _loop(self, role: Any, report: Report) -> RoleLoop[Any, FakeCheckpoint]:  # noqa: ANN401, either role
+        return RoleLoop(
+            role,
+            report,
+            receiver=cast("RequestReceiver[Any]", self.receiver),
+            send=self.server.send,
+            engine=self.engine,
+            side_jobs=self.engine.jobs,
+            control=self.control,
+            swap=self.swap,
+            status=self.status,
+            metrics=self.metrics,
+            loop_times=self.loop_times,
+            unix_now=self.span_clock.unix_now,
+        )
 
 
 class PrefillNode(_Base[ToPrefill]):
@@ -393,21 +414,39 @@ class PrefillNode(_Base[ToPrefill]):
         )
         self.cache = PrefixCache(self.allocator, PAGE_SIZE) if settings.has_cache else None
         self.rooms = PrefillRooms(self.identity, settle_s=backend.settle_s)
-        limits = PrefillLimits(
+        self.limits = limits = PrefillLimits(
             max_batch_tokens=settings.chunk_tokens,
             max_batch_rows=settings.max_rows,
             max_waiting=settings.max_waiting,
             overlaps_transfer=settings.overlaps_transfer,
             returns_hidden_states=settings.returns_hidden_states,
         )
-        self.scheduler = PrefillScheduler(
-            **self._common(lambda: self.cache is None or self.cache.reset(), prefill_settings(limits)),
-            rooms=self.rooms,
-            movers=(backend,),
+        last_chunk = LastChunk(PAGE_SIZE, LAYOUT.page_bytes // PAGE_SIZE)
+        self.jobs = PrefillJobs(
+            allocator=self.allocator,
             cache=self.cache,
+            engine=cast(EngineThread, self.engine),
+            build=cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
+            status=self.status,
             layout=LAYOUT,
             limits=limits,
+            last_chunk=last_chunk,
+            clock=self.span_clock,
         )
+        self.scheduler = PrefillScheduler(
+            jobs=self.jobs,
+            rooms=self.rooms,
+            wire=Wire(server.send, (backend,), last_chunk, self.metrics, self.span_clock),
+            digests=cast(DigestWorker, self.digests),
+            control=self._make_control(self.jobs.drop_cache, prefill_settings(limits)),
+            send=server.send,
+            load_inquirer=self.load_inquirer,
+            metrics=self.metrics,
+            limits=limits,
+            clock=self.span_clock,
+        )
+        self.report = PrefillReport(self.jobs, self.rooms, self.load_inquirer, self.metrics)
+        self.loop = self._loop(self.scheduler, self.report)
 
     @property
     def caches(self) -> list[PrefixCache]:
@@ -415,12 +454,15 @@ class PrefillNode(_Base[ToPrefill]):
 
     @property
     def states(self) -> dict[str, list[Any]]:
-        jobs = self.scheduler.jobs.items()
-        return {state.value: [room for room, job in jobs if job.state is state] for state in JobState}
+        return {state.value: [job.room for job in self.jobs if job.state is state] for state in JobState}
+
+    @property
+    def containments(self) -> tuple[Containment, ...]:
+        return self.loop.containment, self.jobs.containment
 
     def check(self) -> None:
-        assert not self.scheduler.containment.num_faults, "a handler has raised"
-        check_pages(self.allocator, self.caches, owners=self.scheduler.jobs.keys())
+        self._check_nothing_raised()
+        check_pages(self.allocator, self.caches, owners=[job.room for job in self.jobs])
         check_requests(self.states)
 
     def check_idle(self) -> None:
@@ -483,78 +525,138 @@ class DecodeNode(_Base[ClientToNode]):
             page_size=PAGE_SIZE,
             page_bytes=LAYOUT.page_bytes,
         )
-        self.scheduler = DecodeScheduler(
-            **self._common(self.pages.drop_cache, decode_settings(self.growth, local_prefill)),
-            cache=self.cache,
+        limits = DecodeLimits(
+            max_running=settings.max_running,
+            max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
+            max_model_len=settings.max_model_len,
+            returns_hidden_states=settings.returns_hidden_states,
+        )
+        peer_clocks = PeerClocks()
+        timeline = Timeline(self.span_clock, self.streamer, peer_clocks)
+        outputs = Outputs(
+            self.streamer,
+            timeline,
+            server.send,
+            gone_clients,
+            eos_token_ids=settings.eos_token_ids,
+            max_model_len=settings.max_model_len,
+        )
+        control = self._make_control(self.pages.drop_cache, decode_settings(self.growth, local_prefill))
+        self.waiting = Waiting(
+            pages=self.pages,
             growth=self.growth,
-            local_prefill=local_prefill,
-            links=cast(PeerLinks, links),
-            death_probe=cast(DeathProbe, self.death_probe),
+            outputs=outputs,
+            control=control,
+            status=self.status,
+            metrics=self.metrics,
+            limits=limits,
+            clock=self.span_clock,
+        )
+        self.handoffs = Handoffs(
             rooms=self.rooms,
+            peers=PrefillPeers(
+                cast(PeerLinks, links),
+                cast(DeathProbe, self.death_probe),
+                peer_clocks,
+                self.span_clock,
+                control.heard,
+            ),
+            allocator=self.allocator,
+            pages=self.pages,
+            digests=cast(DigestWorker, self.digests),
+            verify_pages=settings.verify_pages,
+            outputs=outputs,
+            timeline=timeline,
+            local_prefill=local_prefill,
+            load_inquirer=self.load_inquirer,
+            metrics=self.metrics,
+        )
+        self.running = Running(
+            pages=self.pages,
+            growth=self.growth,
+            outputs=outputs,
+            timeline=timeline,
+            local_prefill=local_prefill,
+            engine=cast(EngineThread, self.engine),
+            build=cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
+            load_inquirer=self.load_inquirer,
+            metrics=self.metrics,
+            limits=limits,
+        )
+        self.scheduler = DecodeScheduler(
+            waiting=self.waiting,
+            handoffs=self.handoffs,
+            running=self.running,
+            outputs=outputs,
             pages=self.pages,
             pins=self.pins,
-            streamer=self.streamer,
-            gone_clients=gone_clients,
-            verify_pages=settings.verify_pages,
-            limits=DecodeLimits(
-                max_running=settings.max_running,
-                max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
-                max_model_len=settings.max_model_len,
-                returns_hidden_states=settings.returns_hidden_states,
-            ),
-            eos_token_ids=settings.eos_token_ids,
+            local_prefill=local_prefill,
+            control=control,
+            status=self.status,
+            send=server.send,
         )
+        self.report = DecodeReport(
+            waiting=self.waiting,
+            handoffs=self.handoffs,
+            running=self.running,
+            pages=self.pages,
+            pins=self.pins,
+            load_inquirer=self.load_inquirer,
+            metrics=self.metrics,
+        )
+        self.loop = self._loop(self.scheduler, self.report)
+
+    @property
+    def requests(self) -> list[DecodeRequest]:
+        """Of every stage."""
+        return [*self.waiting, *self.handoffs, *self.running]
+
+    def capacity(self) -> Capacity:
+        """What admission may give away now."""
+        return self.waiting.capacity((self.handoffs, self.running), self.handoffs.num_stranded_pages)
 
     @property
     def states(self) -> dict[str, list[Any]]:
-        requests = self.scheduler.requests.values()
+        running: dict[bool, list[Any]] = {True: [], False: []}
+        for request in self.running:
+            running[self.running.is_prefilling(request.key)].append(request.key)
         return {
-            state.value: [request.key for request in requests if request.state is state]
-            for state in RequestState
+            "waiting": [request.key for request in self.waiting],
+            "handoff": [request.key for request in self.handoffs],
+            "local_prefill": running[True],
+            "running": running[False],
         }
+
+    @property
+    def containments(self) -> tuple[Containment, ...]:
+        return self.loop.containment, self.handoffs.containment, self.running.containment
 
     def check(self) -> None:
         """Between two turns of the loop: each page has one owner that is alive, and the parts agree."""
-        scheduler = self.scheduler
-        assert not scheduler.containment.num_faults, "a handler has raised"
+        self._check_nothing_raised()
         sequences = self._sequences()
-        rooms = [*self.allocator.exposed_rooms(), *self.allocator.quarantined_rooms()]
+        open_rooms = self.handoffs.rooms()
         check_pages(
             self.allocator,
             [self.cache],
             owners=[sequence.owner for sequence in sequences],
-            open_rooms=[
-                room for room in rooms if self.rooms.state_of(room) is not None or room in scheduler.verifying
-            ],
+            open_rooms=[*open_rooms, *self.handoffs.rooms_in_quarantine()],
         )
         check_requests(self.states)
         self.pages.check_promises([cast(DecodeRequest, SimpleNamespace(sequences=sequences))])
         self.streamer.check()
         self.pins.check()
-        counts = self.allocator.counts()
-        num_exposed = sum(peer.num_exposed_pages for peer in self.rooms.peers())
-        assert counts.quarantined == self.rooms.num_quarantined_pages, "quarantine differs between the parts"
-        num_verifying = sum(len(self.allocator.room_pages(room)) for room in scheduler.verifying)
-        num_exposed += num_verifying - counts.quarantined
-        assert counts.exposed == num_exposed, "exposure differs between the parts"
-        in_handoff = {request.room: request for request in scheduler.requests.values() if request.room}
-        assert in_handoff == scheduler.by_room, "a room's request is not known by it"
-        assert set(self.allocator.exposed_rooms()) == in_handoff.keys(), "a request's room is not exposed"
-        for request in scheduler.requests.values():
-            assert (request.state is RequestState.HANDOFF) == (request.room is not None)
+        assert set(self.allocator.exposed_rooms()) == open_rooms, "exposure differs between the parts"
+        num_quarantined = self.allocator.counts().quarantined
+        assert num_quarantined == self.rooms.num_quarantined_pages, "quarantine differs between the parts"
+        for request in self.requests:
             assert request.live_sequences, "a request without a live choice is not forgotten"
 
     def _sequences(self) -> list[Sequence]:
         """Of every request, and cancelled ones that a forward still writes."""
-        found = {
-            id(sequence): sequence
-            for request in self.scheduler.requests.values()
-            for sequence in request.sequences
-        }
-        for row in self.scheduler.forward:
-            in_forward = [row.sequence] if isinstance(row, DecodeRow) else row.request.sequences
-            found.update({id(sequence): sequence for sequence in in_forward})
-        return list(found.values())
+        others = [*self.waiting, *self.handoffs]
+        held = [sequence for request in others for sequence in request.sequences]
+        return [*held, *self.running.sequences()]
 
     def check_idle(self) -> None:
         """Nothing runs, nothing is held, no room is in quarantine."""

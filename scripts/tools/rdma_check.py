@@ -25,7 +25,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, assert_never
 
@@ -381,7 +381,7 @@ class DecodeNode:
                 state = self._allocator.describe(page)
                 raise CheckError(f"decode TP {self.tp_size}: page {page} was written, and is {state}")
 
-    def _act(self, actions: list[DecodeAction]) -> None:
+    def _act(self, actions: Sequence[DecodeAction]) -> None:
         for action in actions:
             match action:
                 case OpenLink(address, epoch):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdserve.components.output_streamer import StreamKey
-from pdserve.decode.sequence import DecodeRequest, RequestState, Sequence
+from pdserve.decode.sequence import DecodeRequest
 from pdserve.messages.node import GenerateRequest
 from pdserve.messages.sampling import SamplingParams
 
@@ -26,7 +26,6 @@ class Requests:
         output_ids: tuple[int, ...] = (),
         choices: tuple[int, ...] = (0,),
         arrived_s: float = 0.0,
-        state: RequestState = RequestState.WAITING,
         was_retracted: bool = False,
         **sampling: Any,  # noqa: ANN401, the fields of SamplingParams
     ) -> DecodeRequest:
@@ -43,8 +42,7 @@ class Requests:
             deadline_s=10.0,
             was_retracted=was_retracted,
         )
-        sequences = [Sequence(key, choice, [*prompt_ids, *output_ids], len(prompt_ids)) for choice in choices]
-        return DecodeRequest(key, message, arrived_s, arrived_s + 10.0, sequences, state=state)
+        return DecodeRequest.of(key, message, number=0, now=arrived_s, reached_s=arrived_s)
 
 
 @pytest.fixture

@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pdserve.decode.batching import decode_row, prefill_rows
-from pdserve.decode.sequence import RequestState
+from pdserve.components.prompt_job import PromptJob
+from pdserve.decode.batching import LocalPrefill, decode_row, prefill_rows
+from pdserve.decode.sequence import DecodeRequest
 
 if TYPE_CHECKING:
     from .conftest import Requests
+
+
+def local_prefill(request: DecodeRequest) -> LocalPrefill:
+    return LocalPrefill(request, PromptJob.of(request.message, request.choices))
 
 
 def test_a_decode_row_computes_the_last_token(make: Requests) -> None:
@@ -28,20 +33,20 @@ def test_a_decode_row_computes_the_last_token(make: Requests) -> None:
     [(0, []), (-3, []), (4, [("a", 0, 4)]), (10, [("a", 0, 10)]), (12, [("a", 0, 10), ("b", 0, 2)])],
 )
 def test_chunks_share_the_budget(make: Requests, budget: int, expected: list[tuple[str, int, int]]) -> None:
-    requests = [make(name, state=RequestState.LOCAL_PREFILL) for name in ("a", "b")]
-    rows = [row.row for row in prefill_rows(requests, budget)]
+    prefills = [local_prefill(make(name)) for name in ("a", "b")]
+    rows = [row.row for row in prefill_rows(prefills, budget)]
     assert [(row.row_id, row.start, row.end) for row in rows] == expected
 
 
 def test_only_the_last_chunk_samples(make: Requests) -> None:
-    request = make("a", num_tokens=10, choices=(0, 1))
-    (first,) = prefill_rows([request], 6)
+    prefill = local_prefill(make("a", num_tokens=10, choices=(0, 1)))
+    (first,) = prefill_rows([prefill], 6)
     assert first.row.choices == ()
-    request.num_prefilled = 6
-    (last,) = prefill_rows([request], 6)
+    prefill.job.scheduled(first.row)
+    (last,) = prefill_rows([prefill], 6)
     assert (last.row.start, last.row.end, last.row.choices) == (6, 10, (0, 1))
-    request.num_prefilled = 10
-    assert prefill_rows([request], 6) == []
+    prefill.job.scheduled(last.row)
+    assert prefill_rows([prefill], 6) == []
 
 
 @pytest.mark.parametrize(("output_ids", "wanted_from"), [((), 3), ((71,), None)])
@@ -49,6 +54,6 @@ def test_prompt_logprobs_belong_to_the_first_attempt(
     make: Requests, output_ids: tuple[int, ...], wanted_from: int | None
 ) -> None:
     request = make("a", output_ids=output_ids, num_prompt_logprobs=0, prompt_logprobs_start=3)
-    (row,) = prefill_rows([request], 100)
+    (row,) = prefill_rows([local_prefill(request)], 100)
     assert row.row.prompt_logprobs_from == wanted_from
     assert row.row.num_output_tokens == len(output_ids)

@@ -13,7 +13,7 @@ from pdserve.components.page_allocator import PageAllocator
 from pdserve.components.page_need import PageNeed
 from pdserve.components.prefix_cache import PrefixCache
 from pdserve.decode.request_pages import RequestPages
-from pdserve.decode.sequence import DecodeRequest, RequestState, Sequence
+from pdserve.decode.sequence import DecodeRequest, Sequence
 from pdserve.decode.session_pins import SessionPins
 from pdserve.messages.peer import RoomId
 
@@ -46,14 +46,13 @@ class Fixture:
 
     def run(self, request: DecodeRequest, room: RoomId = ROOM) -> None:
         """Every write is in place."""
-        request.state = RequestState.RUNNING
         self.pages.adopt(request, room)
         self.pages.fork(request)
 
     def end(self, *sequences: Sequence, of: DecodeRequest) -> None:
         for sequence in sequences or of.sequences:
             sequence.is_finished = True
-            self.pages.free(of, sequence)
+            self.pages.free(of, sequence, num_computed=len(sequence.token_ids) - 1)
 
     def grow(self, request: DecodeRequest, num_tokens: int) -> None:
         """Each live choice samples and then computes this many tokens."""
@@ -257,7 +256,6 @@ def test_the_need_is_exactly_what_the_longest_answers_take(
     need = fixture.pages.need(request)
     if is_local:
         fixture.pages.allocate_prompt(request)
-        request.state = RequestState.RUNNING
         fixture.pages.fork(request)
     else:
         fixture.hand_over(request)
@@ -330,7 +328,6 @@ def test_prompt_logprobs_need_what_is_behind_the_first_one_asked_for(make: Reque
 def test_a_hand_off_that_failed_leaves_nothing_in_the_cache(make: Requests) -> None:
     fixture = Fixture()
     request = make(num_tokens=10)
-    request.state = RequestState.HANDOFF
     fixture.pages.expose(request, ROOM)
     fixture.allocator.quarantine(ROOM)
     fixture.end(of=request)

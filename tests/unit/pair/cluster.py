@@ -430,8 +430,8 @@ class Pair:
     def step(self) -> None:
         """One turn of each loop."""
         self.network.deliver()
-        self.prefill.scheduler.step(self.now)
-        self.decode.scheduler.step(self.now)
+        self.prefill.loop.step(self.now)
+        self.decode.loop.step(self.now)
 
     def settle(self) -> None:
         for _ in range(1000):
@@ -562,9 +562,9 @@ class Pair:
         """The state that a request is in on decode; empty: it is gone."""
         return next(
             (
-                request.state.value
-                for request in self.decode.scheduler.requests.values()
-                if request.message.request_id == request_id
+                state
+                for state, keys in self.decode.states.items()
+                if any(key.request_id == request_id for key in keys)
             ),
             "",
         )

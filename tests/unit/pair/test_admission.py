@@ -75,7 +75,7 @@ class Crowd:
                 pair.cancel(f"r{index}")
         for _ in range(40):  # who lets others pass waits on the clock
             pair.run()
-            if not pair.decode.scheduler.requests:
+            if not pair.decode.requests:
                 break
             pair.advance(0.5)
         pair.finish()
@@ -173,7 +173,7 @@ def test_what_the_model_cannot_compute_is_refused_by_both_nodes(
     assert failure is not None
     assert (failure.code, failure.retriable) == ("invalid", False)
     assert reason in failure.reason
-    monkeypatch.setattr(pair.decode.scheduler, "impossible", lambda _: None)
+    monkeypatch.setattr(pair.decode.waiting, "_impossible", lambda _: None)
     pair.start("worse", **{"prompt": prompt_of(10), **change})
     failure = pair.stream("worse").failure
     assert failure is not None
@@ -199,7 +199,7 @@ def test_growth_is_counted_when_a_request_is_let_in() -> None:
     pair = Pair(decode_pages=8, conservativeness=NOTHING_IS_RETRACTED)
     pair.start("a", prompt_of(8), max_tokens=13)  # 2 pages now, 5 in the end
     assert pair.decode.allocator.num_free == 6
-    assert pair.decode.scheduler.capacity().pages == 3
+    assert pair.decode.capacity().pages == 3
     pair.start("b", prompt_of(8, seed=1), max_tokens=9)  # 4: too many
     assert pair.state("b") == "waiting"
     pair.start("c", prompt_of(8, seed=2), max_tokens=5)  # 3: b is overtaken
@@ -270,7 +270,6 @@ def test_a_lost_prefill_node_does_not_block_the_line() -> None:
     pair.run()
     pair.check_answer("small", prompt_of(4, seed=2), 1)
     assert pair.state("big") == "waiting"
-    for action in pair.decode.rooms.peer_death_proven("prefill-1", pair.now):
-        pair.decode.scheduler.act([action], pair.now)
+    pair.decode.handoffs.assert_death("prefill-1", pair.now)
     pair.finish()
     pair.check_answer("big", prompt_of(48, seed=1), 1)

@@ -56,5 +56,5 @@ def test_any_message_to_a_node(role: str, seed: int) -> None:
             pair.prefill.engine.finish()
             pair.decode.engine.finish()
             pair.backend.finish()
-    assert node.scheduler.containment.num_faults == 0, "a handler has raised"
+    assert not any(each.num_faults for each in node.containments), "a handler has raised"
     node.check()

@@ -131,7 +131,7 @@ def test_cached_pages_travel_before_the_first_forward() -> None:
     pair.start("a", shared)
     pair.finish()
     assert pair.stream("a").num_cached_tokens == 0
-    assert pair.prefill.scheduler.load(pair.now).num_locked_pages == 0
+    assert pair.prefill.report.load(pair.now).num_locked_pages == 0
 
     pair.journal.clear()
     prompt = (*shared[:12], *prompt_of(7, seed=5))
@@ -142,11 +142,11 @@ def test_cached_pages_travel_before_the_first_forward() -> None:
         "write page 2",
         "prefill forward b [12, 19)",
     ]
-    assert pair.prefill.scheduler.load(pair.now).num_locked_pages == 3
+    assert pair.prefill.report.load(pair.now).num_locked_pages == 3
     pair.finish()
     pair.check_answer("b", prompt, 4)
     assert pair.stream("b").num_cached_tokens == 12
-    load = pair.prefill.scheduler.load(pair.now)
+    load = pair.prefill.report.load(pair.now)
     assert (load.num_locked_pages, load.num_cached_prompt_tokens) == (0, 12)
 
 
@@ -167,7 +167,7 @@ def test_equal_prompts_at_the_same_time_are_computed_twice_and_cached_once() -> 
     pair.finish()
     pair.check_answer("a", prompt_of(12), 4)
     pair.check_answer("b", prompt_of(12), 4)
-    assert pair.prefill.scheduler.load(pair.now).num_used_pages == 0
+    assert pair.prefill.report.load(pair.now).num_used_pages == 0
     assert pair.prefill.allocator.counts().shared == 3
 
 
@@ -229,7 +229,7 @@ def test_without_a_cache_everything_is_computed() -> None:
         pair.start(name, prompt_of(12))
         pair.finish()
         pair.check_answer(name, prompt_of(12), 4)
-    assert pair.prefill.scheduler.load(pair.now).num_prompt_tokens_computed == 24
+    assert pair.prefill.report.load(pair.now).num_prompt_tokens_computed == 24
 
 
 # ---- streaming --------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_the_answers_are_those_of_a_hand_off(pair: Pair, num_tokens: int) -> Non
     here, there = pair.stream("a"), apart.stream("a")
     assert (here.tokens, here.finishes) == (there.tokens, there.finishes)
     assert here.prompt_logprobs == there.prompt_logprobs
-    assert pair.decode.scheduler.load().num_prompt_tokens_computed == num_tokens
+    assert pair.decode.report.load(pair.now).num_prompt_tokens_computed == num_tokens
 
 
 def test_prompt_logprobs_of_several_chunks(pair: Pair) -> None:

@@ -28,7 +28,8 @@ def fails_alone(pair: Pair, code: str, *, retriable: bool) -> None:
     assert failure is not None
     assert (failure.code, failure.retriable) == (code, retriable)
     assert "KeyError" in failure.reason
-    pair.prefill.scheduler.containment.num_faults = pair.decode.scheduler.containment.num_faults = 0
+    for containment in (*pair.prefill.containments, *pair.decode.containments):
+        containment.num_faults = 0
     pair.start("good", GOOD)
     pair.finish()
     pair.check_answer("good", GOOD, 4)
@@ -36,26 +37,27 @@ def fails_alone(pair: Pair, code: str, *, retriable: bool) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["streamer.open", "impossible", "pages.need", "has_prefill"],
+    ["waiting._outputs.open", "waiting._impossible", "pages.need", "handoffs.is_ready"],
 )
 def test_a_request_that_decode_fails_to_accept(pair_of_checks: Pair, place: str) -> None:
     pair = pair_of_checks
     *parts, method = place.split(".")
-    part: Any = pair.decode.scheduler
+    part: Any = pair.decode
     for name in parts:
         part = getattr(part, name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, method, raising(KeyError("x")))
         pair.generate("bad", BAD)
-        pair.decode.scheduler.step(pair.clock.now)
+        pair.decode.loop.step(pair.clock.now)
     fails_alone(pair, "invalid", retriable=False)
 
 
-@pytest.mark.parametrize("method", ["has_room", "impossible"])
-def test_a_request_that_prefill_fails_to_accept(pair_of_checks: Pair, method: str) -> None:
+@pytest.mark.parametrize("place", ["scheduler._has_room", "jobs.impossible"])
+def test_a_request_that_prefill_fails_to_accept(pair_of_checks: Pair, place: str) -> None:
     pair = pair_of_checks
+    part, method = place.split(".")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair.prefill.scheduler, method, raising(KeyError("x")))
+        patch.setattr(getattr(pair.prefill, part), method, raising(KeyError("x")))
         patch.setattr(pair.prefill, "check", lambda: None)
         pair.start("bad", BAD)
     fails_alone(pair, "invalid", retriable=False)
@@ -65,7 +67,7 @@ def test_a_first_token_that_decode_fails_to_take(pair_of_checks: Pair) -> None:
     pair = pair_of_checks
     pair.start("bad", BAD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair.decode.scheduler, "take_first_token", raising(KeyError("x")))
+        patch.setattr(pair.decode.handoffs, "_take_first_token", raising(KeyError("x")))
         patch.setattr(pair.decode, "check", lambda: None)
         pair.run()
     fails_alone(pair, "transfer_failed", retriable=True)
@@ -75,14 +77,15 @@ def test_a_question_that_raises_is_answered(pair_of_checks: Pair) -> None:
     pair = pair_of_checks
     for node, ask in ((pair.prefill, pair.to_prefill), (pair.decode, pair.to_decode)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(node.scheduler, "request_state", raising(ValueError("no")))
+            patch.setattr(node.report, "find", raising(ValueError("no")))
             patch.setattr(node, "check", lambda: None)
             ask(GetRequestState(call_id=7, request_id="r"))
         reply = pair.last_reply(node)
         assert isinstance(reply, CallReply)
         assert (reply.call_id, reply.success) == (7, False)
         assert "get_request_state failed here: ValueError: no" in reply.message
-        node.scheduler.containment.num_faults = 0
+        for containment in node.containments:
+            containment.num_faults = 0
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -90,14 +93,15 @@ def test_a_row_of_which_no_batch_can_be_made(pair_of_checks: Pair, role: str) ->
     """As a value did that no tensor holds. The others of the batch go on."""
     pair = pair_of_checks
     node = pair.prefill if role == "prefill" else pair.decode
-    build = node.scheduler.build
+    computing: Any = pair.prefill.jobs if role == "prefill" else pair.decode.running
+    build = computing._build
 
     def faulty(batch: ScheduleBatch) -> Any:  # noqa: ANN401
         if any(tuple(row.token_ids[:10]) == tuple(BAD) for row in batch.rows):
             raise KeyError("x")
         return build(batch)
 
-    node.scheduler.build = faulty
+    computing._build = faulty
     node.check = lambda: None  # type: ignore[method-assign]
     pair.generate("bad", BAD)
     pair.start("beside", GOOD)
@@ -108,7 +112,7 @@ def test_a_row_of_which_no_batch_can_be_made(pair_of_checks: Pair, role: str) ->
 
 def test_a_broken_invariant_ends_the_process(pair_of_checks: Pair) -> None:
     pair = pair_of_checks
-    pair.decode.scheduler.accept = raising(BrokenInvariantError("two owners"))  # type: ignore[method-assign]
+    pair.decode.waiting.accept = raising(BrokenInvariantError("two owners"))  # type: ignore[method-assign]
     with pytest.raises(BrokenInvariantError):
         pair.start("bad", BAD)
 

@@ -96,7 +96,7 @@ def test_a_flush_times_out_on_a_busy_node() -> None:
     pair.start("a", prompt_of(12))
     for node, send in ((pair.prefill, pair.to_prefill), (pair.decode, pair.to_decode)):
         send(FlushCache(call_id=2, timeout_s=1.5), ADMIN)
-        assert node.scheduler.next_deadline() <= pair.now + 1.5
+        assert node.loop.next_deadline() <= pair.now + 1.5
     pair.advance(2.0)
     for node in (pair.prefill, pair.decode):
         reply = pair.last_reply(node, ADMIN)
@@ -202,9 +202,9 @@ def test_a_request_on_its_way_to_a_prefill_node_that_swaps_is_refused_for_its_ve
     pair = Pair()
     assert prepare(pair, pair.prefill).success
     pair.generate("late", prompt_of(9))
-    pair.decode.scheduler.step(pair.now)  # its message is on the way
+    pair.decode.loop.step(pair.now)  # its message is on the way
     pair.prefill.server.deliver(ADMIN, CommitWeights(call_id=2, update_id="u1"))
-    pair.prefill.scheduler.step(pair.now)
+    pair.prefill.loop.step(pair.now)
     pair.settle()
     failure = pair.stream("late").failure
     assert failure is not None
@@ -250,7 +250,7 @@ def test_a_node_that_hears_of_no_commit_rolls_back() -> None:
         )
         (pair.to_prefill if node is pair.prefill else pair.to_decode)(message, ADMIN)
         pair.compute(node)
-        assert node.scheduler.next_deadline() <= pair.now + LEASE_S
+        assert node.loop.next_deadline() <= pair.now + LEASE_S
     pair.advance(LEASE_S + 1.0)
     for node in (pair.prefill, pair.decode):
         refused = reply_of(pair, node, CommitWeights(call_id=2, update_id="u2"))

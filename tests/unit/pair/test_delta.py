@@ -31,7 +31,7 @@ def first_turn(pair: Pair, num_tokens: int = 18, max_tokens: int = 9, **options:
 
 
 def num_received(pair: Pair) -> int:
-    return pair.decode.scheduler.load().num_prompt_tokens_received
+    return pair.decode.report.load(pair.now).num_prompt_tokens_received
 
 
 @pytest.mark.parametrize("num_new", [1, 2, 5, 6, 13])
@@ -46,7 +46,7 @@ def test_a_follow_up_transfers_only_what_decode_lacks(num_new: int) -> None:
     num_pages = -(-len(prompt) // PAGE_SIZE) - 6
     assert pair.backend.num_bytes - before == num_pages * LAYOUT.page_bytes
     assert pair.stream("next").num_cached_tokens == 16, "prefill's own: it computed the rest"
-    load = pair.decode.scheduler.load()
+    load = pair.decode.report.load(pair.now)
     assert (load.num_prompt_tokens_computed, load.num_cached_prompt_tokens) == (0, 24)
     assert load.num_prompt_tokens_received == 18 + len(prompt) - 24
 
@@ -76,7 +76,7 @@ def test_a_full_hit_needs_no_room() -> None:
     row = pair.decode.engine.rows_of("again")[0]
     assert (row.start, row.end) == (16, 18)
     assert pair.stream("again").num_cached_tokens == 16
-    assert pair.decode.scheduler.load().num_prompt_tokens_computed == 2
+    assert pair.decode.report.load(pair.now).num_prompt_tokens_computed == 2
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def bring_to(pair: Pair, state: str, request_id: str = "a", **options: Any) -> N
     pair.backend.has_started = True
     if state == "waiting":
         pair.start("other", prompt_of(9, seed=9), max_tokens=120)  # takes all of decode's pages
-        assert pair.decode.scheduler.capacity().pages == 0
+        assert pair.decode.capacity().pages == 0
         pair.start(request_id, PROMPT, max_tokens=8, **options)
         assert pair.state(request_id) == "waiting"
         return
@@ -396,7 +396,7 @@ def test_a_silent_decode_node_ends_its_rooms_on_prefill(pair: Pair) -> None:
     pair.network.holds_to_prefill = True
     for _ in range(120):
         pair.now += 0.1
-        pair.prefill.scheduler.step(pair.now)
+        pair.prefill.loop.step(pair.now)
     assert pair.prefill.rooms.peers() == []
     pair.network.holds_to_prefill = False
     pair.finish()

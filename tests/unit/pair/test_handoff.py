@@ -77,8 +77,8 @@ def test_decode_gets_exactly_the_prompts_pages_and_computes_none_of_it(num_token
     pair.check_answer("a", prompt, 4)
     num_pages = -(-num_tokens // PAGE_SIZE)
     assert pair.backend.num_bytes == pair.prefill.rooms.stats.num_bytes == num_pages * LAYOUT.page_bytes
-    assert pair.decode.scheduler.load().num_prompt_tokens_computed == 0
-    assert pair.prefill.scheduler.load(pair.now).num_prompt_tokens_computed == num_tokens
+    assert pair.decode.report.load(pair.now).num_prompt_tokens_computed == 0
+    assert pair.prefill.report.load(pair.now).num_prompt_tokens_computed == num_tokens
 
 
 def test_the_last_write_alone_completes_a_hand_off() -> None:

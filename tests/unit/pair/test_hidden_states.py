@@ -69,7 +69,7 @@ def test_without_the_flag_they_are_refused_by_name() -> None:
 
 def test_a_prefill_node_without_the_flag_refuses_too() -> None:
     pair = Pair()
-    pair.prefill.scheduler.limits.returns_hidden_states = False
+    pair.prefill.limits.returns_hidden_states = False
     pair.start("a", prompt_of(6), hidden_states="all")
     pair.finish()
     failure = pair.stream("a").failure

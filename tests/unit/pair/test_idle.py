@@ -20,16 +20,25 @@ from pdserve.transfer.decode_rooms import RoomState
 
 from .cluster import ROUTER, DecodeNode, Pair, PrefillNode, prompt_of
 
-PARTS = tuple(f"pdserve.{part}." for part in ("components", "decode", "prefill", "runtime", "transfer"))
+FOLDERS = ("components", "decode", "node", "prefill", "runtime", "transfer")
+PARTS = tuple(f"pdserve.{folder}." for folder in FOLDERS)
 
 # Filled: somebody waits for it, so the node is not idle.
 WORK = {
-    "prefill": {"jobs", "forwards", "rooms._rooms", "rooms._room_of_write", "allocator._private"},
+    "prefill": {
+        "jobs._jobs",
+        "jobs._forwards",
+        "rooms._rooms",
+        "rooms._room_of_write",
+        "allocator._private",
+    },
     "decode": {
-        "requests",
-        "by_room",
-        "verifying",
-        "forward",
+        "waiting._requests",
+        "handoffs._handoffs",
+        "handoffs._rooms_of",
+        "running._prefilling",
+        "running._decoding",
+        "running._forward",
         "rooms._rooms",
         "streamer._attempts",
         "allocator._exposed",
@@ -47,13 +56,13 @@ IS_WORK: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
 # Filled and emptied within a turn.
 PASSING = {
     "prefill": set[str](),
-    "decode": {"gone_clients", "streamer._dirty", "timeline._relayed"},
+    "decode": {"outputs._gone_clients", "handoffs._complete", "streamer._dirty", "timeline._relayed"},
 }
 # May be filled while a node is idle.
 STANDING = {
-    "allocator._free._by_length": "free pages",
-    "allocator._free._length_at": "free pages",
-    "allocator._free._start_before": "free pages",
+    "free._by_length": "free pages",
+    "free._length_at": "free pages",
+    "free._start_before": "free pages",
     "allocator._quarantined": "pages that a peer may still write: no work",
     "allocator._readers": "shared pages, those of the cache too",
     "cache._candidates": "what is cached",
@@ -61,15 +70,15 @@ STANDING = {
     "cache._roots": "what is cached",
     "pins._pins": "pages of sessions between turns",
     "streamer._closed": "outputs that may be asked for again",
-    "control._images._held": "weights that others read",
-    "control._images._making": "weights that others read",
-    "control._weights._groups._groups": "groups with trainers",
-    "control._weights._jobs": "weights that load beside the forwards",
-    "control._operations._profile.waiting": "the profiler starts or stops",
-    "containment._faults._throttles": "what the log was told of",
+    "images._held": "weights that others read",
+    "images._making": "weights that others read",
+    "groups._groups": "groups with trainers",
+    "weights._jobs": "weights that load beside the forwards",
+    "profile.waiting": "the profiler starts or stops",
+    "faults._throttles": "what the log was told of",
     "loop_times._kinds": "measured",
-    "control._operations._processes": "who this node is",
-    "control._operations._settings._settings": "how it is set",
+    "operations._processes": "who this node is",
+    "settings._settings": "how it is set",
     "status._config": "how it is set",
     "last_chunk._forward_s": "measured",
     "peer_clocks._clocks": "measured",
@@ -83,12 +92,12 @@ STANDING = {
 
 
 def found(role: str, node: PrefillNode | DecodeNode) -> dict[str, int]:
-    """Path -> number of items, of each container, reached through parts by the shortest way."""
+    """Part and attribute -> number of items, of each container that the loop and its parts hold."""
     sizes: dict[str, int] = {}
-    parts: deque[tuple[str, object]] = deque([("", node.scheduler)])
-    known = {id(node.scheduler)}
+    parts: deque[tuple[str, object]] = deque([("loop", node.loop)])
+    known = {id(node.loop)}
     while parts:
-        path, part = parts.popleft()
+        owner, part = parts.popleft()
         names = {*getattr(part, "__dict__", {})}
         names.update(slot for kind in type(part).__mro__ for slot in getattr(kind, "__slots__", ()))
         for name in sorted(names):
@@ -97,11 +106,12 @@ def found(role: str, node: PrefillNode | DecodeNode) -> dict[str, int]:
                 continue
             if isinstance(value, dict | list | set | deque):
                 items = value.values() if isinstance(value, dict) else value
-                is_work = IS_WORK[role].get(f"{path}{name}", lambda _: True)
-                sizes[f"{path}{name}"] = sum(map(is_work, items))
+                container = f"{owner}.{name}"
+                assert container not in sizes, "two parts of one name"
+                sizes[container] = sum(map(IS_WORK[role].get(container, lambda _: True), items))
             elif type(value).__module__.startswith(PARTS):
                 known.add(id(value))
-                parts.append((f"{path}{name}.", value))
+                parts.append((name.lstrip("_"), value))
     return sizes
 
 
@@ -213,7 +223,7 @@ def test_a_write_whose_job_is_over_keeps_prefill_busy() -> None:
     pair.compute(pair.prefill)
     pair.cancel("a")
     assert pair.backend.num_outstanding
-    assert not pair.prefill.scheduler.jobs
+    assert not pair.prefill.jobs
     assert not pair.prefill.scheduler.is_idle
     pair.finish()
 
@@ -224,7 +234,7 @@ def test_a_forward_whose_request_is_over_keeps_decode_busy() -> None:
     pair.compute(pair.prefill)
     pair.write()
     pair.cancel("a")
-    assert not pair.decode.scheduler.requests
+    assert not pair.decode.requests
     assert pair.decode.streamer.is_idle
     assert not pair.decode.scheduler.is_idle
     pair.finish()
@@ -235,7 +245,7 @@ def test_a_request_whose_client_was_told_its_end_keeps_decode_busy() -> None:
     pair = Pair()
     pair.start("a", prompt_of(20))
     pair.decode.scheduler.fail_open_requests()
-    assert not pair.decode.scheduler.forward
+    assert not pair.decode.running.has_forward
     assert pair.decode.streamer.is_idle
     assert not pair.decode.scheduler.is_idle
 

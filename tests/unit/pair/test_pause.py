@@ -97,7 +97,7 @@ def test_a_deadline_goes_on_where_it_was() -> None:
     pair.advance(60.0)
     resume(pair)
     (room,) = pair.prefill.rooms._rooms.values()
-    (request,) = pair.decode.scheduler.requests.values()
+    (request,) = pair.decode.requests
     for deadline in (room.deadline, request.deadline_s):
         assert 0.0 < deadline - pair.now <= 20.0, "no second of the pause counts, and none is given"
     pair.now += 21.0

@@ -89,10 +89,10 @@ def test_quarantined_pages_are_shown_by_peer() -> None:
     pong = pair.last_reply(pair.decode, ADMIN)
     assert isinstance(pong, Pong)
     assert pong.quarantined_pages == {"prefill-1": 3}
-    pair.decode.scheduler.observe()
+    pair.decode.report.observe()
     sample = 'pd_quarantined_pages{model_name="model",peer="prefill-1",role="decode"} 3.0'
     assert sample in pair.decode.metrics.render()
     assert_death(pair)
     pair.advance(5.0)
-    pair.decode.scheduler.observe()
+    pair.decode.report.observe()
     assert "pd_quarantined_pages{" not in pair.decode.metrics.render()

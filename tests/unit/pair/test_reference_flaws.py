@@ -74,7 +74,7 @@ def test_a_flush_that_drops_nothing_says_so(role: str) -> None:
     pair.run()
     cached = node_of(pair, role).allocator.counts().shared
     assert cached > 0
-    node_of(pair, role).scheduler.control._drop_cache = lambda: False
+    node_of(pair, role).control._drop_cache = lambda: False
     in_use = ask(pair, role, FlushCache(call_id=3))
     assert (in_use.success, "in use" in in_use.message) == (False, True)
     pair.finish()

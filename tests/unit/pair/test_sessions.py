@@ -26,9 +26,9 @@ def test_the_next_turn_finds_its_pages_when_others_filled_the_pool_since() -> No
         talk = turn(pair, "a", prompt_of(16), **session)
         for seed in range(1, 4):
             turn(pair, f"other-{seed}", prompt_of(24, seed))
-        before = pair.decode.scheduler.load().num_cached_prompt_tokens
+        before = pair.decode.report.load(pair.now).num_cached_prompt_tokens
         turn(pair, "b", (*talk, 5, 6, 7), **session)
-        after = pair.decode.scheduler.load().num_cached_prompt_tokens
+        after = pair.decode.report.load(pair.now).num_cached_prompt_tokens
         assert after - before == (16 if is_kept else 0)
 
 
@@ -72,7 +72,7 @@ def test_a_session_that_is_idle_for_too_long_is_let_go() -> None:
     turn(pair, "a", prompt_of(16), session_id="s", session_timeout_s=30.0)
     pair.advance(20.0)
     assert pair.decode.cache.num_pinned == 4
-    assert pair.decode.scheduler.next_deadline() <= pair.now + 10.0, "the loop wakes for it"
+    assert pair.decode.loop.next_deadline() <= pair.now + 10.0, "the loop wakes for it"
     pair.advance(10.0)
     assert pair.decode.cache.num_pinned == 0
     assert pair.decode.cache.num_pages >= 4, "they are kept as any others"

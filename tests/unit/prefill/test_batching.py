@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.components.prompt_job import PromptJob
 from pdserve.engine.schedule_batch import ScheduledRow
 from pdserve.messages.peer import PrefillRequest, RoomId
 from pdserve.messages.sampling import SamplingParams
@@ -48,19 +49,16 @@ def make_job(
         weight_version="v1",
         deadline_s=10.0,
     )
-    return PrefillJob(
-        message=message,
-        token_ids=(*prompt_ids, *output_ids),
-        state=state,
-        num_scheduled=num_scheduled,
-    )
+    prompt = PromptJob.of(message, choices)
+    prompt.num_scheduled = num_scheduled
+    return PrefillJob(message=message, prompt=prompt, state=state)
 
 
 def test_a_chunk_goes_as_far_as_the_budget() -> None:
     ((job, row),) = next_chunks([make_job(10, num_scheduled=3)], max_tokens=4, max_rows=8)
     assert (row.start, row.end, row.row_id) == (3, 7, job.message.request_id)
     assert row.choices == (), "it does not reach the end of its prompt"
-    assert row.pages is job.pages
+    assert row.pages is job.prompt.pages
 
 
 def test_the_last_chunk_samples_every_choice() -> None:
@@ -120,10 +118,10 @@ def test_every_position_of_every_prompt_is_computed_once_and_sampled_once(
         assert sum(row.num_tokens for _, row in chunks) <= max_tokens
         assert len(chunks) <= max_rows
         for job, row in chunks:
-            assert row.start == job.num_scheduled
-            job.num_scheduled += row.num_tokens
+            assert row.start == job.prompt.num_scheduled
+            job.prompt.scheduled(row)
             num_sampled += len(row.choices)
-    assert [job.num_scheduled for job in jobs] == lengths
+    assert [job.prompt.num_scheduled for job in jobs] == lengths
     assert num_sampled == len(lengths)
 
 
@@ -134,12 +132,12 @@ def test_reusable_tokens(start: int | None, reusable: int) -> None:
     sampling = SamplingParams(
         num_prompt_logprobs=None if start is None else 0, prompt_logprobs_start=start or 0
     )
-    assert make_job(10, sampling=sampling).reusable_tokens == reusable
+    assert make_job(10, sampling=sampling).prompt.reusable_tokens == reusable
 
 
 def test_a_new_attempt_may_reuse_all_but_the_last_token() -> None:
     sampling = SamplingParams(num_prompt_logprobs=0)
-    assert make_job(10, sampling=sampling, output_ids=(5,)).reusable_tokens == 9
+    assert make_job(10, sampling=sampling, output_ids=(5,)).prompt.reusable_tokens == 9
 
 
 def test_a_last_chunk_is_cut_when_it_pays_and_others_take_the_place() -> None:

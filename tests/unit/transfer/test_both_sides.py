@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, assert_never
 
 import pytest
@@ -130,7 +131,7 @@ class Pair:
                 case _:
                     assert_never(action)
 
-    def run_decode(self, actions: list[DecodeAction]) -> None:
+    def run_decode(self, actions: Sequence[DecodeAction]) -> None:
         for action in actions:
             self.seen[type(action).__name__] += 1
             match action:

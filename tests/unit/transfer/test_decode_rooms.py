@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -115,7 +116,7 @@ def node(make: Factory) -> Node:
     return node
 
 
-def aborts(actions: list[DecodeAction]) -> list[RoomId]:
+def aborts(actions: Sequence[DecodeAction]) -> list[RoomId]:
     return [
         action.message.room
         for action in actions
