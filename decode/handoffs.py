@@ -19,7 +19,7 @@ from ..components.output_streamer import StreamKey
 from ..components.page_allocator import PageAllocator
 from ..messages.malformed import head_of
 from ..messages.memory_region import MemoryRegion
-from ..messages.node import FailureCode
+from ..messages.node import FailureCode, is_same_process
 from ..messages.peer import HandoffDone, PeerIdentity, PeerToDecode, RoomId
 from ..messages.timeline import covered_s, duration_of
 from ..node.loop import Peers
@@ -150,9 +150,9 @@ class Handoffs:
         """Returns the requests whose pages are all in place: they are another stage's from here on."""
         for address, message in self._peers.receive():
             if isinstance(message, LinkDown):
-                self._act(self._rooms.on_link_down(address, message.epoch, now), now)
+                self._act(self._rooms.on_link_down(address, message.epoch, now, message.reason), now)
                 continue
-            with self._contained(message, now):
+            with self._contained(address, message, now):
                 self._peers.note(address, message)
                 self._act(self._rooms.on_message(address, message, now), now)
         for incarnation in self._peers.proven_dead():
@@ -253,16 +253,15 @@ class Handoffs:
         else:
             self._fail(handoff.request, action.code, action.reason, retriable=action.retriable)
 
-    def _contained(self, message: PeerToDecode, now: float) -> AbstractContextManager[None]:
-        """What raises in handling it ends its hand-off, and nothing else.
-
-        A peer whose word was not understood is silent, and loses its epoch by that.
-        """
+    def _contained(self, address: str, message: PeerToDecode, now: float) -> AbstractContextManager[None]:
+        """What raises in handling it ends its hand-off, and nothing else. What was about no room was about the
+        epoch."""
 
         def give_up(why: str) -> None:
             room = head_of(message).room
-            handoff = None if room is None else self._handoffs.get(room)
-            if handoff is not None:
+            if room is None:
+                self._act(self._rooms.on_link_down(address, message.epoch, now, why), now)
+            elif (handoff := self._handoffs.get(room)) is not None:
                 self._fail(handoff.request, "transfer_failed", why, retriable=True)
                 self._drop(handoff, now)
 
@@ -330,8 +329,9 @@ class Handoffs:
 
     def assert_death(self, incarnation: str, now: float) -> tuple[bool, str]:
         """Somebody says that every process of it is gone. Whether that can be, and what follows."""
-        if (address := self._rooms.ready_address(incarnation)) is not None:
-            return False, f"{incarnation} is alive: it answers at {address}"
+        for ready, address in self._rooms.ready_peers().items():
+            if is_same_process(ready, incarnation):
+                return False, f"{incarnation} is alive: it answers at {address}"
         num_pages = self._rooms.quarantined_pages().get(incarnation, 0)
         self._act(self._rooms.peer_death_proven(incarnation, now), now)
         return True, f"{num_pages} pages of {incarnation} were in quarantine; they settle"

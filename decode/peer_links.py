@@ -21,9 +21,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LinkDown:
-    """The connection of this epoch is gone."""
+    """The connection of this epoch is gone, or its peer says what is no message: then no word that is missing
+    is waited for."""
 
     epoch: int
+    reason: str = "the connection was closed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ class PeerLinks:
                         _log.warning(
                             "dropped %d malformed messages, the last from %s: %s", num, address, message.error
                         )
+                    if self._is_open(address, link):
+                        yield address, LinkDown(link.epoch, f"it sent no message: {message.error}")
                 elif self._is_open(address, link):
                     yield address, message
             if self._is_open(address, link) and link.channel.lost:

@@ -7,7 +7,8 @@ Life cycle of a peer (a prefill node, known by the address of its control socket
        └────────────────┴──────────────────────┘      every connect is a new epoch on a new socket
 
 No state waits for a message that may be lost: `waiting` ends by its retry, the others by silence at the
-latest (`moves_on_at`). A node refuses a ping of an epoch that it does not know, so silence is not hidden.
+latest (`moves_on_at`), `connecting` also by time: pongs say that a peer lives, not that a welcome comes. A
+node refuses a ping of an epoch that it does not know, so silence is not hidden.
 
 Life cycle of a room:
 
@@ -17,8 +18,9 @@ Life cycle of a room:
                                                     └─Drained(failed), or death proven─> settling ─> released
 
 Pages of a draining or settling room are quarantined. No timeout ends `draining`: only the peer's own word,
-or the proof that the peer is dead. `settling` counts ticks of this loop, not the wall clock: when this
-process is frozen, bytes wait with it, and land when it goes on.
+or the proof that the peer is dead. The process is asked, whatever incarnation it has come to: one whose
+memory came back still knows what it wrote. `settling` counts ticks of this loop, not the wall clock: when
+this process is frozen, bytes wait with it, and land when it goes on.
 
 A state machine without I/O, as PrefillRooms is.
 """
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from ..messages.memory_region import MemoryRegion
-from ..messages.node import FailureCode
+from ..messages.node import FailureCode, is_same_process
 from ..messages.peer import (
     AbortRoom,
     ContactPing,
@@ -69,6 +71,8 @@ SILENCE_S = 2.0  # without a pong for so long, a peer is lost
 # ... and for so long, one that announced to be busy. Its word that this is over can be lost with the
 # connection: to believe the announcement to its end would be to wait minutes for nobody.
 BUSY_SILENCE_S = 10.0
+# A welcome that has not come by then does not come: engines give up in a minute who they cannot reach.
+CONNECT_S = 300.0
 RETRY_S = 0.2
 MAX_RETRY_S = 2.0
 ABORT_S = 0.5
@@ -107,6 +111,7 @@ class _Peer:
     last_seq: int = 0
     heard: float = 0.0
     busy_until: float = 0.0
+    connect_by: float = 0.0
     reason: str = ""  # why it is not ready
     is_refused: bool = False
 
@@ -255,12 +260,14 @@ class DecodeRooms:
         del self._peers[address]
         return actions
 
-    def on_link_down(self, address: str, epoch: int, now: float) -> list[DecodeAction]:
-        """The socket of this epoch reports that the connection is gone."""
+    def on_link_down(
+        self, address: str, epoch: int, now: float, reason: str = "the connection was closed"
+    ) -> list[DecodeAction]:
+        """The connection of this epoch is gone, or nothing that comes on it can be relied on."""
         peer = self._peers.get(address)
         if peer is None or peer.epoch != epoch:
             return []
-        return self._lose(peer, "the connection was closed", now)
+        return self._lose(peer, reason, now)
 
     def set_identity(
         self,
@@ -281,15 +288,16 @@ class DecodeRooms:
         return actions
 
     def peer_death_proven(self, incarnation: str, now: float) -> list[DecodeAction]:
-        """Every process of this prefill incarnation is known to be gone, or an operator says so.
+        """Every process of this prefill incarnation, and of those it had before, is known to be gone, or an
+        operator says so.
 
         What it sent before may be on its way, so its pages settle like those of a failed room.
         """
         actions: list[DecodeAction] = []
         for peer in self._peers.values():
-            if peer.incarnation == incarnation:
+            if is_same_process(peer.incarnation, incarnation):
                 actions += self._lose(peer, "its death is proven", now)
-        for room in [room for room in self._rooms.values() if room.incarnation == incarnation]:
+        for room in [each for each in self._rooms.values() if is_same_process(each.incarnation, incarnation)]:
             actions += self._settle(room, now)
         return actions
 
@@ -384,8 +392,8 @@ class DecodeRooms:
                 return []
             case FirstToken() | HandoffDone() | RoomBusy() | RoomFailed() | Drained():
                 room = self._rooms.get(message.room)
-                # A later incarnation at the same address cannot speak for the one that may write.
-                if room is None or room.incarnation != peer.incarnation:
+                # Another process at the same address cannot speak for the one that may write.
+                if room is None or not is_same_process(room.incarnation, peer.incarnation):
                     return []
                 return self._on_room_message(room, message, now)
             case _:
@@ -420,6 +428,7 @@ class DecodeRooms:
         peer.epoch = self._last_epoch
         peer.heard = now
         peer.busy_until = 0.0
+        peer.connect_by = now + CONNECT_S
         peer.next_ping = now + PING_S
         self._wake_by(peer.next_ping)
         hello = PeerHello(
@@ -480,6 +489,8 @@ class DecodeRooms:
             return self._connect(peer, now) if now >= peer.retry_at else []
         if now >= _silent_at(peer):
             return self._lose(peer, f"no answer for {now - peer.heard:.1f} s", now)
+        if now >= _moves_on_at(peer):
+            return self._lose(peer, f"no welcome within {CONNECT_S:.0f} s", now)
         if now < peer.next_ping:
             return []
         peer.next_ping = now + PING_S
@@ -586,9 +597,9 @@ class DecodeRooms:
         return [SendToPrefill(room.address, AbortRoom(room=room.room, epoch=epoch))]
 
     def _can_ask(self, room: _Room) -> bool:
-        """Whether the incarnation that may write this room's pages is there to be asked."""
+        """Whether the process that may write this room's pages is there to be asked."""
         peer = self._peers.get(room.address)
-        return peer is not None and _is_ready(peer) and peer.incarnation == room.incarnation
+        return peer is not None and _is_ready(peer) and is_same_process(peer.incarnation, room.incarnation)
 
     def _settle(self, room: _Room, now: float) -> list[DecodeAction]:
         if room.settle_s == 0.0:
@@ -659,7 +670,7 @@ def _is_ready(peer: _Peer) -> bool:
 def _peer_due(peer: _Peer) -> float:
     if peer.state is PeerState.WAITING:
         return peer.retry_at
-    return min(peer.next_ping, _silent_at(peer))
+    return min(peer.next_ping, _moves_on_at(peer))
 
 
 def _silent_at(peer: _Peer) -> float:
@@ -670,4 +681,12 @@ def _silent_at(peer: _Peer) -> float:
 
 
 def _moves_on_at(peer: _Peer) -> float:
-    return peer.retry_at if peer.state is PeerState.WAITING else _silent_at(peer)
+    match peer.state:
+        case PeerState.WAITING:
+            return peer.retry_at
+        case PeerState.CONNECTING:
+            return min(_silent_at(peer), peer.connect_by)
+        case PeerState.READY:
+            return _silent_at(peer)
+        case _:
+            assert_never(peer.state)

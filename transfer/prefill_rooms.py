@@ -7,7 +7,9 @@ Life cycle of a link (one connection of a decode node; one epoch):
                                     └failed─> refused
     any state ─newer hello, silence, new identity─> ended: its rooms fail
 
-So each state ends by silence at the latest (`moves_on_at`).
+So each state ends by silence at the latest (`moves_on_at`); in `pinged` a ping is no answer to the one
+question that is open. What a link has heard is forgotten with it: whoever spoke in a decode node's name, with
+whatever numbers, is no hindrance to that node once the link is silent.
 
 Life cycle of a room:
 
@@ -91,6 +93,7 @@ class _Link:
     state: LinkState = LinkState.PINGED
     meeting_since: float = 0.0
     meetings: set[int] = field(default_factory=set)  # handles of first contacts without a result
+    mark: int = 0  # highest room counter seen on it; requests at or below it are old
 
     @property
     def incarnation(self) -> str:
@@ -111,9 +114,7 @@ class _Link:
 class _Decode:
     """What outlives the epochs of one decode incarnation."""
 
-    mark: int = 0  # highest room counter seen; requests at or below it are old
-    epoch: int = -1  # highest epoch seen
-    link: _Link | None = None
+    link: _Link | None = None  # of the highest epoch that is alive
     # Memory known to the backends, by (our rank, its rank).
     met: dict[tuple[int, int], MemoryRegion] = field(default_factory=dict)
     no_contact_before: float = 0.0
@@ -253,7 +254,8 @@ class PrefillRooms:
         link = self._links.get(link_id)
         if link is None or link.epoch != message.epoch:
             return self._on_stranger(link_id, message)
-        link.heard = now
+        if link.state is not LinkState.PINGED or isinstance(message, ContactPong):
+            link.heard = now
         match message:
             case PeerPing():
                 return [self._pong(link, message.seq, now)]
@@ -291,9 +293,8 @@ class PrefillRooms:
 
     def _on_hello(self, link_id: bytes, hello: PeerHello, now: float) -> list[PrefillAction]:
         decode = self._decodes.setdefault(hello.identity.incarnation, _Decode())
-        if hello.epoch <= decode.epoch:
+        if decode.link is not None and hello.epoch <= decode.link.epoch:
             return []
-        decode.epoch = hello.epoch
         actions: list[PrefillAction] = []
         for old in (self._links.get(link_id), decode.link):
             if old is not None:
@@ -329,9 +330,9 @@ class PrefillRooms:
     ) -> list[PrefillAction]:
         decode = self._decodes[link.incarnation]
         room_id = request.room
-        if room_id.decode_incarnation != link.incarnation or room_id.counter <= decode.mark:
+        if room_id.decode_incarnation != link.incarnation or room_id.counter <= link.mark:
             return []
-        decode.mark = room_id.counter
+        link.mark = room_id.counter
         if link.state is not LinkState.READY:
             return self._reject(link, request, "not_ready", f"the link is still {link.state.value}")
         if request.weight_version != self._identity.weight_version:
@@ -389,10 +390,11 @@ class PrefillRooms:
 
     def _on_abort(self, link: _Link, abort: AbortRoom) -> list[PrefillAction]:
         # A decode node that took a new incarnation still has rooms of the one before to ask about.
-        decode = self._decodes.setdefault(abort.room.decode_incarnation, _Decode())
-        if decode.link not in (None, link):
+        decode = self._decodes.get(abort.room.decode_incarnation)
+        if decode is not None and decode.link not in (None, link):
             return []
-        decode.mark = max(decode.mark, abort.room.counter)
+        if abort.room.decode_incarnation == link.incarnation:
+            link.mark = max(link.mark, abort.room.counter)
         room = self._rooms.get(abort.room)
         if room is None:
             # It never came, or it is over and its end was lost on the way: what became of it is not known.

@@ -9,10 +9,11 @@ tokens or with a failure that may be; and nothing is held on any node.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,14 +25,16 @@ from ...api.generation import GenerateSpec, ModelCard
 from ...api.node_calls import NodeUnavailableError, StreamMessage
 from ...components.metrics_reporter import MetricsReporter
 from ...components.output_streamer import StreamKey
-from ...messages.node import CancelRequest, GenerateRequest, NodeEntry, Role
-from ...messages.peer import AbortRoom
+from ...messages.node import CancelRequest, GenerateRequest, NodeEntry, Role, Roster
+from ...messages.operation import ContinueGeneration, PauseGeneration
+from ...messages.peer import AbortRoom, PeerHello, RoomId
 from ...messages.sampling import SamplingParams
-from ...messages.weights import FromDisk, of_one_node
+from ...messages.weights import MEMORY_TAGS, FromDisk, of_one_node
 from ...prefill.job import JobState
 from ...router.options import RouterOptions
 from ...router.service import RouterService
 from ...runtime.errors import RequestError
+from ...runtime.pause_gate import PauseMode
 from ...transfer.prefill_rooms import LinkState
 from .clock import EventQueue
 from .network import Connection, Host, Network, PeerConnections, Process
@@ -48,6 +51,8 @@ REST_S = 20.0  # after the last fault and the last request, the cluster is at re
 OVERDUE_S = 0.4
 LONGEST_SILENCE_S = 10.0  # nobody waits longer for a peer that says nothing
 LOOKUP_S = 0.002
+NOWHERE = "tcp://nowhere:1"
+MODES: tuple[PauseMode, ...] = ("retract", "in_place")  # not "abort": it is a request's end
 MODEL = ModelCard(
     name="model",
     path="weights-1",
@@ -434,6 +439,8 @@ class SimulatedCluster:
                         connection.cut(silently=fault.silently)
             case FaultKind.UPDATE:
                 self._tasks.append(asyncio.ensure_future(self._update_all("weights-2")))
+            case FaultKind.STORM:
+                self._tasks.append(asyncio.ensure_future(self._storm(fault)))
 
     def _freeze(self, process: Process, length_s: float) -> None:
         if not process.has_run or self.is_healed:
@@ -550,6 +557,79 @@ class SimulatedCluster:
             finally:
                 await link.close()
 
+    async def _storm(self, fault: Fault) -> None:
+        """Whatever an operator may ask of the node, and what somebody says in a decode node's name."""
+        draw = self._random(f"storm/{fault.name}")
+        until = self.events.now + fault.length_s
+        while self.events.now < until and not self.is_healed:
+            self.statistics.count("control messages of a storm")
+            if draw.random() < 0.2:
+                self._impersonate(draw)
+            else:
+                async with self._operator(self.lives[fault.node]) as link:
+                    await self._order(link, self.plan.roles[fault.node], draw)
+            await asyncio.sleep(0.3 * draw.random())
+        await self._set_right(self.lives[fault.node])
+
+    async def _order(self, link: SimulatedLink, role: Role, draw: random.Random) -> None:
+        match draw.randrange(4):
+            case 0:
+                entries = [life.node.status.entry for life in self.lives.values()]
+                nowhere = msgspec.structs.replace(entries[0], role="prefill", zmq_address=NOWHERE)
+                named = draw.sample([*entries, nowhere], draw.randint(0, len(entries)))
+                link.send(Roster(router_id="operator", nodes=tuple(named)))
+                await asyncio.sleep(0.05)
+            case 1 if role == "prefill":  # a decode node's memory is known here by its first name
+                reply = await link.release_memory(MEMORY_TAGS, 0.3, 2.0)
+                self.statistics.count("memory released", times=reply.success)
+            case 2:
+                await link.operate(PauseGeneration(mode=draw.choice(MODES)))
+            case _:
+                await _go_on(link)
+
+    async def _set_right(self, life: Life) -> None:
+        async with self._operator(life) as link:
+            await _go_on(link)
+
+    @contextlib.asynccontextmanager
+    async def _operator(self, life: Life) -> AsyncIterator[SimulatedLink]:
+        """Of a node that does not answer nothing is heard."""
+        link = SimulatedLink(
+            self.network,
+            life.node.place.address,
+            client_name="operator",
+            on_stream=_ignore_stream,
+            on_lost=_ignore_loss,
+        )
+        try:
+            yield link
+        except NodeUnavailableError:
+            pass
+        finally:
+            await link.close()
+
+    def _impersonate(self, draw: random.Random) -> None:
+        """Somebody says hello to a prefill node as if it were a decode node, with whatever numbers."""
+        prefill, decode = (
+            draw.choice([life for life in self.lives.values() if life.role == role])
+            for role in ("prefill", "decode")
+        )
+        assert isinstance(decode.node, DecodeNode)
+        connection = self.network.connect(
+            prefill.node.place.address,
+            client_name="impostor",
+            on_message=_ignore_message,
+            on_down=_ignore_down,
+        )
+        if connection is None:
+            return
+        self.statistics.count("hellos in another's name")
+        identity, epoch = decode.node.identity, draw.choice((0, 100, 2**63 - 1))
+        regions, num_pages = decode.node.regions, len(decode.node.pool.pages)
+        connection.to_server(PeerHello(epoch=epoch, identity=identity, regions=regions, num_pages=num_pages))
+        if draw.random() < 0.5:
+            connection.to_server(AbortRoom(room=RoomId(identity.incarnation, 2**63 - 1), epoch=epoch))
+
     async def _heal(self) -> None:
         """No fault from here on: who was frozen goes on, who died lives again, and deaths are proven."""
         await asyncio.sleep(FAULTS_UNTIL_S)
@@ -570,6 +650,8 @@ class SimulatedCluster:
             self._prove_death(incarnation)
         for task in self._tasks:
             await task
+        for life in self.lives.values():
+            await self._set_right(life)
         for number in self.plan.roles:
             await self._update(number)
 
@@ -630,7 +712,7 @@ class SimulatedCluster:
                 found.append(f"{life.process.name} is busy: {_busy(node)}")
             if not node.rooms.is_idle:
                 found.append(f"{life.process.name} has rooms: {node.allocator.counts()}")
-        prefills = {each.process.name for each in self.lives.values() if each.role == "prefill"}
+        prefills = {each.node.identity.incarnation for each in self.lives.values() if each.role == "prefill"}
         for life in self.lives.values():
             if isinstance(life.node, DecodeNode) and life.node.rooms.ready_peers().keys() != prefills:
                 found.append(f"{life.process.name} is ready with {list(life.node.rooms.ready_peers())} only")
@@ -763,6 +845,20 @@ def _ignore_stream(message: StreamMessage) -> None:
 
 def _ignore_loss(reason: str) -> None:
     del reason
+
+
+def _ignore_message(message: msgspec.Struct) -> None:
+    del message
+
+
+def _ignore_down() -> None:
+    pass
+
+
+async def _go_on(link: SimulatedLink) -> None:
+    """The node computes, and has its memory."""
+    await link.operate(ContinueGeneration())
+    await link.resume_memory(MEMORY_TAGS, 2.0, if_released=True)
 
 
 def _require(condition: bool, what: str) -> None:

@@ -93,7 +93,7 @@ def _never_starts_again(_: Method) -> Method:
 
 
 def _free_on_socket_close(_: Method) -> Method:
-    def on_link_down(self: DecodeRooms, address: str, epoch: int, now: float) -> Any:  # noqa: ANN401
+    def on_link_down(self: DecodeRooms, address: str, epoch: int, now: float, *reason: str) -> Any:  # noqa: ANN401
         peer = self._peers.get(address)
         if peer is None or peer.epoch != epoch:
             return []
@@ -224,10 +224,9 @@ def _failed_contact_not_told(original: Method) -> Method:
 
 def _no_mark(original: Method) -> Method:
     def on_abort(self: PrefillRooms, link: Any, abort: Any) -> Any:  # noqa: ANN401
-        decode = self._decodes.get(abort.room.decode_incarnation)
-        mark = 0 if decode is None else decode.mark
+        mark = link.mark
         actions = original(self, link, abort)
-        self._decodes[abort.room.decode_incarnation].mark = mark
+        link.mark = mark
         return actions
 
     return on_abort
@@ -245,6 +244,23 @@ def _epochs_ignored(original: Method) -> Method:
         return self._on_request(decode.link, message, decode.link.heard, True)
 
     return on_stranger
+
+
+def _highest_epoch_kept(original: Method) -> Method:
+    """For good, whoever named it."""
+
+    def on_hello(self: PrefillRooms, link_id: bytes, hello: Any, now: float) -> Any:  # noqa: ANN401
+        highest = vars(self).setdefault("highest", {})
+        if hello.epoch <= highest.get(hello.identity.incarnation, -1):
+            return []
+        highest[hello.identity.incarnation] = hello.epoch
+        return original(self, link_id, hello, now)
+
+    return on_hello
+
+
+def _only_equal_incarnations(_: Method) -> Method:
+    return lambda incarnation, other: incarnation == other
 
 
 def _weights_not_compared(original: Method) -> Method:
@@ -498,6 +514,18 @@ MUTANTS = (
         "epochs are ignored, and an abort does not raise the mark (6.1.6)",
         (Patch(PrefillRooms, "_on_stranger", _epochs_ignored), Patch(PrefillRooms, "_on_abort", _no_mark)),
         flavour="stalled",
+    ),
+    Mutant(
+        "highest-epoch-kept",
+        "who said hello in another's name keeps that node out for good (6.5)",
+        (Patch(PrefillRooms, "_on_hello", _highest_epoch_kept),),
+        flavour="stormy",
+    ),
+    Mutant(
+        "renewed-not-asked",
+        "a process whose memory came back is not asked what it wrote before (6.4)",
+        (Patch(decode_rooms, "is_same_process", _only_equal_incarnations),),
+        flavour="stormy",
     ),
     Mutant(
         "weights-not-compared",

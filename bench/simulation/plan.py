@@ -22,6 +22,7 @@ FAULTS_UNTIL_S = 5.0  # after the start: then nodes go on or are started again, 
 MAX_PAGES = 32  # of a decode node's pool
 OVERSIZED_RATE = 0.04  # of the seeds: one of its requests fits into no pool
 MAX_PROMPT_TOKENS = 36
+STORM_RATE = 0.1  # of the seeds: control messages storm in on a node
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,7 @@ class FaultKind(Enum):
     CUT_ROUTER = "cut_router"
     REPLACE = "replace"  # another life begins at its address while it is frozen; then it goes on
     UPDATE = "update"
+    STORM = "storm"  # control messages of any kind to it, and to others in its name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +99,7 @@ FLAVOURS = (
     "early",
     "updated",
 )
+STORMY = "stormy"  # beside any of them
 _FIELDS = {
     "slow": "slow_rate",
     "fail": "fail_rate",
@@ -116,8 +119,9 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
 
     Raises ValueError for a part or a flavour that is none.
     """
-    if flavour not in ("", *FLAVOURS):
-        raise ValueError(f"there is no flavour {flavour!r}; there are {', '.join(sorted(set(FLAVOURS)))}")
+    if flavour not in ("", STORMY, *FLAVOURS):
+        names = ", ".join(sorted({STORMY, *FLAVOURS}))
+        raise ValueError(f"there is no flavour {flavour!r}; there are {names}")
     draw = random.Random(f"plan/{seed}")
     roles: dict[int, Role] = {0: "prefill", 1: "decode"}
     for node in range(2, draw.choice((2, 3, 3, 4, 4))):
@@ -184,6 +188,9 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
         case "updated":
             at_s = READY_S + draw.random()
             faults = [*faults[:1], _plain_fault(len(faults[:1]), FaultKind.UPDATE, 0, at_s, 0.0)]
+    storms = random.Random(f"storms/{seed}")
+    if flavour == STORMY or (not is_calm and storms.random() < STORM_RATE):
+        faults.append(_storm(storms, len(faults), roles))
     plan = Plan(
         seed=seed,
         roles=roles,
@@ -291,6 +298,12 @@ def _stall(draw: random.Random, index: int) -> Fault:
     """What is sent to a prefill node comes after its decode node has long connected anew."""
     at_s, length_s = READY_S * (0.5 + draw.random()), 1.2 + 2.0 * draw.random()
     return _plain_fault(index, FaultKind.STALL, 0, at_s, length_s)
+
+
+def _storm(draw: random.Random, index: int, roles: dict[int, Role]) -> Fault:
+    """Messages storm in while requests run."""
+    at_s, length_s = READY_S * (0.2 + draw.random()), 0.5 + 3.0 * draw.random()
+    return _plain_fault(index, FaultKind.STORM, draw.choice(list(roles)), at_s, length_s)
 
 
 def _early_freeze(draw: random.Random, index: int, roles: dict[int, Role]) -> Fault:

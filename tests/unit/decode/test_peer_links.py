@@ -5,12 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import zmq
 
 from pdserve.decode.peer_links import LinkDown, PeerLinks
 from pdserve.messages.channel import ServerChannel
-from pdserve.messages.peer import ContactPing, PeerPing, PeerPong, PeerRefused, PeerToDecode, PeerToPrefill
+from pdserve.messages.peer import (
+    AbortRoom,
+    ContactPing,
+    PeerPing,
+    PeerPong,
+    PeerRefused,
+    PeerToDecode,
+    PeerToPrefill,
+    RoomId,
+)
 from pdserve.runtime.waiting import Waiter
 
 
@@ -34,7 +44,7 @@ class Peer:
         assert self.server.socket.poll(10_000)
         ((self.link, _),) = self.server.receive()
 
-    def send(self, *messages: PeerToDecode) -> None:
+    def send(self, *messages: msgspec.Struct) -> None:
         for message in messages:
             assert self.server.send(self.link, message)
 
@@ -102,6 +112,20 @@ def test_a_peer_that_is_gone_is_reported_with_the_epoch(context: zmq.Context[zmq
     assert (address, message) == (peer.address, LinkDown(5))
     links.close(address)
     links.send(address, PeerPing(epoch=5, seq=2))  # to nobody: dropped
+    assert list(links.receive()) == []
+
+
+def test_what_is_no_message_ends_the_epoch(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Else the word that it was to be, a welcome say, would be waited for in vain."""
+    waiter = Waiter()
+    links = PeerLinks(context, waiter, keys=None)
+    peer = Peer(context, links, epoch=1)
+    peer.send(AbortRoom(room=RoomId("D1", 1), epoch=1), PeerPong(epoch=1, seq=7))
+    address, down = next(wait_for_one(links, waiter))
+    assert isinstance(down, LinkDown)
+    assert (address, down.epoch) == (peer.address, 1)
+    assert down.reason.startswith("it sent no message: ")
+    links.close(address)
     assert list(links.receive()) == []
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from pdserve.engine.schedule_batch import ScheduleBatch
 from pdserve.messages.node import CallReply, GetRequestState
+from pdserve.messages.peer import PeerToDecode, PeerWelcome
 from pdserve.runtime.errors import BrokenInvariantError
+from pdserve.transfer.decode_rooms import MAX_RETRY_S
 
 from .cluster import Pair, prompt_of
 
@@ -71,6 +73,31 @@ def test_a_first_token_that_decode_fails_to_take(pair_of_checks: Pair) -> None:
         patch.setattr(pair.decode, "check", lambda: None)
         pair.run()
     fails_alone(pair, "transfer_failed", retriable=True)
+
+
+def test_a_welcome_that_decode_fails_to_take(pair_of_checks: Pair) -> None:
+    """The peer goes on answering pings: the epoch ends at once, or it would wait for a second welcome."""
+    pair = pair_of_checks
+    on_message = pair.decode.rooms.on_message
+
+    def faulty(address: str, message: PeerToDecode, now: float) -> Any:  # noqa: ANN401
+        if isinstance(message, PeerWelcome):
+            raise KeyError("x")
+        return on_message(address, message, now)
+
+    pair.network.cut()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair.decode.rooms, "on_message", faulty)
+        patch.setattr(pair.decode, "check", lambda: None)
+        pair.advance(0.5)
+    (peer,) = pair.decode.rooms.peers()
+    assert "peer_welcome failed here: KeyError: 'x'" in peer.reason
+    for containment in pair.decode.containments:
+        containment.num_faults = 0
+    pair.advance(MAX_RETRY_S)
+    pair.start("after", GOOD)
+    pair.finish()
+    pair.check_answer("after", GOOD, 4)
 
 
 def test_a_question_that_raises_is_answered(pair_of_checks: Pair) -> None:

@@ -37,7 +37,14 @@ from pdserve.transfer.actions import (
     RoomEnded,
     SendToPrefill,
 )
-from pdserve.transfer.decode_rooms import BUSY_SILENCE_S, MAX_RETRY_S, DecodeRooms, PeerState, RoomState
+from pdserve.transfer.decode_rooms import (
+    BUSY_SILENCE_S,
+    CONNECT_S,
+    MAX_RETRY_S,
+    DecodeRooms,
+    PeerState,
+    RoomState,
+)
 
 if TYPE_CHECKING:
     from .conftest import Factory
@@ -212,6 +219,17 @@ def test_every_state_of_a_peer_ends_by_itself(node: Node) -> None:
     assert node.rooms.moves_on_at()[P] - node.now <= BUSY_SILENCE_S
     opened = of(OpenLink, node.run(BUSY_SILENCE_S + MAX_RETRY_S, peer_answers=False))
     assert opened == [OpenLink(P, epoch + 2)]
+
+
+def test_a_peer_that_answers_pings_and_never_welcomes_is_left(make: Factory) -> None:
+    node = Node(make)
+    node.rooms.add_peer(P, node.now)
+    node.run(CONNECT_S - 1.0)
+    (peer,) = node.rooms.peers()
+    assert peer.state is PeerState.CONNECTING
+    node.run(1.0)
+    (peer,) = node.rooms.peers()
+    assert (peer.state, peer.reason) == (PeerState.WAITING, "no welcome within 300 s")
 
 
 def test_a_held_loop_does_not_take_its_own_pause_for_silence(node: Node) -> None:
@@ -554,6 +572,22 @@ def test_a_new_incarnation_frees_nothing_and_cannot_speak_for_the_old_one(node: 
     assert aborts(node.run(30.0)) == []
     (view,) = node.rooms.peers()
     assert (view.incarnation, view.num_quarantined_pages) == ("P2", 3)
+
+
+def test_a_process_whose_memory_came_back_is_asked_what_it_wrote_before(node: Node) -> None:
+    """It has another incarnation, and no room any more: it says so, and the pages settle."""
+    room = node.open()
+    lose(node)
+    assert aborts(node.welcome("P1~1")) == [room]
+    node.on(Drained(room=room, epoch=node.epoch, clean=False))
+    assert node.rooms.state_of(room) is RoomState.SETTLING
+
+
+def test_the_death_of_a_process_is_that_of_all_its_incarnations(node: Node) -> None:
+    room = node.open()
+    lose(node)
+    node.rooms.peer_death_proven("P1~2", node.now)
+    assert node.rooms.state_of(room) is RoomState.SETTLING
 
 
 def test_a_proven_death_still_settles(node: Node) -> None:

@@ -329,6 +329,31 @@ def test_requests_at_or_below_the_mark_are_ignored(node: Node) -> None:
     node.open(6)
 
 
+@pytest.mark.parametrize("epoch", [5, 2**63 - 1])
+def test_who_spoke_in_a_decode_nodes_name_keeps_it_out_no_longer_than_it_speaks(
+    node: Node, epoch: int
+) -> None:
+    """It named the highest epoch and the highest counter there can be."""
+    node.on(node.make.hello(epoch=epoch), LINK2)
+    node.on(AbortRoom(room=node.make.request(2**63 - 1).room, epoch=epoch), LINK2)
+    assert node.on(node.make.hello(epoch=2), LINK) == []
+    node.now += SILENCE_S
+    node.rooms.tick(node.now)
+    node.connect(LINK, epoch=3)
+    request = node.make.request(1, epoch=3)
+    assert node.on(request) == [AdmitRoom(request)]
+
+
+def test_pings_do_not_keep_a_link_whose_contact_ping_was_not_answered(make: Factory) -> None:
+    node = Node(make)
+    node.on(make.hello())
+    for _ in range(2 * int(SILENCE_S)):
+        node.now += 0.5
+        node.on(PeerPing(epoch=1, seq=1))
+        node.rooms.tick(node.now)
+    assert node.rooms.peers() == []
+
+
 def test_marks_of_decode_incarnations_are_apart(node: Node) -> None:
     node.open(5)
     node.connect(LINK2, incarnation="D2")
