@@ -129,16 +129,17 @@ class TextRun:
             async with contextlib.aclosing(source) as arrivals:
                 yield arrivals
         finally:
-            for job in self._jobs:
+            async for job in spaced(self._jobs):
                 self._serving.timelines.end(job.spec.request_id)
 
     async def _run(self, prompt: int) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
         spec = self._jobs[prompt].spec
-        self._laps.lap("prepare")
+        laps = self._laps.branch()
+        laps.lap("prepare")
         log = self._serving.request_log.begins(spec)
-        generation = await self._serving.generator.generate(spec, self._laps.client)
+        generation = await self._serving.generator.generate(spec, laps.client)
         self._generations[prompt] = generation
-        self._serving.timelines.start(spec, generation.info, self._laps)
+        self._serving.timelines.start(spec, generation.info, laps)
         try:
             async for delta in generation:
                 log.take(delta)
@@ -157,16 +158,17 @@ class TextRun:
 
         running: set[asyncio.Task[None]] = set()
 
-        def run(work: Coroutine[Any, Any, None]) -> None:
+        def run(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
             task = asyncio.create_task(work)
             running.add(task)
             task.add_done_callback(arrivals.put_nowait)
+            return task
 
         async def start() -> None:
             async for prompt in spaced(range(len(self._jobs))):
                 run(forward(prompt))
 
-        run(start())
+        starting = run(start())
         try:
             while running:
                 arrival = await arrivals.get()
@@ -176,10 +178,15 @@ class TextRun:
                 else:
                     yield arrival
         finally:
-            for task in running:
-                task.cancel()
-            if running:
-                await asyncio.wait(running)
+            starting.cancel()
+            try:
+                async for task in spaced(tuple(running)):  # what runs for a prompt is stopped on every node
+                    task.cancel()
+            finally:
+                for task in running:  # all of them, also where this is cancelled once more
+                    task.cancel()
+                if running:
+                    await asyncio.wait(running)
 
     def usage(self) -> Usage:
         num_prompt_tokens = sum(len(job.spec.prompt_ids) for job in self._jobs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
@@ -52,6 +53,12 @@ class Laps:
         now = self.clock.now()
         self.spans.append(self.clock.span(name, self.reached, now))
         self.reached = now
+
+    def branch(self) -> Laps:
+        """Of one of the generations that begin here: what is lapped on it is not the others'."""
+        branch = copy(self)
+        branch.spans = [*self.spans]
+        return branch
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class Input:
     name: str
     path: str
     body: Callable[[], bytes]
+    leaves_after_s: float = 0.0  # the client closes its connection then; 0: it waits for the answer
 
 
 def body_of(**fields: object) -> Callable[[], bytes]:
@@ -84,6 +85,12 @@ INPUTS = [
     Input("49,000 lists of ids", COMPLETIONS, listed("prompt", b"[7]", 49_000)),
     Input("990 lists of 1,000 ids", COMPLETIONS, listed("prompt", json.dumps(ids(1000)).encode(), 990)),
     Input(
+        "990 lists of 1,000 ids, client leaves",
+        COMPLETIONS,
+        listed("prompt", json.dumps(ids(1000)).encode(), 990),
+        leaves_after_s=5.0,
+    ),
+    Input(
         "10^6 names",
         COMPLETIONS,
         lambda: b'{"prompt":"a","logit_bias":{%b}}' % b",".join(b'"%d":1' % i for i in range(1_000_000)),
@@ -96,6 +103,11 @@ INPUTS = [
         "1,024 prompts, 1,000 biases",
         COMPLETIONS,
         body_of(prompt=["a"] * 1024, max_tokens=1, logit_bias={str(i): 1 for i in range(1000)}),
+    ),
+    Input(
+        "1,024 prompts, timeline",
+        COMPLETIONS,
+        body_of(prompt=["a"] * 1024, max_tokens=1, timeline=True),
     ),
     Input("1,024 embeddings", "/v1/embeddings", body_of(input=["a b c"] * 1024)),
     Input(
@@ -133,12 +145,15 @@ INPUTS = [
 ]
 
 
-def post(url: str, path: str, body: bytes) -> str:
+def post(url: str, wanted: Input, body: bytes) -> str:
     """What came of it, in a word or two."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=300.0)
     try:
-        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        connection.request("POST", wanted.path, body, {"Content-Type": "application/json"})
+        if wanted.leaves_after_s:
+            time.sleep(wanted.leaves_after_s)
+            return "left"
         answer = connection.getresponse()
         num_bytes = 0
         while piece := answer.read(1 << 20):
@@ -261,7 +276,7 @@ def measured(cluster: LocalCluster, wanted: Input | None) -> Run:
         time.sleep(5.0)
         outcome = ""
     else:
-        outcome = post(cluster.url, wanted.path, body)
+        outcome = post(cluster.url, wanted, body)
     took_s = time.perf_counter() - began
     time.sleep(0.5)
     ours.send(None)

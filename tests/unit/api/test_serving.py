@@ -206,6 +206,12 @@ async def test_the_trace_that_a_client_names_goes_with_the_timeline(api: Api) ->
         assert (timeline.traceparent, timeline.tracestate) == (parent, "vendor=1")
 
 
+async def test_a_prompt_of_a_batch_has_its_own_timeline(api: Api) -> None:
+    await api.post("/v1/completions", {"prompt": ["The"] * 5})
+    for timeline in api.exported:
+        assert [span.name for span in timeline.spans].count("prepare") == 1
+
+
 async def test_a_timeline_is_kept_after_the_end_of_its_request(api: Api) -> None:
     await api.post("/v1/completions", {"prompt": "The", "rid": "mine"})
     await api.stream("/generate", {"text": "The", "stream": True, "rid": "other"})
