@@ -326,8 +326,9 @@ class RouterService:
             if pairs:
                 generation.record.settle_length(self._nodes.num_kv_tokens())
             decision: PairingDecision = NoPair()
-            with self._contained("dispatch", ticket.request_id):
-                decision = self._choose(ticket, generation.record, pairs, now)
+            if pairs:  # else the whole queue is gone through, which must take no time
+                with self._contained("dispatch", ticket.request_id):
+                    decision = self._choose(ticket, generation.record, pairs, now)
             match decision:
                 case Chosen():
                     with self._contained("dispatch", ticket.request_id):
@@ -496,9 +497,12 @@ class RouterService:
     def on_stream(self, message: StreamMessage) -> None:
         now = self._clock()
         if isinstance(message, TokenOutputs):
+            makes_room = False
             for output in message.outputs:
                 with self._contained("tokens", output.request_id):
-                    self._on_tokens(output, now)
+                    makes_room |= self._on_tokens(output, now)
+            if makes_room:  # once for all of them: each time the whole queue may be looked through
+                self._dispatch(now)
         else:
             with self._contained("attempt_failed", message.request_id):
                 self._fail_attempt(message, now)
@@ -516,35 +520,34 @@ class RouterService:
 
         return self.containment.around(kind, give_up)
 
-    def _on_tokens(self, output: TokenOutput, now: float) -> None:
+    def _on_tokens(self, output: TokenOutput, now: float) -> bool:
+        """Whether a node has room for more by it: a prompt is prefilled, or a choice has ended."""
         attempt = self._ledger.get(output.request_id, output.attempt)
         if attempt is None:  # late: of an attempt that failed, or of a request that ended
-            return
+            return False
         generation = self._generations[output.request_id]
         taken = generation.record.on_tokens(output, now)
         if taken is None:
-            return
+            return False
         if isinstance(taken, ResendFrom):
             self.counters.num_resends += 1
             self._cluster.send(attempt.pair.decode, taken)
-            return
+            return False
         self.counters.num_tokens += len(taken.token_ids)
         generation.push(taken)
-        if attempt.awaits_first_token:
+        is_first = attempt.awaits_first_token
+        if is_first:
             self._queue.answered(output.request_id, now)
             attempt.since = now
             self._ledger.first_token(attempt)
-            self._dispatch(now)
-        if taken.finish_reason is not None:
-            self._remember_answer(attempt, generation.record, taken.choice)
-            self._choice_ended(generation, attempt, now)
-
-    def _choice_ended(self, generation: RoutedGeneration, attempt: Attempt, now: float) -> None:
+        if taken.finish_reason is None:
+            return is_first
+        self._remember_answer(attempt, generation.record, taken.choice)
         if not attempt.open_choices:
             self._close_attempt(attempt, "ok")
         if generation.record.done:
             self._end(generation)
-        self._dispatch(now)
+        return True
 
     def _fail_attempt(self, failure: AttemptFailed, now: float) -> None:
         """Queue what is to be tried again; whoever calls dispatches."""

@@ -1577,3 +1577,49 @@ async def test_f1_a_node_with_other_files_is_told_of_once_by_name(
     assert (await bench.service.register_worker(decode.entry.url, decode.entry)).success
     (warning,) = [text for text in caplog.messages if "differs" in text]
     assert warning.startswith("decode node http://d differs from this router in tokenizer.json: ")
+
+
+# ---- large requests -------------------------------------------------------------------------------------
+
+
+async def test_a_message_of_many_outputs_has_the_queue_looked_through_once(
+    bench: Bench, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 0
+    service = bench.service
+    generation = await service.generate(spec("a", num_choices=50, max_tokens=1))
+    service._queue.hold()
+    waiting = asyncio.create_task(service.generate(spec("b")))
+    await asyncio.sleep(0)
+    looks, due = [], service._queue.due
+    monkeypatch.setattr(service._queue, "due", lambda now: looks.append(now) or due(now))
+    output = TokenOutput(
+        request_id="a",
+        attempt=decode.requests()[0].attempt,
+        choice=0,
+        position=0,
+        token_ids=(1,),
+        weight_version="v1",
+        finish=Finish(reason="length"),
+    )
+    outputs = tuple(msgspec.structs.replace(output, choice=choice) for choice in range(50))
+    decode.emit(TokenOutputs(outputs=outputs))
+    assert len(looks) == 1
+    assert await read(generation) == {choice: [1] for choice in range(50)}
+    waiting.cancel()
+
+
+async def test_without_pairs_none_is_chosen_for_each_request_that_waits(
+    bench: Bench, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.start()
+    service, asked = bench.service, []
+    monkeypatch.setattr(service, "_choose", lambda ticket, *_: asked.append(ticket))
+    waiting = [asyncio.create_task(service.generate(spec(f"r{number}"))) for number in range(3)]
+    await asyncio.sleep(0)
+    service.tick()
+    assert [ticket.waits_for for ticket in service._queue] == ["a ready pair of nodes"] * 3
+    assert asked == []
+    for each in waiting:
+        each.cancel()
