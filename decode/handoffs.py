@@ -254,8 +254,10 @@ class Handoffs:
             self._fail(handoff.request, action.code, action.reason, retriable=action.retriable)
 
     def _contained(self, address: str, message: PeerToDecode, now: float) -> AbstractContextManager[None]:
-        """What raises in handling it ends its hand-off, and nothing else. What was about no room was about the
-        epoch."""
+        """What raises in handling it ends its hand-off, and nothing else.
+
+        What was about no room was about the epoch.
+        """
 
         def give_up(why: str) -> None:
             room = head_of(message).room

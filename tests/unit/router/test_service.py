@@ -1592,8 +1592,14 @@ async def test_a_message_of_many_outputs_has_the_queue_looked_through_once(
     service._queue.hold()
     waiting = asyncio.create_task(service.generate(spec("b")))
     await asyncio.sleep(0)
-    looks, due = [], service._queue.due
-    monkeypatch.setattr(service._queue, "due", lambda now: looks.append(now) or due(now))
+    looks: list[float] = []
+    due = service._queue.due
+
+    def looked_through(now: float) -> Any:  # noqa: ANN401
+        looks.append(now)
+        return due(now)
+
+    monkeypatch.setattr(service._queue, "due", looked_through)
     output = TokenOutput(
         request_id="a",
         attempt=decode.requests()[0].attempt,
