@@ -131,7 +131,7 @@ class Node:
             node = nodes.DecodeNode(place, inbox, NoLinks(), settings, clock=lambda: self._now)
         assert isinstance(node.engine, ReadyEngine)
         self._engine = node.engine
-        self._step = node.scheduler.step
+        self._step = node.loop.step
         inbox.messages += [(CLIENT, request(number, max_tokens)) for number in range(num_running)]
         for _ in range(MOST_STEPS_TO_START):
             self.step_s()
