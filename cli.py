@@ -23,7 +23,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from .api.version import VERSION
 from .runtime.cluster_secret import new_secret
 from .runtime.config import (
     DEFAULT_PORTS,
@@ -54,6 +53,7 @@ from .runtime.process import (
 )
 from .runtime.supervisor import Child, Supervisor
 from .runtime.tls import TlsFiles, Trust
+from .runtime.version import VERSION
 
 _READY_TIMEOUT_S = 600.0
 _MAX_NICE = 19  # of Linux
@@ -290,7 +290,7 @@ def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _node_front(given: dict[str, Any]) -> int:
     configure_logging(f"{given['role']}-front", given["log_level"], given["log_format"])
-    from .api.node_front import run_node_front
+    from .front.main import run_node_front
 
     return run_node_front(
         zmq_address=given["zmq_address"],
@@ -315,7 +315,7 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tp_worker(given: dict[str, Any]) -> int:
     configure_logging(f"{given['role']}-{given['rank']}", given["log_level"], given["log_format"])
-    from .components.rank_worker import run_rank
+    from .ranks.worker import run_rank
 
     end_now(run_rank(socket.socket(fileno=given["pipe_fd"])))
 

@@ -10,7 +10,8 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from ..runtime.process import NO_KEYS, AccessKeys
-from .admin import (
+from ..runtime.version import VERSION
+from .control.admin import (
     AbortRequest,
     AssertPeerDeathRequest,
     ClusterRoutes,
@@ -19,21 +20,27 @@ from .admin import (
     PauseRequest,
     RegisterRequest,
 )
-from .embeddings import (
+from .control.operations import OperationRoutes, Operator
+from .control.weights import WeightAdmin, WeightRoutes, weight_operations
+from .generation import ClusterAdmin, ClusterView, Generator, ModelCard, Sessions
+from .http.answer_counts import HttpAnswers
+from .http.in_flight import InFlightRequests
+from .http.membership_guard import MembershipGuard
+from .http.metrics import HttpMetrics
+from .http.mounting import GET, POST, Operation, make_app
+from .http.openapi import Bodies, reports
+from .http.validation import GenerationDefaults, Limits
+from .surfaces.chat import ChatCompletions
+from .surfaces.completions import Completions
+from .surfaces.embeddings import (
     EmbeddingAnswer,
     EmbeddingRequest,
     Embeddings,
     EncodeAnswer,
     EncodeRequest,
 )
-from .generation import ClusterAdmin, ClusterView, Generator, ModelCard, Sessions
-from .http_answers import HttpAnswers
-from .http_metrics import HttpMetrics
-from .in_flight import InFlightRequests
-from .membership_guard import MembershipGuard
-from .mounting import GET, POST, Operation, make_app
-from .native import Native
-from .native_types import (
+from .surfaces.native import Native
+from .surfaces.native_types import (
     CloseSessionRequest,
     DetokenizeAnswer,
     DetokenizeRequest,
@@ -43,20 +50,13 @@ from .native_types import (
     TokenizeAnswer,
     TokenizeRequest,
 )
-from .openai_chat import ChatCompletions
-from .openai_completions import Completions
-from .openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
-from .openapi import Bodies, reports
-from .operations import OperationRoutes, Operator
-from .request_log import RequestLog
-from .sessions import SessionRoutes
-from .text_run import Serving
-from .timelines import Timelines
-from .tokenization import Tokenizer
-from .tokens import TokenRoutes
-from .validation import GenerationDefaults, Limits
-from .version import VERSION
-from .weights import WeightAdmin, WeightRoutes, weight_operations
+from .surfaces.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
+from .surfaces.sessions import SessionRoutes
+from .surfaces.tokens import TokenRoutes
+from .text.request_log import RequestLog
+from .text.run import Serving
+from .text.timelines import Timelines
+from .text.tokenization import Tokenizer
 
 
 def build_router_app(

@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 
-from ..engine.model_config import ModelConfig
 from ..messages.timeline import Span, covered_s
+from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
 from .local_cluster import LocalCluster
 

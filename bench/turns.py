@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.model_config import ModelConfig
+from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
 from .handoff import ask
 from .local_cluster import LocalCluster

@@ -7,11 +7,7 @@ import time
 
 import zmq
 
-from ..components.control_assembly import make_control
-from ..components.crash_hook import CrashHook, kill_this_process
 from ..components.load_inquirer import LoadInquirer
-from ..components.loaded_model import LoadedModel
-from ..components.node_process import run, start_node
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
@@ -20,11 +16,15 @@ from ..messages.channel import ServerChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.node import AttemptFailed, ClientToNode, TokenOutputs
 from ..messages.timeline import SpanClock
+from ..node.control_assembly import make_control
+from ..node.crash_hook import CrashHook, kill_this_process
 from ..node.loop import RoleLoop
+from ..node.process import run, start_node
 from ..runtime.config import NodeConfig
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.decode_rooms import DecodeRooms
 from ..transfer.page_digests import DigestWorker
+from ..weights.loaded import LoadedModel
 from .death_probe import DeathProbe
 from .growth_estimate import GrowthEstimate
 from .handoffs import Handoffs

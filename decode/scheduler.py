@@ -26,9 +26,6 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from ..components.loaded_model import LoadedModel
-from ..components.node_control import NodeControl
-from ..components.node_status import NodeStatus
 from ..components.output_streamer import StreamKey
 from ..engine.forward_batch import ForwardOutput
 from ..messages.memory_region import MemoryRegion
@@ -42,6 +39,9 @@ from ..messages.node import (
 )
 from ..messages.operation import CloseSession
 from ..messages.peer import PeerIdentity
+from ..node.control import NodeControl
+from ..node.status import NodeStatus
+from ..weights.loaded import LoadedModel
 from .handoffs import Handoffs
 from .local_prefill import LocalPrefillPolicy
 from .outputs import Outputs

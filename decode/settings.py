@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..components.live_settings import LiveSettings, Setting
 from ..messages.operation import SettingValue
+from ..node.live_settings import LiveSettings, Setting
 from .growth_estimate import GrowthEstimate
 from .local_prefill import LocalPrefillPolicy
 

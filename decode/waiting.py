@@ -9,14 +9,14 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from ..components import request_limits
-from ..components.loaded_model import LoadedModel
 from ..components.metrics_reporter import MetricsReporter
-from ..components.node_control import NodeControl
-from ..components.node_status import NodeStatus
 from ..components.output_streamer import StreamKey
 from ..messages.node import FailureCode, GenerateRequest
 from ..messages.timeline import SpanClock
+from ..node.control import NodeControl
+from ..node.status import NodeStatus
 from ..runtime.config import HIDDEN_STATES_FLAG
+from ..weights.loaded import LoadedModel
 from .admission import OVERTAKING_LIMIT_S, Capacity, choose_admitted
 from .growth_estimate import GrowthEstimate
 from .limits import DecodeLimits

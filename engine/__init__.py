@@ -2,5 +2,4 @@
 
 A step: the loop builds a `ForwardBatch` from a `ScheduleBatch`, `EngineThread.submit`s it and goes on; the
 thread runs `ModelRunner.forward`; `EngineThread.poll` gives the `ForwardOutput`.
-Nothing is imported here: ``model_config`` is read by processes that have no torch.
 """

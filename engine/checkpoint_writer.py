@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
-from .model_config import ModelConfig
 from .weights import FINGERPRINT_FILE, weights_digest
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from .model_config import ModelConfig
+from ..models.config import ModelConfig
 from .tensor_parallel import WHOLE, Shard
 from .weights import Weights, fuse_weights, tensor_shapes
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..kernels.paged_attention import AttentionPlan, AttentionRow, grouping_key, plan_attention
 from ..messages.kv_layout import KVLayout
 from ..messages.sampling import TokenLogprob
+from ..models.config import ModelConfig
 from .kv_pool import TORCH_DTYPES
-from .model_config import ModelConfig
 from .sampling_batch import Entry, SamplingBatch
 from .schedule_batch import ScheduleBatch, ScheduledRow
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..messages.sampling import TokenLogprob
+from ..models.config import ModelConfig
+from .decoder import Decoder
 from .forward_batch import (
     ForwardBatch,
     ForwardOutput,
@@ -18,8 +20,6 @@ from .forward_batch import (
     SampledToken,
 )
 from .kv_pool import KVPool
-from .model_config import ModelConfig
-from .models.decoder import Decoder
 from .operators import EAGER, Operators
 from .sampler import sample, token_logprobs
 from .tensor_parallel import RankCollective

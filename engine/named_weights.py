@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..messages.kv_layout import kv_heads_of_rank
-from .model_config import ModelConfig
+from ..models.config import ModelConfig
 from .tensor_parallel import Shard
 from .weights import LayerWeights, Weights, is_finite, tensor_shapes, warn_of_broken
 

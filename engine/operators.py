@@ -30,8 +30,8 @@ from ..kernels.paged_attention.deterministic import BLOCK, ROWS, attend
 from ..kernels.rms_norm import deterministic_rms_norm, rms_norm
 from ..kernels.rotary import deterministic_rotary_, rotary_
 from ..kernels.silu_and_mul import deterministic_silu_and_mul, silu_and_mul
+from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
-from .model_config import ModelConfig
 from .weights import Weights
 
 

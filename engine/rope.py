@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .model_config import RopeConfig
+from ..models.config import RopeConfig
 
 
 class RotaryAngles:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, FileStore, GatherOptions, ProcessGroupGloo
 
 from ..messages.kv_layout import heads_divide, kv_heads_of_rank
+from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
-from .model_config import ModelConfig
 
 _JOIN_S = 120.0
 # No collective ends by a clock of its own: whether a rank hangs is for rank 0's loop to say.

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
 from .load_progress import LoadProgress
-from .model_config import ModelConfig
 from .tensor_parallel import WHOLE, Shard
 
 _log = logging.getLogger(__name__)

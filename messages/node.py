@@ -235,7 +235,7 @@ class GetRequestState(msgspec.Struct, frozen=True, kw_only=True, tag="get_reques
     request_id: Name
 
 
-# What prefill and decode nodes answer alike (`components/node_control.py`).
+# What prefill and decode nodes answer alike (`node/control.py`).
 ControlMessage: TypeAlias = (
     FlushCache
     | StageWeights

@@ -23,12 +23,8 @@ from typing import Generic, Protocol, TypeAlias, TypeVar, assert_never
 import msgspec
 
 from ..components.invariant_checker import IdleCheck
-from ..components.loop_times import LoopTimes
 from ..components.metrics_reporter import MetricsReporter
-from ..components.node_control import ControlCall, ControlResult, NodeControl
-from ..components.node_status import NodeStatus
 from ..components.request_receiver import RequestReceiver, refusals
-from ..components.weight_updater import C, Prepared
 from ..engine.engine_thread import JobResult
 from ..engine.forward_batch import ForwardOutput
 from ..messages.malformed import head_of
@@ -39,6 +35,10 @@ from ..messages.peer import PeerIdentity
 from ..messages.weights import PrepareWeights
 from ..runtime.containment import PROCESS_FAULTS, Containment, nobody_waits
 from ..runtime.pause_gate import PauseGate
+from ..weights.updater import C, Prepared
+from .control import ControlCall, ControlResult, NodeControl
+from .loop_times import LoopTimes
+from .status import NodeStatus
 
 # Reading a checkpoint can hold the interpreter's lock for long stretches.
 _LOADING_S = 120.0

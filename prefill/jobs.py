@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from ..components import request_limits
 from ..components.invariant_checker import check_idle
-from ..components.node_status import NodeStatus
 from ..components.page_allocator import PageAllocator, PageCounts
 from ..components.prefix_cache import PrefixCache
 from ..components.prompt_job import PromptJob
@@ -21,6 +20,7 @@ from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
 from ..messages.kv_layout import KVLayout
 from ..messages.peer import PrefillRequest, RoomId
 from ..messages.timeline import SpanClock
+from ..node.status import NodeStatus
 from ..runtime.config import HIDDEN_STATES_FLAG
 from ..runtime.containment import Containment
 from .batching import next_chunks

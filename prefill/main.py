@@ -8,10 +8,7 @@ from collections.abc import Sequence
 
 import zmq
 
-from ..components.control_assembly import make_control
 from ..components.load_inquirer import LoadInquirer
-from ..components.loaded_model import LoadedModel
-from ..components.node_process import run, start_node
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
@@ -19,10 +16,13 @@ from ..messages.channel import ServerChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.memory_region import MemoryRegion
 from ..messages.timeline import SpanClock
+from ..node.control_assembly import make_control
 from ..node.loop import RoleLoop
+from ..node.process import run, start_node
 from ..runtime.config import NodeConfig
 from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
+from ..weights.loaded import LoadedModel
 from .jobs import PrefillJobs
 from .last_chunk import LastChunk
 from .limits import PrefillLimits

@@ -23,9 +23,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from ..components.load_inquirer import LoadInquirer
-from ..components.loaded_model import LoadedModel
 from ..components.metrics_reporter import MetricsReporter
-from ..components.node_control import NodeControl
 from ..components.request_receiver import refusals
 from ..engine.forward_batch import ForwardOutput, RowOutput
 from ..messages.malformed import head_of
@@ -51,9 +49,11 @@ from ..messages.peer import (
     SampledFirstToken,
 )
 from ..messages.timeline import SpanClock
+from ..node.control import NodeControl
 from ..transfer.actions import AdmitRoom, PrefillAction, ReleaseRoom
 from ..transfer.page_digests import Digests, DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
+from ..weights.loaded import LoadedModel
 from .job import JobState, PrefillJob
 from .jobs import PrefillJobs
 from .limits import PrefillLimits

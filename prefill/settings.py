@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..components.live_settings import LiveSettings, Setting
 from ..messages.operation import SettingValue
+from ..node.live_settings import LiveSettings, Setting
 from .limits import PrefillLimits
 
 

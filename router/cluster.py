@@ -12,9 +12,9 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..api.entry_lookup import EntryLookup, NoNodeError
 from ..api.generation import AdminReply, ModelCard
-from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
+from ..links.entry_lookup import EntryLookup, NoNodeError
+from ..links.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
 from ..runtime.containment import Containment, nobody_waits
 from ..runtime.errors import RequestError

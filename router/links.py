@@ -1,6 +1,7 @@
 """The narrow view that the router has of the outside: connections to nodes.
 
-`pdserve.api.node_client.NodeClient` is the link of real processes; tests and the simulation bring their own.
+`pdserve.links.node_client.NodeClient` is the link of real processes; tests and the simulation bring
+their own.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Protocol
 
 import zmq.asyncio
 
-from ..api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
-from ..api.node_client import NodeClient
+from ..links.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
+from ..links.node_client import NodeClient
 from ..messages.link_guard import LinkKeys
 
 

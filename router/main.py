@@ -14,18 +14,18 @@ import zmq.asyncio
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ..api.app import build_router_app
-from ..api.entry_lookup import HttpEntryLookup
 from ..api.generation import ModelCard
-from ..api.in_flight import InFlightRequests
-from ..api.request_log import RequestLog
-from ..api.server import serve
-from ..api.timelines import Timelines
-from ..api.tokenization import Tokenizer
-from ..api.validation import GenerationDefaults, Limits
-from ..engine.model_config import read_vocabulary_digest
-from ..engine.model_paths import ModelPaths
+from ..api.http.in_flight import InFlightRequests
+from ..api.http.server import serve
+from ..api.http.validation import GenerationDefaults, Limits
+from ..api.text.request_log import RequestLog
+from ..api.text.timelines import Timelines
+from ..api.text.tokenization import Tokenizer
+from ..links.entry_lookup import HttpEntryLookup
 from ..messages.link_guard import LinkKeys
 from ..messages.timeline import SpanClock
+from ..models.config import read_vocabulary_digest
+from ..models.paths import ModelPaths
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
 from ..runtime.listen import bind_unix, http_url, is_loopback

@@ -9,16 +9,16 @@ from typing import Any
 
 import msgspec
 
+from ..api.control.operations import ProfileOutcome
 from ..api.generation import AdminReply
-from ..api.node_calls import NodeCalls, NodeUnavailableError
-from ..api.operations import ProfileOutcome
+from ..links.node_calls import NodeCalls, NodeUnavailableError
 from ..messages.node import CallReply
 from ..messages.operation import SETTINGS, ClusterOperation, ProfileReply, SetInternalState, StartProfile
 from ..runtime.chrome_trace import NodeTrace, merge_traces
 from ..runtime.errors import RequestError
 from .cluster import Cluster
 from .registry import NodeRecord
-from .weight_rollout import ask_all
+from .updates.rollout import ask_all
 
 _CALL_TIMEOUT_S = 5.0
 _START_PROFILE_TIMEOUT_S = 60.0  # the first time torch's profiler loads its library, behind a running forward

@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
 
-from ..api.entry_lookup import EntryLookup
 from ..api.generation import (
     AdminReply,
     GenerateSpec,
@@ -36,7 +35,8 @@ from ..api.generation import (
     TurnParams,
     UpdateMode,
 )
-from ..api.node_calls import StreamMessage
+from ..links.entry_lookup import EntryLookup
+from ..links.node_calls import StreamMessage
 from ..messages.node import (
     AttemptFailed,
     CancelRequest,
@@ -74,10 +74,10 @@ from .pairing import (
 from .prefix_index import DEFAULT_MAX_PAGES, PrefixIndex
 from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, NodeRestarted, NodeSilent
 from .sessions import SessionTable
+from .updates.coordinator import WeightUpdates
+from .updates.rollout import Traffic, ask_all
 from .view import NODE_CALL_TIMEOUT_S, RouterView
 from .waiting import until
-from .weight_rollout import Traffic, ask_all
-from .weight_updates import WeightUpdates
 
 log = logging.getLogger(__name__)
 

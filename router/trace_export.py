@@ -14,10 +14,10 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
-from ..api.timelines import Timeline
-from ..api.version import VERSION
+from ..api.text.timelines import Timeline
 from ..messages.timeline import OVERLAPPING, Span
 from ..runtime.errors import StartupError
+from ..runtime.version import VERSION
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -13,7 +13,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from ..api.generation import ModelCard, WorkerStatus
-from ..api.node_calls import NodeCalls, NodeUnavailableError
+from ..links.node_calls import NodeCalls, NodeUnavailableError
 from ..runtime.metric_aliases import exposition
 from .cluster import Cluster
 from .metrics import RouterCollector, RouterCounters, RouterGauges

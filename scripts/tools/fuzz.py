@@ -41,8 +41,8 @@ import psutil
 import zmq
 from msgspec import inspect
 
-from pdserve.api.member_calls import MemberCalls
 from pdserve.bench.local_cluster import LocalCluster
+from pdserve.front.member_calls import MemberCalls
 from pdserve.messages.channel import ServerChannel
 from pdserve.messages.link_guard import LinkKeys
 from pdserve.messages.node import (

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdserve.engine.kv_pool import TORCH_DTYPES
-from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.weights import tensor_shapes
+from pdserve.models.config import ModelConfig
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)  # ids 0, 1, 2

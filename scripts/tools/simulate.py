@@ -18,9 +18,9 @@ import sys
 import time
 from collections.abc import Iterator
 
-from pdserve.bench.simulation.mutants import MUTANTS, Mutant
-from pdserve.bench.simulation.runner import Caught, Result, run_seed, shrink, try_mutant
-from pdserve.bench.simulation.situations import Statistics
+from pdserve.simulation.mutants import MUTANTS, Mutant
+from pdserve.simulation.runner import Caught, Result, run_seed, shrink, try_mutant
+from pdserve.simulation.situations import Statistics
 
 MAX_SHRUNK = 3  # of many failing seeds, so many are made small
 MUTANT_SEEDS = 1000

@@ -19,16 +19,16 @@ from unittest import mock
 
 import msgspec
 
-from pdserve.bench.simulation import nodes
-from pdserve.bench.simulation.engine import FakeEngine
-from pdserve.bench.simulation.nodes import Place, Settings
-from pdserve.bench.simulation.tokens import PAGE_SIZE
 from pdserve.decode.peer_links import LinkDown
 from pdserve.engine.forward_batch import ForwardOutput, RowOutput, SampledToken
 from pdserve.engine.schedule_batch import ScheduleBatch
 from pdserve.messages.node import ClientToNode, GenerateRequest
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill
 from pdserve.messages.sampling import SamplingParams
+from pdserve.simulation import nodes
+from pdserve.simulation.engine import FakeEngine
+from pdserve.simulation.nodes import Place, Settings
+from pdserve.simulation.tokens import PAGE_SIZE
 
 CLIENT = b"router"
 NUM_PROMPT_TOKENS = 16

@@ -45,9 +45,9 @@ class Stack:
 '''
 # By folder. All others are of the nodes.
 PARTS = {
-    "api": ("api",),
+    "api": ("api", "links", "front"),
     "router": ("router",),
-    "engine": ("engine", "kernels"),
+    "engine": ("engine", "kernels", "models"),
     "messages, runtime": ("messages", "runtime"),
 }
 REST = "both schedulers"

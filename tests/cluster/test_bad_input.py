@@ -6,7 +6,7 @@ import http.client
 import json
 from urllib.parse import urlsplit
 
-from pdserve.api.validation import Limits
+from pdserve.api.http.validation import Limits
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.tests.bad_input_cases import BadInput, bad_input_cases
 from pdserve.tests.cluster.helpers import Stream, random_ids, slowed, stream_all

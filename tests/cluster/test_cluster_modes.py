@@ -209,6 +209,6 @@ def test_the_running_router_has_no_torch(cluster: LocalCluster) -> None:
 
 
 def test_the_router_imports_neither_torch_nor_transformers() -> None:
-    modules = "pdserve.router.main, pdserve.api.node_front, pdserve.bench.serve"
+    modules = "pdserve.router.main, pdserve.front.main, pdserve.bench.serve"
     check = f"import {modules}, sys; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", check], check=True, timeout=60)

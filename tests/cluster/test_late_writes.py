@@ -20,8 +20,8 @@ import aiohttp
 import psutil
 import pytest
 
-from pdserve.api.member_calls import MemberCalls, RouterAnswer
 from pdserve.bench.local_cluster import LocalCluster
+from pdserve.front.member_calls import MemberCalls, RouterAnswer
 from pdserve.runtime.cluster_secret import given_secret
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.process import AccessKeys, end

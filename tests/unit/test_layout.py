@@ -15,7 +15,7 @@ import pytest
 import pdserve
 
 ROOT = Path(pdserve.__file__).resolve().parent
-NOT_INSTALLED = {"pdserve.bench.simulation"}
+NOT_INSTALLED = {"pdserve.simulation"}
 NOT_PACKAGES = {"tests", "scripts", "docs", "assets", "build", "dist"}
 
 
@@ -109,7 +109,7 @@ def makes_zmq_socket(tree: ast.AST) -> bool:
 
 def test_zmq_sockets_are_made_where_they_take_the_clusters_keys() -> None:
     """Each of these demands keys of whoever makes a link; the guard's own sockets are in-process."""
-    makers = {"api/node_client.py", "messages/channel.py", "messages/link_guard.py"}
+    makers = {"links/node_client.py", "messages/channel.py", "messages/link_guard.py"}
     found = {path for path in sources() if makes_zmq_socket(ast.parse(path.read_text()))}
     assert {str(path.relative_to(ROOT)) for path in found} == makers
     for path in found:
@@ -163,11 +163,13 @@ def test_what_the_base_install_serves_needs_no_torch() -> None:
     code = """if True:
         import importlib, pkgutil, sys
         import pdserve.cli, pdserve.doctor
-        for name in ("client", "router", "bench", "api", "messages", "runtime"):
+        for name in (
+            *("client", "bench", "router", "front"),
+            *("api", "links", "models", "messages", "runtime"),
+        ):
             package = importlib.import_module(f"pdserve.{name}")
             for module in pkgutil.walk_packages(package.__path__, f"pdserve.{name}."):
-                if not module.name.startswith("pdserve.bench.simulation"):  # it composes schedulers
-                    importlib.import_module(module.name)
+                importlib.import_module(module.name)
         print(sorted({"torch", "transformers", "safetensors", "mooncake"} & sys.modules.keys()))
     """
     done = run_python(code)

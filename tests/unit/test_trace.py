@@ -24,8 +24,8 @@ from pdserve.scripts.tools.trace import (
 )
 from pdserve.tests.unit.test_layout import ROOT
 
-HANDLE = Function("api/server.py", "handle")
-CHECK = Function("api/server.py", "check")
+HANDLE = Function("api/http/server.py", "handle")
+CHECK = Function("api/http/server.py", "check")
 STEP = Function("decode/scheduler.py", "DecodeScheduler.step")
 TAKE = Function("decode/batching.py", "take")
 BEAT = Function("router/cluster.py", "Cluster._heartbeat")
@@ -52,7 +52,7 @@ def test_calls_first_visits_and_changes_of_file() -> None:
     assert found.first_visits == [HANDLE, CHECK, STEP, TAKE]
     assert found.calls == {HANDLE: 1, CHECK: 1, STEP: 1, TAKE: 2}
     # To the scheduler twice: from outside, and back from batching.
-    assert found.entries == {"api/server.py": 1, "decode/scheduler.py": 2, "decode/batching.py": 2}
+    assert found.entries == {"api/http/server.py": 1, "decode/scheduler.py": 2, "decode/batching.py": 2}
     assert found.num_file_changes == 5
 
 
@@ -60,7 +60,7 @@ def test_only_what_lies_between_the_moments_counts_and_who_was_inside_is_known()
     moves = events(("a", STEP), ("a", TAKE), ("a", None), ("a", CHECK), ("a", None), ("a", TAKE))
     found = walk(moves, 2, 5)
     assert found.first_visits == [CHECK]
-    assert found.entries == {"decode/scheduler.py": 2, "api/server.py": 1}
+    assert found.entries == {"decode/scheduler.py": 2, "api/http/server.py": 1}
 
 
 def test_a_return_from_before_the_record_is_passed_over() -> None:

@@ -45,7 +45,7 @@ def test_it_holds_every_module_but_the_simulation(wheel: zipfile.ZipFile) -> Non
     top = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
     sources = [*ROOT.glob("*.py"), *(file for name in top for file in (ROOT / name).rglob("*.py"))]
     expected = {f"pdserve/{file.relative_to(ROOT)}" for file in sources}
-    expected = {name for name in expected if not name.startswith("pdserve/bench/simulation/")}
+    expected = {name for name in expected if not name.startswith("pdserve/simulation/")}
     assert {name for name in wheel.namelist() if name.endswith(".py")} == expected
     assert "pdserve/tests/conftest.py" not in expected
 

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from pdserve.api.app import build_router_app
 from pdserve.api.generation import ModelCard
-from pdserve.api.in_flight import InFlightRequests
-from pdserve.api.request_log import RequestLog
-from pdserve.api.server import serve
-from pdserve.api.timelines import Timeline, Timelines
-from pdserve.api.tokenization import Tokenizer
-from pdserve.api.validation import GenerationDefaults, Limits
+from pdserve.api.http.in_flight import InFlightRequests
+from pdserve.api.http.server import serve
+from pdserve.api.http.validation import GenerationDefaults, Limits
+from pdserve.api.text.request_log import RequestLog
+from pdserve.api.text.timelines import Timeline, Timelines
+from pdserve.api.text.tokenization import Tokenizer
 from pdserve.messages.timeline import SpanClock
 from pdserve.runtime.process import NO_KEYS, AccessKeys
 from pdserve.tests.unit.api.fakes import FakeAdmin, FakeGenerator, FakeSessions

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeAlias
 
+from pdserve.api.control.operations import ProfileOutcome
 from pdserve.api.generation import (
     AdminReply,
     ChoiceDelta,
@@ -18,7 +19,6 @@ from pdserve.api.generation import (
     WeightSpan,
     WorkerStatus,
 )
-from pdserve.api.operations import ProfileOutcome
 from pdserve.messages.node import NodeEntry, NodeLoad
 from pdserve.messages.operation import ClusterOperation
 from pdserve.messages.sampling import TokenLogprob

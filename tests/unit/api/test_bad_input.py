@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pdserve.api.generation import ModelCard
-from pdserve.api.validation import Limits
+from pdserve.api.http.validation import Limits
 from pdserve.tests.bad_input_cases import BadInput, bad_input_cases, markdown_table
 from pdserve.tests.unit.api.conftest import Api
 

@@ -21,11 +21,15 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from pdserve.api.app import build_router_app
-from pdserve.api.entry_lookup import NoNodeError
+from pdserve.api.control.weights import WeightRoutes
 from pdserve.api.generation import ModelCard
-from pdserve.api.in_flight import InFlightRequests
-from pdserve.api.native_types import NativeSampling
-from pdserve.api.node_front import (
+from pdserve.api.http.in_flight import InFlightRequests
+from pdserve.api.http.validation import GenerationDefaults, Limits
+from pdserve.api.surfaces.native_types import NativeSampling
+from pdserve.api.text.request_log import RequestLog
+from pdserve.api.text.timelines import Timelines
+from pdserve.api.text.tokenization import Tokenizer
+from pdserve.front.main import (
     NodeOperator,
     NodeRoutes,
     NodeWeights,
@@ -33,11 +37,7 @@ from pdserve.api.node_front import (
     SchedulerLink,
     build_node_app,
 )
-from pdserve.api.request_log import RequestLog
-from pdserve.api.timelines import Timelines
-from pdserve.api.tokenization import Tokenizer
-from pdserve.api.validation import GenerationDefaults, Limits
-from pdserve.api.weights import WeightRoutes
+from pdserve.links.entry_lookup import NoNodeError
 from pdserve.messages.node import (
     ClientToNode,
     Finish,

@@ -18,13 +18,13 @@ from pdserve.engine.engine_thread import EngineThread
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from pdserve.engine.job_thread import JobThread
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
-from pdserve.engine.model_config import ModelConfig, kv_layout
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.operators import EAGER
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
+from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.tests.scripts import load_script
 
 CPU = torch.device("cpu")

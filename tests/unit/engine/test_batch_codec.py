@@ -11,9 +11,9 @@ import torch
 
 from pdserve.engine.batch_codec import decode_batch, encode_batch
 from pdserve.engine.forward_batch import ForwardBatch
-from pdserve.engine.model_config import ModelConfig, kv_layout
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.messages.sampling import SamplingParams
+from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.runtime.config import SHIPPED_MODEL
 
 

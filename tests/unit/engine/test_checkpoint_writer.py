@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pdserve.components.loaded_model import LoadedModel, load_model, load_replacement, updated_model
-from pdserve.components.saved_model import save_model, upload_model
-from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.model_paths import ModelPaths
 from pdserve.engine.named_weights import named_parts
 from pdserve.engine.tensor_parallel import WHOLE
 from pdserve.engine.weights import FINGERPRINT_FILE, weights_digest
+from pdserve.models.config import ModelConfig
+from pdserve.models.paths import ModelPaths
 from pdserve.runtime.errors import StartupError
+from pdserve.weights.loaded import LoadedModel, load_model, load_replacement, updated_model
+from pdserve.weights.saved import save_model, upload_model
 
 GIB = 1 << 30
 

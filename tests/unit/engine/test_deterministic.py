@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pdserve.engine import operators
-from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.schedule_batch import ScheduledRow
 from pdserve.engine.weights import load_weights
 from pdserve.kernels.linear import BASE_HEIGHT
 from pdserve.messages.sampling import SamplingParams
+from pdserve.models.config import ModelConfig
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError
 from pdserve.tests.unit.engine.conftest import Harness

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from pdserve.components.loaded_model import dummy_model
 from pdserve.engine.dummy_weights import dummy_weights
-from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.tensor_parallel import Shard
 from pdserve.engine.weights import load_weights
+from pdserve.models.config import ModelConfig
 from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.weights.loaded import dummy_model
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig.from_dir(SHIPPED_MODEL)

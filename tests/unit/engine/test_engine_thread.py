@@ -14,12 +14,12 @@ import torch
 from pdserve.engine.engine_thread import EngineThread, JobResult
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput
 from pdserve.engine.kv_pool import KVPool
-from pdserve.engine.model_config import ModelConfig, kv_layout
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
+from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.runtime.errors import StartupError
 from pdserve.tests.unit.engine.conftest import wait_for
 

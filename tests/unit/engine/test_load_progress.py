@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pdserve.engine.load_progress import LoadProgress
-from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.tensor_parallel import WHOLE, Shard
 from pdserve.engine.weights import load_weights
+from pdserve.models.config import ModelConfig
 
 FILE_OF = {"a": Path("/m/1"), "b": Path("/m/2"), "c": Path("/m/1")}
 NUM_BYTES = {"a": 1 << 30, "b": 1 << 29, "c": 1 << 30}

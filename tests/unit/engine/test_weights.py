@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.weights import (
     FINGERPRINT_FILE,
     Weights,
@@ -16,6 +15,7 @@ from pdserve.engine.weights import (
     load_weights,
     weights_digest,
 )
+from pdserve.models.config import ModelConfig
 from pdserve.runtime.errors import StartupError
 
 CPU = torch.device("cpu")

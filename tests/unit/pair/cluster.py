@@ -1,6 +1,6 @@
 """A prefill and a decode node in one process: the real schedulers and parts, fakes at the edges only.
 
-The nodes and the engine are those of `pdserve.bench.simulation`. Forwards and writes end when a test says so,
+The nodes and the engine are those of `pdserve.simulation`. Forwards and writes end when a test says so,
 never by themselves, so every order of events can be arranged. The backend verifies that what it writes is
 exposed or in quarantine. `Pair.settle` checks the invariants of both nodes each time.
 """
@@ -15,16 +15,6 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from pdserve.bench.simulation import nodes
-from pdserve.bench.simulation.nodes import Place, Settings
-from pdserve.bench.simulation.tokens import (
-    LAYOUT,
-    PAGE_SIZE,
-    Pool,
-    expected_tokens,
-    kv_of,
-    prompt_of,
-)
 from pdserve.components.page_allocator import PageAllocator
 from pdserve.decode.peer_links import LinkDown
 from pdserve.messages.codec import Codec
@@ -44,6 +34,16 @@ from pdserve.messages.peer import PeerToDecode, PeerToPrefill
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
 from pdserve.messages.timeline import Span
 from pdserve.prefill.scheduler import ToPrefill
+from pdserve.simulation import nodes
+from pdserve.simulation.nodes import Place, Settings
+from pdserve.simulation.tokens import (
+    LAYOUT,
+    PAGE_SIZE,
+    Pool,
+    expected_tokens,
+    kv_of,
+    prompt_of,
+)
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.copy_plan import Run
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdserve.bench.simulation.tokens import VOCAB_SIZE
+from pdserve.simulation.tokens import VOCAB_SIZE
 
 from .cluster import ADDRESS, Pair, expected_tokens, prompt_of
 

@@ -16,10 +16,9 @@ from typing import Any, Literal, cast
 import msgspec
 import pytest
 
-from pdserve.api.entry_lookup import NoNodeError
 from pdserve.api.generation import GenerateSpec, ModelCard
-from pdserve.api.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
-from pdserve.bench.simulation.clock import EventQueue, SimulationLoop
+from pdserve.links.entry_lookup import NoNodeError
+from pdserve.links.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from pdserve.messages.node import (
     AttemptFailed,
     CallReply,
@@ -60,6 +59,7 @@ from pdserve.messages.weights import (
 )
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
+from pdserve.simulation.clock import EventQueue, SimulationLoop
 
 EOS = 0
 PAGE_SIZE = 4

@@ -12,9 +12,9 @@ import zmq
 import zmq.asyncio
 from aiohttp import web
 
-from pdserve.api.entry_lookup import HttpEntryLookup, NoNodeError, proof_info
 from pdserve.api.generation import GenerateSpec, ModelCard
-from pdserve.api.node_calls import NodeUnavailableError
+from pdserve.links.entry_lookup import HttpEntryLookup, NoNodeError, proof_info
+from pdserve.links.node_calls import NodeUnavailableError
 from pdserve.messages.codec import Codec
 from pdserve.messages.node import (
     ClientToNode,

@@ -8,7 +8,7 @@ from threading import Event
 
 import pytest
 
-from pdserve.api.timelines import Timeline
+from pdserve.api.text.timelines import Timeline
 from pdserve.messages.timeline import Span
 from pdserve.router import trace_export
 from pdserve.router.trace_export import TraceExporter

@@ -1,0 +1,1 @@
+"""What every HTTP server here has, whatever it serves: bodies, bounds, errors, keys, drains."""

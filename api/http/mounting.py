@@ -1,0 +1,113 @@
+"""Mounts routes with what every surface of pdserve has: request ids, API keys, error bodies, OpenAPI page."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.middleware.cors import CORSMiddleware
+
+from ...runtime.process import AccessKeys
+from ...runtime.version import VERSION
+from .answer_counts import CountAnswers, HttpAnswers
+from .errors import install_error_handlers
+from .gateway import DOCS_FILES, ApiKeys, Door, RequestIds, RootPath
+from .membership_guard import Handler, MembershipGuard
+from .openapi import NO_BODIES, Bodies, install_schemas
+
+GET = ("GET", "HEAD")
+POST = ("POST",)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One handler under one or more paths."""
+
+    methods: tuple[str, ...]
+    paths: tuple[str, ...]
+    handler: Handler
+    bodies: Bodies = NO_BODIES
+    is_admin: bool = False  # changes or ends what others do
+    generates: bool = False  # asks for tokens
+    is_membership: bool = False  # changes which nodes belong to the cluster
+
+    @property
+    def tags(self) -> list[str | Enum] | None:
+        """Of the interface's page."""
+        if self.is_membership:
+            return ["membership"]
+        return ["admin"] if self.is_admin else None
+
+
+def make_app(
+    operations: Sequence[Operation],
+    *,
+    keys: AccessKeys,
+    is_loopback: bool,
+    answers: HttpAnswers,
+    admit: Callable[[str], None] | None = None,
+    root_path: str = "",
+    allowed_origins: Sequence[str] = (),
+    membership: MembershipGuard | None = None,
+) -> FastAPI:
+    """`is_loopback`: only this host can reach it, so the admin routes need no key of their own.
+
+    `membership`: who may use membership operations; None: whoever may use the others.
+
+    `answers`: where each is counted, those of this app's middleware too.
+
+    `admit`: asked before a request that generates is read, see `Door`; None where no operation does.
+
+    `root_path`: where a proxy in front shows it, such as ``/llm``. `allowed_origins`: web pages of these
+    origins may ask, ``*`` for any (https://fetch.spec.whatwg.org/#http-cors-protocol).
+    """
+    app = FastAPIOffline(
+        title="pdserve",
+        version=VERSION,
+        redoc_url=None,
+        static_url=DOCS_FILES,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours are told by the services
+    )
+    guarded: list[tuple[str, str]] = []
+    for operation in operations:
+        handler = operation.handler
+        if operation.is_membership and membership is not None:
+            handler = membership.guard(handler)
+            guarded += itertools.product(operation.methods, operation.paths)
+        for path in operation.paths:
+            for method in operation.methods:
+                app.add_api_route(
+                    path,
+                    handler,
+                    methods=[method],
+                    response_model=None,
+                    responses=operation.bodies.responses(),
+                    openapi_extra=operation.bodies.takes(path),
+                    include_in_schema=method != "HEAD",
+                    tags=operation.tags,
+                )
+    install_schemas(app, [operation.bodies for operation in operations])
+    install_error_handlers(app)
+    admin_paths = [path for operation in operations if operation.is_admin for path in operation.paths]
+    if admit is not None:
+        generating = [path for operation in operations if operation.generates for path in operation.paths]
+        app.add_middleware(Door, admit=admit, paths=generating)
+    app.add_middleware(ApiKeys, keys=keys, admin_paths=admin_paths, is_loopback=is_loopback, guarded=guarded)
+    app.add_middleware(RequestIds)
+    if allowed_origins:  # outermost: a browser's preflight shows no key, and reads refusals too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    paths = [path for operation in operations for path in operation.paths]
+    app.add_middleware(CountAnswers, answers=answers, paths=paths)
+    if root_path:
+        app.add_middleware(RootPath, root_path=root_path)
+    return app

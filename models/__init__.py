@@ -1,0 +1,1 @@
+"""Which models there are, as config.json and its family say. No torch here."""

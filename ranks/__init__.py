@@ -1,0 +1,1 @@
+"""One node on several processes: rank 0's side of the others, and theirs."""

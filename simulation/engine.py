@@ -1,0 +1,180 @@
+"""Stands for the engine's and the jobs' thread: forwards and jobs wait until they are told to finish."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..components.page_allocator import PageAllocator
+from ..engine.engine_thread import JobResult
+from ..engine.forward_batch import ForwardOutput, RowOutput, SampledToken
+from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
+from ..messages.sampling import TokenLogprob
+from ..runtime.errors import PdserveError
+from .tokens import PAGE_SIZE, Pool, kv_of, next_token
+
+
+class WrongPage(AssertionError):  # noqa: N818, it is a finding
+    """A forward or a write touched a page that is not its own, or read what nobody put there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    name: str
+    run: Callable[[], Any]
+
+
+class FakeJobs:
+    """The jobs' thread. Its work is done in turn with the forwards."""
+
+    def __init__(self, queue: Callable[[_Job], None]) -> None:
+        self._queue = queue
+        self.results: deque[JobResult] = deque()
+
+    def submit(self, name: str, run: Callable[[], Any]) -> None:
+        self._queue(_Job(name, run))
+
+    def poll(self) -> list[JobResult]:
+        results = list(self.results)
+        self.results.clear()
+        return results
+
+
+class FakeEngine:
+    """Work waits in `queued` until `finish`. Each forward verifies every slot that attention would read,
+    and that it may write those it writes. `on_queued` is called for each piece of work."""
+
+    def __init__(
+        self,
+        name: str,
+        pool: Pool,
+        allocator: PageAllocator,
+        clock: Callable[[], float],
+        journal: list[str] | None = None,
+        on_queued: Callable[[], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.pool = pool
+        self.allocator = allocator
+        self.clock = clock
+        self.weights = "weights-1"
+        self.forward_sleep_s = 0.0  # nothing sleeps on a logical clock
+        self.queued: deque[ScheduleBatch | _Job] = deque()
+        self.results: deque[ForwardOutput] = deque()
+        self.jobs = FakeJobs(self._queue)
+        self.batches: list[ScheduleBatch] = []
+        self._journal = journal
+        self._on_queued = on_queued
+
+    @staticmethod
+    def build(batch: ScheduleBatch) -> ScheduleBatch:
+        """A copy, as the real one is: the scheduler may append to what it named."""
+        rows = (replace(row, token_ids=tuple(row.token_ids), pages=tuple(row.pages)) for row in batch.rows)
+        return replace(batch, rows=tuple(rows))
+
+    def submit(self, batch: ScheduleBatch) -> None:
+        for row in batch.rows:
+            if self._journal is not None:
+                self._journal.append(f"{self.name} forward {row.row_id} [{row.start}, {row.end})")
+            self._check_writable(row)
+        self.batches.append(batch)
+        self._queue(batch)
+
+    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
+        self.jobs.submit(name, run)
+
+    def _queue(self, work: ScheduleBatch | _Job) -> None:
+        self.queued.append(work)
+        if self._on_queued is not None:
+            self._on_queued()
+
+    def poll(self) -> list[ForwardOutput]:
+        results = list(self.results)
+        self.results.clear()
+        return results
+
+    def fileno(self) -> int:
+        return -1
+
+    # ---- for whoever drives it ----
+
+    def finish(self) -> bool:
+        """The oldest forward or job is done; False if there is none."""
+        if not self.queued:
+            return False
+        work = self.queued.popleft()
+        if isinstance(work, ScheduleBatch):
+            rows = tuple(self._compute(row) for row in work.rows)
+            started = self.clock()
+            self.results.append(ForwardOutput(len(self.batches), rows, started, self.clock()))
+        else:
+            self.jobs.results.append(_job_result(work))
+        return True
+
+    def row_ids(self, index: int = -1) -> list[str | int]:
+        """The requests in a batch."""
+        return [row.row_id for row in self.batches[index].rows]
+
+    def rows_of(self, request_id: str) -> list[ScheduledRow]:
+        return [row for batch in self.batches for row in batch.rows if row.row_id == request_id]
+
+    def _compute(self, row: ScheduledRow) -> RowOutput:
+        self._check_writable(row)
+        known = row.token_ids[: row.end]
+        values = kv_of(known, self.weights)
+        pages = self.pool.pages
+        for index in range(-(-row.start // PAGE_SIZE)):
+            first = index * PAGE_SIZE
+            expected = tuple(values[first : min(first + PAGE_SIZE, row.start)])
+            found = pages[row.pages[index]][: len(expected)]
+            if found != expected:
+                raise WrongPage(
+                    f"{self.name}, {row.row_id}: page {row.pages[index]}, for positions from {first} on, "
+                    f"holds {found} in place of {expected}"
+                )
+        for position in range(row.start, row.end):
+            self.pool.write(row.pages[position // PAGE_SIZE], position % PAGE_SIZE, values[position])
+        return RowOutput(row.row_id, _sample(row, known), _prompt_logprobs(row), *_hidden_states(row))
+
+    def _check_writable(self, row: ScheduledRow) -> None:
+        for index in range(row.start // PAGE_SIZE, (row.end - 1) // PAGE_SIZE + 1):
+            state = self.allocator.describe(row.pages[index])
+            if not state.startswith("private"):
+                raise WrongPage(
+                    f"{self.name}, {row.row_id}: writes page {row.pages[index]}, which is {state}"
+                )
+
+
+def _sample(row: ScheduledRow, known: Sequence[int]) -> tuple[SampledToken, ...]:
+    wants_logprobs = row.sampling.num_logprobs is not None
+    tokens = [(choice, next_token(known, choice)) for choice in row.choices]
+    return tuple(
+        SampledToken(choice, token, TokenLogprob(token, -0.5) if wants_logprobs else None)
+        for choice, token in tokens
+    )
+
+
+def _prompt_logprobs(row: ScheduledRow) -> tuple[TokenLogprob, ...]:
+    if row.prompt_logprobs_from is None:
+        return ()
+    positions = range(max(row.prompt_logprobs_from, row.start + 1), min(row.end + 1, row.num_prompt_tokens))
+    return tuple(TokenLogprob(row.token_ids[position], -float(position)) for position in positions)
+
+
+def _hidden_states(row: ScheduledRow) -> tuple[bytes, bytes]:
+    """That of a position is one number, the position."""
+    wanted = row.sampling.hidden_states
+    is_prompt = wanted == "all" and row.num_output_tokens == 0
+    prompt = array("f", range(row.start, row.end) if is_prompt else ())
+    sampled = array("f", [row.end - 1] if row.choices and wanted != "none" else [])
+    return prompt.tobytes(), sampled.tobytes()
+
+
+def _job_result(job: _Job) -> JobResult:
+    try:
+        return JobResult(job.name, job.run(), None, 0.0, 0.0)
+    except PdserveError as error:
+        return JobResult(job.name, None, error, 0.0, 0.0)

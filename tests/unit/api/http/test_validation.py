@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+from starlette.requests import Request
+
+from pdserve.api.generation import ModelCard
+from pdserve.api.http.fields import TOKEN_RULES
+from pdserve.api.http.validation import (
+    BodyMemory,
+    GenerationDefaults,
+    Limits,
+    SamplingFields,
+    check_prompt,
+    parse_request,
+    read_body,
+    resolve_max_tokens,
+    sampling_params,
+)
+from pdserve.messages.sampling import SamplingParams
+from pdserve.runtime.errors import RequestError
+
+
+def test_defaults_come_from_generation_config(tmp_path: Path) -> None:
+    assert GenerationDefaults.from_directory(tmp_path) == GenerationDefaults()
+    config = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True, "eos_token_id": [1, 2]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert GenerationDefaults.from_directory(tmp_path) == GenerationDefaults(temperature=0.6, top_k=20)
+
+
+def test_a_prompt_that_is_too_long_is_told_both_numbers(card: ModelCard) -> None:
+    check_prompt([5] * 255, card, "prompt")
+    with pytest.raises(RequestError, match=r"256 tokens.*context of 256 tokens"):
+        check_prompt([5] * 256, card, "prompt")
+
+
+def test_max_tokens_fits_the_context(card: ModelCard) -> None:
+    assert resolve_max_tokens(None, 16, 250, card, "max_tokens") == 6
+    assert resolve_max_tokens(None, None, 6, card, "max_tokens") == 250
+    assert resolve_max_tokens(250, 16, 6, card, "max_tokens") == 250
+    with pytest.raises(RequestError, match=r"256 tokens; the prompt has 6 .* asks for 251"):
+        resolve_max_tokens(251, 16, 6, card, "max_tokens")
+
+
+def sampling(card: ModelCard, *, top_k: int | None = None, seed: int = 0) -> SamplingParams:
+    fields = SamplingFields(
+        temperature=None,
+        top_p=None,
+        top_k=top_k,
+        min_p=None,
+        seed=seed,
+        repetition_penalty=None,
+        frequency_penalty=None,
+        presence_penalty=None,
+        logit_bias={},
+        stop_token_ids=(),
+        ignore_eos=False,
+        min_tokens=0,
+    )
+    return sampling_params(
+        fields, GenerationDefaults(), card, max_tokens=8, num_logprobs=None, num_prompt_logprobs=None
+    )
+
+
+@pytest.mark.parametrize("number", [2**31, 2**63, 2**64, 10**30])
+def test_integers_of_any_size_fit_a_message(card: ModelCard, number: int) -> None:
+    """A message holds 64 bits and the engine computes with signed ones: more would end the node."""
+    params = sampling(card, top_k=number, seed=number)
+    assert (params.top_k, params.seed) == (card.vocab_size, number % 2**64)
+    msgspec.msgpack.encode(params)
+
+
+def test_top_k_of_all_is_one_value(card: ModelCard) -> None:
+    assert [sampling(card, top_k=top_k).top_k for top_k in (-1, 0, 1, card.vocab_size + 1)] == [
+        *(0, 0, 1, card.vocab_size)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [("top_p", 1.5, "at most 1"), ("temperature", -1, "between 0"), ("min_p", 2, "between 0")],
+)
+def test_defaults_that_no_request_may_have_are_ignored_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, value: float, bound: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value, "top_k": 20}))
+    assert GenerationDefaults.from_directory(tmp_path) == GenerationDefaults(top_k=20)
+    assert name in caplog.text
+    assert bound in caplog.text
+
+
+def test_a_default_top_p_of_0_keeps_the_likeliest_token(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 0}))
+    assert GenerationDefaults.from_directory(tmp_path) == GenerationDefaults(top_k=1)
+
+
+def test_a_prompt_of_the_whole_context_can_be_scored(card: ModelCard) -> None:
+    check_prompt([5] * 256, card, "prompt", generates=False)
+    with pytest.raises(RequestError, match=r"257 tokens.*context of 256 tokens must hold it\."):
+        check_prompt([5] * 257, card, "prompt", generates=False)
+
+
+class _Bounded(msgspec.Struct):
+    steps: Annotated[int, msgspec.Meta(ge=1, le=9)] = 1
+    path: Annotated[str, msgspec.Meta(max_length=3, pattern="^[^\\0]*$")] = ""
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"steps": 0}, "invalid_value"),
+        ({"steps": 10}, "invalid_value"),
+        ({"path": "long"}, "invalid_value"),
+        ({"path": "\0"}, "invalid_value"),
+        ({"steps": "1"}, "invalid_type"),
+        ({"path": 1}, "invalid_type"),
+    ],
+)
+def test_a_value_beyond_its_bound_is_no_wrong_type(body: dict[str, object], code: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_request(body, _Bounded, TOKEN_RULES)
+    assert refused.value.code == code
+
+
+# ---- bodies -----------------------------------------------------------------------------------------------
+
+
+class Sender:
+    """A client that sends a body piece by piece, and reads what becomes of it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._pieces: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        request = Request({"type": "http", "headers": []}, self._pieces.get)
+        self.reading = asyncio.create_task(read_body(request, limits))
+
+    async def send(self, piece: bytes, *, is_last: bool = False) -> None:
+        self._pieces.put_nowait({"type": "http.request", "body": piece, "more_body": not is_last})
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+
+async def test_unfinished_bodies_have_a_bound_together_and_small_ones_always_fit() -> None:
+    memory = BodyMemory(max_bytes=100, free_bytes=10)
+    limits = Limits(body_memory=memory)
+    first, second = Sender(limits), Sender(limits)
+    await first.send(b"x" * 70)
+    assert memory.held_bytes == 60
+    await second.send(b"x" * 50)
+    assert memory.held_bytes == 100
+    third = Sender(limits)
+    await third.send(b"x" * 10)
+    await third.send(b"x")
+    with pytest.raises(RequestError) as refused:
+        await third.reading
+    assert (refused.value.status, refused.value.code) == (503, "body_memory_full")
+    small = Sender(limits)
+    await small.send(b"x" * 10, is_last=True)
+    assert await small.reading == b"x" * 10
+    await second.send(b"", is_last=True)
+    assert await second.reading == b"x" * 50
+    assert memory.held_bytes == 60
+    first.reading.cancel()  # its client left
+    await asyncio.wait({first.reading})
+    assert memory.held_bytes == 0
