@@ -13,9 +13,10 @@ from hypothesis import settings
 
 from pdserve.tests.certificates import Certificates
 
-# Tests run side by side, one a core: threads of torch's own in each would only wait for each other.
-# Read when torch is imported; tests of more threads set their number.
+# Tests run side by side, one a core: threads of torch's own in each would only wait for each other, and do it
+# in a loop. Read when torch is imported; tests of more threads set their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A deadline for an example is an assertion on the machine's speed. The examples are the same in each run,
 # so that no change is blamed for what it did not do; --hypothesis-profile=explore looks for new ones.

@@ -50,6 +50,12 @@ def guarded(guarded_log: Path) -> Iterator[LocalCluster]:
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def colocated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with clean_cluster([*FLAGS, "--colocated"], tmp_path_factory.mktemp("colocated") / "log") as cluster:
+        yield cluster
+
+
 # ---- the same answers -------------------------------------------------------------------------------
 
 
@@ -65,20 +71,31 @@ def test_shared_memory_answers_the_same(guarded: LocalCluster, expected: list[li
 
 
 def test_colocated_answers_the_same(
-    shared_cluster: LocalCluster, expected: list[list[int]], log_path: Path
+    shared_cluster: LocalCluster, colocated: LocalCluster, expected: list[list[int]]
 ) -> None:
     """Ids and logprobs, bit for bit."""
-    with clean_cluster([*FLAGS, "--colocated"], log_path) as cluster:
-        assert [worker["role"] for worker in cluster.workers()] == ["decode"]
-        assert [greedy_ids(cluster.url, prompt, 24) for prompt in PROMPTS] == expected
-        body: Body = {"max_tokens": 24, **GREEDY}
-        bodies: list[Body] = [{"prompt": prompt, "n": 2, "logprobs": 1, **body} for prompt in PROMPTS]
-        answers = stream_all(cluster.url, bodies)
-        assert [answer.token_ids for answer in answers] == [{0: ids, 1: ids} for ids in expected]
-        over_two_nodes = stream_all(shared_cluster.url, bodies)
-        assert [answer.logprobs for answer in answers] == [answer.logprobs for answer in over_two_nodes]
-        cluster.wait_idle(timeout_s=10.0)
-        cluster.flush()
+    assert [worker["role"] for worker in colocated.workers()] == ["decode"]
+    assert [greedy_ids(colocated.url, prompt, 24) for prompt in PROMPTS] == expected
+    body: Body = {"max_tokens": 24, **GREEDY}
+    bodies: list[Body] = [{"prompt": prompt, "n": 2, "logprobs": 1, **body} for prompt in PROMPTS]
+    answers = stream_all(colocated.url, bodies)
+    assert [answer.token_ids for answer in answers] == [{0: ids, 1: ids} for ids in expected]
+    over_two_nodes = stream_all(shared_cluster.url, bodies)
+    assert [answer.logprobs for answer in answers] == [answer.logprobs for answer in over_two_nodes]
+    colocated.wait_idle(timeout_s=10.0)
+    colocated.flush()
+
+
+def test_usage_is_truthful_on_a_colocated_node(colocated: LocalCluster) -> None:
+    body: Body = {"prompt": random_ids(6, 90), "max_tokens": 4, **GREEDY}
+
+    def num_cached() -> int:
+        usage = colocated.post(COMPLETIONS, body)["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert [num_cached() for _ in range(2)] == [0, 80]
+    colocated.flush()
+    assert num_cached() == 0
 
 
 # ---- keys -------------------------------------------------------------------------------------------

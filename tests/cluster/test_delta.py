@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -75,25 +74,34 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def remote(tmp_path: Path) -> Iterator[LocalCluster]:
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """A cluster whose decode node never prefills, and whose chats keep their history."""
-    model = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    folder = tmp_path_factory.mktemp("remote")
+    model = shutil.copytree(SHIPPED_MODEL, folder / "model")
     (model / "chat_template.jinja").write_text(TEMPLATE)
-    log_path = tmp_path / "log"
     flags = [str(model), *FLAGS, "--local-prefill-threshold", "0"]
-    with clean_cluster(flags, log_path) as cluster:
+    with clean_cluster(flags, folder / "log") as cluster:
         yield cluster
-        wait_until(lambda: num_busy(cluster) == 0, 20.0, "nodes without work")
+
+
+@pytest.fixture
+def remote(started: LocalCluster) -> Iterator[LocalCluster]:
+    """It, with nothing cached, and idle afterwards."""
+    started.flush()
+    yield started
+    wait_until(lambda: num_busy(started) == 0, 20.0, "nodes without work")
 
 
 def test_the_second_turn_of_a_chat_transfers_exactly_what_is_missing(remote: LocalCluster) -> None:
     question = "def area(width, height):\n    return width * height\n" * 6
     messages: list[Body] = [{"role": "user", "content": question}]
+    before = counters(remote)
     first = chat(remote, messages, max_tokens=40)
     after_first = counters(remote)
+    num_bytes = after_first.num_bytes - before.num_bytes
     num_prompt, num_output = first["usage"]["prompt_tokens"], first["usage"]["completion_tokens"]
-    assert after_first.num_bytes == -(-num_prompt // PAGE_SIZE) * page_bytes(remote)
+    assert num_bytes == -(-num_prompt // PAGE_SIZE) * page_bytes(remote)
 
     first_ids = remote.post("/tokenize", {"messages": messages, "add_generation_prompt": True})["tokens"]
     messages += [
@@ -109,7 +117,7 @@ def test_the_second_turn_of_a_chat_transfers_exactly_what_is_missing(remote: Loc
     after_second = counters(remote)
     num_pages = -(-second["usage"]["prompt_tokens"] // PAGE_SIZE) - num_held // PAGE_SIZE
     assert after_second.num_bytes - after_first.num_bytes == num_pages * page_bytes(remote)
-    assert after_second.num_bytes - after_first.num_bytes < after_first.num_bytes
+    assert after_second.num_bytes - after_first.num_bytes < num_bytes
     assert after_second.num_computed_on_decode == 0
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == num_prompt // PAGE_SIZE * PAGE_SIZE
 
@@ -158,37 +166,28 @@ def test_a_flush_empties_decode_too(cluster: LocalCluster) -> None:
     assert metric(page_states, "pd_num_pages", state="free") == metric(page_states, "pd_num_pages")
 
 
-@pytest.fixture
-def with_pool(tmp_path: Path, cluster: LocalCluster) -> Iterator[Callable[[int], LocalCluster]]:
-    """Starts a cluster whose decode node has so many pages."""
-    started: list[LocalCluster] = []
-
-    def start(num_pages: int) -> LocalCluster:
-        config = tmp_path / "config.yaml"
-        pool_gib = num_pages * page_bytes(cluster) / 2**30
-        config.write_text(f"decode:\n  kv-cache-gb: {pool_gib!r}\n  schedule-conservativeness: 0.1\n")
-        flags = [str(SHIPPED_MODEL), *FLAGS, "--max-model-len", "512", "--config", str(config)]
-        started.append(LocalCluster(flags, log_path=tmp_path / "pool.log"))
-        started[-1].start()
-        return started[-1]
-
-    yield start
-    for each in started:
-        wait_until(lambda: num_busy(each) == 0, 20.0, "nodes without work")  # noqa: B023, called here
-        each.stop()
-    assert "Traceback" not in (tmp_path / "pool.log").read_text()
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, shared_cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """A cluster whose decode node has so few pages that requests take them from each other."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = folder / "config.yaml"
+    pool_gib = TINY_POOL_PAGES * page_bytes(shared_cluster) / 2**30
+    config.write_text(f"decode:\n  kv-cache-gb: {pool_gib!r}\n  schedule-conservativeness: 0.1\n")
+    flags = [str(SHIPPED_MODEL), *FLAGS, "--max-model-len", "512", "--config", str(config)]
+    with clean_cluster(flags, folder / "log") as cluster:
+        yield cluster
+        wait_until(lambda: num_busy(cluster) == 0, 20.0, "nodes without work")
 
 
 def test_eight_streams_in_a_tiny_pool_equal_the_undisturbed_run(
-    cluster: LocalCluster, with_pool: Callable[[int], LocalCluster]
+    cluster: LocalCluster, tiny: LocalCluster
 ) -> None:
     bodies: list[Body] = [
         {"prompt": random_ids(seed, 20), "max_tokens": 100, **options}
         for seed, options in enumerate(4 * [GREEDY, {"temperature": 0.8, "seed": 5, "ignore_eos": True}])
     ]
     undisturbed = stream_all(cluster.url, bodies)
-    tiny = with_pool(TINY_POOL_PAGES)  # each needs 8 in the end
-    streams = [Stream(tiny.url, body) for body in bodies]
+    streams = [Stream(tiny.url, body) for body in bodies]  # each needs 8 pages in the end
     answers = [stream.answer(timeout_s=120.0) for stream in streams]
     assert all(answer.is_proper for answer in answers), answers
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in undisturbed]
@@ -197,9 +196,8 @@ def test_eight_streams_in_a_tiny_pool_equal_the_undisturbed_run(
     assert metric(router, "pd_router_attempts_total", code="retracted") == counters(tiny).num_retracted
 
 
-def test_what_can_never_fit_is_refused_at_once(with_pool: Callable[[int], LocalCluster]) -> None:
-    tiny = with_pool(20)
-    body: Body = {"prompt": random_ids(1, 30), "max_tokens": 400, **GREEDY}
+def test_what_can_never_fit_is_refused_at_once(tiny: LocalCluster) -> None:
+    body: Body = {"prompt": random_ids(1, 30), "max_tokens": 16 * TINY_POOL_PAGES, **GREEDY}
     reply = request(tiny.url, COMPLETIONS, body)
     assert reply.status == 400
     assert "KV pages" in reply.text
@@ -222,15 +220,3 @@ def test_answers_go_on_when_the_prefill_node_is_killed(tmp_path: Path) -> None:
         assert all(answer.is_proper for answer in answers), answers
         assert [answer.token_ids for answer in answers[:3]] == [a.token_ids for a in undisturbed]
         assert counters(cluster).num_computed_on_decode > 0
-
-
-def test_usage_is_truthful_on_a_colocated_node(tmp_path: Path) -> None:
-    with LocalCluster([str(SHIPPED_MODEL), *FLAGS, "--colocated"], log_path=tmp_path / "log") as cluster:
-        body: dict[str, Any] = {"prompt": random_ids(6, 90), "max_tokens": 4, **GREEDY}
-
-        def num_cached() -> int:
-            return int(cluster.post(COMPLETIONS, body)["usage"]["prompt_tokens_details"]["cached_tokens"])
-
-        assert [num_cached() for _ in range(2)] == [0, 80]
-        cluster.flush()
-        assert num_cached() == 0

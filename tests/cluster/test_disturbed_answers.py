@@ -54,6 +54,7 @@ def test_every_fault_in_a_fifth_of_the_writes(
     assert "is lost" not in log, "a failed write fails a room, not the pair"
 
 
+@pytest.mark.slow
 def test_corrupt_pages_are_found_and_sent_again(
     script: ModuleType, bodies: list[dict[str, Any]], expected: list[Any], tmp_path: Path
 ) -> None:

@@ -94,7 +94,7 @@ def test_prefill_node_killed_during_prefill(nodes: LocalCluster) -> None:
     undisturbed = stream_all(nodes.url, bodies)
     assert request(nodes.url, "/flush_cache?timeout=30").status == 200
 
-    failed_before = failed_attempts(nodes)
+    failed_before, quarantined_before = failed_attempts(nodes), num_quarantined(nodes)
     streams = [Stream(nodes.url, body) for body in named(bodies, "prefill-dies")]
     victim = wait_until(
         lambda: node_with(nodes, "prefill-dies-0", "computing"), 30.0, "a prompt that is being computed"
@@ -112,6 +112,7 @@ def test_prefill_node_killed_during_prefill(nodes: LocalCluster) -> None:
         assert answer.texts == before.texts
         assert answer.logprobs == before.logprobs
     assert failed_attempts(nodes) > failed_before
+    wait_until(lambda: num_quarantined(nodes) == quarantined_before, 30.0, "the proof of its death")
     wait_until(lambda: all_paired(nodes, 2, 2), RESTART_S, "the killed node to be back")
     assert victim not in [worker["url"] for worker in nodes.workers()]
 
@@ -155,6 +156,18 @@ def test_decode_node_killed_in_mid_stream(nodes: LocalCluster) -> None:
         LEASE_S + 1.0,
         "the killed node to leave /workers",
     )
+
+
+def test_a_session_goes_on_when_its_decode_node_dies(nodes: LocalCluster) -> None:
+    first, new = random_ids(97, 40), random_ids(98, 5)
+    sampling = {"max_new_tokens": 24, **GREEDY}
+    with Engine(url=nodes.url) as engine:
+        params = {"id": engine.open_session()}
+        begun = engine.generate(input_ids=first, rid="a", session_params=params, sampling_params=sampling)
+        kill_nodes(nodes, [f"http://{params['id'].rpartition('@')[2]}"])
+        params["rid"] = "a"
+        answer = engine.generate(input_ids=new, rid="b", session_params=params, sampling_params=sampling)
+    assert answer["output_ids"] == greedy_ids(nodes.url, [*first, *begun["output_ids"], *new], 24)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

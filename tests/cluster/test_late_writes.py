@@ -149,10 +149,8 @@ def test_prefill_frozen_in_mid_write(tmp_path: Path, undisturbed: list[dict[int,
         cluster.flush()
 
 
-@pytest.mark.parametrize(
-    "supervised",
-    [pytest.param(True, id="reaped"), pytest.param(False, id="refused", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("supervised", [True, False], ids=["reaped", "refused"])
 def test_decode_frozen_and_the_sender_killed(
     tmp_path: Path, undisturbed: list[dict[int, list[int]]], supervised: bool
 ) -> None:

@@ -27,6 +27,7 @@ def rl_loop() -> ModuleType:
         return importlib.import_module("rl_loop")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # 25 s on two cores of its own
 def test_every_token_agrees_with_the_weights_that_it_is_stamped_with() -> None:
     command = [sys.executable, str(EXAMPLES / "rl_loop.py"), "--updates", "5"]

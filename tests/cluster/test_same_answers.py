@@ -15,7 +15,7 @@ def same_answers() -> ModuleType:
     return load_script("same_answers")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_the_cluster_answers_as_transformers_does(
     same_answers: ModuleType, family: str, tmp_path: Path
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -21,7 +23,22 @@ def fingerprints(engine: Engine) -> set[str]:
     return {node["entry"]["model_fingerprint"] for node in (*info["prefill"], *info["decode"])}
 
 
-def test_saved_and_pulled_weights_answer_the_same(tmp_path: Path) -> None:
+def pulled_bytes(cluster: LocalCluster) -> dict[str, tuple[float, float]]:
+    """By node: those that it has pulled over Mooncake, and all."""
+    name = "pd_weight_pull_bytes_total"
+    pages = {worker["url"]: request(worker["url"], "/metrics").text for worker in cluster.workers()}
+    return {url: (metric(page, name, over="mooncake/tcp"), metric(page, name)) for url, page in pages.items()}
+
+
+@pytest.fixture
+def pulling(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """The cluster of all tests; it serves its first weights again afterwards."""
+    yield cluster
+    body = {"model_path": str(SHIPPED_MODEL), "weight_version": "default"}
+    assert request(cluster.url, "/update_weights_from_disk", body).status == 200
+
+
+def test_saved_and_pulled_weights_answer_the_same(pulling: LocalCluster, tmp_path: Path) -> None:
     with safe_open(SHIPPED_MODEL / "model.safetensors", "pt") as checkpoint:
         norm = checkpoint.get_tensor("model.norm.weight").float()
     changed = {"model.norm.weight": norm * torch.linspace(0.5, 1.5, len(norm))}
@@ -40,19 +57,16 @@ def test_saved_and_pulled_weights_answer_the_same(tmp_path: Path) -> None:
         assert not first.save_remote_model("nowhere://bucket").success
         prefill = one.workers("prefill")[0]["url"]
         sums = first.check_weights()
-        with (
-            LocalCluster([str(SHIPPED_MODEL), *FLAGS], log_path=tmp_path / "two.log") as two,
-            Engine(url=two.url) as second,
-        ):
-            assert greedy_ids(two.url, PROMPT, 24) == before
+        with Engine(url=pulling.url) as second:
+            assert greedy_ids(pulling.url, PROMPT, 24) == before
+            counted = pulled_bytes(pulling)
             pulled = second.update_weights_from_peer(prefill)
             assert pulled.success, pulled.message
-            for worker in two.workers():
-                page = request(worker["url"], "/metrics").text
-                num_bytes = metric(page, "pd_weight_pull_bytes_total", over="mooncake/tcp")
+            for url, (over_mooncake, in_all) in pulled_bytes(pulling).items():
+                num_bytes = over_mooncake - counted[url][0]
                 assert num_bytes >= (SHIPPED_MODEL / "model.safetensors").stat().st_size
-                assert metric(page, "pd_weight_pull_bytes_total") == num_bytes, "none over the link"
-            assert greedy_ids(two.url, PROMPT, 24) == expected
+                assert in_all - counted[url][1] == num_bytes, "none over the link"
+            assert greedy_ids(pulling.url, PROMPT, 24) == expected
             assert second.get_model_info()["weight_version"] == "v2"
             wholes = {node["whole"] for node in sums["nodes"].values()}
             assert {node["whole"] for node in second.check_weights()["nodes"].values()} == wholes

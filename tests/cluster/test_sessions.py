@@ -1,20 +1,17 @@
-"""Conversations that the cluster keeps: turns, their KV on the node that the session names, and its death."""
+"""Conversations that the cluster keeps: turns, and their KV on the node that the session names."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
-from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import RequestError
-from pdserve.tests.cluster.helpers import GREEDY, all_paired, greedy_ids, kill_nodes, random_ids, wait_until
+from pdserve.tests.cluster.helpers import GREEDY, greedy_ids, random_ids, wait_until
 
 SAMPLING = {"max_new_tokens": 24, **GREEDY}
-FLAGS = ["--deterministic", "--poison-reserved-pages", "--chunked-prefill-size", "64"]
 
 
 def num_pinned(engine: Engine) -> int:
@@ -46,25 +43,3 @@ def test_turns_append_branch_and_replace(engine: Engine, cluster: LocalCluster) 
     assert engine.close_session(session_id).success
     wait_until(lambda: num_pinned(engine) == 0, 10.0, "no page that stays")
     assert not engine.close_session(session_id).success
-
-
-def test_a_session_goes_on_when_its_decode_node_dies(cluster: LocalCluster, log_path: Path) -> None:
-    first, new = random_ids(97, 40), random_ids(98, 5)
-    with (
-        LocalCluster([str(SHIPPED_MODEL), *FLAGS, "--num-decode", "2"], log_path=log_path) as mortal,
-        Engine(url=mortal.url) as engine,
-    ):
-        wait_until(lambda: all_paired(mortal, 1, 2), 60.0, "three nodes, all paired")
-        session_id = engine.open_session()
-        begun = engine.generate(
-            input_ids=first, rid="a", session_params={"id": session_id}, sampling_params=SAMPLING
-        )
-        kill_nodes(mortal, [f"http://{session_id.rpartition('@')[2]}"])
-        answer = engine.generate(
-            input_ids=new,
-            rid="b",
-            session_params={"id": session_id, "rid": "a"},
-            sampling_params=SAMPLING,
-        )
-    prompt = [*first, *begun["output_ids"], *new]
-    assert answer["output_ids"] == greedy_ids(cluster.url, prompt, 24)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
+_HERE = Path(__file__).parent
 _STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn")
-_running: pytest.Item | None = None
+_must_start_nothing = False
 
 
 def _refuse_starts(event: str, _: object) -> None:
-    if event in _STARTS and _running is not None and _running.get_closest_marker("process") is None:
+    if _must_start_nothing and event in _STARTS:
         raise RuntimeError("this test starts a process: mark it with @pytest.mark.process")
 
 
@@ -21,9 +23,11 @@ sys.addaudithook(_refuse_starts)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    global _running
-    _running = item
+    """pytest asks us for the tests of other folders too, where they are in one session with ours."""
+    global _must_start_nothing
+    is_ours = item.path.is_relative_to(_HERE)
+    _must_start_nothing = is_ours and item.get_closest_marker("process") is None
     try:
         return (yield)
     finally:
-        _running = None
+        _must_start_nothing = False
