@@ -30,6 +30,7 @@ from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
 from ..runtime.listen import bind_unix, http_url, is_loopback
 from ..runtime.process import Succession
+from ..runtime.returned_memory import return_memory
 from ..runtime.tls import Trust
 from .links import ZmqConnector
 from .options import RouterOptions
@@ -132,12 +133,15 @@ async def _serve(
             succession=succession,
         )
     )
+    returning = asyncio.create_task(return_memory())
     try:
-        await asyncio.wait({serving, service.crashed}, return_when=asyncio.FIRST_COMPLETED)
-        if service.crashed.done():
-            service.crashed.result()  # raises what ended a background task
+        await asyncio.wait({serving, returning, service.crashed}, return_when=asyncio.FIRST_COMPLETED)
+        for background in (returning, service.crashed):
+            if background.done():
+                background.result()  # raises what ended it
         await serving
     finally:
+        returning.cancel()
         serving.cancel()
         await service.close()
         context.destroy(linger=0)
