@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from ..components.prefix_cache import PrefixCache
+from ..components.prompt_job import PromptJob
 from ..decode.handoffs import Handoffs
 from ..decode.request_pages import RequestPages
 from ..decode.running import Running
@@ -24,7 +25,9 @@ from ..messages.timeline import Span
 from ..prefill.jobs import PrefillJobs
 from ..prefill.scheduler import PrefillScheduler
 from ..router import registry
+from ..router.admission import AdmissionQueue
 from ..router.attempts import RequestRecord
+from ..router.service import RouterService
 from ..transfer import decode_rooms, prefill_rooms
 from ..transfer.actions import FirstTokenArrived, PagesReleased, RoomEnded, SendToDecode
 from ..transfer.backends.base import WriteResult, WriteState
@@ -410,6 +413,65 @@ def _released_twice(original: Method) -> Method:
     return settle
 
 
+# ---- the stages of a request ------------------------------------------------------------------------
+
+
+def _pages_free_at_once(original: Method) -> Method:
+    return lambda self, room, *, quarantined: original(self, room, quarantined=False)
+
+
+def _promises_kept(_: Method) -> Method:
+    return lambda self, request, ended: None
+
+
+def _stays_in_line(_: Method) -> Method:
+    return lambda self, request: None
+
+
+def _cancelled_goes_on(original: Method) -> Method:
+    def apply_decoded(self: Running, request: Any, sequence: Any, *rest: Any) -> None:  # noqa: ANN401
+        sequence.is_finished = False
+        original(self, request, sequence, *rest)
+
+    return apply_decoded
+
+
+def _retracted_keeps_pages(_: Method) -> Method:
+    def retract(self: Running, request: Any) -> None:  # noqa: ANN401
+        self._outputs.fail(request, "retracted", "too few pages", retriable=True)
+        self._prefilling.pop(request.key, None)
+        self._decoding.pop(request.key, None)
+
+    return retract
+
+
+def _scheduled_is_computed(original: Method) -> Method:
+    def chunk(self: PromptJob, *args: Any) -> None:  # noqa: ANN401
+        original(self, *args)
+        self.num_computed = self.num_scheduled
+
+    return chunk
+
+
+# ---- the router -------------------------------------------------------------------------------------
+
+
+def _cancelled_counts_on(original: Method) -> Method:
+    return lambda self, attempt, code: None if code == "cancelled" else original(self, attempt, code)
+
+
+def _stays_queued(_: Method) -> Method:
+    return lambda self, *args: None
+
+
+def _one_retry_only(original: Method) -> Method:
+    def on_failed(self: RequestRecord, failure: Any) -> Any:  # noqa: ANN401
+        ended = original(self, failure)
+        return type(ended)(ended.closed, ended.retries[:1])
+
+    return on_failed
+
+
 MUTANTS = (
     Mutant(
         "quarantine-timeout",
@@ -605,6 +667,60 @@ MUTANTS = (
         "choices-tried-together",
         "choices that have tokens already share one new attempt",
         (Patch(RequestRecord, "has_tokens", _choices_tried_together),),
+    ),
+    Mutant(
+        "pages-free-at-once",
+        "the pages of a request that left while prefill writes them are free (6.1.1)",
+        (Patch(Handoffs, "_give_up_pages", _pages_free_at_once),),
+    ),
+    Mutant(
+        "promised-to-the-gone",
+        "who leaves while it is handed off keeps what it was promised, and its prefix locked",
+        (Patch(Handoffs, "_free", _promises_kept),),
+    ),
+    Mutant(
+        "in-two-stages",
+        "a request that was admitted stays in line",
+        (Patch(Waiting, "remove", _stays_in_line),),
+    ),
+    Mutant(
+        "cancelled-goes-on",
+        "a choice that was cancelled in a forward goes on",
+        (Patch(Running, "_apply_decoded", _cancelled_goes_on),),
+    ),
+    Mutant(
+        "retracted-keeps-pages",
+        "who is retracted takes its pages along",
+        (Patch(Running, "_retract", _retracted_keeps_pages),),
+        flavour="crowded",
+    ),
+    Mutant(
+        "sent-before-computed",
+        "pages travel as soon as their chunk is scheduled (6.1.2)",
+        (
+            Patch(PromptJob, "scheduled", _scheduled_is_computed),
+            Patch(PromptJob, "computed", _scheduled_is_computed),
+        ),
+    ),
+    Mutant(
+        "cancelled-counts-on",
+        "a client that left is load on its nodes for good",
+        (Patch(RouterService, "_close_attempt", _cancelled_counts_on),),
+    ),
+    Mutant(
+        "sent-and-queued",
+        "a request that was sent to a pair stays queued for another",
+        (Patch(AdmissionQueue, "take", _stays_queued),),
+    ),
+    Mutant(
+        "ended-request-stays-queued",
+        "a request that has ended keeps its place in the queue",
+        (Patch(AdmissionQueue, "remove_request", _stays_queued),),
+    ),
+    Mutant(
+        "one-retry-only",
+        "of choices that failed together only the first is tried again",
+        (Patch(RequestRecord, "on_failed", _one_retry_only),),
     ),
     Mutant(
         "released-twice",
