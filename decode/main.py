@@ -11,20 +11,18 @@ from ..components.load_inquirer import LoadInquirer
 from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
-from ..components.request_receiver import RequestReceiver
 from ..messages.channel import ServerChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.node import AttemptFailed, ClientToNode, TokenOutputs
 from ..messages.timeline import SpanClock
 from ..node.control_assembly import make_control
 from ..node.crash_hook import CrashHook, kill_this_process
-from ..node.loop import RoleLoop
-from ..node.process import run, start_node
+from ..node.process import start_node
+from ..node.run import run
 from ..runtime.config import NodeConfig
 from ..runtime.peer_clock import PeerClocks
 from ..transfer.decode_rooms import DecodeRooms
 from ..transfer.page_digests import DigestWorker
-from ..weights.loaded import LoadedModel
 from .death_probe import DeathProbe
 from .growth_estimate import GrowthEstimate
 from .handoffs import Handoffs
@@ -36,7 +34,7 @@ from .prefill_peers import PrefillPeers
 from .report import DecodeReport
 from .request_pages import RequestPages
 from .running import Running
-from .scheduler import DecodeMessage, DecodeScheduler
+from .scheduler import DecodeScheduler
 from .session_pins import SessionPins
 from .settings import decode_settings
 from .timeline import Timeline
@@ -161,18 +159,4 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
         load_inquirer=load_inquirer,
         metrics=node.metrics,
     )
-    loop: RoleLoop[DecodeMessage, LoadedModel] = RoleLoop(
-        scheduler,
-        report,
-        receiver=RequestReceiver(server),
-        send=server.send,
-        engine=node.engine,
-        side_jobs=node.jobs,
-        control=control,
-        swap=node.swap,
-        status=node.status,
-        metrics=node.metrics,
-        loop_times=node.loop_times,
-        unix_now=clock.unix_now,
-    )
-    return run(node, loop, scheduler.fail_open_requests)
+    return run(node, scheduler, report, server, control, clock)

@@ -106,6 +106,10 @@ class Role(Protocol[M_contra]):
         """End everything retriably: the node is paused, others may take it."""
         ...
 
+    def fail_open_requests(self) -> None:
+        """This process ends: what is left may be tried elsewhere. It leaves at once."""
+        ...
+
     def renew(
         self, identity: PeerIdentity, reason: str, now: float, regions: tuple[MemoryRegion, ...] | None
     ) -> None:
@@ -235,18 +239,6 @@ class RoleLoop(Generic[M, C]):
             self._control.deadline or math.inf,
             self._idle_check.deadline or math.inf,
         )
-
-    @property
-    def is_idle(self) -> bool:
-        return self.role.is_idle
-
-    @property
-    def is_draining(self) -> bool:
-        return self.role.is_draining
-
-    def drain(self) -> None:
-        """Take nothing new: the process is to end when it is idle."""
-        self.role.is_draining = True
 
     # ---- what every node is asked -------------------------------------------------------------------
 

@@ -9,18 +9,16 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, assert_never
+from typing import assert_never
 
 import msgspec
 import torch
@@ -49,7 +47,7 @@ from ..messages.ranks import RankChecked, RankStart
 from ..messages.weights import MemoryTag, TransferKind
 from ..models.config import ModelConfig, kv_layout, read_vocabulary_digest, resolve_dtype
 from ..models.paths import ModelPaths
-from ..ranks.group import LostRankError, RankGroup, alongside
+from ..ranks.group import RankGroup, alongside
 from ..ranks.memory import RankMemory, move_together
 from ..ranks.whole_tensors import gather_tensors
 from ..runtime.config import NodeConfig
@@ -58,7 +56,6 @@ from ..runtime.errors import StartupError
 from ..runtime.listen import http_url, resolves
 from ..runtime.process import (
     available_memory_bytes,
-    end_now,
     return_free_memory,
     routable_host,
     spawn,
@@ -74,7 +71,7 @@ from ..weights.peer import WeightPuller
 from ..weights.saved import save_model, upload_model
 from ..weights.updater import LoadFolder, LoadOrder, LoadServed, LoadTensors, Prepared, Sums, TensorHead
 from .front_process import FrontProcess
-from .loop_times import TURN, LoopTimes
+from .loop_times import LoopTimes
 from .memory_occupation import Announced
 from .profiler import NodeProfiler
 from .status import NodeStatus, announce
@@ -85,8 +82,6 @@ INITIAL_WEIGHT_VERSION = "default"  # as SGLang calls it
 _SHARE_OF_FREE_MEMORY = 0.25
 _MOST_OF_FREE_MEMORY = 0.5  # beside the weights, for a pool of one context; `up` starts two nodes
 _DEFAULT_POOL_CONTEXTS = 32  # contexts of max_model_len that a default pool holds at most
-_LONGEST_SLEEP_S = 0.5  # a front that has ended is noticed this late at worst
-_DRAIN_S = 10.0
 _SWITCH_INTERVAL_S = 0.001  # for which a job may keep the interpreter's lock from the loop; Python's is 5 ms
 
 
@@ -287,22 +282,6 @@ class Node:
         self.backend.close()
 
 
-class Scheduler(Protocol):
-    """What `run` needs of a scheduler's loop."""
-
-    @property
-    def is_draining(self) -> bool: ...
-
-    def drain(self) -> None: ...
-
-    def step(self, now: float) -> None: ...
-
-    def next_deadline(self) -> float: ...
-
-    @property
-    def is_idle(self) -> bool: ...
-
-
 def start_node(
     config: NodeConfig,
     listener: socket.socket,
@@ -471,72 +450,6 @@ def start_node(
         front=front,
         unix_minus_monotonic_s=time.time() - time.monotonic(),
     )
-
-
-def run(node: Node, scheduler: Scheduler, fail_open_requests: Callable[[], None]) -> int:
-    """The loop, until SIGTERM or SIGINT; then what runs may end, and what is left fails retriably.
-
-    A second signal ends it at once. Returns the process's exit code.
-    """
-    threading.excepthook = _end_process
-    num_signals = 0
-    signalled = os.eventfd(0, os.EFD_NONBLOCK)
-    node.waiter.add(signalled)
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal num_signals
-        del number, frame
-        num_signals += 1
-        os.eventfd_write(signalled, 1)  # ends the loop's sleep
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    drain_until = math.inf
-    while True:
-        now = time.monotonic()
-        with node.loop_times.measured(TURN):
-            if node.ranks is None:
-                scheduler.step(now)
-            else:
-                _step_with_ranks(node, node.ranks, scheduler, now)
-        if num_signals and not scheduler.is_draining:
-            scheduler.drain()
-            drain_until = now + _DRAIN_S
-        if num_signals > 1 or now > drain_until or (scheduler.is_draining and scheduler.is_idle):
-            fail_open_requests()
-            break
-        if not scheduler.is_draining:  # a front that got the same signal may end before what runs here has
-            node.front.keep_alive(now)
-        node.waiter.wait(min(_LONGEST_SLEEP_S, max(0.0, scheduler.next_deadline() - now)))
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(signalled)
-    node.close()
-    return 0
-
-
-def _step_with_ranks(node: Node, ranks: RankGroup, scheduler: Scheduler, now: float) -> None:
-    """A step of the loop; when a rank is lost, it ends this process, and with it the replica, loudly."""
-    try:
-        ranks.poll(now, node.engine.progress)
-        scheduler.step(now)
-    except Exception as error:
-        cause = ranks.cause(error)
-        ranks.kill()
-        _log.critical("%s; the node ends", cause, exc_info=not isinstance(cause, LostRankError))
-        # The engine's thread may wait in a collective for a rank that will never answer.
-        end_now(1)
-
-
-def _end_process(failure: threading.ExceptHookArgs) -> None:
-    """A helper thread died of a bug: what it held would stay pending for ever, so everything ends, loudly."""
-    name = failure.thread.name if failure.thread else "?"
-    _log.critical(
-        "thread %s failed",
-        name,
-        exc_info=(failure.exc_type, failure.exc_value or failure.exc_type(), failure.exc_traceback),
-    )
-    logging.shutdown()
-    os._exit(1)
 
 
 def rank_threads(config: NodeConfig) -> int:

@@ -11,23 +11,21 @@ import zmq
 from ..components.load_inquirer import LoadInquirer
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
-from ..components.request_receiver import RequestReceiver
 from ..messages.channel import ServerChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.memory_region import MemoryRegion
 from ..messages.timeline import SpanClock
 from ..node.control_assembly import make_control
-from ..node.loop import RoleLoop
-from ..node.process import run, start_node
+from ..node.process import start_node
+from ..node.run import run
 from ..runtime.config import NodeConfig
 from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
-from ..weights.loaded import LoadedModel
 from .jobs import PrefillJobs
 from .last_chunk import LastChunk
 from .limits import PrefillLimits
 from .report import PrefillReport
-from .scheduler import PrefillMessage, PrefillScheduler, ToPrefill
+from .scheduler import PrefillScheduler, ToPrefill
 from .settings import prefill_settings
 from .wire import Wire
 
@@ -92,18 +90,5 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
         limits=limits,
         clock=clock,
     )
-    loop: RoleLoop[PrefillMessage, LoadedModel] = RoleLoop(
-        scheduler,
-        PrefillReport(jobs, rooms, load_inquirer, node.metrics),
-        receiver=RequestReceiver(server),
-        send=server.send,
-        engine=node.engine,
-        side_jobs=node.jobs,
-        control=control,
-        swap=node.swap,
-        status=node.status,
-        metrics=node.metrics,
-        loop_times=node.loop_times,
-        unix_now=clock.unix_now,
-    )
-    return run(node, loop, scheduler.fail_open_requests)
+    report = PrefillReport(jobs, rooms, load_inquirer, node.metrics)
+    return run(node, scheduler, report, server, control, clock)
