@@ -1,1 +1,1 @@
-"""The decode binary: its scheduler loop and the queues that only it has."""
+"""What only a decode node does: the stages of a request, its pages, its prefill peers."""

@@ -1,1 +1,1 @@
-"""The prefill binary: its scheduler loop and the queues that only it has."""
+"""What only a prefill node does: its jobs, their batches, its end of the wire."""
