@@ -280,7 +280,8 @@ class Bench:
         prefills = state == "hand-off" or role == "prefill"
         body = {
             "prompt": random_ids(1, 900 if state == "busy" and role == "prefill" else 100),
-            "max_tokens": 2 if prefills else 150,
+            # So few that the node is idle before those who wait for that give up, also on a loaded machine.
+            "max_tokens": 2 if prefills else 60,
             "request_id": f"state-{time.monotonic_ns()}",
             **GREEDY,
         }
