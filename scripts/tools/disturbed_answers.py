@@ -359,6 +359,7 @@ def main() -> int:
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         work_dir = Path(options.log_dir or temporary)
+        work_dir.mkdir(parents=True, exist_ok=True)
         bodies = make_bodies(options.seed, options.tokens)[: options.clients]
         tally = run(
             work_dir,

@@ -367,7 +367,9 @@ def main() -> int:
         trainer_main(int(port), int(world_size), Path(file))
         return 0
     with tempfile.TemporaryDirectory() as temporary:
-        tally = run(options.times, options.seed, Path(options.log_dir or temporary))
+        log_dir = Path(options.log_dir or temporary)
+        log_dir.mkdir(parents=True, exist_ok=True)
+        tally = run(options.times, options.seed, log_dir)
     for failure in tally.failures[:20]:
         print(failure[:1000], file=sys.stderr)
     print(", ".join(f"{end} {count}" for end, count in sorted(tally.ends.items())))
