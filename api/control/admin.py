@@ -288,7 +288,7 @@ class ClusterRoutes:
             if state is None and timeline is not None and timeline.ended_unix_s:
                 state = {"state": "ended"}
             if state is not None:
-                measured = {} if timeline is None else {"timeline": timeline_body([timeline])}
+                measured = {} if timeline is None else {"timeline": await timeline_body([timeline])}
                 known.append({"id": generation_id, **state, **measured})
         if not known:
             raise request_not_found(request_id)

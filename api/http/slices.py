@@ -17,6 +17,7 @@ import msgspec
 SLICE_BYTES = 64 << 10  # of JSON: at most 5 ms to decode, and 20 ms to scan if all of it is brackets
 SLICE_ITEMS = 8_000  # token ids and other small things of which each costs well under a microsecond
 SLICE_ENTRIES = 2_000  # things of which each costs some microseconds: logprobs, tokens to be spelled
+SLICE_DELTAS = 200  # of choices that arrived together: detokenized and shown, each takes tens of microseconds
 
 MAX_INLINE_MESSAGES = 100  # a template takes some 20 microseconds for each
 

@@ -284,7 +284,8 @@ class _ChatAnswer:
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
         if has_last_chunk(self._body):
-            yield self._event([], usage if includes_usage(self._body) else UNSET, is_last=True)
+            timeline = await self._timeline()
+            yield self._event([], usage if includes_usage(self._body) else UNSET, timeline, is_last=True)
 
     async def whole(self) -> bytes:
         parts: dict[int, list[TextDelta]] = defaultdict(list)
@@ -309,7 +310,7 @@ class _ChatAnswer:
                 weight_version=self._run.weight_version,
                 prompt_token_ids=self._prompt_token_ids(),
                 prompt_logprobs=await self._prompt_logprobs(),
-                timeline=self._timeline(),
+                timeline=await self._timeline(),
                 sglext=self._extension(),
             )
         )
@@ -327,7 +328,12 @@ class _ChatAnswer:
         return event(msgspec.json.encode(chunk))
 
     def _event(
-        self, choices: list[ChatChunkChoice], usage: Usage | UnsetType, *, is_last: bool = False
+        self,
+        choices: list[ChatChunkChoice],
+        usage: Usage | UnsetType,
+        timeline: TimelineBody | UnsetType = UNSET,
+        *,
+        is_last: bool = False,
     ) -> bytes:
         ends_choice = any(choice.finish_reason is not None for choice in choices)
         chunk = ChatChunk(
@@ -338,7 +344,7 @@ class _ChatAnswer:
             choices=choices,
             usage=usage,
             weight_version=self._run.weight_version if ends_choice else UNSET,
-            timeline=self._timeline() if is_last else UNSET,
+            timeline=timeline,
             sglext=self._extension() if is_last else UNSET,
         )
         return event(msgspec.json.encode(chunk))
@@ -386,5 +392,5 @@ class _ChatAnswer:
     def _extension(self) -> Extension | UnsetType:
         return self._run.extension() if self._body.return_cached_tokens_details else UNSET
 
-    def _timeline(self) -> TimelineBody | UnsetType:
-        return self._run.timeline() if self._body.timeline else UNSET
+    async def _timeline(self) -> TimelineBody | UnsetType:
+        return await self._run.timeline() if self._body.timeline else UNSET

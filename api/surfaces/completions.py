@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -145,6 +146,17 @@ def _check_scoring(body: CompletionRequest) -> None:
         raise bad_value("n", "`n` must be 1 when `max_tokens` is 0.")
 
 
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """What stands in the last part of an answer alone, where it was asked for."""
+
+    timeline: TimelineBody | UnsetType = UNSET
+    extension: Extension | UnsetType = UNSET
+
+
+_NOT_THE_LAST = _Ending()
+
+
 class _CompletionAnswer:
     def __init__(
         self,
@@ -178,7 +190,7 @@ class _CompletionAnswer:
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
         if has_last_chunk(self._body):
-            yield self._event([], usage if includes_usage(self._body) else UNSET, is_last=True)
+            yield self._event([], usage if includes_usage(self._body) else UNSET, await self._ending())
 
     async def whole(self) -> bytes:
         parts: dict[tuple[int, int], list[TextDelta]] = defaultdict(list)
@@ -192,7 +204,8 @@ class _CompletionAnswer:
             choices.append(encoded(await self._choice(prompt, delta)))
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
-        return msgspec.json.encode(self._completion(choices, usage, self._run.weight_version, is_last=True))
+        version, ending = self._run.weight_version, await self._ending()
+        return msgspec.json.encode(self._completion(choices, usage, version, ending))
 
     def _deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         if self._body.max_tokens == 0 and self._jobs[0].spec.sampling.num_prompt_logprobs is None:
@@ -205,25 +218,24 @@ class _CompletionAnswer:
             yield prompt, empty_delta("length")
 
     def _event(
-        self, choices: list[CompletionChoice], usage: Usage | UnsetType, *, is_last: bool = False
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType, ending: _Ending = _NOT_THE_LAST
     ) -> bytes:
         ends_choice = any(choice.finish_reason is not None for choice in choices)
         weight_version = self._run.weight_version if ends_choice else UNSET
-        return event(msgspec.json.encode(self._completion(choices, usage, weight_version, is_last=is_last)))
+        return event(msgspec.json.encode(self._completion(choices, usage, weight_version, ending)))
 
-    def _extension(self) -> Extension | UnsetType:
-        return self._run.extension() if self._body.return_cached_tokens_details else UNSET
-
-    def _timeline(self) -> TimelineBody | UnsetType:
-        return self._run.timeline() if self._body.timeline else UNSET
+    async def _ending(self) -> _Ending:
+        return _Ending(
+            timeline=await self._run.timeline() if self._body.timeline else UNSET,
+            extension=self._run.extension() if self._body.return_cached_tokens_details else UNSET,
+        )
 
     def _completion(
         self,
         choices: list[CompletionChoice],
         usage: Usage | UnsetType,
         weight_version: str | UnsetType,
-        *,
-        is_last: bool,
+        ending: _Ending,
     ) -> Completion:
         return Completion(
             id=self._envelope.id,
@@ -233,8 +245,8 @@ class _CompletionAnswer:
             choices=choices,
             usage=usage,
             weight_version=weight_version,
-            timeline=self._timeline() if is_last else UNSET,
-            sglext=self._extension() if is_last else UNSET,
+            timeline=ending.timeline,
+            sglext=ending.extension,
         )
 
     async def _choice(self, prompt: int, delta: TextDelta) -> CompletionChoice:

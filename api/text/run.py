@@ -23,7 +23,7 @@ from ..generation import (
 )
 from ..http.in_flight import InFlightRequests
 from ..http.metrics import HttpMetrics
-from ..http.slices import spaced
+from ..http.slices import SLICE_DELTAS, spaced
 from ..http.validation import GenerationDefaults, Limits
 from ..surfaces.openai_types import CachedTokensDetails, Extension, PromptTokensDetails, TimelineBody, Usage
 from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta
@@ -170,8 +170,12 @@ class TextRun:
 
         starting = run(start())
         try:
+            num_arrived = 0
             while running:
-                arrival = await arrivals.get()
+                arrival = await arrivals.get()  # others do not run while something is there
+                num_arrived += 1
+                if num_arrived % SLICE_DELTAS == 0:
+                    await asyncio.sleep(0)
                 if isinstance(arrival, asyncio.Task):
                     running.remove(arrival)
                     arrival.result()
@@ -203,10 +207,11 @@ class TextRun:
     def _num_cached_tokens(self) -> int:
         return sum(generation.info.num_cached_tokens for generation in self._generations.values())
 
-    def timeline(self) -> TimelineBody:
+    async def timeline(self) -> TimelineBody:
         """Of all that was measured so far."""
-        found = [self._serving.timelines.find(job.spec.request_id) for job in self._jobs]
-        return timeline_body([timeline for timeline in found if timeline is not None])
+        timelines = self._serving.timelines
+        found = [timelines.find(job.spec.request_id) async for job in spaced(self._jobs)]
+        return await timeline_body([timeline for timeline in found if timeline is not None])
 
 
 class _FirstToken:

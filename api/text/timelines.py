@@ -22,6 +22,7 @@ from ...messages.timeline import OVERLAPPING, Span, SpanClock, unaccounted_s
 from ..generation import GenerateSpec, GenerationInfo
 from ..http.in_flight import bare_id
 from ..http.metrics import LENGTH_BUCKETS
+from ..http.slices import rows
 from ..surfaces.openai_types import SpanBody, TimelineBody
 
 KEPT_TIMELINES = 1000
@@ -202,8 +203,9 @@ def _timeline(running: _Running, ended_unix_s: float) -> Timeline:
     )
 
 
-def timeline_body(timelines: Sequence[Timeline]) -> TimelineBody:
-    """What an answer shows: of one generation, or of a batch's prompts in their order."""
+async def timeline_body(timelines: Sequence[Timeline]) -> TimelineBody:
+    """What an answer shows: of one generation, or of a batch's prompts in their order. Others run meanwhile
+    where it is long."""
     is_batch = len(timelines) > 1
     spans = [(prompt, span) for prompt, each in enumerate(timelines) for span in each.spans]
     spans.sort(key=lambda entry: entry[1].start_unix_s)
@@ -213,7 +215,7 @@ def timeline_body(timelines: Sequence[Timeline]) -> TimelineBody:
     if not is_batch and timelines and timelines[0].ttft_s is not None:
         ttft_s, unaccounted = timelines[0].ttft_s, timelines[0].unaccounted_s or 0.0
     return TimelineBody(
-        spans=[_span_body(span, origin_s, prompt if is_batch else UNSET) for prompt, span in spans],
+        spans=await rows(spans, lambda each: _span_body(each[1], origin_s, each[0] if is_batch else UNSET)),
         ttft_s=ttft_s,
         unaccounted_s=unaccounted,
     )
