@@ -9,6 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..http.answers import JsonResponse
 from ..http.errors import CLIENT_CLOSED_REQUEST
 from ..http.fields import FieldRules
 from ..http.in_flight import InFlightRequests
@@ -69,4 +70,4 @@ async def respond_whole(
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         end()
-    return Response(body, media_type="application/json")
+    return JsonResponse(body)
