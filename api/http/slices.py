@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -56,6 +56,21 @@ async def in_slices(steps: Generator[None, None, T]) -> T:
 def encoded(part: T) -> T:
     """`part` as JSON already, which msgspec writes as it is: a large answer is encoded a part at a time."""
     return cast(T, msgspec.Raw(msgspec.json.encode(part)))
+
+
+HOLE = cast(
+    Any, msgspec.Raw(b"\0")
+)  # stands in a document for what `filled` puts there; no JSON has this byte
+
+
+def filled(document: bytes, items: Sequence[bytes]) -> list[bytes]:
+    """The document in pieces, with these items, JSON already, in place of its list's HOLE. Together they may
+    be many megabytes, which are copied nowhere."""
+    head, tail = document.split(b"\0")
+    pieces = [head]
+    for index, item in enumerate(items):
+        pieces += (b",", item) if index else (item,)
+    return [*pieces, tail]
 
 
 async def rows(items: Sequence[T], row: Callable[[T], R], width: int = 1) -> list[R]:

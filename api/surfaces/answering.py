@@ -26,7 +26,7 @@ class Answer(Protocol):
 
     def events(self) -> AsyncGenerator[bytes, None]: ...
 
-    async def whole(self) -> bytes: ...
+    async def whole(self) -> list[bytes]: ...  # pieces of one JSON document
 
 
 async def receive(
@@ -56,7 +56,7 @@ async def respond(
 
 async def respond_whole(
     http: Request,
-    whole: Callable[[], Coroutine[Any, Any, bytes]],
+    whole: Callable[[], Coroutine[Any, Any, list[bytes]]],
     jobs: Sequence[TextJob],
     *,
     request_id: str,
@@ -65,9 +65,9 @@ async def respond_whole(
     """Likewise, for a body that is made at once."""
     end = in_flight.begin(request_id, [job.spec.request_id for job in jobs])
     try:
-        body = await unless_client_leaves(http.receive, whole())
+        pieces = await unless_client_leaves(http.receive, whole())
     except ClientLeftError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         end()
-    return JsonResponse(body)
+    return JsonResponse(pieces)

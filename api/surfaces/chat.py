@@ -19,7 +19,7 @@ from ..http.fields import OPENAI_RULES, chosen_salt
 from ..http.in_flight import bare_id
 from ..http.json_slices import JsonTooLargeError, decode_slices
 from ..http.metrics import RequestMeter
-from ..http.slices import MAX_INLINE_MESSAGES, at_once, encoded, in_thread, spaced
+from ..http.slices import HOLE, MAX_INLINE_MESSAGES, at_once, filled, in_thread, spaced
 from ..http.sse import event
 from ..http.validation import (
     bad_type,
@@ -287,7 +287,7 @@ class _ChatAnswer:
             timeline = await self._timeline()
             yield self._event([], usage if includes_usage(self._body) else UNSET, timeline, is_last=True)
 
-    async def whole(self) -> bytes:
+    async def whole(self) -> list[bytes]:
         parts: dict[int, list[TextDelta]] = defaultdict(list)
         async with aclosing(self._run.deltas()) as deltas:
             async for _, delta in deltas:
@@ -296,16 +296,16 @@ class _ChatAnswer:
         async for number, pieces in spaced(sorted(parts.items())):
             delta = joined(pieces)
             self._meter.add_chunk(number, len(delta.token_ids), delta.finish_reason)
-            choices.append(encoded(await self._choice(delta)))
+            choices.append(msgspec.json.encode(await self._choice(delta)))
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
-        return msgspec.json.encode(
+        document = msgspec.json.encode(
             ChatCompletion(
                 id=self._envelope.id,
                 created=self._envelope.created,
                 model=self._envelope.model,
                 system_fingerprint=SYSTEM_FINGERPRINT,
-                choices=choices,
+                choices=[HOLE],
                 usage=usage,
                 weight_version=self._run.weight_version,
                 prompt_token_ids=self._prompt_token_ids(),
@@ -314,6 +314,7 @@ class _ChatAnswer:
                 sglext=self._extension(),
             )
         )
+        return filled(document, choices)
 
     async def _role_event(self, choice: int, *, is_first: bool) -> bytes:
         chunk = ChatChunk(

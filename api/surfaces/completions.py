@@ -17,7 +17,7 @@ from ..http.errors import unsupported
 from ..http.fields import OPENAI_RULES, chosen_salt
 from ..http.in_flight import bare_id
 from ..http.metrics import RequestMeter
-from ..http.slices import SLICE_ENTRIES, encoded, sliced, spaced
+from ..http.slices import HOLE, SLICE_ENTRIES, filled, sliced, spaced
 from ..http.sse import event
 from ..http.validation import (
     bad_value,
@@ -192,7 +192,7 @@ class _CompletionAnswer:
         if has_last_chunk(self._body):
             yield self._event([], usage if includes_usage(self._body) else UNSET, await self._ending())
 
-    async def whole(self) -> bytes:
+    async def whole(self) -> list[bytes]:
         parts: dict[tuple[int, int], list[TextDelta]] = defaultdict(list)
         async with aclosing(self._deltas()) as deltas:
             async for prompt, delta in deltas:
@@ -201,11 +201,11 @@ class _CompletionAnswer:
         async for (prompt, number), pieces in spaced(sorted(parts.items())):
             delta = joined(pieces)
             self._meter.add_chunk((prompt, number), len(delta.token_ids), delta.finish_reason)
-            choices.append(encoded(await self._choice(prompt, delta)))
+            choices.append(msgspec.json.encode(await self._choice(prompt, delta)))
         usage = self._run.usage()
         self._meter.answered(usage.prompt_tokens)
         version, ending = self._run.weight_version, await self._ending()
-        return msgspec.json.encode(self._completion(choices, usage, version, ending))
+        return filled(msgspec.json.encode(self._completion([HOLE], usage, version, ending)), choices)
 
     def _deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         if self._body.max_tokens == 0 and self._jobs[0].spec.sampling.num_prompt_logprobs is None:

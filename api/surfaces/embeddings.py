@@ -212,7 +212,7 @@ class _Vectors(Generic[P]):
         self._one = one
         self._answer = answer
 
-    async def whole(self) -> bytes:
+    async def whole(self) -> list[bytes]:
         vectors: dict[int, array[float]] = {}
         async with aclosing(self._run.deltas()) as deltas:
             async for prompt, delta in deltas:
@@ -223,7 +223,7 @@ class _Vectors(Generic[P]):
         parts = [
             encoded(self._one(prompt, vectors[prompt])) async for prompt in spaced(range(len(self._jobs)))
         ]
-        return msgspec.json.encode(self._answer(parts))
+        return [msgspec.json.encode(self._answer(parts))]
 
 
 def _normalized(state: bytes) -> array[float]:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from ..generation import GenerateSpec, SessionTurn, TurnParams
 from ..http.fields import GENERATING_RULES, chosen_salt
 from ..http.metrics import RequestMeter
-from ..http.slices import encoded, spaced
+from ..http.slices import HOLE, filled, spaced
 from ..http.sse import event
 from ..http.validation import (
     SamplingFields,
@@ -334,20 +334,21 @@ class _NativeAnswer:
                 yield event(msgspec.json.encode(output))
         self._meter.answered(self._run.usage().prompt_tokens)
 
-    async def whole(self) -> bytes:
+    async def whole(self) -> list[bytes]:
         parts: dict[tuple[int, int], list[TextDelta]] = defaultdict(list)
         async with aclosing(self._run.deltas()) as deltas:
             async for prompt, delta in deltas:
                 parts[prompt, delta.choice].append(delta)
                 self._note_turn(prompt, delta)
-        outputs: list[NativeOutput] = []
+        outputs: list[bytes] = []
         async for key in spaced(self._index):
             delta = joined(parts[key])
             num_tokens = len(delta.token_ids)
             self._meter.add_chunk(key, num_tokens, delta.finish_reason)
-            outputs.append(encoded(await self._output(key[0], delta, num_tokens, with_input=True)))
+            output = await self._output(key[0], delta, num_tokens, with_input=True)
+            outputs.append(msgspec.json.encode(output))
         self._meter.answered(self._run.usage().prompt_tokens)
-        return msgspec.json.encode(outputs if self._is_list else outputs[0])
+        return filled(msgspec.json.encode([HOLE]), outputs) if self._is_list else outputs
 
     def _note_turn(self, prompt: int, delta: TextDelta) -> None:
         """What the client is about to see; with its end another turn may continue it."""
