@@ -21,7 +21,7 @@ from .process import Node
 
 
 def make_control(
-    node: Node, settings: LiveSettings, *, drop_cache: Callable[[], bool]
+    node: Node, settings: LiveSettings, drop_cache: Callable[[], bool]
 ) -> NodeControl[LoadedModel]:
     """`settings`: what may be changed while the node runs. `drop_cache`: see NodeControl."""
     return NodeControl(

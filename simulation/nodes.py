@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,28 +14,16 @@ from ..components.flush_wrapper import FlushWrapper
 from ..components.invariant_checker import check_idle, check_pages, check_requests
 from ..components.load_inquirer import LoadInquirer
 from ..components.metrics_reporter import MetricsReporter
-from ..components.output_streamer import OutputStreamer
 from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
 from ..components.request_receiver import RequestReceiver
+from ..decode import assembly as decode_assembly
 from ..decode.admission import Capacity
+from ..decode.assembly import DecodeEdges, DecodeOptions
 from ..decode.death_probe import DeathProbe
-from ..decode.growth_estimate import GrowthEstimate
-from ..decode.handoffs import Handoffs
 from ..decode.limits import DecodeLimits
-from ..decode.local_prefill import LocalPrefillPolicy
-from ..decode.outputs import Outputs
 from ..decode.peer_links import LinkDown, PeerLinks
-from ..decode.prefill_peers import PrefillPeers
-from ..decode.report import DecodeReport
-from ..decode.request_pages import RequestPages
-from ..decode.running import Running
-from ..decode.scheduler import DecodeScheduler
 from ..decode.sequence import DecodeRequest, Sequence
-from ..decode.session_pins import SessionPins
-from ..decode.settings import decode_settings
-from ..decode.timeline import Timeline
-from ..decode.waiting import Waiting
 from ..engine.engine_thread import EngineThread
 from ..engine.forward_batch import ForwardBatch
 from ..engine.schedule_batch import ScheduleBatch
@@ -53,18 +41,14 @@ from ..node.loop_times import LoopTimes
 from ..node.memory_occupation import Announced, MemoryOccupation
 from ..node.operations import NodeOperations
 from ..node.status import NodeStatus, announce
+from ..prefill import assembly as prefill_assembly
+from ..prefill.assembly import PrefillEdges
 from ..prefill.job import JobState
-from ..prefill.jobs import PrefillJobs
-from ..prefill.last_chunk import LastChunk
 from ..prefill.limits import PrefillLimits
-from ..prefill.report import PrefillReport
-from ..prefill.scheduler import PrefillScheduler, ToPrefill
-from ..prefill.settings import prefill_settings
-from ..prefill.wire import Wire
+from ..prefill.scheduler import ToPrefill
 from ..runtime.config import VerifyPages, node_config
 from ..runtime.containment import Containment
 from ..runtime.errors import StartupError
-from ..runtime.peer_clock import PeerClocks
 from ..transfer.backends.base import Mover
 from ..transfer.decode_rooms import DecodeRooms
 from ..transfer.page_digests import DigestWorker
@@ -307,8 +291,23 @@ class _Base(Generic[T]):
         self.memory_journal: list[str] = []
         self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", server))
 
+    def _edges(self) -> dict[str, Any]:
+        """Those that both nodes have alike."""
+        return {
+            "send": self.server.send,
+            "allocator": self.allocator,
+            "digests": cast(DigestWorker, self.digests),
+            "engine": cast(EngineThread, self.engine),
+            "build": cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
+            "make_control": self._make_control,
+            "status": self.status,
+            "metrics": self.metrics,
+            "load_inquirer": self.load_inquirer,
+            "clock": self.span_clock,
+        }
+
     def _make_control(
-        self, drop_cache: Callable[[], bool], settings: LiveSettings
+        self, settings: LiveSettings, drop_cache: Callable[[], bool]
     ) -> NodeControl[LoadedModel]:
         self.control: NodeControl[FakeCheckpoint] = NodeControl(
             status=self.status,
@@ -352,13 +351,6 @@ class _Base(Generic[T]):
         )
         return (region,)
 
-    @property
-    def containments(self) -> tuple[Containment, ...]:
-        raise NotImplementedError
-
-    def _check_nothing_raised(self) -> None:
-        assert not any(each.num_faults for each in self.containments), "a handler has raised"
-
     # ---- MemoryPort: it keeps a list of what was done ----
 
     def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
@@ -384,6 +376,10 @@ class _Base(Generic[T]):
             loop_times=self.loop_times,
             unix_now=self.span_clock.unix_now,
         )
+
+
+def check_nothing_raised(containments: Iterable[Containment]) -> None:
+    assert not any(each.num_faults for each in containments), "a handler has raised"
 
 
 class PrefillNode(_Base[ToPrefill]):
@@ -412,40 +408,18 @@ class PrefillNode(_Base[ToPrefill]):
             on_digest=on_digest,
             metrics=metrics,
         )
-        self.cache = PrefixCache(self.allocator, PAGE_SIZE) if settings.has_cache else None
         self.rooms = PrefillRooms(self.identity, settle_s=backend.settle_s)
-        self.limits = limits = PrefillLimits(
+        self.limits = PrefillLimits(
             max_batch_tokens=settings.chunk_tokens,
             max_batch_rows=settings.max_rows,
             max_waiting=settings.max_waiting,
             overlaps_transfer=settings.overlaps_transfer,
             returns_hidden_states=settings.returns_hidden_states,
         )
-        last_chunk = LastChunk(PAGE_SIZE, LAYOUT.page_bytes // PAGE_SIZE)
-        self.jobs = PrefillJobs(
-            allocator=self.allocator,
-            cache=self.cache,
-            engine=cast(EngineThread, self.engine),
-            build=cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
-            status=self.status,
-            layout=LAYOUT,
-            limits=limits,
-            last_chunk=last_chunk,
-            clock=self.span_clock,
-        )
-        self.scheduler = PrefillScheduler(
-            jobs=self.jobs,
-            rooms=self.rooms,
-            wire=Wire(server.send, (backend,), last_chunk, self.metrics, self.span_clock),
-            digests=cast(DigestWorker, self.digests),
-            control=self._make_control(self.jobs.drop_cache, prefill_settings(limits)),
-            send=server.send,
-            load_inquirer=self.load_inquirer,
-            metrics=self.metrics,
-            limits=limits,
-            clock=self.span_clock,
-        )
-        self.report = PrefillReport(self.jobs, self.rooms, self.load_inquirer, self.metrics)
+        edges = PrefillEdges(**self._edges(), movers=(backend,), rooms=self.rooms)
+        parts = prefill_assembly.assemble(edges, LAYOUT, self.limits, keeps_prefixes=settings.has_cache)
+        self.cache, self.jobs, self.scheduler = parts.cache, parts.jobs, parts.scheduler
+        self.report = parts.report
         self.loop = self._loop(self.scheduler, self.report)
 
     @property
@@ -461,7 +435,7 @@ class PrefillNode(_Base[ToPrefill]):
         return self.loop.containment, self.jobs.containment
 
     def check(self) -> None:
-        self._check_nothing_raised()
+        check_nothing_raised(self.containments)
         check_pages(self.allocator, self.caches, owners=[job.room for job in self.jobs])
         check_requests(self.states)
 
@@ -497,113 +471,39 @@ class DecodeNode(_Base[ClientToNode]):
             on_digest=on_digest,
             metrics=metrics,
         )
-        self.cache = PrefixCache(self.allocator, PAGE_SIZE)
-        self.pins = SessionPins(
-            self.cache, max_pages=int(settings.decode_pages * settings.session_cache_fraction)
-        )
-        self.pages = RequestPages(
-            self.allocator,
-            self.cache,
-            self.pool.copy,
-            self.pool.poison,
-            pins=self.pins,
-            keeps_prefixes=settings.decode_has_cache,
-        )
-        self.growth = GrowthEstimate(settings.conservativeness)
         self.rooms = DecodeRooms(self.identity, self.regions, settings.decode_pages)
-        gone_clients: set[bytes] = set()
-
-        def send_output(client: bytes, message: msgspec.Struct) -> None:
-            if not server.send(client, message):
-                gone_clients.add(client)
-
-        self.streamer = OutputStreamer(send_output)
         self.death_probe = FakeDeathProbe()
-        local_prefill = LocalPrefillPolicy(
-            threshold=settings.local_prefill_threshold,
-            chunk_tokens=settings.local_prefill_chunk,
-            page_size=PAGE_SIZE,
-            page_bytes=LAYOUT.page_bytes,
-        )
-        limits = DecodeLimits(
-            max_running=settings.max_running,
-            max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
-            max_model_len=settings.max_model_len,
-            returns_hidden_states=settings.returns_hidden_states,
-        )
-        peer_clocks = PeerClocks()
-        timeline = Timeline(self.span_clock, self.streamer, peer_clocks)
-        outputs = Outputs(
-            self.streamer,
-            timeline,
-            server.send,
-            gone_clients,
-            eos_token_ids=settings.eos_token_ids,
-            max_model_len=settings.max_model_len,
-        )
-        control = self._make_control(self.pages.drop_cache, decode_settings(self.growth, local_prefill))
-        self.waiting = Waiting(
-            pages=self.pages,
-            growth=self.growth,
-            outputs=outputs,
-            control=control,
-            status=self.status,
-            metrics=self.metrics,
-            limits=limits,
-            clock=self.span_clock,
-        )
-        self.handoffs = Handoffs(
-            rooms=self.rooms,
-            peers=PrefillPeers(
-                cast(PeerLinks, links),
-                cast(DeathProbe, self.death_probe),
-                peer_clocks,
-                self.span_clock,
-                control.heard,
+        parts = decode_assembly.assemble(
+            DecodeEdges(
+                **self._edges(),
+                sent_output=lambda _: None,
+                links=cast(PeerLinks, links),
+                death_probe=cast(DeathProbe, self.death_probe),
+                rooms=self.rooms,
+                copy_page=self.pool.copy,
+                poison=self.pool.poison,
             ),
-            allocator=self.allocator,
-            pages=self.pages,
-            digests=cast(DigestWorker, self.digests),
-            verify_pages=settings.verify_pages,
-            outputs=outputs,
-            timeline=timeline,
-            local_prefill=local_prefill,
-            load_inquirer=self.load_inquirer,
-            metrics=self.metrics,
+            DecodeOptions(
+                layout=LAYOUT,
+                limits=DecodeLimits(
+                    max_running=settings.max_running,
+                    max_batch_tokens=max(settings.chunk_tokens, settings.max_running + 1),
+                    max_model_len=settings.max_model_len,
+                    returns_hidden_states=settings.returns_hidden_states,
+                ),
+                eos_token_ids=settings.eos_token_ids,
+                max_pinned_pages=int(settings.decode_pages * settings.session_cache_fraction),
+                keeps_prefixes=settings.decode_has_cache,
+                conservativeness=settings.conservativeness,
+                local_prefill_threshold=settings.local_prefill_threshold,
+                local_prefill_chunk=settings.local_prefill_chunk,
+                verify_pages=settings.verify_pages,
+            ),
         )
-        self.running = Running(
-            pages=self.pages,
-            growth=self.growth,
-            outputs=outputs,
-            timeline=timeline,
-            local_prefill=local_prefill,
-            engine=cast(EngineThread, self.engine),
-            build=cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
-            load_inquirer=self.load_inquirer,
-            metrics=self.metrics,
-            limits=limits,
-        )
-        self.scheduler = DecodeScheduler(
-            waiting=self.waiting,
-            handoffs=self.handoffs,
-            running=self.running,
-            outputs=outputs,
-            pages=self.pages,
-            pins=self.pins,
-            local_prefill=local_prefill,
-            control=control,
-            status=self.status,
-            send=server.send,
-        )
-        self.report = DecodeReport(
-            waiting=self.waiting,
-            handoffs=self.handoffs,
-            running=self.running,
-            pages=self.pages,
-            pins=self.pins,
-            load_inquirer=self.load_inquirer,
-            metrics=self.metrics,
-        )
+        self.waiting, self.handoffs, self.running = parts.waiting, parts.handoffs, parts.running
+        self.cache, self.pages, self.pins = parts.cache, parts.pages, parts.pins
+        self.growth, self.streamer = parts.growth, parts.streamer
+        self.scheduler, self.report = parts.scheduler, parts.report
         self.loop = self._loop(self.scheduler, self.report)
 
     @property
@@ -633,7 +533,7 @@ class DecodeNode(_Base[ClientToNode]):
 
     def check(self) -> None:
         """Between two turns of the loop: each page has one owner that is alive, and the parts agree."""
-        self._check_nothing_raised()
+        check_nothing_raised(self.containments)
         sequences = self._sequences()
         open_rooms = self.handoffs.rooms()
         check_pages(
