@@ -337,7 +337,7 @@ class AsyncEngine:
         return await self._outcome("/save_sharded_model", body, None)
 
     async def save_remote_model(self, url: str) -> Outcome:
-        """Likewise, to where fsspec reaches by this URL."""
+        """The weights that serve as a checkpoint that `--model` loads, where fsspec puts it by this URL."""
         return await self._outcome("/save_remote_model", {"url": url}, None)
 
     async def get_weights_by_name(self, name: str, truncate_size: int = 100) -> Any:  # noqa: ANN401  numbers, nested

@@ -189,7 +189,7 @@ async def next_event(events: AsyncGenerator[T, None]) -> T | None:
 
 
 async def close_stream(events: AsyncGenerator[object, None]) -> None:
-    """Likewise, for the end of a stream that is left."""
+    """Ends a stream that is left, in the loop that it belongs to; see `next_event`."""
     await events.aclose()
 
 

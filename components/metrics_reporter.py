@@ -266,7 +266,8 @@ class MetricsReporter:
         self._last_crossed_rooms = number
 
     def observe_faults(self, *, num_contained: int, num_malformed: int) -> None:
-        """Likewise: messages and jobs that failed alone, and frames that were no message."""
+        """Take over how many there were since the start: messages and jobs that failed alone, and frames that
+        were no message."""
         self._contained_faults.inc(num_contained - self._last_faults[0])
         self._malformed_messages.inc(num_malformed - self._last_faults[1])
         self._last_faults = (num_contained, num_malformed)

@@ -157,8 +157,8 @@ class OutputStreamer:
         logprob: TokenLogprob | None = None,
         hidden_state: bytes = b"",
     ) -> None:
-        """One token more. Either all tokens of a choice come with a logprob or none does; likewise with the
-        hidden state."""
+        """One token more. Either all tokens of a choice come with a logprob or none does, and with the
+        hidden state either all or none."""
         record = self._unfinished(key, choice)
         if bool(record.token_ids) and bool(record.logprobs) != (logprob is not None):
             raise StreamStateError(f"{key} choice {choice}: logprobs for some tokens only")

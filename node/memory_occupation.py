@@ -90,7 +90,7 @@ class MemoryOccupation:
         return Done()
 
     def resume(self, link: bytes, message: ResumeMemory) -> Done:
-        """Likewise from `finish`."""
+        """The answer comes from `finish`, or now when it is a no or there is nothing to do."""
         tags = frozenset(message.tags)
         if refusal := self._busy():
             return self._no(link, message, refusal)

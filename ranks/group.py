@@ -115,7 +115,7 @@ class RankCall:
         self._is_over.wait()
 
     def answers(self) -> list[RankAnswer]:
-        """Blocks likewise. Raises StartupError when a rank could not do it."""
+        """Blocks until every rank has answered. Raises StartupError when a rank could not do it."""
         self.wait()
         if self._errors:
             raise StartupError("; ".join(self._errors))

@@ -318,16 +318,16 @@ class RouterService:
         if not self._queue:
             return
         pairs = self._nodes.ready_pairs()
+        num_kv_tokens = self._nodes.num_kv_tokens()
         for ticket in self._queue.due(now):
             generation = self._generations.get(ticket.request_id)
             if generation is None:  # it failed for good in this very loop
                 continue
             turn = self._clock()
-            if pairs:
-                generation.record.settle_length(self._nodes.num_kv_tokens())
             decision: PairingDecision = NoPair()
             if pairs:  # else the whole queue is gone through, which must take no time
                 with self._contained("dispatch", ticket.request_id):
+                    generation.record.settle_length(num_kv_tokens)
                     decision = self._choose(ticket, generation.record, pairs, now)
             match decision:
                 case Chosen():

@@ -78,7 +78,7 @@ class NoImageJobs:
 
 
 class NoOutbox:
-    """Likewise."""
+    """No simulated node writes its weights to others."""
 
     def poll(self) -> list[tuple[bytes, msgspec.Struct]]:
         return []

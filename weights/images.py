@@ -146,7 +146,7 @@ class WeightImages:
         return WeightBytesReply(call_id=message.call_id, success=True, data=data)
 
     def lend(self, message: WriteWeights) -> WeightImage | WeightsWrittenReply:
-        """The image to write from, or why it is not written. Its end lets go of it likewise."""
+        """The image to write from, or why it is not written. The end of the image lets go of it."""
         try:
             return self._lend(message, WRITE_PART_BYTES)
         except StartupError as error:

@@ -264,7 +264,7 @@ class WeightOutbox:
         self._put(link, message)
 
     def write(self, link: bytes, message: WriteWeights, image: WeightImage) -> None:
-        """Likewise."""
+        """Write a part of this image into an inbox. The reply comes from `poll`."""
         self._put(link, OutboxPart(message, image))
 
     def poll(self) -> list[tuple[bytes, Reply]]:

@@ -62,7 +62,8 @@ async def respond_whole(
     request_id: str,
     in_flight: InFlightRequests,
 ) -> Response:
-    """Likewise, for a body that is made at once."""
+    """Run the jobs as one request, known by `request_id` until `whole` has made its body: the pieces of one
+    JSON document. A client that leaves meanwhile ends it."""
     end = in_flight.begin(request_id, [job.spec.request_id for job in jobs])
     try:
         pieces = await unless_client_leaves(http.receive, whole())

@@ -181,7 +181,7 @@ class WeightUpdates:
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
     async def check_weights(self) -> dict[str, WeightChecksReply]:
-        """Likewise."""
+        """Checksums from every node (by URL); one that does not answer is a reply without success."""
         timeout_s = self._options.weight_update_s
         answers = await ask_all(self._links(), lambda link: link.check_weights(timeout_s))
         silent = partial(WeightChecksReply, call_id=0, success=False)
