@@ -28,7 +28,7 @@ class LocalPrefill:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillRow:
+class ChunkRow:
     """A chunk of such a prompt; it samples every choice when it is the last one."""
 
     prefill: LocalPrefill
@@ -39,7 +39,7 @@ class PrefillRow:
         return self.prefill.request
 
 
-Row = DecodeRow | PrefillRow
+Row = DecodeRow | ChunkRow
 
 
 def decode_row(request: DecodeRequest, sequence: Sequence) -> DecodeRow:
@@ -57,13 +57,13 @@ def decode_row(request: DecodeRequest, sequence: Sequence) -> DecodeRow:
     return DecodeRow(request, sequence, row)
 
 
-def prefill_rows(prefills: Iterable[LocalPrefill], budget: int) -> list[PrefillRow]:
+def prefill_rows(prefills: Iterable[LocalPrefill], budget: int) -> list[ChunkRow]:
     """Oldest prompts first, each as far as the token budget goes."""
-    rows: list[PrefillRow] = []
+    rows: list[ChunkRow] = []
     for prefill in prefills:
         num_tokens = min(budget, prefill.job.num_unscheduled)
         if num_tokens <= 0:
             continue
-        rows.append(PrefillRow(prefill, prefill.job.chunk(num_tokens)))
+        rows.append(ChunkRow(prefill, prefill.job.chunk(num_tokens)))
         budget -= num_tokens
     return rows

@@ -20,7 +20,7 @@ from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput, Sampl
 from ..engine.schedule_batch import ScheduleBatch
 from ..messages.node import FailureCode
 from ..runtime.containment import Containment
-from .batching import DecodeRow, LocalPrefill, PrefillRow, Row, decode_row, prefill_rows
+from .batching import ChunkRow, DecodeRow, LocalPrefill, Row, decode_row, prefill_rows
 from .growth_estimate import GrowthEstimate
 from .limits import DecodeLimits
 from .local_prefill import LocalPrefillPolicy
@@ -199,7 +199,7 @@ class Running:
         match row:
             case DecodeRow():
                 row.sequence.in_forward = True
-            case PrefillRow():
+            case ChunkRow():
                 self._timeline.note(row.request, "prefill_queue")
                 row.prefill.job.scheduled(row.row)
             case _:
@@ -214,7 +214,7 @@ class Running:
             match row:
                 case DecodeRow():
                     self._apply_decoded(row.request, row.sequence, result, output)
-                case PrefillRow():
+                case ChunkRow():
                     self._timeline.chunk(row.request, row, output)
                     self._apply_prefilled(row, result, now)
                 case _:
@@ -243,7 +243,7 @@ class Running:
         self._take_token(request, sequence, result.tokens[0], result.hidden_state)
         self._forget_if_over(request)
 
-    def _apply_prefilled(self, row: PrefillRow, result: RowOutput, now: float) -> None:
+    def _apply_prefilled(self, row: ChunkRow, result: RowOutput, now: float) -> None:
         request, job = row.request, row.prefill.job
         self._load_inquirer.count_prompt(num_computed=row.row.num_tokens)
         job.computed(row.row, result)

@@ -6,7 +6,7 @@ from ..components.output_streamer import OutputStreamer
 from ..engine.forward_batch import ForwardOutput
 from ..messages.timeline import Span, SpanClock, moved, span_between
 from ..runtime.peer_clock import PeerClocks
-from .batching import PrefillRow
+from .batching import ChunkRow
 from .sequence import DecodeRequest
 
 
@@ -26,7 +26,7 @@ class Timeline:
         self._streamer.note(request.key, (self._clock.span(name, request.reached_s, until),))
         request.reached_s = until
 
-    def chunk(self, request: DecodeRequest, row: PrefillRow, output: ForwardOutput) -> None:
+    def chunk(self, request: DecodeRequest, row: ChunkRow, output: ForwardOutput) -> None:
         self.note(request, "engine_queue", output.started)
         chunk = self._clock.span(
             "prefill_chunk", output.started, output.finished, num_tokens=row.row.num_tokens

@@ -2,7 +2,6 @@
 
     PdserveError
     ├── RequestError      ends one request with a clear HTTP error        caught by the HTTP surface
-    ├── TransferError     fails one room, retriably                       caught by the hand-off
     ├── UnexpectedError   ends one job                                    caught by who asked for it
     ├── UnreachableError  a cluster does not answer, or no longer         caught by who uses `Engine`
     └── StartupError      one line that says what to mend, exit code 1    caught by the command line
@@ -39,10 +38,6 @@ class RequestError(PdserveError):
         self.code = code
         self.error_type = error_type
         self.retry_after_s = retry_after_s
-
-
-class TransferError(PdserveError):
-    """One hand-off failed; the attempt may be made again."""
 
 
 class UnreachableError(PdserveError):

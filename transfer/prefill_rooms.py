@@ -51,7 +51,7 @@ from ..messages.peer import (
     SampledFirstToken,
 )
 from ..messages.sampling import TokenLogprob
-from ..messages.timeline import Span, covered_s
+from ..messages.timeline import Span
 from .actions import (
     AdmitRoom,
     CancelWrites,
@@ -147,17 +147,6 @@ class _Room:
     has_failed_write: bool = False
 
 
-@dataclass(slots=True)
-class PrefillRoomsStats:
-    """Totals since the start, for the metrics reporter."""
-
-    num_completed: int = 0
-    num_failed: int = 0
-    num_busy: int = 0
-    num_bytes: int = 0  # of completed rooms
-    transfer_s: float = 0.0  # with writes outstanding, summed over completed rooms
-
-
 @dataclass(frozen=True, slots=True)
 class DecodePeerView:
     """One link, for people to look at."""
@@ -178,7 +167,6 @@ class PrefillRooms:
         unix_minus_monotonic_s: float = 0.0,
         max_run_bytes: int = MAX_RUN_BYTES,
     ) -> None:
-        self.stats = PrefillRoomsStats()
         self._identity = identity
         self._settle_s = settle_s
         self._transfer_addresses = transfer_addresses
@@ -341,7 +329,6 @@ class PrefillRooms:
         if invalid is not None:
             return self._reject(link, request, "invalid", invalid)
         if not queue_has_room:
-            self.stats.num_busy += 1
             return [SendToDecode(link.link, RoomBusy(room=room_id, epoch=link.epoch))]
         deadline = now + request.deadline_s
         self._rooms[room_id] = _Room(
@@ -380,7 +367,6 @@ class PrefillRooms:
     def _reject(
         self, link: _Link, request: PrefillRequest, code: FailureCode, reason: str
     ) -> list[PrefillAction]:
-        self.stats.num_failed += 1
         room, epoch = request.room, link.epoch
         failed = RoomFailed(room=room, epoch=epoch, reason=reason, code=code, retriable=code != "invalid")
         return [
@@ -619,7 +605,6 @@ class PrefillRooms:
 
     def _drain(self, room: _Room, reason: str, *, is_aborted: bool = False) -> list[PrefillAction]:
         room.is_draining = True
-        self.stats.num_failed += not is_aborted
         actions: list[PrefillAction] = [
             ReleaseRoom(room.request.room, completed=False, reason=reason, is_aborted=is_aborted)
         ]
@@ -649,9 +634,6 @@ class PrefillRooms:
         wires = tuple(
             self._span("wire", chunk.submitted, chunk.ended, chunk.num_bytes) for chunk in room.chunks
         )
-        self.stats.num_completed += 1
-        self.stats.num_bytes += num_bytes
-        self.stats.transfer_s += covered_s(wires, 0.0, float("inf"))
         link = self._link_of(room)
         started = room.chunks[0].submitted if room.chunks else now
         # The hand-off of a prompt of several chunks spans their computing; the wire is busy for less of it.

@@ -41,7 +41,7 @@ class Ended:
     reason: str = ""
 
 
-class Mover(Protocol):
+class PumpedEngine(Protocol):
     """What the pump asks of an engine. A transfer is a number that the engine's side chooses."""
 
     def meet(self, region: MemoryRegion) -> int:
@@ -73,9 +73,9 @@ class WritePump:
     """The moving half of a TransferBackend: everything that concerns writes. Its methods mean what theirs
     do."""
 
-    def __init__(self, name: str, mover: Mover) -> None:
+    def __init__(self, name: str, engine: PumpedEngine) -> None:
         self._name = name
-        self._mover = mover
+        self._engine = engine
         self._completions = Completions[WriteResult]()
         self._containment = Containment()  # of the pump and the contacts
         self._in_flight: dict[int, _InFlight] = {}  # transfer -> , oldest first; the pump's own
@@ -156,7 +156,7 @@ class WritePump:
         with self._wake:  # what was held for the same peer goes first
             while any(leaving.session == region.session for leaving in self._leaving) and not self._closing:
                 self._wake.wait()
-        started = self._engine_does("a first contact", lambda: self._mover.meet(region))
+        started = self._engine_does("a first contact", lambda: self._engine.meet(region))
         with self._wake:
             del self._contacts_since[handle]
             if isinstance(started, _Refused):
@@ -198,7 +198,7 @@ class WritePump:
             leaving = [*self._leaving]
         for region in leaving:
             with self._containment.around("a disconnect", nobody_waits):
-                self._mover.let_go(region)
+                self._engine.let_go(region)
         with self._wake:
             del self._leaving[: len(leaving)]
             if leaving:
@@ -221,7 +221,7 @@ class WritePump:
 
     def _start(self, write: Write) -> None:
         in_flight = _InFlight(write.handle, time.monotonic(), write)
-        started = self._engine_does("a write", lambda: self._mover.start(write))
+        started = self._engine_does("a write", lambda: self._engine.start(write))
         if isinstance(started, _Refused):
             self._end(in_flight, WriteState.FAILED, started.reason)
         else:
@@ -229,7 +229,7 @@ class WritePump:
 
     def _check_in_flight(self) -> None:
         for transfer, in_flight in list(self._in_flight.items()):
-            ended = self._mover.check(transfer)
+            ended = self._engine.check(transfer)
             if ended is not None:
                 del self._in_flight[transfer]
                 self._end(in_flight, ended.state, ended.reason)

@@ -15,7 +15,7 @@ from .pump import Ended, WritePump
 
 class PumpedBackend(ABC):
     """See TransferBackend. Each kind of engine has its own way to register memory, and to do what the pump
-    asks (Mover)."""
+    asks (PumpedEngine)."""
 
     def __init__(self, name: str, transport: str) -> None:
         self.name = name
