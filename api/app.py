@@ -24,12 +24,11 @@ from .control.operations import OperationRoutes, Operator
 from .control.weights import WeightAdmin, WeightRoutes, weight_operations
 from .generation import ClusterAdmin, ClusterView, Generator, ModelCard, Sessions
 from .http.answer_counts import HttpAnswers
+from .http.bodies import BodyLimits
 from .http.in_flight import InFlightRequests
 from .http.membership_guard import MembershipGuard
-from .http.metrics import HttpMetrics
 from .http.mounting import GET, POST, Operation, make_app
 from .http.openapi import Bodies, reports
-from .http.validation import GenerationDefaults, Limits
 from .surfaces.chat import ChatCompletions
 from .surfaces.completions import Completions
 from .surfaces.embeddings import (
@@ -39,6 +38,7 @@ from .surfaces.embeddings import (
     EncodeAnswer,
     EncodeRequest,
 )
+from .surfaces.metrics import HttpMetrics
 from .surfaces.native import Native
 from .surfaces.native_types import (
     CloseSessionRequest,
@@ -51,10 +51,12 @@ from .surfaces.native_types import (
     TokenizeRequest,
 )
 from .surfaces.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
+from .surfaces.serving import Serving
 from .surfaces.sessions import SessionRoutes
 from .surfaces.tokens import TokenRoutes
+from .text.pipeline import Pipeline
 from .text.request_log import RequestLog
-from .text.run import Serving
+from .text.sampling import GenerationDefaults
 from .text.timelines import Timelines
 from .text.tokenization import Tokenizer
 
@@ -81,7 +83,7 @@ def build_router_app(
     allowed_origins: Sequence[str] = (),
     seed: int | None = None,
     allow_pickled_tensors: bool = False,
-    limits: Limits | None = None,
+    limits: BodyLimits | None = None,
 ) -> FastAPI:
     """The whole surface of a router.
 
@@ -91,19 +93,22 @@ def build_router_app(
     must include them. Seeds of requests that bring none are drawn from `seed`.
     `in_flight.drain()` closes the door for new requests (`server.serve` does it).
     """
-    limits = limits or Limits()
+    limits = limits or BodyLimits()
     serving = Serving(
         card=card,
         tokenizer=tokenizer,
-        generator=generator,
+        pipeline=Pipeline(
+            tokenizer=tokenizer,
+            generator=generator,
+            timelines=timelines,
+            weight_version=view.weight_version,
+            request_log=request_log,
+        ),
         defaults=generation_defaults,
         draw_seed=partial((random.SystemRandom() if seed is None else random.Random(seed)).getrandbits, 64),
         limits=limits,
         metrics=HttpMetrics(registry, card.name),
         in_flight=in_flight,
-        timelines=timelines,
-        weight_version=view.weight_version,
-        request_log=request_log,
         sessions=sessions,
     )
     completions = Completions(serving)

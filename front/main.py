@@ -50,10 +50,11 @@ from ..api.control.weights import WeightRoutes, weight_operations
 from ..api.generation import AdminReply, GroupReply, ModelCard, UpdateMode
 from ..api.http.answer_counts import HttpAnswers
 from ..api.http.answers import json_response, outcome
+from ..api.http.bodies import BodyLimits
 from ..api.http.mounting import GET, POST, Operation, make_app
 from ..api.http.openapi import Bodies, reports
 from ..api.http.server import serve
-from ..api.http.validation import Limits, bad_value
+from ..api.refusals import bad_value
 from ..api.surfaces.native_types import CloseSessionRequest
 from ..api.surfaces.sessions import read_close
 from ..links.entry_lookup import EntryLookup, HttpEntryLookup, NoNodeError, proof_info
@@ -217,7 +218,7 @@ class NodeRoutes:
     """Handlers of a node's own routes. What they answer comes from the scheduler."""
 
     def __init__(
-        self, link: SchedulerLink, registrar: Registrar, url: str, limits: Limits, cluster_secret: str
+        self, link: SchedulerLink, registrar: Registrar, url: str, limits: BodyLimits, cluster_secret: str
     ) -> None:
         self._link = link
         self._registrar = registrar
@@ -522,7 +523,7 @@ def build_node_app(
     operator: NodeOperator,
     weights: WeightRoutes,
     *,
-    limits: Limits,
+    limits: BodyLimits,
     keys: AccessKeys,
     is_loopback: bool,
 ) -> FastAPI:
@@ -582,7 +583,7 @@ async def serve_node_front(
     link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret))
     trust = Trust(tls)
     registrar = Registrar(url, router_urls, keys, trust)
-    limits = Limits()
+    limits = BodyLimits()
     lookup = HttpEntryLookup(keys.cluster_secret, trust)
     weights = WeightRoutes(NodeWeights(link, url, lookup), limits, is_node=True)
     operator = NodeOperator(link, url)

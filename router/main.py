@@ -15,10 +15,11 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ..api.app import build_router_app
 from ..api.generation import ModelCard
+from ..api.http.bodies import BodyLimits
 from ..api.http.in_flight import InFlightRequests
 from ..api.http.server import serve
-from ..api.http.validation import GenerationDefaults, Limits
 from ..api.text.request_log import RequestLog
+from ..api.text.sampling import GenerationDefaults
 from ..api.text.timelines import Timelines
 from ..api.text.tokenization import Tokenizer
 from ..links.entry_lookup import HttpEntryLookup
@@ -118,7 +119,7 @@ async def _serve(
         allowed_origins=config.allowed_origins,
         seed=config.seed,
         allow_pickled_tensors=config.allow_pickled_tensors,
-        limits=Limits(strict_fields=config.strict_fields),
+        limits=BodyLimits(strict_fields=config.strict_fields),
     )
     await service.start()
     gc.freeze()  # what lives now lives on: the collector need not look at it again, which takes 50 ms

@@ -17,16 +17,11 @@ from ...runtime.errors import RequestError
 from ...runtime.pause_gate import PauseMode
 from ..generation import ClusterAdmin, ClusterView, GenerateSpec, Generator, ModelCard, WorkerStatus
 from ..http.answers import json_response, outcome
+from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules, Unsupported
-from ..http.in_flight import InFlightRequests, is_safe_id, new_request_id
-from ..http.validation import (
-    Limits,
-    bad_value,
-    model_not_found,
-    node_url,
-    parse_request,
-    read_object,
-)
+from ..http.in_flight import InFlightRequests
+from ..refusals import bad_value, model_not_found, node_url
+from ..request_ids import is_safe_id, new_request_id
 from ..text.timelines import Timelines, timeline_body
 
 PROBE_TIMEOUT_S = 20.0
@@ -96,14 +91,14 @@ def request_not_found(request_id: str) -> RequestError:
     )
 
 
-async def read_abort(http: Request, limits: Limits) -> AbortRequest:
+async def read_abort(http: Request, limits: BodyLimits) -> AbortRequest:
     body = parse_request(await read_object(http, limits), AbortRequest, ABORT_RULES)
     if not body.abort_all and not body.rid:
         raise RequestError("Give `rid` or `abort_all`.", param="rid", code="missing_parameter")
     return body
 
 
-async def read_pause(http: Request, limits: Limits) -> tuple[PauseMode, bool]:
+async def read_pause(http: Request, limits: BodyLimits) -> tuple[PauseMode, bool]:
     """The mode, and whether running requests end before."""
     raw = await read_object(http, limits, optional=True)
     body = parse_request(raw, PauseRequest, PAUSE_RULES)
@@ -114,7 +109,7 @@ async def read_pause(http: Request, limits: Limits) -> tuple[PauseMode, bool]:
             return mode, False
 
 
-async def read_death(http: Request, limits: Limits) -> str:
+async def read_death(http: Request, limits: BodyLimits) -> str:
     """The incarnation that is said to be dead."""
     body = parse_request(await read_object(http, limits), AssertPeerDeathRequest, DEATH_RULES)
     return body.incarnation
@@ -200,7 +195,7 @@ class ClusterRoutes:
     generator: Generator
     in_flight: InFlightRequests
     timelines: Timelines
-    limits: Limits
+    limits: BodyLimits
     version: str
 
     # ---- health ---------------------------------------------------------------------------------

@@ -31,10 +31,11 @@ from ...messages.operation import (
 from ...runtime.logs import set_log_level
 from ..generation import AdminReply
 from ..http.answers import json_response, outcome
+from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules, Unsupported
 from ..http.mounting import GET, POST, Operation
 from ..http.openapi import reports
-from ..http.validation import Limits, bad_value, parse_request, read_object
+from ..refusals import bad_value
 from ..text.request_log import LEVELS, RequestLog
 
 _FILE_SAFE = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -112,7 +113,7 @@ _PROFILE_RULES = FieldRules(
 class OperationRoutes:
     """`request_log`: of a process that knows requests; None on a node's front."""
 
-    def __init__(self, operator: Operator, limits: Limits, request_log: RequestLog | None = None) -> None:
+    def __init__(self, operator: Operator, limits: BodyLimits, request_log: RequestLog | None = None) -> None:
         self._operator = operator
         self._limits = limits
         self._request_log = request_log

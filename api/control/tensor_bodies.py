@@ -18,8 +18,9 @@ from starlette.requests import Request
 
 from ...messages.bounds import MAX_NAME_CHARS, Name
 from ...runtime.errors import RequestError
+from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules
-from ..http.validation import Limits, bad_value, parse_request, read_object
+from ..refusals import bad_value
 from .pickled_tensors import UnreadablePickleError, read_pickled_tensors
 
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself says
@@ -56,7 +57,7 @@ class _PickledRequest(msgspec.Struct, kw_only=True):
 
 
 async def read_tensor_update(
-    http: Request, limits: Limits, rules: FieldRules, *, allows_pickles: bool
+    http: Request, limits: BodyLimits, rules: FieldRules, *, allows_pickles: bool
 ) -> TensorUpdate:
     """`rules`: of the JSON's fields beyond our own. Raises RequestError for what is neither form."""
     if not http.headers.get("content-type", "").startswith("application/json"):

@@ -34,10 +34,11 @@ from ...messages.weights import (
 from ...runtime.errors import RequestError
 from ..generation import AdminReply, GroupReply, UpdateMode
 from ..http.answers import Outcome, json_response, outcome
+from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules, Unsupported
 from ..http.mounting import GET, POST, Operation
 from ..http.openapi import Bodies, reports
-from ..http.validation import Limits, bad_value, node_url, parse_request, read_object
+from ..refusals import bad_value, node_url
 from .tensor_bodies import read_tensor_update
 
 _NO_PICKLE = (
@@ -253,7 +254,7 @@ class WeightRoutes:
     `allows_pickles`: updates from tensors may come as SGLang's JSON."""
 
     def __init__(
-        self, admin: WeightAdmin, limits: Limits, *, is_node: bool, allows_pickles: bool = False
+        self, admin: WeightAdmin, limits: BodyLimits, *, is_node: bool, allows_pickles: bool = False
     ) -> None:
         self._admin = admin
         self._limits = limits

@@ -46,14 +46,6 @@ def error_response(error: RequestError) -> Response:
     return Response(encode_error(error), error.status, headers, "application/json")
 
 
-def unsupported(param: str, detail: str = "") -> RequestError:
-    return RequestError(
-        f"`{param}` is not supported{': ' + detail if detail else ''}.",
-        param=param,
-        code="unsupported_parameter",
-    )
-
-
 def install_error_handlers(app: FastAPI) -> None:
     async def on_request_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)

@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...runtime.cluster_proof import is_same
 from ...runtime.errors import RequestError
 from ...runtime.process import AccessKeys
+from ..request_ids import is_safe_id, new_request_id
 from .errors import error_response
-from .in_flight import is_safe_id, new_request_id
 
 # Probes, scrapers and readers of the interface need no key; nor do routers that ask who is there, which show
 # none to a URL that they were told.

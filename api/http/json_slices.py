@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import msgspec
 
-from .slices import SLICE_BYTES
+from ..slices import SLICE_BYTES
 
 # Texts and brackets in a slice: each takes about a microsecond to look at.
 _SLICE_MARKS = 1_000

@@ -21,9 +21,9 @@ from ...runtime.cluster_proof import RequestProofs, is_same, request_proof
 from ...runtime.errors import RequestError
 from ...runtime.listen import is_loopback_address
 from ...runtime.process import AccessKeys
+from .bodies import BodyLimits, read_body
 from .errors import error_response
 from .gateway import bearer, route_path
-from .validation import Limits, read_body
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -31,7 +31,7 @@ _SCHEME = "Cluster-Secret"
 _CREDENTIALS = re.compile(rf'{_SCHEME} nonce="([\w=-]+)", proof="([0-9a-f]+)"', re.ASCII | re.IGNORECASE)
 _CHALLENGE = re.compile(rf'{_SCHEME} nonce="([\w=-]+)"', re.ASCII | re.IGNORECASE)
 _NEXT_NONCE = re.compile(r'nextnonce="([\w=-]+)"', re.ASCII)
-_BODY_LIMITS = Limits(max_body_bytes=1 << 16)  # a registration is far smaller
+_BODY_LIMITS = BodyLimits(max_bytes=1 << 16)  # a registration is far smaller
 # Who sends one of these speaks for somebody else, who may be anywhere: a web page, a proxy's client.
 _ON_BEHALF = ("origin", "forwarded", "x-forwarded-for", "via")
 _SAME_SECRET = "--cluster-secret-file FILE (or PDSERVE_CLUSTER_SECRET)"

@@ -10,13 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..http.answers import JsonResponse
+from ..http.bodies import parse_request, read_object
 from ..http.errors import CLIENT_CLOSED_REQUEST
 from ..http.fields import FieldRules
 from ..http.in_flight import InFlightRequests
 from ..http.sse import ClientLeftError, EventStream, unless_client_leaves
-from ..http.validation import parse_request, read_object
-from ..text.run import Serving, TextJob
+from ..text.pipeline import TextJob
 from ..text.timelines import Laps
+from .serving import Serving
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -33,7 +34,14 @@ async def receive(
     http: Request, serving: Serving, request_type: type[S], rules: FieldRules
 ) -> tuple[S, Laps]:
     """The body, and the laps of the request's timeline. Raises RequestError."""
-    laps = serving.timelines.begin(http)
+    state, headers = http.scope["state"], http.headers
+    laps = Laps(
+        serving.pipeline.timelines.clock,
+        state["received_s"],
+        state.get("client", ""),
+        headers.get("traceparent", ""),
+        headers.get("tracestate", ""),
+    )
     raw = await read_object(http, serving.limits)
     return parse_request(raw, request_type, rules, strict=serving.limits.strict_fields), laps
 

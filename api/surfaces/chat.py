@@ -14,41 +14,33 @@ from starlette.responses import Response
 
 from ...runtime.errors import RequestError
 from ..generation import GenerateSpec, ModelCard, WeightSpan
-from ..http.errors import unsupported
 from ..http.fields import OPENAI_RULES, chosen_salt
-from ..http.in_flight import bare_id
 from ..http.json_slices import JsonTooLargeError, decode_slices
-from ..http.metrics import RequestMeter
-from ..http.slices import HOLE, MAX_INLINE_MESSAGES, at_once, filled, in_thread, spaced
 from ..http.sse import event
-from ..http.validation import (
-    bad_type,
-    bad_value,
-    check_model,
-    check_prompt,
-    checked_priority,
-    resolve_max_tokens,
-    too_long_text,
-)
+from ..refusals import bad_type, bad_value, check_model, unsupported
+from ..request_ids import bare_id
+from ..slices import HOLE, MAX_INLINE_MESSAGES, at_once, filled, in_thread, spaced
 from ..text.detokenizer import TextDelta, joined
-from ..text.prompts import encode_prompt
-from ..text.run import Serving, TextJob, TextRun
-from ..text.timelines import Laps
+from ..text.pipeline import TextJob, TextRun
+from ..text.prompts import check_prompt, encode_prompt, too_long_text
+from ..text.sampling import checked_choices, checked_logprobs, checked_priority, resolve_max_tokens
+from ..text.timelines import Laps, TimelineBody
 from ..text.tokenization import Tokenizer
 from .answering import receive, respond
 from .logprobs import chat_logprobs, prompt_logprobs, token_namer
+from .metrics import RequestMeter
 from .openai_requests import (
     SYSTEM_FINGERPRINT,
     Envelope,
-    checked_logprobs,
     choose_request_id,
+    extension_of,
     has_last_chunk,
     includes_usage,
-    num_choices,
     openai_sampling,
     stop_reason,
     text_options,
     usage_in_every_chunk,
+    usage_of,
 )
 from .openai_types import (
     ChatChoice,
@@ -61,9 +53,9 @@ from .openai_types import (
     ChatRequest,
     Extension,
     PromptLogprobs,
-    TimelineBody,
     Usage,
 )
+from .serving import Serving
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _UNSUPPORTED_IN_MESSAGES = ("function_call", "audio")
@@ -226,7 +218,7 @@ class ChatCompletions:
 
     def _job(self, body: ChatRequest, prompt_ids: Sequence[int], answer_id: str) -> TextJob:
         serving = self._serving
-        top_logprobs = checked_logprobs("top_logprobs", body.top_logprobs, serving)
+        top_logprobs = checked_logprobs("top_logprobs", body.top_logprobs)
         if top_logprobs and not body.logprobs:
             raise bad_value("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -240,10 +232,10 @@ class ChatCompletions:
                 serving,
                 max_tokens=resolve_max_tokens(wanted, None, len(prompt_ids), serving.card, name),
                 num_logprobs=(top_logprobs or 0) if body.logprobs else None,
-                num_prompt_logprobs=checked_logprobs("prompt_logprobs", body.prompt_logprobs, serving),
+                num_prompt_logprobs=checked_logprobs("prompt_logprobs", body.prompt_logprobs),
             ),
             has_default_length=wanted is None,
-            num_choices=num_choices(body, serving),
+            num_choices=checked_choices(body.n),
             stream=body.stream or bool(options.stops),
             priority=checked_priority(body.priority),
             cache_salt=chosen_salt(body.cache_salt, body.extra_key),
@@ -267,7 +259,7 @@ class _ChatAnswer:
         self._prompt_ids = job.spec.prompt_ids
         self._envelope = envelope
         self._meter = meter
-        self._run = TextRun(serving, [job], laps)
+        self._run = TextRun(serving.pipeline, [job], laps)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         every_usage = usage_in_every_chunk(self._body)
@@ -279,9 +271,9 @@ class _ChatAnswer:
                     begun.add(delta.choice)
                 self._meter.add_chunk(delta.choice, len(delta.token_ids), delta.finish_reason)
                 yield self._event(
-                    [await self._chunk_choice(delta)], self._run.usage() if every_usage else UNSET
+                    [await self._chunk_choice(delta)], usage_of(self._run.counts()) if every_usage else UNSET
                 )
-        usage = self._run.usage()
+        usage = usage_of(self._run.counts())
         self._meter.answered(usage.prompt_tokens)
         if has_last_chunk(self._body):
             timeline = await self._timeline()
@@ -297,7 +289,7 @@ class _ChatAnswer:
             delta = joined(pieces)
             self._meter.add_chunk(number, len(delta.token_ids), delta.finish_reason)
             choices.append(msgspec.json.encode(await self._choice(delta)))
-        usage = self._run.usage()
+        usage = usage_of(self._run.counts())
         self._meter.answered(usage.prompt_tokens)
         document = msgspec.json.encode(
             ChatCompletion(
@@ -391,7 +383,7 @@ class _ChatAnswer:
         return await prompt_logprobs(self._tokenizer, self._run.info(0).prompt_logprobs, num_top)
 
     def _extension(self) -> Extension | UnsetType:
-        return self._run.extension() if self._body.return_cached_tokens_details else UNSET
+        return extension_of(self._run.counts()) if self._body.return_cached_tokens_details else UNSET
 
     async def _timeline(self) -> TimelineBody | UnsetType:
         return await self._run.timeline() if self._body.timeline else UNSET

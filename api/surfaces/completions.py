@@ -13,37 +13,31 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..generation import GenerateSpec
-from ..http.errors import unsupported
 from ..http.fields import OPENAI_RULES, chosen_salt
-from ..http.in_flight import bare_id
-from ..http.metrics import RequestMeter
-from ..http.slices import HOLE, SLICE_ENTRIES, filled, sliced, spaced
 from ..http.sse import event
-from ..http.validation import (
-    bad_value,
-    check_model,
-    check_num_outputs,
-    checked_priority,
-    resolve_max_tokens,
-)
+from ..refusals import bad_value, check_model, unsupported
+from ..request_ids import bare_id
+from ..slices import HOLE, SLICE_ENTRIES, filled, sliced, spaced
 from ..text.detokenizer import TextDelta, empty_delta, joined, text_decoder
-from ..text.prompts import Prompt, read_prompts
-from ..text.run import Serving, TextJob, TextRun
-from ..text.timelines import Laps
+from ..text.pipeline import TextJob, TextRun
+from ..text.prompts import Prompt, check_num_outputs, read_prompts
+from ..text.sampling import checked_choices, checked_logprobs, checked_priority, resolve_max_tokens
+from ..text.timelines import Laps, TimelineBody
 from .answering import receive, respond
 from .logprobs import completion_logprobs, concatenated, prompt_logprobs, token_namer
+from .metrics import RequestMeter
 from .openai_requests import (
     SYSTEM_FINGERPRINT,
     Envelope,
-    checked_logprobs,
     choose_request_id,
+    extension_of,
     has_last_chunk,
     includes_usage,
-    num_choices,
     openai_sampling,
     stop_reason,
     text_options,
     usage_in_every_chunk,
+    usage_of,
 )
 from .openai_types import (
     Completion,
@@ -52,9 +46,9 @@ from .openai_types import (
     CompletionRequest,
     Extension,
     PromptLogprobs,
-    TimelineBody,
     Usage,
 )
+from .serving import Serving
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -85,7 +79,6 @@ class Completions:
             "prompt",
             card=self._serving.card,
             tokenizer=self._serving.tokenizer,
-            limits=self._serving.limits,
             add_special_tokens=body.add_special_tokens,
             generates=body.max_tokens != 0,
         )
@@ -94,12 +87,12 @@ class Completions:
         self, body: CompletionRequest, prompts: Sequence[Prompt], answer_id: str
     ) -> list[TextJob]:
         serving = self._serving
-        choices = num_choices(body, serving)
-        check_num_outputs(len(prompts) * choices, serving.limits)
+        choices = checked_choices(body.n)
+        check_num_outputs(len(prompts) * choices)
         if body.best_of not in (None, choices):
             raise unsupported("best_of", "only the value of `n`")
-        num_logprobs = checked_logprobs("logprobs", body.logprobs, serving)
-        wanted = [checked_logprobs("prompt_logprobs", body.prompt_logprobs, serving)]
+        num_logprobs = checked_logprobs("logprobs", body.logprobs)
+        wanted = [checked_logprobs("prompt_logprobs", body.prompt_logprobs)]
         if body.echo:
             wanted.append(num_logprobs)
         num_prompt_logprobs = max((number for number in wanted if number is not None), default=None)
@@ -175,7 +168,7 @@ class _CompletionAnswer:
         self._jobs = jobs
         self._envelope = envelope
         self._meter = meter
-        self._run = TextRun(serving, jobs, laps)
+        self._run = TextRun(serving.pipeline, jobs, laps)
         self._begun: set[tuple[int, int]] = set()  # (prompt, choice) whose first chunk is out
         self._echo_texts: dict[int, str] = {}  # by prompt, of those given as ids
         self._echoed: dict[int, CompletionLogprobs] = {}  # by prompt
@@ -186,8 +179,8 @@ class _CompletionAnswer:
             async for prompt, delta in deltas:
                 self._meter.add_chunk((prompt, delta.choice), len(delta.token_ids), delta.finish_reason)
                 choice = await self._choice(prompt, delta)
-                yield self._event([choice], self._run.usage() if every_usage else UNSET)
-        usage = self._run.usage()
+                yield self._event([choice], usage_of(self._run.counts()) if every_usage else UNSET)
+        usage = usage_of(self._run.counts())
         self._meter.answered(usage.prompt_tokens)
         if has_last_chunk(self._body):
             yield self._event([], usage if includes_usage(self._body) else UNSET, await self._ending())
@@ -202,7 +195,7 @@ class _CompletionAnswer:
             delta = joined(pieces)
             self._meter.add_chunk((prompt, number), len(delta.token_ids), delta.finish_reason)
             choices.append(msgspec.json.encode(await self._choice(prompt, delta)))
-        usage = self._run.usage()
+        usage = usage_of(self._run.counts())
         self._meter.answered(usage.prompt_tokens)
         version, ending = self._run.weight_version, await self._ending()
         return filled(msgspec.json.encode(self._completion([HOLE], usage, version, ending)), choices)
@@ -227,7 +220,7 @@ class _CompletionAnswer:
     async def _ending(self) -> _Ending:
         return _Ending(
             timeline=await self._run.timeline() if self._body.timeline else UNSET,
-            extension=self._run.extension() if self._body.return_cached_tokens_details else UNSET,
+            extension=extension_of(self._run.counts()) if self._body.return_cached_tokens_details else UNSET,
         )
 
     def _completion(

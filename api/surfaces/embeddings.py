@@ -22,19 +22,17 @@ from ...messages.sampling import SamplingParams
 from ...runtime.errors import RequestError
 from ..generation import GenerateSpec
 from ..http.fields import EMBEDDING_RULES, GENERATING_RULES, GivenSalt, chosen_salt
-from ..http.metrics import RequestMeter
-from ..http.slices import encoded, spaced
-from ..http.validation import (
-    bad_value,
-    check_model,
-    checked_priority,
-)
+from ..refusals import bad_value, check_model
+from ..slices import encoded, spaced
 from ..text.detokenizer import TextOptions
+from ..text.pipeline import TextJob, TextRun
 from ..text.prompts import Prompt, read_prompts
-from ..text.run import Serving, TextJob, TextRun
+from ..text.sampling import checked_priority
 from .answering import receive, respond_whole
+from .metrics import RequestMeter
 from .native_types import NativeFinish
 from .openai_types import CachedTokensDetails
+from .serving import Serving
 
 P = TypeVar("P")
 
@@ -118,13 +116,13 @@ class Embeddings:
         laps.lap("tokenize")
         request_id = serving.in_flight.choose_id(body.rid, http.state.request_id)
         jobs = await _jobs(prompts, request_id, body.priority, body.cache_salt or "")
-        run = TextRun(serving, jobs, laps)
+        run = TextRun(serving.pipeline, jobs, laps)
 
         def one(prompt: int, vector: array[float]) -> EmbeddingData:
             return EmbeddingData(embedding=_encoded(vector, body.encoding_format), index=prompt)
 
         def answer(data: list[EmbeddingData]) -> EmbeddingAnswer:
-            num_tokens = run.usage().prompt_tokens
+            num_tokens = run.counts().prompt
             usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
             return EmbeddingAnswer(data=data, model=serving.card.name, usage=usage)
 
@@ -150,7 +148,7 @@ class Embeddings:
         request_id = serving.in_flight.choose_id(body.rid, http.state.request_id)
         salt = chosen_salt(body.cache_salt, body.extra_key)
         jobs = await _jobs(prompts, request_id, body.priority, salt)
-        run = TextRun(serving, jobs, laps)
+        run = TextRun(serving.pipeline, jobs, laps)
 
         def one(prompt: int, vector: array[float]) -> EncodeAnswer:
             return _encode_answer(run, prompt, jobs[prompt], vector)
@@ -167,7 +165,6 @@ class Embeddings:
             param,
             card=serving.card,
             tokenizer=serving.tokenizer,
-            limits=serving.limits,
             generates=False,
         )
 
@@ -219,7 +216,7 @@ class _Vectors(Generic[P]):
                 if not delta.hidden_states:
                     raise RequestError("aborted", status=500, code="aborted", error_type="server_error")
                 vectors[prompt] = _normalized(delta.hidden_states[0])
-        self._meter.answered(self._run.usage().prompt_tokens)
+        self._meter.answered(self._run.counts().prompt)
         parts = [
             encoded(self._one(prompt, vectors[prompt])) async for prompt in spaced(range(len(self._jobs)))
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...messages.sampling import TokenLogprob
-from ..http.slices import rows
+from ..slices import rows
 from ..text.tokenization import Tokenizer
 from .native_types import NativeLogprob
 from .openai_types import (

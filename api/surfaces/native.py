@@ -13,29 +13,28 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..generation import GenerateSpec, SessionTurn, TurnParams
+from ..http.bodies import parse_request
 from ..http.fields import GENERATING_RULES, chosen_salt
-from ..http.metrics import RequestMeter
-from ..http.slices import HOLE, filled, spaced
 from ..http.sse import event
-from ..http.validation import (
+from ..refusals import bad_value, check_range
+from ..slices import HOLE, filled, spaced
+from ..text.detokenizer import TextDelta, TextOptions, joined
+from ..text.pipeline import TextJob, TextRun
+from ..text.prompts import MAX_PROMPTS, batch_of, check_num_outputs, check_prompt, encode_prompt
+from ..text.sampling import (
     SamplingFields,
-    bad_value,
-    check_num_outputs,
-    check_prompt,
-    check_range,
+    checked_choices,
+    checked_logprobs,
     checked_priority,
-    parse_request,
     parse_stops,
     resolve_max_tokens,
     sampling_params,
 )
-from ..text.detokenizer import TextDelta, TextOptions, joined
-from ..text.prompts import batch_of, encode_prompt
-from ..text.run import Serving, TextJob, TextRun
 from ..text.timelines import Laps
 from .answering import receive, respond
 from .hidden_states import hidden_states
 from .logprobs import native_logprobs, native_top_logprobs
+from .metrics import RequestMeter
 from .native_types import (
     MetaInfo,
     NativeFinish,
@@ -44,6 +43,7 @@ from .native_types import (
     NativeSampling,
 )
 from .openai_types import CachedTokensDetails
+from .serving import Serving
 
 DEFAULT_MAX_NEW_TOKENS = 128  # SGLang's
 # Of a stream whose events each hold all so far: up to so many tokens, every delta is shown, and after that
@@ -65,7 +65,7 @@ class Native:
         laps.lap("tokenize")
         salts = _salts(body, len(prompts))
         samplings = await _samplings(body, len(prompts), strict=serving.limits.strict_fields)
-        check_num_outputs(sum(sampling.n for sampling in samplings), serving.limits)
+        check_num_outputs(sum(sampling.n for sampling in samplings))
         async for prompt, sampling in spaced(zip(prompts, samplings, strict=True)):
             check_prompt(
                 prompt,
@@ -127,16 +127,15 @@ class Native:
                 prompts.append(tuple(ids))
             is_batch = isinstance(given, list)
         else:
-            items = batch_of(body.input_ids, param, card=self._serving.card, limits=self._serving.limits)
+            items = batch_of(body.input_ids, param, card=self._serving.card)
             is_batch = items is body.input_ids
             prompts = [tuple(cast("list[int]", item)) async for item in spaced(items)]
         self._check_count(len(prompts), param)
         return prompts, is_batch
 
     def _check_count(self, num_prompts: int, param: str) -> None:
-        limit = self._serving.limits.max_prompts
-        if not 1 <= num_prompts <= limit:
-            raise bad_value(param, f"`{param}` takes 1 to {limit} prompts, got {num_prompts}.")
+        if not 1 <= num_prompts <= MAX_PROMPTS:
+            raise bad_value(param, f"`{param}` takes 1 to {MAX_PROMPTS} prompts, got {num_prompts}.")
 
     def _turns(
         self,
@@ -176,11 +175,11 @@ class Native:
     ) -> TextJob:
         serving = self._serving
         prompt_ids = new_ids if turn is None else turn.prompt_ids
-        check_range("n", sampling.n, 1, serving.limits.max_choices)
+        checked_choices(sampling.n)
         is_scored = sampling.max_new_tokens == 0
         if is_scored and sampling.n != 1:
             raise bad_value("n", "`n` must be 1 when `max_new_tokens` is 0.")
-        check_range("top_logprobs_num", body.top_logprobs_num, 0, serving.limits.max_logprobs)
+        checked_logprobs("top_logprobs_num", body.top_logprobs_num)
         check_range("logprob_start_len", body.logprob_start_len, -1, len(prompt_ids) - 1)
         num_logprobs = body.top_logprobs_num if body.return_logprob else None
         scores_prompt = body.return_logprob and body.logprob_start_len >= 0
@@ -298,7 +297,7 @@ class _NativeAnswer:
         self._turn_ids: defaultdict[int, list[int]] = defaultdict(list)  # by prompt
         self._is_list = is_list
         self._meter = meter
-        self._run = TextRun(serving, jobs, laps)
+        self._run = TextRun(serving.pipeline, jobs, laps)
         keys = [(prompt, choice) for prompt, job in enumerate(jobs) for choice in range(job.spec.num_choices)]
         self._index = {key: index for index, key in enumerate(keys)}
 
@@ -332,7 +331,7 @@ class _NativeAnswer:
                 if self._is_list:
                     output = msgspec.structs.replace(output, index=self._index[key])
                 yield event(msgspec.json.encode(output))
-        self._meter.answered(self._run.usage().prompt_tokens)
+        self._meter.answered(self._run.counts().prompt)
 
     async def whole(self) -> list[bytes]:
         parts: dict[tuple[int, int], list[TextDelta]] = defaultdict(list)
@@ -347,7 +346,7 @@ class _NativeAnswer:
             self._meter.add_chunk(key, num_tokens, delta.finish_reason)
             output = await self._output(key[0], delta, num_tokens, with_input=True)
             outputs.append(msgspec.json.encode(output))
-        self._meter.answered(self._run.usage().prompt_tokens)
+        self._meter.answered(self._run.counts().prompt)
         return filled(msgspec.json.encode([HOLE]), outputs) if self._is_list else outputs
 
     def _note_turn(self, prompt: int, delta: TextDelta) -> None:

@@ -10,10 +10,11 @@ from starlette.requests import Request
 from ...messages.sampling import SamplingParams
 from ...runtime.version import VERSION
 from ..generation import ModelCard
-from ..http.validation import SamplingFields, check_range, parse_stops, sampling_params
 from ..text.detokenizer import TextDelta, TextOptions
-from ..text.run import Serving
-from .openai_types import OpenAIRequest
+from ..text.pipeline import TokenCounts
+from ..text.sampling import SamplingFields, parse_stops, sampling_params
+from .openai_types import CachedTokensDetails, Extension, OpenAIRequest, PromptTokensDetails, Usage
+from .serving import Serving
 
 SYSTEM_FINGERPRINT = f"pdserve-{VERSION}"
 
@@ -33,11 +34,6 @@ def choose_request_id(http: Request, body: OpenAIRequest, serving: Serving) -> s
     return serving.in_flight.choose_id(from_body, http.state.request_id, name)
 
 
-def num_choices(body: OpenAIRequest, serving: Serving) -> int:
-    check_range("n", body.n, 1, serving.limits.max_choices)
-    return body.n
-
-
 def text_options(body: OpenAIRequest) -> TextOptions:
     return TextOptions(
         stops=parse_stops(body.stop),
@@ -45,12 +41,6 @@ def text_options(body: OpenAIRequest) -> TextOptions:
         skip_special_tokens=body.skip_special_tokens,
         min_tokens=body.min_tokens,
     )
-
-
-def checked_logprobs(name: str, value: int | None, serving: Serving) -> int | None:
-    if value is not None:
-        check_range(name, value, 0, serving.limits.max_logprobs)
-    return value
 
 
 def openai_sampling(
@@ -97,6 +87,19 @@ def has_last_chunk(body: OpenAIRequest) -> bool:
 def usage_in_every_chunk(body: OpenAIRequest) -> bool:
     options = body.stream_options
     return options is not None and options.include_usage and options.continuous_usage_stats
+
+
+def usage_of(counts: TokenCounts) -> Usage:
+    return Usage(
+        prompt_tokens=counts.prompt,
+        completion_tokens=counts.completion,
+        total_tokens=counts.prompt + counts.completion,
+        prompt_tokens_details=PromptTokensDetails(counts.cached),
+    )
+
+
+def extension_of(counts: TokenCounts) -> Extension:
+    return Extension(cached_tokens_details=CachedTokensDetails(device=counts.cached))
 
 
 def stop_reason(delta: TextDelta, card: ModelCard) -> str | int | None:

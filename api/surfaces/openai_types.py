@@ -13,6 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from ..generation import WeightSpan
 from ..http.fields import GivenSalt
+from ..text.timelines import TimelineBody
 
 # ---- requests ---------------------------------------------------------------------------------------
 
@@ -106,24 +107,6 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-
-
-class SpanBody(msgspec.Struct, frozen=True, kw_only=True):
-    """One stretch of a request's life; starts are relative to the earliest."""
-
-    name: str
-    start_s: float
-    duration_s: float
-    num_bytes: int | UnsetType = UNSET
-    num_tokens: int | UnsetType = UNSET  # of a chunk
-    overlaps: bool | UnsetType = UNSET  # runs beside other spans: not to be added up
-    prompt: int | UnsetType = UNSET  # which prompt of a batch
-
-
-class TimelineBody(msgspec.Struct, frozen=True, kw_only=True):
-    spans: list[SpanBody]
-    ttft_s: float | UnsetType = UNSET  # as this server sees it; of one prompt
-    unaccounted_s: float | UnsetType = UNSET  # the part of it that no span names
 
 
 class VllmLogprob(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from ..generation import Sessions
 from ..http.answers import json_response, outcome
+from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules, Unsupported
-from ..http.validation import Limits, bad_value, parse_request, read_object
+from ..refusals import bad_value
 from .native_types import CloseSessionRequest, OpenSessionRequest
 
 _OPEN_RULES = FieldRules(unsupported={"streaming": Unsupported("a turn is sent whole")})
@@ -18,14 +19,14 @@ _CLOSE_RULES = FieldRules()
 _ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
-async def read_close(http: Request, limits: Limits) -> str:
+async def read_close(http: Request, limits: BodyLimits) -> str:
     """The session's id."""
     body = parse_request(await read_object(http, limits), CloseSessionRequest, _CLOSE_RULES)
     return body.session_id
 
 
 class SessionRoutes:
-    def __init__(self, sessions: Sessions, limits: Limits) -> None:
+    def __init__(self, sessions: Sessions, limits: BodyLimits) -> None:
         self._sessions = sessions
         self._limits = limits
 

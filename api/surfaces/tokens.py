@@ -9,17 +9,11 @@ from starlette.responses import Response
 
 from ..generation import ModelCard
 from ..http.answers import json_response
+from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import TOKEN_RULES
-from ..http.slices import SLICE_ENTRIES, SLICE_ITEMS, sliced
-from ..http.validation import (
-    Limits,
-    bad_value,
-    check_ids,
-    check_model,
-    parse_request,
-    read_object,
-)
-from ..text.prompts import encode_prompt
+from ..refusals import bad_value, check_model
+from ..slices import SLICE_ENTRIES, SLICE_ITEMS, sliced
+from ..text.prompts import check_ids, encode_prompt
 from ..text.tokenization import Tokenizer
 from .chat import encode_chat
 from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
@@ -29,7 +23,7 @@ from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, T
 class TokenRoutes:
     card: ModelCard
     tokenizer: Tokenizer
-    limits: Limits
+    limits: BodyLimits
 
     async def tokenize(self, http: Request) -> Response:
         raw = await read_object(http, self.limits)

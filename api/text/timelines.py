@@ -2,7 +2,7 @@
 
 Life of a timeline:
 
-1. `Timelines.begin`, first thing in a handler: `Laps` measures what comes before the generation.
+1. `Laps`, first thing in a handler, measures what comes before the generation.
 2. `start`, when the generation runs: its `GenerationInfo` collects the spans of every process from here on.
 3. `end`: its stages are counted, it may be exported, and `find` knows it for a while longer.
 """
@@ -14,19 +14,18 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
+import msgspec
 from msgspec import UNSET, UnsetType
 from prometheus_client import CollectorRegistry, Histogram
-from starlette.requests import Request
 
 from ...messages.timeline import OVERLAPPING, Span, SpanClock, unaccounted_s
 from ..generation import GenerateSpec, GenerationInfo
-from ..http.in_flight import bare_id
-from ..http.metrics import LENGTH_BUCKETS
-from ..http.slices import rows
-from ..surfaces.openai_types import SpanBody, TimelineBody
+from ..request_ids import bare_id
+from ..slices import rows
 
 KEPT_TIMELINES = 1000
 KEPT_S = 300.0
+LENGTH_BUCKETS = tuple(factor * 10**power for power in range(6) for factor in (1, 2, 5))  # tokens
 
 _LABELS = ("model_name", "role")
 _STAGE_BUCKETS_S = (
@@ -134,14 +133,6 @@ class Timelines:
             registry=registry,
         ).labels(*self._labels)
 
-    def begin(self, http: Request) -> Laps:
-        received = getattr(http.state, "received_s", self.clock.now())
-        headers = http.headers
-        client = getattr(http.state, "client", "")
-        return Laps(
-            self.clock, received, client, headers.get("traceparent", ""), headers.get("tracestate", "")
-        )
-
     def start(self, spec: GenerateSpec, info: GenerationInfo, laps: Laps) -> None:
         """The generation is under way; `info` goes on filling up."""
         info.spans.extend(laps.spans)
@@ -201,6 +192,27 @@ def _timeline(running: _Running, ended_unix_s: float) -> Timeline:
         traceparent=laps.traceparent,
         tracestate=laps.tracestate,
     )
+
+
+# ---- as clients are told it --------------------------------------------------------------------------
+
+
+class SpanBody(msgspec.Struct, frozen=True, kw_only=True):
+    """One stretch of a request's life; starts are relative to the earliest."""
+
+    name: str
+    start_s: float
+    duration_s: float
+    num_bytes: int | UnsetType = UNSET
+    num_tokens: int | UnsetType = UNSET  # of a chunk
+    overlaps: bool | UnsetType = UNSET  # runs beside other spans: not to be added up
+    prompt: int | UnsetType = UNSET  # which prompt of a batch
+
+
+class TimelineBody(msgspec.Struct, frozen=True, kw_only=True):
+    spans: list[SpanBody]
+    ttft_s: float | UnsetType = UNSET  # as this server sees it; of one prompt
+    unaccounted_s: float | UnsetType = UNSET  # the part of it that no span names
 
 
 async def timeline_body(timelines: Sequence[Timeline]) -> TimelineBody:

@@ -6,7 +6,7 @@ import http.client
 import json
 from urllib.parse import urlsplit
 
-from pdserve.api.http.validation import Limits
+from pdserve.api.http.bodies import BodyLimits
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.tests.bad_input_cases import BadInput, bad_input_cases
 from pdserve.tests.cluster.helpers import Stream, random_ids, slowed, stream_all
@@ -35,7 +35,7 @@ def test_bad_input_while_streams_go_on(cluster: LocalCluster) -> None:
     cases = bad_input_cases(
         max_model_len=model["max_model_len"],
         vocab_size=vocab_size,
-        max_body_bytes=Limits().max_body_bytes,
+        max_body_bytes=BodyLimits().max_bytes,
     )
     bodies = [
         {

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from pdserve.api.app import build_router_app
 from pdserve.api.generation import ModelCard
+from pdserve.api.http.bodies import BodyLimits
 from pdserve.api.http.in_flight import InFlightRequests
 from pdserve.api.http.server import serve
-from pdserve.api.http.validation import GenerationDefaults, Limits
 from pdserve.api.text.request_log import RequestLog
+from pdserve.api.text.sampling import GenerationDefaults
 from pdserve.api.text.timelines import Timeline, Timelines
 from pdserve.api.text.tokenization import Tokenizer
 from pdserve.messages.timeline import SpanClock
@@ -156,8 +157,8 @@ def seed() -> int | None:
 
 
 @pytest.fixture
-def limits() -> Limits:
-    return Limits(max_body_bytes=20_000)
+def limits() -> BodyLimits:
+    return BodyLimits(max_bytes=20_000)
 
 
 @pytest_asyncio.fixture
@@ -167,7 +168,7 @@ async def api(
     keys: AccessKeys,
     is_loopback: bool,
     is_open_cluster: bool,
-    limits: Limits,
+    limits: BodyLimits,
     root_path: str,
     allowed_origins: tuple[str, ...],
     seed: int | None,

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pdserve.api.generation import ModelCard
-from pdserve.api.http.validation import Limits
+from pdserve.api.http.bodies import BodyLimits
 from pdserve.tests.bad_input_cases import BadInput, bad_input_cases, markdown_table
 from pdserve.tests.unit.api.conftest import Api
 
@@ -23,11 +23,11 @@ async def problem_with(api: Api, case: BadInput) -> str:
     return "" if request_id == "mine" else f"{case.name}: request id {request_id}"
 
 
-async def test_bad_input_is_answered_clearly(api: Api, card: ModelCard, limits: Limits) -> None:
+async def test_bad_input_is_answered_clearly(api: Api, card: ModelCard, limits: BodyLimits) -> None:
     cases = bad_input_cases(
         max_model_len=card.max_model_len,
         vocab_size=card.vocab_size,
-        max_body_bytes=limits.max_body_bytes,
+        max_body_bytes=limits.max_bytes,
     )
     assert len({case.name for case in cases}) == len(cases)
     problems = [await problem_with(api, case) for case in cases]

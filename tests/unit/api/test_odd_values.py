@@ -23,10 +23,11 @@ from prometheus_client import CollectorRegistry
 from pdserve.api.app import build_router_app
 from pdserve.api.control.weights import WeightRoutes
 from pdserve.api.generation import ModelCard
+from pdserve.api.http.bodies import BodyLimits
 from pdserve.api.http.in_flight import InFlightRequests
-from pdserve.api.http.validation import GenerationDefaults, Limits
 from pdserve.api.surfaces.native_types import NativeSampling
 from pdserve.api.text.request_log import RequestLog
+from pdserve.api.text.sampling import GenerationDefaults
 from pdserve.api.text.timelines import Timelines
 from pdserve.api.text.tokenization import Tokenizer
 from pdserve.front.main import (
@@ -317,7 +318,7 @@ async def test_a_router_answers_whatever_a_field_holds(
         registry=registry,
         in_flight=InFlightRequests(),
         timelines=Timelines(SpanClock.start(), registry, card.name),
-        limits=Limits(max_body_bytes=100_000),
+        limits=BodyLimits(max_bytes=100_000),
     )
     await service.start()
     await service.register_worker(scheduler.entry.url, scheduler.entry)
@@ -337,10 +338,10 @@ async def test_a_node_answers_whatever_a_field_holds(scheduler: Scheduler) -> No
     link = SchedulerLink(context, scheduler.address, None)
     registrar = Registrar(url, [], NO_KEYS)
     app = build_node_app(
-        NodeRoutes(link, registrar, url, Limits(), ""),
+        NodeRoutes(link, registrar, url, BodyLimits(), ""),
         NodeOperator(link, url),
-        WeightRoutes(NodeWeights(link, url, lookup), Limits(), is_node=True),
-        limits=Limits(),
+        WeightRoutes(NodeWeights(link, url, lookup), BodyLimits(), is_node=True),
+        limits=BodyLimits(),
         keys=NO_KEYS,
         is_loopback=True,
     )

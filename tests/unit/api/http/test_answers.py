@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from pdserve.api.http.answers import JsonResponse
-from pdserve.api.http.slices import HOLE, filled
+from pdserve.api.slices import HOLE, filled
 
 MB = 1 << 20
 

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from pdserve.api.http.bodies import BodyLimits, parse_request
 from pdserve.api.http.fields import (
     EMBEDDING_RULES,
     GENERATING_RULES,
@@ -14,7 +15,6 @@ from pdserve.api.http.fields import (
     chosen_salt,
     tell_ignored,
 )
-from pdserve.api.http.validation import Limits, parse_request
 from pdserve.api.surfaces.openai_types import CompletionRequest
 from pdserve.runtime.errors import RequestError
 from pdserve.tests.unit.api.conftest import Api
@@ -73,7 +73,7 @@ async def test_a_server_ignores_unknown_fields(api: Api, path: str) -> None:
     assert (await api.post(path, body))[0] == 200
 
 
-@pytest.mark.parametrize("limits", [Limits(strict_fields=True)])
+@pytest.mark.parametrize("limits", [BodyLimits(strict_fields=True)])
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

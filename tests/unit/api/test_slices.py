@@ -14,7 +14,7 @@ import pytest
 from pdserve.api.generation import GenerateSpec
 from pdserve.api.http import json_slices
 from pdserve.api.http.json_slices import JsonBounds, JsonTooLargeError, decode_slices
-from pdserve.api.http.slices import SLICE_BYTES, at_once, in_slices, in_thread, rows, sliced, spaced
+from pdserve.api.slices import SLICE_BYTES, at_once, in_slices, in_thread, rows, sliced, spaced
 from pdserve.api.text.tokenization import Tokenizer
 from pdserve.tests.unit.api.conftest import Api
 from pdserve.tests.unit.api.fakes import FakeGeneration

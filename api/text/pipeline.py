@@ -17,37 +17,13 @@ from ..generation import (
     Generation,
     GenerationInfo,
     Generator,
-    ModelCard,
-    Sessions,
     WeightSpan,
 )
-from ..http.in_flight import InFlightRequests
-from ..http.metrics import HttpMetrics
-from ..http.slices import SLICE_DELTAS, spaced
-from ..http.validation import GenerationDefaults, Limits
-from ..surfaces.openai_types import CachedTokensDetails, Extension, PromptTokensDetails, TimelineBody, Usage
+from ..slices import SLICE_DELTAS, spaced
 from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta
 from .request_log import RequestLog
-from .timelines import Laps, Timelines, timeline_body
+from .timelines import Laps, TimelineBody, Timelines, timeline_body
 from .tokenization import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Serving:
-    """What every generating surface is given."""
-
-    card: ModelCard
-    tokenizer: Tokenizer
-    generator: Generator
-    defaults: GenerationDefaults
-    draw_seed: Callable[[], int]  # of 64 bits, for a request that brings none
-    limits: Limits
-    metrics: HttpMetrics
-    in_flight: InFlightRequests
-    timelines: Timelines
-    weight_version: Callable[[], str]
-    request_log: RequestLog
-    sessions: Sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +35,38 @@ class TextJob:
     is_scored: bool = False  # only what is said of the prompt is wanted, not the one token that comes with it
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Of all prompts and choices of a request, so far."""
+
+    prompt: int
+    completion: int
+    cached: int  # of the prompts' tokens, those that nobody had to compute
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pipeline:
+    """The way from prompts to text: what each run takes."""
+
+    tokenizer: Tokenizer
+    generator: Generator
+    timelines: Timelines
+    weight_version: Callable[[], str]
+    request_log: RequestLog
+
+
 class TextRun:
     """One generation per prompt, with ``num_choices`` choices each. ``deltas`` runs them.
 
     A prompt's facts (``info``) are there from its first delta on, and complete when ``deltas`` has ended.
     """
 
-    def __init__(self, serving: Serving, jobs: Sequence[TextJob], laps: Laps) -> None:
-        self._serving = serving
+    def __init__(self, pipeline: Pipeline, jobs: Sequence[TextJob], laps: Laps) -> None:
+        self._pipeline = pipeline
         self._jobs = jobs
         self._laps = laps
         self._generations: dict[int, Generation] = {}  # prompt -> its generation, once it has started
-        self.num_completion_tokens = 0
+        self._num_completion_tokens = 0
 
     def info(self, prompt: int) -> GenerationInfo:
         return self._generations[prompt].info
@@ -79,7 +75,7 @@ class TextRun:
     def weight_version(self) -> str:
         """The version of the weights that answered (the latest, should they have changed between prompts)."""
         versions = [generation.info.weight_version for generation in self._generations.values()]
-        return next(filter(None, reversed(versions)), self._serving.weight_version())
+        return next(filter(None, reversed(versions)), self._pipeline.weight_version())
 
     def weight_versions(self, prompt: int, choice: int) -> list[WeightSpan] | UnsetType:
         """Which weights made which of a choice's tokens, where they changed in mid-answer."""
@@ -103,16 +99,18 @@ class TextRun:
                 key = (prompt, delta.choice)
                 if key not in detokenizers:
                     job = self._jobs[prompt]
-                    detokenizers[key] = Detokenizer(self._serving.tokenizer, job.options, job.spec.prompt_ids)
+                    detokenizers[key] = Detokenizer(
+                        self._pipeline.tokenizer, job.options, job.spec.prompt_ids
+                    )
                 detokenizer = detokenizers[key]
                 if detokenizer.is_finished:
                     continue
                 info = self._generations[prompt].info
-                first = None if info.first_token_unix_s else _FirstToken(info, self._serving.timelines.clock)
+                first = None if info.first_token_unix_s else _FirstToken(info, self._pipeline.timelines.clock)
                 shown = detokenizer.push(delta)
                 if shown.finish_reason is not None and delta.finish_reason is None:
                     self._generations[prompt].stop_choice(delta.choice)
-                self.num_completion_tokens += len(shown.token_ids)
+                self._num_completion_tokens += len(shown.token_ids)
                 if first is not None:
                     first.detokenized()
                 yield prompt, shown
@@ -123,23 +121,23 @@ class TextRun:
     async def _arrivals(self) -> AsyncGenerator[AsyncGenerator[tuple[int, ChoiceDelta], None], None]:
         # Asked before the body was read, and since then many others may have been let in. Once for all
         # prompts: what was begun is not broken off half-way.
-        self._serving.generator.check_wait(self._laps.client)
+        self._pipeline.generator.check_wait(self._laps.client)
         source = self._run(0) if len(self._jobs) == 1 else self._run_all()
         try:
             async with contextlib.aclosing(source) as arrivals:
                 yield arrivals
         finally:
             async for job in spaced(self._jobs):
-                self._serving.timelines.end(job.spec.request_id)
+                self._pipeline.timelines.end(job.spec.request_id)
 
     async def _run(self, prompt: int) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
         spec = self._jobs[prompt].spec
         laps = self._laps.branch()
         laps.lap("prepare")
-        log = self._serving.request_log.begins(spec)
-        generation = await self._serving.generator.generate(spec, laps.client)
+        log = self._pipeline.request_log.begins(spec)
+        generation = await self._pipeline.generator.generate(spec, laps.client)
         self._generations[prompt] = generation
-        self._serving.timelines.start(spec, generation.info, laps)
+        self._pipeline.timelines.start(spec, generation.info, laps)
         try:
             async for delta in generation:
                 log.take(delta)
@@ -192,24 +190,16 @@ class TextRun:
                 if running:
                     await asyncio.wait(running)
 
-    def usage(self) -> Usage:
-        num_prompt_tokens = sum(len(job.spec.prompt_ids) for job in self._jobs)
-        return Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=self.num_completion_tokens,
-            total_tokens=num_prompt_tokens + self.num_completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(self._num_cached_tokens()),
+    def counts(self) -> TokenCounts:
+        return TokenCounts(
+            prompt=sum(len(job.spec.prompt_ids) for job in self._jobs),
+            completion=self._num_completion_tokens,
+            cached=sum(generation.info.num_cached_tokens for generation in self._generations.values()),
         )
-
-    def extension(self) -> Extension:
-        return Extension(cached_tokens_details=CachedTokensDetails(device=self._num_cached_tokens()))
-
-    def _num_cached_tokens(self) -> int:
-        return sum(generation.info.num_cached_tokens for generation in self._generations.values())
 
     async def timeline(self) -> TimelineBody:
         """Of all that was measured so far."""
-        timelines = self._serving.timelines
+        timelines = self._pipeline.timelines
         found = [timelines.find(job.spec.request_id) async for job in spaced(self._jobs)]
         return await timeline_body([timeline for timeline in found if timeline is not None])
 
