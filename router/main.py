@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import socket
 import time
@@ -29,6 +28,7 @@ from ..models.config import read_vocabulary_digest
 from ..models.paths import ModelPaths
 from ..runtime.config import RouterConfig
 from ..runtime.errors import StartupError
+from ..runtime.garbage import collect_when_idle, only_young
 from ..runtime.listen import bind_unix, http_url, is_loopback
 from ..runtime.process import Succession
 from ..runtime.returned_memory import return_memory
@@ -122,7 +122,7 @@ async def _serve(
         limits=BodyLimits(strict_fields=config.strict_fields),
     )
     await service.start()
-    gc.freeze()  # what lives now lives on: the collector need not look at it again, which takes 50 ms
+    only_young()  # what lives now lives on, and a look at all that is in flight holds every stream
     _log.info("%s serves %s", http_url(config.host, listeners[0], config.tls.scheme), card.name)
     serving = asyncio.create_task(
         serve(
@@ -134,16 +134,19 @@ async def _serve(
             succession=succession,
         )
     )
-    returning = asyncio.create_task(return_memory())
+    housekeeping = [
+        asyncio.create_task(return_memory()),
+        asyncio.create_task(collect_when_idle(lambda: len(in_flight) == 0)),
+    ]
     try:
-        await asyncio.wait({serving, returning, service.crashed}, return_when=asyncio.FIRST_COMPLETED)
-        for background in (returning, service.crashed):
+        await asyncio.wait({serving, *housekeeping, service.crashed}, return_when=asyncio.FIRST_COMPLETED)
+        for background in (*housekeeping, service.crashed):
             if background.done():
                 background.result()  # raises what ended it
         await serving
     finally:
-        returning.cancel()
-        serving.cancel()
+        for task in (*housekeeping, serving):
+            task.cancel()
         await service.close()
         context.destroy(linger=0)
 

@@ -194,8 +194,8 @@ FLAGS: tuple[Flag, ...] = (
          help="0: sizes, 1: sampling too, 2: the first token ids too, 3: all of them"),
     Flag(names=("--num-prefill",), roles=_UP, kind=int, default=1, help="prefill nodes to start"),
     Flag(names=("--num-decode",), roles=_UP, kind=int, default=1, help="decode nodes to start"),
-    Flag(names=("--nodes-nice",), roles=_UP, kind=int, default=0,
-         help="how far nodes step back behind the router for a core, 10 helps where they compute on CPUs"),
+    Flag(names=("--nodes-nice",), roles=_UP, kind=int, default=5,
+         help="how far nodes step back behind the router, and all else here, for a core"),
     Flag(names=("--log-level",), roles=_ALL, default="info", choices=LEVELS, help="of messages shown"),
     Flag(names=("--log-format",), roles=_ALL, default="text", choices=("text", "json"), help="of the log"),
 )  # fmt: skip

@@ -318,7 +318,7 @@ def test_up_starts_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_nodes_step_back_behind_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [child.nice for child in children(monkeypatch, "--nodes-nice", "10")] == [0, 10, 10]
-    assert [child.nice for child in children(monkeypatch)] == [0, 0, 0]
+    assert [child.nice for child in children(monkeypatch)] == [0, 5, 5]
 
 
 def test_children_get_api_keys_but_not_in_their_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ TABLE: tuple[tuple[str, frozenset[str], object, str, bool], ...] = (
     ("--max-running-requests --max-num-seqs", NODES, 64, "", False),
     ("--num-prefill", frozenset({"up"}), 1, "", False),
     ("--num-decode", frozenset({"up"}), 1, "", False),
-    ("--nodes-nice", frozenset({"up"}), 0, "", False),
+    ("--nodes-nice", frozenset({"up"}), 5, "", False),
     ("--tensor-parallel-size --tp-size --tp -tp", NODES, 1, "", False),
     ("--num-threads", NODES, None, "", False),
     ("--transfer-backend --disaggregation-transfer-backend", NODES, "mooncake", "mooncake nixl shm", False),
