@@ -52,12 +52,11 @@ from .runtime.process import (
     usable_cores,
 )
 from .runtime.supervisor import Child, Supervisor
+from .runtime.timing import UNSCALED
 from .runtime.tls import TlsFiles, Trust
 from .runtime.version import VERSION
 
-_READY_TIMEOUT_S = 600.0
 _MAX_NICE = 19  # of Linux
-_NODE_GRACE_S = 15.0
 _SECRETS = ("api_key", "admin_api_key", "cluster_secret_file")  # not for command lines, which `ps` shows
 _ANNOUNCEMENTS = 120
 _ANNOUNCEMENT_INTERVAL_S = 0.5
@@ -251,8 +250,16 @@ def _engine_is_installed() -> Iterator[None]:
 
 def _begin_log(process: str, config: RouterConfig | NodeConfig, given: Mapping[str, Any]) -> None:
     configure_logging(process, config.log_level, config.log_format)
+    _tell_time_scale(config.time_scale)
     if config.foreign_flags and "is_child" not in given:  # `up` says it for all
         _log.warning("%s", without_effect(config.foreign_flags))
+
+
+def _tell_time_scale(scale: float) -> None:
+    if scale != 1.0:
+        _log.warning(
+            "--time-scale %g: leases, silences and all other waits are scaled, for tests only", scale
+        )
 
 
 def _with_folders(config: _Config, folders: ModelFolders) -> _Config:
@@ -285,11 +292,13 @@ def _add_front_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, default="")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text")
+    parser.add_argument("--time-scale", type=float, default=1.0)
     _add_child_argument(parser)
 
 
 def _node_front(given: dict[str, Any]) -> int:
     configure_logging(f"{given['role']}-front", given["log_level"], given["log_format"])
+    _tell_time_scale(given["time_scale"])
     from .front.main import run_node_front
 
     return run_node_front(
@@ -298,6 +307,7 @@ def _node_front(given: dict[str, Any]) -> int:
         url=given["url"],
         router_urls=tuple(given["router"]),
         keys=_keys(given),
+        timing=UNSCALED.scaled(given["time_scale"]),
         tls=TlsFiles(
             certfile=given["ssl_certfile"], keyfile=given["ssl_keyfile"], ca_certs=given["ssl_ca_certs"]
         ),
@@ -380,7 +390,10 @@ def _up(given: dict[str, Any]) -> int:
         if count:
             of_node = _for_child(node_config(role, given), given, folders)
             nodes += [
-                _node_child(role, i, of_node, url, num_threads, counts["nodes_nice"]) for i in range(count)
+                _node_child(
+                    role, i, of_node, url, num_threads, counts["nodes_nice"], config.timing.node_grace_s
+                )
+                for i in range(count)
             ]
     router = _router_child(_for_child(config, given, folders), listener)  # last, as it needs no weights
     children = [router, *nodes]
@@ -389,10 +402,11 @@ def _up(given: dict[str, Any]) -> int:
     trust = Trust(config.tls)
     with Supervisor(
         children,
+        config.timing,
         lambda incarnation: _announce_death(url, incarnation, keys, trust),
         given.get("owner_pid"),
     ) as supervisor:
-        if not supervisor.wait_ready(lambda: _why_not_ready(url, trust), _READY_TIMEOUT_S):
+        if not supervisor.wait_ready(lambda: _why_not_ready(url, trust), config.timing.cluster_start_s):
             return 0
         _say(f"pdserve is ready at {url}")
         supervisor.run()
@@ -443,6 +457,7 @@ def _node_child(
     router_url: str,
     num_threads: int,
     nice: int,
+    grace_s: float,
 ) -> Child:
     flags = forwarded_flags(given, role, dropped=("port", *_SECRETS))
     if resolve(role, given)["num_threads"] is None:
@@ -451,7 +466,7 @@ def _node_child(
     return Child(
         f"{role} {index}",
         arguments,
-        _NODE_GRACE_S,
+        grace_s,
         nice=nice,
         keys=_keys(given),
         has_incarnation=True,

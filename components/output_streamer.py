@@ -80,7 +80,7 @@ class OutputStreamer:
     hidden states. They go out once, then, unless that very message is asked for again.
     """
 
-    def __init__(self, send: Send, *, grace_s: float = 30.0) -> None:
+    def __init__(self, send: Send, *, grace_s: float) -> None:
         self._send = send
         self._grace_s = grace_s
         self._attempts: dict[StreamKey, _Attempt] = {}

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from .sequence import DecodeRequest
 
-# A request that does not fit lets smaller ones pass for this long; then the line waits for it.
-OVERTAKING_LIMIT_S = 5.0
-
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
@@ -25,8 +22,9 @@ def choose_admitted(
     capacity: Callable[[], Capacity],
     pages_needed: Callable[[DecodeRequest], int],
     now: float,
+    overtaking_s: float,
 ) -> Iterator[DecodeRequest]:
-    """Oldest first; who does not fit is overtaken by who does, until it has waited OVERTAKING_LIMIT_S.
+    """Oldest first; who does not fit is overtaken by who does, until it has waited for `overtaking_s`.
 
     Nobody waits for one who would not fit into an empty node: what it lacks may never come back.
     The caller admits each request before it asks for the next; `capacity` is asked again after each, as what
@@ -38,5 +36,5 @@ def choose_admitted(
         if need <= left.pages and num_choices <= left.sequences:
             yield request
             left = capacity()
-        elif need <= left.most_pages and now - request.arrived_s > OVERTAKING_LIMIT_S:
+        elif need <= left.most_pages and now - request.arrived_s > overtaking_s:
             return

@@ -23,6 +23,7 @@ from ..node.live_settings import LiveSettings
 from ..node.status import NodeStatus
 from ..runtime.config import VerifyPages
 from ..runtime.peer_clock import PeerClocks
+from ..runtime.timing import Timing
 from ..transfer.decode_rooms import DecodeRooms
 from ..transfer.page_digests import DigestWorker
 from ..weights.loaded import LoadedModel
@@ -64,6 +65,7 @@ class DecodeEdges:
     metrics: MetricsReporter
     load_inquirer: LoadInquirer
     clock: SpanClock
+    timing: Timing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,7 @@ def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
             gone_clients.add(client)
         edges.sent_output(message)
 
-    streamer = OutputStreamer(send_output)
+    streamer = OutputStreamer(send_output, grace_s=edges.timing.closed_attempt_s)
     peer_clocks = PeerClocks()
     timeline = Timeline(edges.clock, streamer, peer_clocks)
     outputs = Outputs(
@@ -143,6 +145,7 @@ def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
         metrics=edges.metrics,
         limits=options.limits,
         clock=edges.clock,
+        overtaking_s=edges.timing.overtaking_s,
     )
     handoffs = Handoffs(
         rooms=edges.rooms,
@@ -180,6 +183,7 @@ def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
         control=control,
         status=edges.status,
         send=edges.send,
+        timing=edges.timing,
     )
     report = DecodeReport(
         waiting=waiting,

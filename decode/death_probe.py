@@ -14,19 +14,17 @@ import threading
 from collections.abc import Callable, Mapping
 
 from ..runtime.completions import Completions
-
-PROBE_INTERVAL_S = 1.0
-CONNECT_TIMEOUT_S = 1.0
+from ..runtime.timing import Timing
 
 
-def is_refused(address: str) -> bool:
+def is_refused(address: str, timeout_s: float) -> bool:
     """Whether ``ip:port`` refuses a connection, rather than accepting it or being silent."""
     host, _, port = address.rpartition(":")
     try:
         ip = ipaddress.ip_address(host.strip("[]"))  # a name may mean another host by now
         if not 0 < int(port) < 1 << 16:
             return False
-        socket.create_connection((str(ip), int(port)), CONNECT_TIMEOUT_S).close()
+        socket.create_connection((str(ip), int(port)), timeout_s).close()
     except ConnectionRefusedError:
         return True
     except (OSError, ValueError):
@@ -37,7 +35,8 @@ def is_refused(address: str) -> bool:
 class DeathProbe:
     """Asks on a thread of its own, which sleeps while nobody is suspected."""
 
-    def __init__(self, refuses: Callable[[str], bool] = is_refused) -> None:
+    def __init__(self, timing: Timing, refuses: Callable[[str, float], bool] = is_refused) -> None:
+        self._timing = timing
         self._refuses = refuses
         self._proven = Completions[str]()
         self._wake = threading.Condition()
@@ -72,7 +71,7 @@ class DeathProbe:
                 suspects = dict(self._suspects)
             # Within one round: an address that was refused a while ago may be another's by now.
             for incarnation, addresses in suspects.items():
-                if all(self._refuses(address) for address in addresses):
+                if all(self._refuses(address, self._timing.death_probe_timeout_s) for address in addresses):
                     self._proven.push(incarnation)
             with self._wake:
-                self._wake.wait(PROBE_INTERVAL_S)
+                self._wake.wait(self._timing.death_probe_interval_s)

@@ -33,7 +33,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     link_keys = LinkKeys.of(config.cluster_secret)
     server: ServerChannel[ClientToNode] = ServerChannel(context, config.host, 0, ClientToNode, keys=link_keys)
     node = start_node(config, listener, server.socket, server.port, incarnation)
-    digests, death_probe = DigestWorker(node.memory, node.layout), DeathProbe()
+    digests, death_probe = DigestWorker(node.memory, node.layout), DeathProbe(config.timing)
     node.waiter.add(digests.fileno())
     node.waiter.add(death_probe.fileno())
     clock = SpanClock(time.monotonic, node.unix_minus_monotonic_s)
@@ -45,7 +45,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
             sent_output=CrashHook(config.crash_after_outputs, kill_this_process).sent,
             links=PeerLinks(context, node.waiter, link_keys),
             death_probe=death_probe,
-            rooms=DecodeRooms(node.identity, node.regions, node.num_pages),
+            rooms=DecodeRooms(node.identity, node.regions, node.num_pages, config.timing),
             allocator=PageAllocator(node.num_pages),
             copy_page=node.copy_page,
             poison=node.poison if config.poison_reserved_pages else None,
@@ -59,6 +59,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
                 page_size=config.page_size, max_running_requests=config.max_running_requests
             ),
             clock=clock,
+            timing=config.timing,
         ),
         DecodeOptions(
             layout=node.layout,

@@ -41,6 +41,7 @@ from ..messages.operation import CloseSession
 from ..messages.peer import PeerIdentity
 from ..node.control import NodeControl
 from ..node.status import NodeStatus
+from ..runtime.timing import Timing
 from ..weights.loaded import LoadedModel
 from .handoffs import Handoffs
 from .local_prefill import LocalPrefillPolicy
@@ -76,6 +77,7 @@ class DecodeScheduler:
         control: NodeControl[LoadedModel],
         status: NodeStatus,
         send: Callable[[bytes, msgspec.Struct], bool],
+        timing: Timing,
     ) -> None:
         self.is_draining = False
         self._waiting = waiting
@@ -89,7 +91,7 @@ class DecodeScheduler:
         self._status = status
         self._send = send
         self._stages: tuple[Stage, ...] = (waiting, handoffs, running)
-        self._rosters = Rosters()
+        self._rosters = Rosters(timing.roster_life_s)
         self._next_deadline_check = 0.0
 
     # ---- the turn -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ..node.control import NodeControl
 from ..node.status import NodeStatus
 from ..runtime.config import HIDDEN_STATES_FLAG
 from ..weights.loaded import LoadedModel
-from .admission import OVERTAKING_LIMIT_S, Capacity, choose_admitted
+from .admission import Capacity, choose_admitted
 from .growth_estimate import GrowthEstimate
 from .limits import DecodeLimits
 from .outputs import Outputs
@@ -37,6 +37,7 @@ class Waiting:
         metrics: MetricsReporter,
         limits: DecodeLimits,
         clock: SpanClock,
+        overtaking_s: float,
     ) -> None:
         self._pages = pages
         self._growth = growth
@@ -46,6 +47,7 @@ class Waiting:
         self._metrics = metrics
         self._limits = limits
         self._clock = clock
+        self._overtaking_s = overtaking_s
         self._numbers = itertools.count()
         self._requests: dict[StreamKey, DecodeRequest] = {}  # in order of arrival
 
@@ -136,7 +138,11 @@ class Waiting:
         if not self._requests:
             return iter(())
         return choose_admitted(
-            list(self), lambda: self.capacity(admitted, num_stranded_pages), self._demand, now
+            list(self),
+            lambda: self.capacity(admitted, num_stranded_pages),
+            self._demand,
+            now,
+            self._overtaking_s,
         )
 
     def capacity(self, admitted: Iterable[Iterable[DecodeRequest]], num_stranded_pages: int) -> Capacity:
@@ -151,10 +157,9 @@ class Waiting:
     def _demand(self, request: DecodeRequest) -> int:
         return self._pages.demand(request, self._growth.share)
 
-    @staticmethod
-    def is_old(request: DecodeRequest, now: float) -> bool:
+    def is_old(self, request: DecodeRequest, now: float) -> bool:
         """Whether it has waited so long that others wait for it."""
-        return now - request.arrived_s > OVERTAKING_LIMIT_S
+        return now - request.arrived_s > self._overtaking_s
 
     def remove(self, request: DecodeRequest) -> None:
         """Another stage has it now."""

@@ -85,20 +85,13 @@ from ..runtime.errors import RequestError
 from ..runtime.listen import is_loopback
 from ..runtime.logs import Complaints
 from ..runtime.process import NO_KEYS, AccessKeys, Succession
+from ..runtime.timing import UNSCALED, Timing
 from ..runtime.tls import NO_TLS, SYSTEM_TRUST, TlsFiles, Trust
 from ..runtime.version import VERSION
 from .member_calls import MemberCalls
 
 log = logging.getLogger(__name__)
 
-PING_INTERVAL_S = 1.0
-PING_TIMEOUT_S = 2.0
-REGISTER_TIMEOUT_S = 1.0
-# That a router which had this node may be out of reach without a word: it is started again, or `pdserve up`
-# ends, which ends it first.
-ROUTER_AWAY_S = 5.0
-RECONNECT_INTERVAL_S = 0.2
-SCHEDULER_GONE_S = 10.0  # without a connection for so long, after there was one
 WEIGHTS_TIMEOUT_S = 600.0
 RELEASE_WAIT_S = 10.0  # for what runs here to end
 OPERATION_TIMEOUT_S = 60.0
@@ -108,8 +101,11 @@ _STARTED_UNIX_S = int(time.time())
 class SchedulerLink:
     """The connection to the scheduler, made again while it is not there, and what it said last."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, keys: LinkKeys | None) -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, address: str, keys: LinkKeys | None, timing: Timing
+    ) -> None:
         self._context = context
+        self._timing = timing
         self._address = address
         self._keys = keys
         self._client = NodeClient(context, address, keys=keys)
@@ -123,12 +119,16 @@ class SchedulerLink:
 
     @property
     def is_alive(self) -> bool:
-        return time.monotonic() - self._answered_at_s < PING_INTERVAL_S + PING_TIMEOUT_S
+        timing = self._timing
+        silent_s = time.monotonic() - self._answered_at_s
+        return silent_s < timing.front_ping_interval_s + timing.front_ping_timeout_s
 
     @property
     def is_gone(self) -> bool:
         """It was there, and its connection has been closed for long."""
-        return self._lost_at_s is not None and time.monotonic() - self._lost_at_s > SCHEDULER_GONE_S
+        if self._lost_at_s is None:
+            return False
+        return time.monotonic() - self._lost_at_s > self._timing.scheduler_gone_s
 
     async def ping(self) -> Pong | None:
         """None when the scheduler does not answer; then the link is ready to try again."""
@@ -136,7 +136,7 @@ class SchedulerLink:
             await self._client.close()
             self._client = NodeClient(self._context, self._address, keys=self._keys)
         try:
-            self.pong = await self._client.ping(PING_TIMEOUT_S)
+            self.pong = await self._client.ping(self._timing.front_ping_timeout_s)
         except NodeUnavailableError as error:
             if self._client.is_lost and self.pong is not None and self._lost_at_s is None:
                 log.warning("%s", error)
@@ -158,12 +158,14 @@ class Registrar:
         url: str,
         router_urls: Sequence[str],
         keys: AccessKeys,
+        timing: Timing,
         trust: Trust = SYSTEM_TRUST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
+        self._timing = timing
         self._clock = clock
-        timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=timing.register_timeout_s)
         self._session = aiohttp.ClientSession(timeout=timeout)
         self._routers = {
             router: MemberCalls(self._session, router, keys, trust)
@@ -204,7 +206,7 @@ class Registrar:
             if not was_registered:
                 self._complaints.forget(router)
                 log.info("registered with %s", router)
-        elif is_away and now - self._registered_at_s[router] < ROUTER_AWAY_S:
+        elif is_away and now - self._registered_at_s[router] < self._timing.router_away_s:
             log.debug("%s is away: %s", router, problem)
         elif self._complaints.is_due(router, problem, now):
             log.warning("registration with %s failed, it is tried each second: %s", router, problem)
@@ -574,15 +576,16 @@ async def serve_node_front(
     router_urls: Sequence[str] = (),
     keys: AccessKeys = NO_KEYS,
     tls: TlsFiles = NO_TLS,
+    timing: Timing = UNSCALED,
     stop: asyncio.Event | None = None,
     node_ends: Callable[[], bool] = lambda: True,
 ) -> None:
     """Serve until a signal, `stop`, or the end of the scheduler; then leave the routers if `node_ends`."""
     stop = stop or asyncio.Event()
     context = zmq.asyncio.Context()
-    link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret))
+    link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret), timing)
     trust = Trust(tls)
-    registrar = Registrar(url, router_urls, keys, trust)
+    registrar = Registrar(url, router_urls, keys, timing, trust)
     limits = BodyLimits()
     lookup = HttpEntryLookup(keys.cluster_secret, trust)
     weights = WeightRoutes(NodeWeights(link, url, lookup), limits, is_node=True)
@@ -595,7 +598,7 @@ async def serve_node_front(
         keys=keys,
         is_loopback=is_loopback(listener),
     )
-    membership = asyncio.create_task(_keep_membership(link, registrar, url, stop))
+    membership = asyncio.create_task(_keep_membership(link, registrar, url, timing, stop))
     membership.add_done_callback(lambda _: stop.set())  # a bug in it must not leave a front without a lease
     try:
         await serve(app, listener, tls=tls, stop=stop)
@@ -611,7 +614,9 @@ async def serve_node_front(
         membership.result()
 
 
-async def _keep_membership(link: SchedulerLink, registrar: Registrar, url: str, stop: asyncio.Event) -> None:
+async def _keep_membership(
+    link: SchedulerLink, registrar: Registrar, url: str, timing: Timing, stop: asyncio.Event
+) -> None:
     while not stop.is_set():
         pong = await link.ping()
         if pong is not None and not pong.draining:
@@ -620,7 +625,8 @@ async def _keep_membership(link: SchedulerLink, registrar: Registrar, url: str, 
             log.error("the scheduler is gone: ending")
             stop.set()
         is_starting = link.pong is None  # the cluster waits for this node: not a moment more than needed
-        await asyncio.sleep(RECONNECT_INTERVAL_S if is_starting or link.client.is_lost else PING_INTERVAL_S)
+        is_urgent = is_starting or link.client.is_lost
+        await asyncio.sleep(timing.front_reconnect_s if is_urgent else timing.front_ping_interval_s)
 
 
 def run_node_front(
@@ -631,6 +637,7 @@ def run_node_front(
     router_urls: Sequence[str] = (),
     keys: AccessKeys = NO_KEYS,
     tls: TlsFiles = NO_TLS,
+    timing: Timing = UNSCALED,
 ) -> int:
     """The process's main; returns its exit code."""
     succession = Succession()
@@ -642,6 +649,7 @@ def run_node_front(
             router_urls=router_urls,
             keys=keys,
             tls=tls,
+            timing=timing,
             node_ends=lambda: not succession.is_expected,
         )
     )

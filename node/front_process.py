@@ -9,7 +9,6 @@ from collections.abc import Callable
 from ..runtime.process import NO_SUCCESSOR, end, obituary
 
 _log = logging.getLogger(__name__)
-_PAUSE_S = 0.5  # before it is started again: one that dies at each start must not keep the loop busy
 
 
 class FrontProcess:
@@ -17,11 +16,12 @@ class FrontProcess:
     by the kernel for want of memory) costs no request: another one takes over the listener. One that failed
     would fail again: the node ends, and says why.
 
-    `start` makes a front on the node's listener.
+    `start` makes a front on the node's listener; `pause_s` is between the end of one and the next.
     """
 
-    def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]], *, pause_s: float) -> None:
         self._start = start
+        self._pause_s = pause_s
         self._process: subprocess.Popen[bytes] | None = start()
         self._start_after = 0.0  # when it is dead
 
@@ -37,7 +37,7 @@ class FrontProcess:
         if code > 0:
             raise RuntimeError(f"the HTTP front ended with exit code {code}")
         _log.error("%s; the node goes on, and starts it again", obituary("the HTTP front", self._process))
-        self._process, self._start_after = None, now + _PAUSE_S
+        self._process, self._start_after = None, now + self._pause_s
 
     def close(self) -> None:
         """It leaves the routers first: the node ends too."""

@@ -35,13 +35,11 @@ from ..messages.peer import PeerIdentity
 from ..messages.weights import PrepareWeights
 from ..runtime.containment import PROCESS_FAULTS, Containment, nobody_waits
 from ..runtime.pause_gate import PauseGate
+from ..runtime.timing import Timing
 from ..weights.updater import C, Prepared
 from .control import ControlCall, ControlResult, NodeControl
 from .loop_times import LoopTimes
 from .status import NodeStatus
-
-# Reading a checkpoint can hold the interpreter's lock for long stretches.
-_LOADING_S = 120.0
 
 CommonCall: TypeAlias = (
     Ping | ControlCall | PauseGeneration | ContinueGeneration | AbortRequests | GetRequestState
@@ -191,6 +189,7 @@ class RoleLoop(Generic[M, C]):
         metrics: MetricsReporter,
         loop_times: LoopTimes,
         unix_now: Callable[[], float],
+        timing: Timing,
     ) -> None:
         self.role = role
         self.report = report
@@ -206,6 +205,7 @@ class RoleLoop(Generic[M, C]):
         self._metrics = metrics
         self._loop_times = loop_times
         self._unix_now = unix_now
+        self._timing = timing
         self._idle_check = IdleCheck()
 
     def step(self, now: float) -> None:
@@ -263,7 +263,7 @@ class RoleLoop(Generic[M, C]):
 
     def _call(self, link: bytes, message: ControlCall, now: float) -> None:
         if isinstance(message, PrepareWeights):
-            self.role.may_be_held(now + _LOADING_S, now)
+            self.role.may_be_held(now + self._timing.loading_s, now)
         self._metrics.observe_faults(
             num_contained=PROCESS_FAULTS.num_faults, num_malformed=self._receiver.num_malformed
         )

@@ -315,7 +315,9 @@ def start_node(
     url = http_url(host, listener, config.tls.scheme)
     with contextlib.ExitStack() as undo:
         # Early, so that it imports its modules while the model is read.
-        front = FrontProcess(partial(_start_front, config, listener, zmq_address, url))
+        front = FrontProcess(
+            partial(_start_front, config, listener, zmq_address, url), pause_s=config.timing.front_restart_s
+        )
         undo.callback(front.close)
 
         num_pages = _num_pages(config, model_config, layout, max_model_len)
@@ -324,7 +326,13 @@ def start_node(
             ranks = _start_ranks(config, paths.model, dtype, num_pages, host, trace_name)
             undo.callback(ranks.close)
         make_backend = partial(
-            create_backend, config.transfer_backend, _transport(config), host, config.ib_device, config.faulty
+            create_backend,
+            config.transfer_backend,
+            _transport(config),
+            host,
+            config.ib_device,
+            config.faulty,
+            config.timing,
         )
         backend = make_backend()
         undo.callback(backend.close)
@@ -485,7 +493,7 @@ def _start_ranks(
         )
 
     arguments = ["--role", config.role, "--log-level", config.log_level, "--log-format", config.log_format]
-    return RankGroup.start(arguments, told, config.tensor_parallel_size)
+    return RankGroup.start(arguments, told, config.tensor_parallel_size, config.timing)
 
 
 def _start_front(
@@ -494,6 +502,7 @@ def _start_front(
     arguments = ["node-front", "--role", config.role, "--zmq-address", zmq_address]
     arguments += ["--listen-fd", str(listener.fileno()), "--url", url]
     arguments += ["--log-level", config.log_level, "--log-format", config.log_format]
+    arguments += [f"--time-scale={config.time_scale}"]
     arguments += [f"--router={url}" for url in config.router]
     arguments += [f"--ssl-certfile={config.ssl_certfile}", f"--ssl-keyfile={config.ssl_keyfile}"]
     arguments += [f"--ssl-ca-certs={config.ssl_ca_certs}"]

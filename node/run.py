@@ -27,7 +27,6 @@ from .process import Node
 _log = logging.getLogger(__name__)
 
 _LONGEST_SLEEP_S = 0.5  # a front that has ended is noticed this late at worst
-_DRAIN_S = 10.0
 
 M = TypeVar("M", bound=msgspec.Struct)
 
@@ -57,6 +56,7 @@ def run(
         metrics=node.metrics,
         loop_times=node.loop_times,
         unix_now=clock.unix_now,
+        timing=node.config.timing,
     )
     threading.excepthook = _end_process
     num_signals = 0
@@ -81,7 +81,7 @@ def run(
                 _step_with_ranks(node, node.ranks, loop, now)
         if num_signals and not role.is_draining:
             role.is_draining = True
-            drain_until = now + _DRAIN_S
+            drain_until = now + node.config.timing.drain_s
         if num_signals > 1 or now > drain_until or (role.is_draining and role.is_idle):
             role.fail_open_requests()
             break

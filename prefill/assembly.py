@@ -19,6 +19,7 @@ from ..messages.timeline import SpanClock
 from ..node.control import NodeControl
 from ..node.live_settings import LiveSettings
 from ..node.status import NodeStatus
+from ..runtime.timing import Timing
 from ..transfer.backends.base import Mover
 from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
@@ -48,6 +49,7 @@ class PrefillEdges:
     metrics: MetricsReporter
     load_inquirer: LoadInquirer
     clock: SpanClock
+    timing: Timing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,14 @@ def assemble(
     scheduler = PrefillScheduler(
         jobs=jobs,
         rooms=edges.rooms,
-        wire=Wire(edges.send, edges.movers, last_chunk, edges.metrics, edges.clock),
+        wire=Wire(
+            edges.send,
+            edges.movers,
+            last_chunk,
+            edges.metrics,
+            edges.clock,
+            stuck_after_s=edges.timing.stuck_contact_s,
+        ),
         digests=edges.digests,
         control=control,
         send=edges.send,

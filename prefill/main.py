@@ -25,10 +25,6 @@ from .assembly import PrefillEdges, assemble
 from .limits import PrefillLimits
 from .scheduler import ToPrefill
 
-# The kernel kills further ranks once the first one, whose ports peers look at, is gone: until then they may
-# write.
-_RANK_OUTLIVES_S = 1.0
-
 
 def _transfer_addresses(regions: Sequence[MemoryRegion]) -> tuple[str, ...]:
     """Where the ranks' transfer engines listen. One without a port writes from its own process alone."""
@@ -51,7 +47,10 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
             movers=node.movers,
             rooms=PrefillRooms(
                 node.identity,
-                settle_s=max(node.backend.settle_s, _RANK_OUTLIVES_S if node.ranks is not None else 0.0),
+                config.timing,
+                settle_s=max(
+                    node.backend.settle_s, config.timing.rank_outlives_s if node.ranks is not None else 0.0
+                ),
                 transfer_addresses=_transfer_addresses(node.regions),
                 unix_minus_monotonic_s=node.unix_minus_monotonic_s,
             ),
@@ -66,6 +65,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
                 page_size=config.page_size, max_running_requests=config.max_running_requests
             ),
             clock=clock,
+            timing=config.timing,
         ),
         node.layout,
         PrefillLimits(

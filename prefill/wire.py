@@ -17,11 +17,10 @@ from .last_chunk import LastChunk
 
 WireAction: TypeAlias = SendToDecode | MeetPeer | SubmitWrite | CancelWrites | DisconnectPeer
 
-_STUCK_S = 1.0
-
 
 class Wire:
-    """`movers`: of each rank. `last_chunk` is told what each hand-off took."""
+    """`movers`: of each rank. `last_chunk` is told what each hand-off took. `stuck_after_s`: so long a first
+    contact may take."""
 
     def __init__(
         self,
@@ -30,12 +29,15 @@ class Wire:
         last_chunk: LastChunk,
         metrics: MetricsReporter,
         clock: SpanClock,
+        *,
+        stuck_after_s: float,
     ) -> None:
         self._send = send
         self._movers = movers
         self._last_chunk = last_chunk
         self._metrics = metrics
         self._clock = clock
+        self._stuck_after_s = stuck_after_s
 
     def act(self, action: WireAction) -> None:
         match action:
@@ -64,7 +66,7 @@ class Wire:
 
     def is_stuck(self, now: float) -> bool:
         """Whether a transfer engine hangs in a call."""
-        return any(mover.stuck_s(now) > _STUCK_S for mover in self._movers)
+        return any(mover.stuck_s(now) > self._stuck_after_s for mover in self._movers)
 
     def _send_to_decode(self, action: SendToDecode) -> None:
         message = action.message

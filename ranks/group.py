@@ -60,6 +60,7 @@ from ..messages.ranks import (
 from ..messages.weights import MemoryTag
 from ..runtime.errors import BrokenInvariantError, StartupError
 from ..runtime.process import end, obituary, spawn, wait_or_kill
+from ..runtime.timing import Timing
 from ..runtime.waiting import Waiter
 from ..transfer.backends.rank import RankMover
 from ..weights.updater import LoadFolder, LoadOrder, LoadServed, LoadTensors
@@ -67,10 +68,6 @@ from .hang_watch import HangWatch
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-_START_S = 600.0
-_CALL_S = 10.0  # a copy of pages on another rank that takes longer is a hang
-_REAP_S = 1.0  # between the failure of a collective and the death that caused it
 
 
 class LostRankError(BrokenInvariantError):
@@ -137,15 +134,20 @@ class RankGroup:
     """Its methods belong to the loop's thread, where they do not say otherwise. The calls that they return
     are for jobs to wait for."""
 
-    def __init__(self, ranks: Sequence[RankProcess], rendezvous: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(
+        self, ranks: Sequence[RankProcess], rendezvous: tempfile.TemporaryDirectory[str], timing: Timing
+    ) -> None:
         self._ranks = list(ranks)
+        self._timing = timing
         self._rendezvous = rendezvous
         self._call_ids = itertools.count()
         self._calls: dict[int, RankCall] = {}  # not answered by every rank yet
-        self._hang_watch = HangWatch()
+        self._hang_watch = HangWatch(timing)
 
     @classmethod
-    def start(cls, arguments: Sequence[str], starts: Callable[[int, str], RankStart], size: int) -> RankGroup:
+    def start(
+        cls, arguments: Sequence[str], starts: Callable[[int, str], RankStart], size: int, timing: Timing
+    ) -> RankGroup:
         """Starts ranks 1 to `size` - 1. `starts(rank, rendezvous)` is what each is told; `arguments` are
         given to each process beside its own."""
         folder = tempfile.TemporaryDirectory(prefix="pdserve-ranks-")
@@ -161,13 +163,13 @@ class RankGroup:
             pipe: Pipe[FromRank] = Pipe(ours, FromRank, name)
             pipe.send(starts(number, str(Path(folder.name) / "rendezvous")))
             ranks.append(RankProcess(name, process, os.pidfd_open(process.pid), pipe, RankMover(pipe.send)))
-        return cls(ranks, folder)
+        return cls(ranks, folder, timing)
 
     # ---- start --------------------------------------------------------------------------------------
 
     def wait_ready(self) -> tuple[MemoryRegion, ...]:
         """The pools of the further ranks, when all have loaded their share. Raises StartupError."""
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + self._timing.rank_start_s
         while missing := [rank for rank in self._ranks if rank.region is None]:
             self._sleep(missing, deadline)
             for rank in missing:
@@ -177,7 +179,9 @@ class RankGroup:
                     self._take(rank, message)
             self._check_alive(StartupError)
             if time.monotonic() > deadline:
-                raise StartupError(f"{missing[0].name} was not ready within {_START_S:.0f} s")
+                raise StartupError(
+                    f"{missing[0].name} was not ready within {self._timing.rank_start_s:.0f} s"
+                )
         return self.regions
 
     def join(self) -> RankCollective:
@@ -284,7 +288,7 @@ class RankGroup:
 
     def cause(self, error: Exception) -> Exception:
         """Why the replica ends. A collective fails before the process it failed on is known to be dead."""
-        deadline = time.monotonic() + _REAP_S
+        deadline = time.monotonic() + self._timing.rank_reap_s
         while not isinstance(error, LostRankError) and time.monotonic() < deadline:
             try:
                 self._check_alive(LostRankError)
@@ -350,7 +354,7 @@ class RankGroup:
 
     def _wait(self, call: RankCall) -> None:
         """The loop itself waits: for what takes a rank well under a millisecond."""
-        deadline = time.monotonic() + _CALL_S
+        deadline = time.monotonic() + self._timing.rank_call_s
         while not call.is_over:
             self._sleep(self._ranks, deadline)
             for rank in self._ranks:
@@ -358,7 +362,8 @@ class RankGroup:
                     self._take(rank, message)
             self._check_alive(LostRankError)
             if time.monotonic() > deadline:
-                raise LostRankError(f"{', '.join(sorted(call.awaited))} did not answer for {_CALL_S:.0f} s")
+                who = ", ".join(sorted(call.awaited))
+                raise LostRankError(f"{who} did not answer for {self._timing.rank_call_s:.0f} s")
 
     def _check_alive(self, kind: type[Exception]) -> None:
         for rank in self._ranks:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from ..engine.engine_thread import Progress
+from ..runtime.timing import Timing
 
-MIN_S = 10.0
 TIMES_EXPECTED = 10.0
-LONGEST_TICK_S = 1.0  # a longer one was a hold of this very process, and says nothing of the engine
 
 
 class HangWatch:
     """Counts for how long one step has run while this loop was awake: after a freeze no step looks hung."""
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
         self._progress: Progress | None = None
         self._awake_s = 0.0
         self._last_tick = 0.0
@@ -23,8 +23,10 @@ class HangWatch:
             self._progress = progress
             self._awake_s = 0.0
         else:
-            self._awake_s += min(now - self._last_tick, LONGEST_TICK_S)
+            self._awake_s += min(now - self._last_tick, self._timing.longest_tick_s)
         self._last_tick = now
-        if progress is None or self._awake_s <= max(MIN_S, TIMES_EXPECTED * progress.expected_s):
+        if progress is None or self._awake_s <= max(
+            self._timing.hang_s, TIMES_EXPECTED * progress.expected_s
+        ):
             return 0.0
         return self._awake_s

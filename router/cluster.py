@@ -73,9 +73,9 @@ class Cluster:
         handler: ClusterHandler,
     ) -> None:
         self.registry = NodeRegistry(
-            lease_s=options.lease_s,
-            pong_timeout_s=options.pong_timeout_s,
-            prefill_wait_s=options.prefill_wait_s,
+            lease_s=options.timing.lease_s,
+            pong_timeout_s=options.timing.pong_timeout_s,
+            prefill_wait_s=options.timing.prefill_wait_s,
         )
         self._options = options
         self._model = model
@@ -255,7 +255,7 @@ class Cluster:
         incarnation = entry.incarnation
         if now < self._connect_not_before.get(incarnation, now):
             return
-        self._connect_not_before[incarnation] = now + self._options.ping_interval_s
+        self._connect_not_before[incarnation] = now + self._options.timing.ping_interval_s
         try:
             link = self._connect(
                 entry.zmq_address,
@@ -294,7 +294,7 @@ class Cluster:
         while True:
             self._handler.on_ping(incarnation)
             try:
-                pong = await link.ping(self._options.lease_s)
+                pong = await link.ping(self._options.timing.lease_s)
             except NodeUnavailableError as error:
                 log.debug("%s", error)
                 if self._may_suspect:
@@ -307,7 +307,7 @@ class Cluster:
             await self._rest_between_pings()
 
     async def _rest_between_pings(self) -> None:
-        interval_s = self._options.ping_interval_s
+        interval_s = self._options.timing.ping_interval_s
         if self._is_awaited.is_set():
             await asyncio.sleep(min(AWAITED_PING_INTERVAL_S, interval_s))
             return
@@ -324,7 +324,7 @@ class Cluster:
             if known is None or not self.registry.healthy(known):
                 with self._containment.around(f"the entry of {url}", nobody_waits):
                     found = await self._find(url)
-            await asyncio.sleep(self._options.poll_interval_s)
+            await asyncio.sleep(self._options.timing.entry_interval_s)
 
     async def _find(self, url: str) -> str:
         """The incarnation of the node at a static URL, which is registered; empty when there is none that
@@ -347,7 +347,7 @@ class Cluster:
         return Roster(router_id=self._router_id, nodes=tuple(node.entry for node in self.registry))
 
     def _push_roster(self, now: float) -> None:
-        self._roster_due_at = now + self._options.roster_interval_s
+        self._roster_due_at = now + self._options.timing.roster_interval_s
         roster = self._roster()
         for incarnation in list(self._connections):
             self.send(incarnation, roster)

@@ -88,6 +88,7 @@ async def _serve(
             stream_interval=config.stream_interval,
             force_stream_interval=config.force_stream_interval,
             metrics_compat=config.metrics_compat,
+            timing=config.timing,
         ),
         model=card,
         connect=ZmqConnector(context, LinkKeys.of(config.cluster_secret)),

@@ -126,7 +126,7 @@ class RouterService:
         self.operator = ClusterOperator(self._cluster, self._node_clocks.lead_s)
         self._queue = AdmissionQueue(
             max_new=options.max_queued_requests,
-            patience_s=options.gate_patience_s,
+            patience_s=options.timing.gate_patience_s,
             max_wait_s=min(options.max_queue_wait_s or math.inf, options.request_timeout_s),
         )
         self._ledger = Ledger()
@@ -243,7 +243,7 @@ class RouterService:
             arrived_at=now,
             deadline=now + timeout_s,
             max_attempts=self._options.max_attempts,
-            resend_interval_s=self._options.resend_interval_s,
+            resend_interval_s=self._options.timing.resend_interval_s,
             eos_token_ids=self._model.eos_token_ids,
             max_model_len=self._model.max_model_len,
             clock=self._span_clock,
@@ -462,7 +462,7 @@ class RouterService:
             )
 
     def _expire_requests(self, now: float) -> None:
-        for ticket in self._queue.starved(now, self._options.no_pair_timeout_s):
+        for ticket in self._queue.starved(now, self._options.timing.no_pair_timeout_s):
             generation = self._generations.get(ticket.request_id)
             if generation is not None:
                 self._fail(generation, self._no_pair_error(generation.record))
@@ -476,7 +476,9 @@ class RouterService:
         reason = self._nodes.explain_no_pair()
         if self._nodes.ready_pairs():
             reason = f"no pair of nodes serves weight version {record.pinned_weight_version} any more"
-        return _unavailable(reason, code="no_ready_pair", retry_after_s=self._options.no_pair_timeout_s)
+        return _unavailable(
+            reason, code="no_ready_pair", retry_after_s=self._options.timing.no_pair_timeout_s
+        )
 
     def _deadline_error(self, record: RequestRecord) -> RequestError:
         if record.info.num_attempts == 0:
@@ -588,8 +590,10 @@ class RouterService:
         """None after a first failure; then longer each time, so that what ails a pair may pass."""
         if failure.code in COST_NO_ATTEMPT:
             doublings = min(retry.num_free_failures - 1, 10)
-            return min(self._options.max_busy_delay_s, self._options.busy_delay_s * 2.0**doublings)
-        return self._options.retry_delay_s * (retry.num_failures - 1)
+            return min(
+                self._options.timing.max_busy_delay_s, self._options.timing.busy_delay_s * 2.0**doublings
+            )
+        return self._options.timing.retry_delay_s * (retry.num_failures - 1)
 
     def is_working(self, incarnation: str) -> bool:
         return self._ledger.is_working(incarnation)
@@ -747,7 +751,7 @@ class RouterService:
         )
         await self._until(
             lambda: all(self._generations.get(each.record.request_id) is not each for each in aborted),
-            2 * self._options.abort_grace_s,
+            2 * self._options.timing.abort_grace_s,
         )
         if aborted or all_requests or any(answer.success for answer in answers):
             return AdminReply(True, f"{len(aborted)} requests of this router aborted")
@@ -760,7 +764,7 @@ class RouterService:
             return AdminReply(False, "a weight update is running, which needs the nodes at work")
         if drains:
             self._queue.pause(new_only=True)
-            if not await self._until(lambda: self.num_running == 0, self._options.weight_drain_s):
+            if not await self._until(lambda: self.num_running == 0, self._options.timing.weight_drain_s):
                 self._queue.resume()
                 return AdminReply(False, f"{self.num_running} requests were still running; not paused")
         self._queue.pause()
@@ -803,7 +807,7 @@ class RouterService:
         for attempt in record.live_attempts():
             cancel = CancelRequest(request_id=attempt.request_id, attempt=attempt.number, aborts=True)
             self._cluster.send(attempt.pair.decode, cancel)
-        for delta in record.begin_abort(self._clock() + self._options.abort_grace_s):
+        for delta in record.begin_abort(self._clock() + self._options.timing.abort_grace_s):
             generation.push(delta)
         if record.done:
             self._end(generation)

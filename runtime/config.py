@@ -26,6 +26,7 @@ from .http_urls import is_host, url_fault
 from .logs import LEVELS
 from .metric_aliases import METRICS_COMPATS, MetricsCompat
 from .process import AccessKeys, usable_cores
+from .timing import MAX_TIME_SCALE, MIN_TIME_SCALE, UNSCALED, Timing
 from .tls import TlsFiles
 
 VerifyPages: TypeAlias = Literal["off", "sample", "all"]
@@ -196,6 +197,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--num-decode",), roles=_UP, kind=int, default=1, help="decode nodes to start"),
     Flag(names=("--nodes-nice",), roles=_UP, kind=int, default=5,
          help="how far nodes step back behind the router, and all else here, for a core"),
+    Flag(names=("--time-scale",), roles=_ALL, kind=float, default=1.0, is_hidden=True,
+         help="how long what processes wait for one another takes, to what it should (tests), see Timing"),
     Flag(names=("--log-level",), roles=_ALL, default="info", choices=LEVELS, help="of messages shown"),
     Flag(names=("--log-format",), roles=_ALL, default="text", choices=("text", "json"), help="of the log"),
 )  # fmt: skip
@@ -243,6 +246,7 @@ class RouterConfig:
     strict_fields: bool
     log_requests: bool
     log_requests_level: int
+    time_scale: float
     log_level: str
     log_format: str
     foreign_flags: tuple[str, ...] = ()  # given, and without effect here
@@ -250,6 +254,10 @@ class RouterConfig:
     @property
     def keys(self) -> AccessKeys:
         return AccessKeys(self.api_key, self.admin_api_key, self.cluster_secret)
+
+    @property
+    def timing(self) -> Timing:
+        return UNSCALED.scaled(self.time_scale)
 
     @property
     def tls(self) -> TlsFiles:
@@ -294,6 +302,7 @@ class NodeConfig:
     ib_device: str
     router: tuple[str, ...]
     metrics_compat: MetricsCompat
+    time_scale: float
     log_level: str
     log_format: str
     max_queued_prefills: int = 0  # prefill only
@@ -312,6 +321,10 @@ class NodeConfig:
     @property
     def keys(self) -> AccessKeys:
         return AccessKeys(self.api_key, self.admin_api_key, self.cluster_secret)
+
+    @property
+    def timing(self) -> Timing:
+        return UNSCALED.scaled(self.time_scale)
 
     @property
     def tls(self) -> TlsFiles:
@@ -406,6 +419,9 @@ def _check(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not 0 < value < math.inf:
             raise StartupError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+    if not MIN_TIME_SCALE <= values.get("time_scale", 1.0) <= MAX_TIME_SCALE:
+        wanted = f"{MIN_TIME_SCALE:g} to {MAX_TIME_SCALE:g} is expected"
+        raise StartupError(f"--time-scale {values['time_scale']}: {wanted}")
     if not 0 <= (values.get("max_queue_wait") or 0.0) < math.inf:
         raise StartupError(f"--max-queue-wait {values['max_queue_wait']}: 0 or more seconds are expected")
     if not 0 <= (values.get("session_cache_fraction") or 0.0) <= 1:

@@ -31,6 +31,7 @@ class Flag:
     takes_several: bool = False  # of a repeatable one: values up to the next flag
     takes_suffix: bool = False  # of an int: 32k is 32000, 32K is 32768
     metavar: str = ""  # S, N, X or URL where empty
+    is_hidden: bool = False  # from the help
 
     @property
     def field(self) -> str:
@@ -103,6 +104,8 @@ class Flag:
             raise argparse.ArgumentTypeError(says) from error
 
     def _help_text(self) -> str:
+        if self.is_hidden:
+            return argparse.SUPPRESS
         shown = self.default not in (None, (), "", False) and not self.positional
         return f"{self.help} (default: {self.default})" if shown else self.help
 

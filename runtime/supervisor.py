@@ -38,12 +38,10 @@ from .process import (
     spawn,
     wait_or_kill,
 )
+from .timing import Timing
 
 _log = logging.getLogger(__name__)
-_RESTART_AFTER_S = 1.0  # the second death in a row; doubles with each further one
-_MAX_RESTART_AFTER_S = 60.0
 _UNHEALTHY_AFTER = 3  # deaths in a row
-_STEADY_AFTER_S = 60.0  # a child that ran for this long does not "keep dying"
 _POLL_S = 0.1
 
 
@@ -97,11 +95,11 @@ class Child:
         return f": {words}" if words else ""
 
 
-def restart_pause_s(num_deaths: int) -> float:
+def restart_pause_s(num_deaths: int, timing: Timing) -> float:
     """Before a child is started again that has died so many times in a row: none after the first."""
     if num_deaths == 1:
         return 0.0
-    return min(_MAX_RESTART_AFTER_S, _RESTART_AFTER_S * 2.0 ** (min(num_deaths, 10) - 2))
+    return min(timing.max_restart_s, timing.restart_s * 2.0 ** (min(num_deaths, 10) - 2))
 
 
 class Supervisor:
@@ -115,10 +113,12 @@ class Supervisor:
     def __init__(
         self,
         children: Sequence[Child],
+        timing: Timing,
         on_reaped: Callable[[str], None] = _tell_nobody,
         owner_pid: int | None = None,
     ) -> None:
         self._children = list(children)
+        self._timing = timing
         self._on_reaped = on_reaped
         self._owner_pid = owner_pid
         self._dying: list[str] = []  # incarnations whose child has ended; others of their processes may live
@@ -224,11 +224,11 @@ class Supervisor:
             return
         if process.poll() is None:
             return
-        if now - child.started_at > _STEADY_AFTER_S:
+        if now - child.started_at > self._timing.steady_s:
             child.num_deaths = 0
         child.process = None
         child.num_deaths += 1
-        pause_s = restart_pause_s(child.num_deaths)
+        pause_s = restart_pause_s(child.num_deaths, self._timing)
         child.restart_at = now + pause_s
         ended = f"{obituary(child.name, process)}{child.reason}"
         if child.num_deaths < _UNHEALTHY_AFTER:

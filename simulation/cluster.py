@@ -35,6 +35,7 @@ from ..router.options import RouterOptions
 from ..router.service import RouterService
 from ..runtime.errors import RequestError
 from ..runtime.pause_gate import PauseMode
+from ..runtime.timing import Timing
 from ..transfer.prefill_rooms import LinkState
 from .clock import EventQueue
 from .network import Connection, Host, Network, PeerConnections, Process
@@ -47,6 +48,7 @@ from .wire import Memory, SimulatedBackend
 
 CHECK_EVERY = 50
 MAX_EVENTS = 60_000
+ROUTER_TIMING = Timing(no_pair_timeout_s=4.0, drain_s=3.0, gate_patience_s=0.5, weight_drain_s=3.0)
 REST_S = 20.0  # after the last fault and the last request, the cluster is at rest within this
 OVERDUE_S = 0.4
 LONGEST_SILENCE_S = 10.0  # nobody waits longer for a peer that says nothing
@@ -347,7 +349,7 @@ class SimulatedCluster:
             raise NoNodeError(f"{url} does not answer as a node")
 
         router = RouterService(
-            RouterOptions(no_pair_timeout_s=4.0, gate_patience_s=0.5, weight_drain_s=3.0),
+            RouterOptions(timing=ROUTER_TIMING),
             model=MODEL,
             connect=connect,
             lookup=lookup,

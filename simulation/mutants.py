@@ -31,7 +31,7 @@ from ..router.service import RouterService
 from ..transfer import decode_rooms, prefill_rooms
 from ..transfer.actions import FirstTokenArrived, PagesReleased, RoomEnded, SendToDecode
 from ..transfer.backends.base import WriteResult, WriteState
-from ..transfer.decode_rooms import SETTLE_TICK_S, DecodeRooms, PeerState, RoomState
+from ..transfer.decode_rooms import DecodeRooms, PeerState, RoomState
 from ..transfer.prefill_rooms import PrefillRooms
 
 Method = Callable[..., Any]
@@ -85,7 +85,7 @@ def _settle_at_once(_: Method) -> Method:
 def _count_frozen_time(original: Method) -> Method:
     def tick_room(self: DecodeRooms, room: Any, now: float) -> Any:  # noqa: ANN401
         if room.state is RoomState.SETTLING:
-            room.settled_s += max(0.0, now - room.counted_at - SETTLE_TICK_S)
+            room.settled_s += max(0.0, now - room.counted_at - self._timing.settle_tick_s)
         return original(self, room, now)
 
     return tick_room

@@ -49,6 +49,7 @@ from ..prefill.scheduler import ToPrefill
 from ..runtime.config import VerifyPages, node_config
 from ..runtime.containment import Containment
 from ..runtime.errors import StartupError
+from ..runtime.timing import UNSCALED
 from ..transfer.backends.base import Mover
 from ..transfer.decode_rooms import DecodeRooms
 from ..transfer.page_digests import DigestWorker
@@ -304,6 +305,7 @@ class _Base(Generic[T]):
             "metrics": self.metrics,
             "load_inquirer": self.load_inquirer,
             "clock": self.span_clock,
+            "timing": UNSCALED,
         }
 
     def _make_control(
@@ -375,6 +377,7 @@ class _Base(Generic[T]):
             metrics=self.metrics,
             loop_times=self.loop_times,
             unix_now=self.span_clock.unix_now,
+            timing=UNSCALED,
         )
 
 
@@ -408,7 +411,7 @@ class PrefillNode(_Base[ToPrefill]):
             on_digest=on_digest,
             metrics=metrics,
         )
-        self.rooms = PrefillRooms(self.identity, settle_s=backend.settle_s)
+        self.rooms = PrefillRooms(self.identity, UNSCALED, settle_s=backend.settle_s)
         self.limits = PrefillLimits(
             max_batch_tokens=settings.chunk_tokens,
             max_batch_rows=settings.max_rows,
@@ -471,7 +474,7 @@ class DecodeNode(_Base[ClientToNode]):
             on_digest=on_digest,
             metrics=metrics,
         )
-        self.rooms = DecodeRooms(self.identity, self.regions, settings.decode_pages)
+        self.rooms = DecodeRooms(self.identity, self.regions, settings.decode_pages, UNSCALED)
         self.death_probe = FakeDeathProbe()
         parts = decode_assembly.assemble(
             DecodeEdges(

@@ -53,6 +53,7 @@ from ..messages.peer import (
     RoomId,
 )
 from ..messages.sampling import SamplingParams
+from ..runtime.timing import Timing
 from .actions import (
     CloseLink,
     DecodeAction,
@@ -65,23 +66,6 @@ from .actions import (
     RoomEnded,
     SendToPrefill,
 )
-
-PING_S = 1.0
-SILENCE_S = 2.0  # without a pong for so long, a peer is lost
-# ... and for so long, one that announced to be busy. Its word that this is over can be lost with the
-# connection: to believe the announcement to its end would be to wait minutes for nobody.
-BUSY_SILENCE_S = 10.0
-# A welcome that has not come by then does not come: engines give up in a minute who they cannot reach.
-CONNECT_S = 300.0
-RETRY_S = 0.2
-MAX_RETRY_S = 2.0
-ABORT_S = 0.5
-MAX_ABORT_S = 4.0
-SETTLE_TICK_S = 0.25  # while pages settle, `tick` is due this often, and counts for no more than this
-# A freeze too short to be noticed holds bytes up for almost a tick after they were due, and they land a
-# moment after it. So a room settles for two ticks more than it must: the freeze, and the moment.
-SETTLE_MARGIN_S = 2 * SETTLE_TICK_S
-LATE_TICK_S = 0.25  # a tick this much after its due time means that this process was held
 
 
 class PeerState(enum.Enum):
@@ -99,6 +83,7 @@ class RoomState(enum.Enum):
 @dataclass(slots=True)
 class _Peer:
     address: str
+    retry_s: float  # before the next connection, when this one is lost
     state: PeerState = PeerState.WAITING
     epoch: int = -1
     incarnation: str = ""  # of this epoch; known once ready
@@ -106,7 +91,6 @@ class _Peer:
     transfer_addresses: tuple[str, ...] = ()
     contact_s: float = 0.0
     retry_at: float = 0.0
-    retry_s: float = RETRY_S
     next_ping: float = 0.0
     last_seq: int = 0
     heard: float = 0.0
@@ -125,10 +109,10 @@ class _Room:
     exposed: tuple[int, ...]
     settle_s: float
     deadline: float
+    abort_s: float  # before its abort is sent again
     state: RoomState = RoomState.OPEN
     has_first_token: bool = False
     next_abort: float = 0.0
-    abort_s: float = ABORT_S
     settled_s: float = 0.0  # counted so far
     counted_at: float = 0.0
 
@@ -149,10 +133,13 @@ class PrefillPeerView:
 
 
 class DecodeRooms:
-    def __init__(self, identity: PeerIdentity, regions: tuple[MemoryRegion, ...], num_pages: int) -> None:
+    def __init__(
+        self, identity: PeerIdentity, regions: tuple[MemoryRegion, ...], num_pages: int, timing: Timing
+    ) -> None:
         self._identity = identity
         self._regions = regions  # of each rank
         self._num_pages = num_pages
+        self._timing = timing
         self._peers: dict[str, _Peer] = {}
         self._rooms: dict[RoomId, _Room] = {}
         self._last_epoch = 0
@@ -235,7 +222,7 @@ class DecodeRooms:
 
     def moves_on_at(self) -> dict[str, float]:
         """Address of each peer -> when it leaves its state at the latest, if nothing more is heard of it."""
-        return {peer.address: _moves_on_at(peer) for peer in self._peers.values()}
+        return {peer.address: self._moves_on_at(peer) for peer in self._peers.values()}
 
     def peers(self) -> list[PrefillPeerView]:
         """Every peer, and every address that is no peer any more but still holds pages in quarantine."""
@@ -248,7 +235,7 @@ class DecodeRooms:
         """A prefill node joined the cluster. Known ones are left alone."""
         if address in self._peers:
             return []
-        peer = self._peers[address] = _Peer(address)
+        peer = self._peers[address] = _Peer(address, self._timing.peer_retry_s)
         return self._connect(peer, now)
 
     def remove_peer(self, address: str, now: float) -> list[DecodeAction]:
@@ -342,6 +329,7 @@ class DecodeRooms:
             exposed=dest_pages[num_cached_tokens // self._identity.layout.page_size :],
             settle_s=peer.settle_s,
             deadline=now + deadline_s,
+            abort_s=self._timing.room_abort_retry_s,
         )
         self._wake_by(now + deadline_s)
         request = PrefillRequest(
@@ -404,7 +392,7 @@ class DecodeRooms:
         if now < self._due:
             return []
         late_s = now - self._due
-        if late_s > LATE_TICK_S:
+        if late_s > self._timing.late_tick_s:
             self._forgive(late_s, now)
         actions: list[DecodeAction] = []
         for peer in self._peers.values():
@@ -413,7 +401,7 @@ class DecodeRooms:
             actions += self._tick_room(room, now)
         self._due = min(
             (
-                *(_peer_due(peer) for peer in self._peers.values()),
+                *(self._peer_due(peer) for peer in self._peers.values()),
                 *(self._room_due(room, now) for room in self._rooms.values()),
             ),
             default=float("inf"),
@@ -428,8 +416,8 @@ class DecodeRooms:
         peer.epoch = self._last_epoch
         peer.heard = now
         peer.busy_until = 0.0
-        peer.connect_by = now + CONNECT_S
-        peer.next_ping = now + PING_S
+        peer.connect_by = now + self._timing.welcome_timeout_s
+        peer.next_ping = now + self._timing.peer_ping_interval_s
         self._wake_by(peer.next_ping)
         hello = PeerHello(
             epoch=peer.epoch, identity=self._identity, regions=self._regions, num_pages=self._num_pages
@@ -444,14 +432,14 @@ class DecodeRooms:
         peer.settle_s = welcome.settle_s
         peer.transfer_addresses = welcome.transfer_addresses
         peer.contact_s = welcome.contact_s
-        peer.retry_s = RETRY_S
+        peer.retry_s = self._timing.peer_retry_s
         peer.reason = ""
         peer.is_refused = False
         actions: list[DecodeAction] = [PeerReady(peer.address, peer.incarnation)]
         for room in self._rooms.values():
             # Rooms of earlier epochs whose end was not told: ask this epoch.
             if room.state is RoomState.DRAINING and self._can_ask(room):
-                room.abort_s = ABORT_S
+                room.abort_s = self._timing.room_abort_retry_s
                 actions += self._send_abort(room, now)
         return actions
 
@@ -474,7 +462,7 @@ class DecodeRooms:
         peer.reason = reason
         peer.is_refused = is_refused
         peer.retry_at = now + peer.retry_s
-        peer.retry_s = min(2 * peer.retry_s, MAX_RETRY_S)
+        peer.retry_s = min(2 * peer.retry_s, self._timing.max_peer_retry_s)
         self._wake_by(peer.retry_at)
         for room in list(self._rooms.values()):
             if room.address == peer.address and room.state is RoomState.OPEN:
@@ -487,13 +475,13 @@ class DecodeRooms:
     def _tick_peer(self, peer: _Peer, now: float) -> list[DecodeAction]:
         if peer.state is PeerState.WAITING:
             return self._connect(peer, now) if now >= peer.retry_at else []
-        if now >= _silent_at(peer):
+        if now >= self._silent_at(peer):
             return self._lose(peer, f"no answer for {now - peer.heard:.1f} s", now)
-        if now >= _moves_on_at(peer):
-            return self._lose(peer, f"no welcome within {CONNECT_S:.0f} s", now)
+        if now >= self._moves_on_at(peer):
+            return self._lose(peer, f"no welcome within {self._timing.welcome_timeout_s:.0f} s", now)
         if now < peer.next_ping:
             return []
-        peer.next_ping = now + PING_S
+        peer.next_ping = now + self._timing.peer_ping_interval_s
         peer.last_seq += 1
         return [SendToPrefill(peer.address, PeerPing(epoch=peer.epoch, seq=peer.last_seq))]
 
@@ -591,7 +579,7 @@ class DecodeRooms:
 
     def _send_abort(self, room: _Room, now: float) -> list[SendToPrefill]:
         room.next_abort = now + room.abort_s
-        room.abort_s = min(2 * room.abort_s, MAX_ABORT_S)
+        room.abort_s = min(2 * room.abort_s, self._timing.max_room_abort_retry_s)
         self._wake_by(room.next_abort)
         epoch = self._peers[room.address].epoch
         return [SendToPrefill(room.address, AbortRoom(room=room.room, epoch=epoch))]
@@ -607,7 +595,7 @@ class DecodeRooms:
         if room.state is not RoomState.SETTLING:
             room.state = RoomState.SETTLING
             room.counted_at = now
-            self._wake_by(now + SETTLE_TICK_S)
+            self._wake_by(now + self._timing.settle_tick_s)
         return []
 
     def _release(self, room: _Room) -> list[DecodeAction]:
@@ -624,9 +612,13 @@ class DecodeRooms:
                 is_due = now >= room.next_abort and self._can_ask(room)
                 return [*self._send_abort(room, now)] if is_due else []
             case RoomState.SETTLING:
-                room.settled_s += min(now - room.counted_at, SETTLE_TICK_S)
+                room.settled_s += min(now - room.counted_at, self._timing.settle_tick_s)
                 room.counted_at = now
-                return self._release(room) if room.settled_s >= room.settle_s + SETTLE_MARGIN_S else []
+                return (
+                    self._release(room)
+                    if room.settled_s >= room.settle_s + self._timing.settle_margin_s
+                    else []
+                )
             case _:
                 assert_never(room.state)
 
@@ -637,12 +629,12 @@ class DecodeRooms:
             case RoomState.DRAINING:
                 return room.next_abort if self._can_ask(room) else float("inf")
             case RoomState.SETTLING:
-                return now + SETTLE_TICK_S
+                return now + self._timing.settle_tick_s
             case _:
                 assert_never(room.state)
 
     def _view(self, address: str) -> PrefillPeerView:
-        peer = self._peers.get(address) or _Peer(address, reason="removed from the cluster")
+        peer = self._peers.get(address) or _Peer(address, 0.0, reason="removed from the cluster")
         rooms = [room for room in self._rooms.values() if room.address == address]
         held = [room for room in rooms if room.state is not RoomState.OPEN]
         return PrefillPeerView(
@@ -659,34 +651,33 @@ class DecodeRooms:
             ),
         )
 
+    def _peer_due(self, peer: _Peer) -> float:
+        if peer.state is PeerState.WAITING:
+            return peer.retry_at
+        return min(peer.next_ping, self._moves_on_at(peer))
+
+    def _silent_at(self, peer: _Peer) -> float:
+        """When its silence ends the epoch: later while it is busy, but not as late as it may say."""
+        if peer.busy_until <= peer.heard + self._timing.peer_silence_s:
+            return peer.heard + self._timing.peer_silence_s
+        return min(
+            peer.busy_until + self._timing.peer_silence_s, peer.heard + self._timing.busy_peer_silence_s
+        )
+
+    def _moves_on_at(self, peer: _Peer) -> float:
+        match peer.state:
+            case PeerState.WAITING:
+                return peer.retry_at
+            case PeerState.CONNECTING:
+                return min(self._silent_at(peer), peer.connect_by)
+            case PeerState.READY:
+                return self._silent_at(peer)
+            case _:
+                assert_never(peer.state)
+
     def _wake_by(self, when: float) -> None:
         self._due = min(self._due, when)
 
 
 def _is_ready(peer: _Peer) -> bool:
     return peer.state is PeerState.READY
-
-
-def _peer_due(peer: _Peer) -> float:
-    if peer.state is PeerState.WAITING:
-        return peer.retry_at
-    return min(peer.next_ping, _moves_on_at(peer))
-
-
-def _silent_at(peer: _Peer) -> float:
-    """When its silence ends the epoch: later while it is busy, but not as late as it may say."""
-    if peer.busy_until <= peer.heard + SILENCE_S:
-        return peer.heard + SILENCE_S
-    return min(peer.busy_until + SILENCE_S, peer.heard + BUSY_SILENCE_S)
-
-
-def _moves_on_at(peer: _Peer) -> float:
-    match peer.state:
-        case PeerState.WAITING:
-            return peer.retry_at
-        case PeerState.CONNECTING:
-            return min(_silent_at(peer), peer.connect_by)
-        case PeerState.READY:
-            return _silent_at(peer)
-        case _:
-            assert_never(peer.state)

@@ -52,6 +52,7 @@ from ..messages.peer import (
 )
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span
+from ..runtime.timing import Timing
 from .actions import (
     AdmitRoom,
     CancelWrites,
@@ -68,14 +69,9 @@ from .copy_plan import MAX_RUN_BYTES, plan_runs
 from .head_slices import HeadSlice, plan_head_slices
 from .wire_meter import WireMeter
 
-SILENCE_S = 10.0  # a decode node that has not pinged for so long is gone; its rooms are a waste of work
-LATE_TICK_S = 0.25  # a tick this late means that the loop itself was held, not that a peer was silent
 # While a first contact hangs, the engine serves nobody: one that failed is not repeated before this many
 # times as long, so a peer that cannot be reached takes a fifth of the engine's time at most.
 CONTACT_PAUSE = 4.0
-# ... but no longer than this, which is for the minute that Mooncake takes to give a frozen peer up: one that
-# seems to have lasted for an hour was a process, or a host, that stood still, and its peer may be well since.
-MAX_CONTACT_PAUSE_S = 240.0
 
 
 class LinkState(enum.Enum):
@@ -161,6 +157,7 @@ class PrefillRooms:
     def __init__(
         self,
         identity: PeerIdentity,
+        timing: Timing,
         *,
         settle_s: float,
         transfer_addresses: tuple[str, ...] = (),
@@ -168,6 +165,7 @@ class PrefillRooms:
         max_run_bytes: int = MAX_RUN_BYTES,
     ) -> None:
         self._identity = identity
+        self._timing = timing
         self._settle_s = settle_s
         self._transfer_addresses = transfer_addresses
         self._unix_minus_monotonic_s = unix_minus_monotonic_s
@@ -225,7 +223,7 @@ class PrefillRooms:
 
     def moves_on_at(self) -> dict[str, float]:
         """Incarnation at the other end of each link -> when the link ends, if nothing more is heard on it."""
-        return {link.incarnation: link.heard + SILENCE_S for link in self._links.values()}
+        return {link.incarnation: link.heard + self._timing.decode_silence_s for link in self._links.values()}
 
     def traffic(self, now: float) -> dict[str, PeerTraffic]:
         """What was written to each decode incarnation that is linked now."""
@@ -295,7 +293,7 @@ class PrefillRooms:
             return actions + self._disconnect_if_unused(decode)
         slices = plan_head_slices(self._identity.layout, self._identity.tp_size, hello.identity.tp_size)
         decode.link = self._links[link_id] = _Link(link_id, hello, now, slices)
-        self._wake_by(now + SILENCE_S)
+        self._wake_by(now + self._timing.decode_silence_s)
         actions.append(SendToDecode(link_id, ContactPing(epoch=hello.epoch)))
         return actions
 
@@ -534,7 +532,7 @@ class PrefillRooms:
         link.meetings.discard(result.handle)
         if result.state is not WriteState.DONE:
             pause_s = CONTACT_PAUSE * (now - link.meeting_since)
-            decode.no_contact_before = now + min(pause_s, MAX_CONTACT_PAUSE_S)
+            decode.no_contact_before = now + min(pause_s, self._timing.max_contact_pause_s)
         if decode.link is not link:
             return self._disconnect_if_unused(decode)
         if result.state is WriteState.DONE and link.meetings:
@@ -557,12 +555,12 @@ class PrefillRooms:
         """Ends what has waited too long. Feed received messages first: a held loop has unread pings."""
         if now < self._due:
             return []
-        was_held = now - self._due > LATE_TICK_S
+        was_held = now - self._due > self._timing.late_tick_s
         actions: list[PrefillAction] = []
         for link in list(self._links.values()):
             if was_held:
                 link.heard = now
-            if now - link.heard >= SILENCE_S:
+            if now - link.heard >= self._timing.decode_silence_s:
                 reason = f"decode was silent for {now - link.heard:.0f} s"
                 actions += self._end_epoch(link, "peer_lost", reason)
         for room in list(self._rooms.values()):

@@ -175,14 +175,14 @@ class WeightUpdates:
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         """What every node (by URL) answers; one that does not answer is a reply without success."""
-        timeout_s = self._options.weight_update_s
+        timeout_s = self._options.timing.weight_update_s
         answers = await ask_all(self._links(), lambda link: link.get_weights(name, truncate_size, timeout_s))
         silent = partial(WeightsReply, call_id=0, success=False)
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
     async def check_weights(self) -> dict[str, WeightChecksReply]:
         """Checksums from every node (by URL); one that does not answer is a reply without success."""
-        timeout_s = self._options.weight_update_s
+        timeout_s = self._options.timing.weight_update_s
         answers = await ask_all(self._links(), lambda link: link.check_weights(timeout_s))
         silent = partial(WeightChecksReply, call_id=0, success=False)
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
@@ -199,7 +199,7 @@ class WeightUpdates:
                     target,
                     is_remote=is_remote,
                     max_shard_bytes=max_shard_bytes,
-                    timeout_s=self._options.weight_update_s,
+                    timeout_s=self._options.timing.weight_update_s,
                 ),
             )
             return AdminReply(answer.success, f"{url} has saved {target}" if answer.success else str(answer))
@@ -232,7 +232,7 @@ class WeightUpdates:
         return AdminReply(not failures(answers), failures(answers) or f"group {name!r} is gone")
 
     async def _leave(self, links: Mapping[str, NodeCalls], name: str) -> list[NodeAnswer[CallReply]]:
-        timeout_s = self._options.weight_update_s
+        timeout_s = self._options.timing.weight_update_s
         return await ask_all(links, lambda link: link.leave_update_group(name, timeout_s))
 
     async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
@@ -307,8 +307,8 @@ class WeightUpdates:
                 update.update_id,
                 update.source,
                 update.weight_version,
-                timeout_s=self._options.weight_update_s,
-                lease_s=self._options.weight_lease_s,
+                timeout_s=self._options.timing.weight_update_s,
+                lease_s=self._options.timing.weight_lease_s,
             )
             if reasons := failures(prepared):
                 await discard_all(update.links, update.update_id)
@@ -325,7 +325,7 @@ class WeightUpdates:
 
     async def _keep(self, update: _Update) -> None:
         """Nodes roll back what they prepared when nobody says for a while that the update goes on."""
-        lease_s = self._options.weight_lease_s
+        lease_s = self._options.timing.weight_lease_s
         message = KeepWeights(update_id=update.update_id, lease_s=lease_s)
         while True:
             for link in update.links.values():
@@ -343,7 +343,7 @@ class WeightUpdates:
     async def _swap(self, update: _Update, started: float) -> AdminReply:
         self._traffic.hold(update.mode)
         try:
-            drain_s = self._options.weight_drain_s
+            drain_s = self._options.timing.weight_drain_s
             if not await until(lambda: self._traffic.num_running() == 0, drain_s, self._clock):
                 await discard_all(update.links, update.update_id)
                 num_running = self._traffic.num_running()
@@ -351,8 +351,8 @@ class WeightUpdates:
             committed = await commit_all(
                 update.links,
                 update.update_id,
-                timeout_s=self._options.weight_update_s,
-                patience_s=self._options.weight_commit_s,
+                timeout_s=self._options.timing.weight_update_s,
+                patience_s=self._options.timing.weight_commit_s,
             )
             if all(map(is_not_prepared, committed)):  # another router's came between on every node
                 return AdminReply(False, f"this update changed nothing; {failures(committed)}")
@@ -362,7 +362,7 @@ class WeightUpdates:
             self._expire_again(started)
             # A node that was not idle in time swaps by itself when it is.
             await self._hears(
-                lambda: self._serve(update) or self._is_replaced(update), self._options.weight_ready_s
+                lambda: self._serve(update) or self._is_replaced(update), self._options.timing.weight_ready_s
             )
             if self._serve(update):
                 return AdminReply(True, self._outcome(update))

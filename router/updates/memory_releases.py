@@ -40,11 +40,11 @@ class MemoryReleases:
 
     async def release(self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]) -> AdminReply:
         """By all of `links` (url -> link) or by none, when running requests have ended."""
-        wait_s, timeout_s = self._options.weight_commit_s, self._options.weight_update_s
+        wait_s, timeout_s = self._options.timing.weight_commit_s, self._options.timing.weight_update_s
         with self._moving():
             self._traffic.hold("wait")
             try:
-                drain_s = self._options.weight_drain_s
+                drain_s = self._options.timing.weight_drain_s
                 if not await until(lambda: self._traffic.num_running() == 0, drain_s, self._clock):
                     return AdminReply(False, "requests were still running")
                 answers = await ask_all(links, lambda link: link.release_memory(tags, wait_s, timeout_s))
@@ -82,7 +82,7 @@ class MemoryReleases:
                 return AdminReply(True, text)
             is_ready = await self._hears(
                 lambda: self._are_known(answers, before) and bool(self._registry.ready_pairs()),
-                self._options.weight_ready_s,
+                self._options.timing.weight_ready_s,
             )
             self._traffic.release()
             if not is_ready:
@@ -91,7 +91,7 @@ class MemoryReleases:
 
     async def released(self, links: Mapping[str, NodeCalls]) -> frozenset[MemoryTag]:
         """What any of `links` has released, whichever router asked for it."""
-        wait_s = self._options.weight_commit_s
+        wait_s = self._options.timing.weight_commit_s
         return _still_released(
             await ask_all(links, lambda link: link.resume_memory((), wait_s, if_released=True))
         )
@@ -108,13 +108,13 @@ class MemoryReleases:
         """Who may have released it and not resumed."""
         before = self._incarnations()
         answers = await self._ask_to_resume(tags, links)
-        await self._hears(lambda: self._are_known(answers, before), self._options.weight_ready_s)
+        await self._hears(lambda: self._are_known(answers, before), self._options.timing.weight_ready_s)
         return failures(answers)
 
     async def _ask_to_resume(
         self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]
     ) -> list[NodeAnswer[MemoryReply]]:
-        timeout_s = self._options.weight_update_s
+        timeout_s = self._options.timing.weight_update_s
         return await ask_all(links, lambda link: link.resume_memory(tags, timeout_s, if_released=True))
 
     def _incarnations(self) -> frozenset[str]:

@@ -21,8 +21,6 @@ from .rollout import commit_all, failures, prepare_all
 
 log = logging.getLogger(__name__)
 
-AGAIN_S = 5.0  # before the same node is brought once more: it failed, or has yet to say what it serves
-
 
 class WeightRejoin:
     """One node at a time. Two routers may try the same one: the node refuses the second."""
@@ -66,13 +64,15 @@ class WeightRejoin:
         if self._task is not None and not self._task.done():
             return
         late = self._late(self._served())
-        wait_s = self._options.weight_rejoin_s  # an update that is being committed reaches it by itself
+        wait_s = (
+            self._options.timing.weight_rejoin_s
+        )  # an update that is being committed reaches it by itself
         self._not_before = {
             node.incarnation: self._not_before.get(node.incarnation, now + wait_s) for node in late
         }
         due = [node for node in late if now >= self._not_before[node.incarnation]]
         if due and self._begin(due[0]):
-            self._not_before[due[0].incarnation] = now + AGAIN_S
+            self._not_before[due[0].incarnation] = now + self._options.timing.weight_rejoin_retry_s
 
     def _begin(self, late: NodeRecord) -> bool:
         """False: it is not connected, or no node that takes work serves them."""
@@ -110,15 +110,15 @@ class WeightRejoin:
                 fingerprint=source.model_fingerprint,
             ),
             source.weight_version,
-            timeout_s=self._options.weight_update_s,
-            lease_s=self._options.weight_lease_s,
+            timeout_s=self._options.timing.weight_update_s,
+            lease_s=self._options.timing.weight_lease_s,
         )
         if not failures(answers):
             answers = await commit_all(
                 links,
                 source.update_id,
-                timeout_s=self._options.weight_update_s,
-                patience_s=self._options.weight_commit_s,
+                timeout_s=self._options.timing.weight_update_s,
+                patience_s=self._options.timing.weight_commit_s,
             )
         # Nothing is discarded: it may be another router's, and what nobody commits ends with its lease.
         if reasons := failures(answers):

@@ -48,6 +48,7 @@ from pdserve.messages.peer import (
 from pdserve.messages.sampling import SamplingParams
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.process import end_now
+from pdserve.runtime.timing import UNSCALED
 from pdserve.runtime.waiting import Waiter
 from pdserve.transfer.actions import (
     AdmitRoom,
@@ -188,7 +189,7 @@ class PrefillNode:
         self.name = name
         self._ranks = Ranks(name.tp_size, transport, waiter, name.faults, SOURCE_FILL)
         settle_s = self._ranks.backends[0].settle_s
-        self._rooms = PrefillRooms(identity(str(name), name.tp_size, transport), settle_s=settle_s)
+        self._rooms = PrefillRooms(identity(str(name), name.tp_size, transport), UNSCALED, settle_s=settle_s)
         self._allocator = PageAllocator(NUM_PAGES)
         self._half_done: list[RoomId] = []
         self._channel: ServerChannel[PeerToPrefill] = ServerChannel(
@@ -305,7 +306,7 @@ class DecodeNode:
         self.tp_size = tp_size
         self._ranks = Ranks(tp_size, transport, waiter, "", DEST_FILL)
         node = identity(f"decode TP {tp_size}", tp_size, transport)
-        self._rooms = DecodeRooms(node, self._ranks.regions, NUM_PAGES)
+        self._rooms = DecodeRooms(node, self._ranks.regions, NUM_PAGES, UNSCALED)
         self._links = PeerLinks(zmq.Context(), waiter, NO_KEYS)
         self._allocator = PageAllocator(NUM_PAGES)
         pages = self._allocator.allocate_private("others", NUM_PAGES)

@@ -24,6 +24,7 @@ from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
 from pdserve.runtime.process import usable_cores
 from pdserve.runtime.supervisor import Child, Supervisor
+from pdserve.runtime.timing import Timing
 from pdserve.tests.certificates import Certificates
 
 COMMANDS = ("up", "demo", "router", "prefill", "decode", "bench", "doctor")
@@ -89,7 +90,8 @@ def test_the_help_of_a_role_has_its_flags_and_no_other(role: str, capsys: pytest
     exit_code(role, "--help")
     words = capsys.readouterr().out.replace(",", " ").split()
     for flag in FLAGS:
-        assert (flag.names[0] in words) == (role in flag.roles), flag.names[0]
+        is_shown = role in flag.roles and not flag.is_hidden
+        assert (flag.names[0] in words) == is_shown, flag.names[0]
     assert "--config" in words
     assert "--parent-pid" not in words, "is no business of people"
 
@@ -97,7 +99,8 @@ def test_the_help_of_a_role_has_its_flags_and_no_other(role: str, capsys: pytest
 def test_up_takes_the_flags_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     exit_code("up", "--help")
     words = capsys.readouterr().out.replace(",", " ").split()
-    assert [flag.names[0] for flag in FLAGS if flag.names[0] not in words] == []
+    shown = [flag.names[0] for flag in FLAGS if not flag.is_hidden]
+    assert [name for name in shown if name not in words] == []
 
 
 @pytest.mark.parametrize("role", ["router", "prefill", "decode"])
@@ -235,8 +238,8 @@ def children(monkeypatch: pytest.MonkeyPatch, *arguments: str, port: str = "--po
     """The processes that `up` would start; with `port` empty on the default one."""
     started: list[Child] = []
 
-    def take(wanted: Sequence[Child], on_reaped: object, owner_pid: int | None) -> None:
-        del on_reaped
+    def take(wanted: Sequence[Child], timing: Timing, on_reaped: object, owner_pid: int | None) -> None:
+        del timing, on_reaped
         assert owner_pid is None
         started.extend(wanted)
         raise NoChildrenError("taken")

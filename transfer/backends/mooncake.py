@@ -32,7 +32,6 @@ from .pumped import PumpedBackend
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S = 2.0
 INVALID_BATCH_IDS = (0, (1 << 64) - 1)  # what a refused submission returns; older wheels the second
 
 # Lines of the engine's log while it starts.
@@ -57,9 +56,8 @@ class Engine(Protocol):
 class MooncakeBackend(PumpedBackend):
     """See TransferBackend."""
 
-    settle_s = SETTLE_S
-
-    def __init__(self, transport: str, host: str, ib_device: str) -> None:
+    def __init__(self, transport: str, host: str, ib_device: str, *, settle_s: float) -> None:
+        self.settle_s = settle_s
         self._engine = start_engine(transport, host, ib_device)
         bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
         self._session = f"{bracketed}:{self._engine.get_rpc_port()}"

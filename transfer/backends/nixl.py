@@ -29,7 +29,6 @@ from .devices import check_devices, rdma_devices
 from .pump import Ended, RefusedError
 from .pumped import PumpedBackend
 
-SETTLE_S = 2.0
 UCX_TRANSPORTS = {"tcp": "tcp", "rdma": "rc"}  # rc: reliable connections over verbs, and what sets them up
 BINDINGS = (
     "nixl_cu12._bindings",
@@ -42,9 +41,8 @@ NAME_PREFIX = "pdserve-"
 class NixlBackend(PumpedBackend):
     """See TransferBackend. NIXL's errors have no class in common but Exception."""
 
-    settle_s = SETTLE_S
-
-    def __init__(self, transport: str, ib_device: str) -> None:
+    def __init__(self, transport: str, ib_device: str, *, settle_s: float) -> None:
+        self.settle_s = settle_s
         self._bindings = import_bindings()
         self._agent_name = f"{NAME_PREFIX}{uuid.uuid4().hex}"
         self._agent, self._ucx = start_agent(self._bindings, self._agent_name, transport, ib_device)

@@ -54,6 +54,7 @@ from pdserve.router.links import ZmqConnector
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
 from pdserve.runtime.process import NO_KEYS
+from pdserve.runtime.timing import UNSCALED
 from pdserve.tests.unit.api.conftest import eventually
 from pdserve.tests.unit.api.scheduler import LOAD, FakeScheduler
 
@@ -335,8 +336,8 @@ async def test_a_node_answers_whatever_a_field_holds(scheduler: Scheduler) -> No
     async def lookup(url: str) -> NodeEntry:
         raise NoNodeError(f"{url} does not answer as a node")
 
-    link = SchedulerLink(context, scheduler.address, None)
-    registrar = Registrar(url, [], NO_KEYS)
+    link = SchedulerLink(context, scheduler.address, None, UNSCALED)
+    registrar = Registrar(url, [], NO_KEYS, UNSCALED)
     app = build_node_app(
         NodeRoutes(link, registrar, url, BodyLimits(), ""),
         NodeOperator(link, url),

@@ -508,7 +508,7 @@ TestLossyMachine = LossyMachine.TestCase
 
 
 def test_check_lists_every_violation() -> None:
-    streamer = OutputStreamer(Wire().send)
+    streamer = OutputStreamer(Wire().send, grace_s=GRACE_S)
     streamer.open(KEY, [0, 1, 2])
     streamer.open(OTHER, [0])
     streamer._closed[OTHER] = 5.0

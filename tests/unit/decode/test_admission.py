@@ -8,11 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdserve.decode.admission import OVERTAKING_LIMIT_S, Capacity, choose_admitted
+from pdserve.decode.admission import Capacity, choose_admitted
 from pdserve.decode.sequence import DecodeRequest
 
 if TYPE_CHECKING:
     from .conftest import Requests
+
+OVERTAKING_S = 5.0
 
 
 def needs(request: DecodeRequest) -> int:
@@ -40,7 +42,7 @@ def choose_in_turn(
             most_pages,
         )
 
-    for request in choose_admitted(waiting, capacity, needs, now):
+    for request in choose_admitted(waiting, capacity, needs, now, OVERTAKING_S):
         chosen.append(request)
     return chosen
 
@@ -49,7 +51,7 @@ def test_what_one_takes_beyond_its_need_is_seen(make: Requests) -> None:
     """It may have locked cached pages that the next one counted on."""
     left = iter([Capacity(6, 9, 9), Capacity(2, 9, 9), Capacity(0, 9, 9)])
     waiting = [make("a", num_tokens=3), make("b", num_tokens=3), make("c", num_tokens=2)]
-    chosen = choose_admitted(waiting, lambda: next(left), needs, now=0.0)
+    chosen = choose_admitted(waiting, lambda: next(left), needs, now=0.0, overtaking_s=OVERTAKING_S)
     assert [request.message.request_id for request in chosen] == ["a", "c"]
 
 
@@ -66,7 +68,7 @@ def test_places_are_counted_by_choice(make: Requests) -> None:
 
 
 @pytest.mark.parametrize(
-    ("age_s", "expected"), [(0.0, ["small"]), (OVERTAKING_LIMIT_S, ["small"]), (OVERTAKING_LIMIT_S + 0.1, [])]
+    ("age_s", "expected"), [(0.0, ["small"]), (OVERTAKING_S, ["small"]), (OVERTAKING_S + 0.1, [])]
 )
 def test_overtaking_ends_after_a_while(make: Requests, age_s: float, expected: list[str]) -> None:
     waiting = [make("big", num_tokens=9), make("small", num_tokens=1)]
@@ -75,14 +77,14 @@ def test_overtaking_ends_after_a_while(make: Requests, age_s: float, expected: l
 
 def test_nobody_waits_for_one_who_could_not_fit_at_all(make: Requests) -> None:
     waiting = [make("big", num_tokens=9), make("small", num_tokens=1)]
-    now = OVERTAKING_LIMIT_S + 1
+    now = OVERTAKING_S + 1
     assert admitted(waiting, pages=4, now=now, most_pages=9) == []
     assert admitted(waiting, pages=4, now=now, most_pages=8) == ["small"]
 
 
 def test_who_is_older_than_the_one_waited_for_goes_first(make: Requests) -> None:
     waiting = [make("first", num_tokens=2), make("big", num_tokens=9), make("last", num_tokens=1)]
-    assert admitted(waiting, pages=4, now=OVERTAKING_LIMIT_S + 1) == ["first"]
+    assert admitted(waiting, pages=4, now=OVERTAKING_S + 1) == ["first"]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

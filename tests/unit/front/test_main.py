@@ -4,7 +4,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -26,11 +26,20 @@ from pdserve.messages.node import (
 from pdserve.messages.operation import CloseSession, PauseGeneration, SlowDown
 from pdserve.messages.weights import CommitWeights, DiscardWeights, FromTensors, PrepareWeights, StageWeights
 from pdserve.runtime.process import NO_KEYS, AccessKeys
+from pdserve.runtime.timing import UNSCALED
 from pdserve.runtime.tls import SYSTEM_TRUST, TlsFiles, Trust
 from pdserve.tests.certificates import Certificates
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.fakes import ENTRY
 from pdserve.tests.unit.api.scheduler import FakeScheduler
+
+QUICK = replace(
+    UNSCALED,
+    front_ping_interval_s=0.02,
+    front_ping_timeout_s=0.2,
+    front_reconnect_s=0.02,
+    scheduler_gone_s=0.1,
+)
 
 
 @dataclass
@@ -69,12 +78,8 @@ class Front:
 
 
 @pytest_asyncio.fixture
-async def front(api: Api, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Front]:
+async def front(api: Api) -> AsyncIterator[Front]:
     """A node front registered with the router that ``api`` is."""
-    monkeypatch.setattr(main, "PING_INTERVAL_S", 0.02)
-    monkeypatch.setattr(main, "PING_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(main, "RECONNECT_INTERVAL_S", 0.02)
-    monkeypatch.setattr(main, "SCHEDULER_GONE_S", 0.1)
     context = zmq.asyncio.Context()
     scheduler = FakeScheduler(context)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -86,6 +91,7 @@ async def front(api: Api, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fron
             listener=listener,
             url=url,
             router_urls=[f"{api.url}/"],
+            timing=QUICK,
             stop=stop,
             node_ends=lambda: not node_goes_on.is_set(),
         )
@@ -159,7 +165,7 @@ async def test_f3_a_node_that_cannot_register_says_why(
 async def test_f3_nobody_at_the_router_s_url_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    registrar = Registrar("http://node", [url], NO_KEYS)
+    registrar = Registrar("http://node", [url], NO_KEYS, UNSCALED)
     assert registrar.problem == f"{url}: it was not asked yet"
     await registrar.renew(ENTRY)
     await registrar.renew(ENTRY)
@@ -183,7 +189,7 @@ async def test_a_router_that_had_the_node_may_be_away_for_a_while(caplog: pytest
     await router.setup()
     await web.TCPSite(router, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{router.addresses[0][1]}"
-    registrar = Registrar("http://node", [url], NO_KEYS, clock=lambda: now)
+    registrar = Registrar("http://node", [url], NO_KEYS, UNSCALED, clock=lambda: now)
     await registrar.renew(ENTRY)
     assert registrar.problem == ""
     await router.cleanup()
@@ -259,14 +265,14 @@ async def test_a_node_with_a_secret_proves_it_and_hides_the_rest() -> None:
 async def test_a_node_of_another_secret_says_once_what_to_do(
     api: Api, keys: AccessKeys, caplog: pytest.LogCaptureFixture
 ) -> None:
-    member = Registrar(ENTRY.url, [api.url], keys)
+    member = Registrar(ENTRY.url, [api.url], keys, UNSCALED)
     await member.renew(ENTRY)
     assert (member.problem, api.admin.calls) == ("", [("register", ENTRY.url, ENTRY)])
     await member.leave()
     await member.close()
     for stranger_keys in (AccessKeys(("k1",)), AccessKeys(("k1",), cluster_secret="o" * 32)):
         caplog.clear()
-        stranger = Registrar(ENTRY.url, [api.url], stranger_keys)
+        stranger = Registrar(ENTRY.url, [api.url], stranger_keys, UNSCALED)
         for _ in range(3):
             await stranger.renew(ENTRY)
         (warning,) = caplog.messages
@@ -428,7 +434,7 @@ async def test_a_node_registers_with_a_router_that_it_trusts(certificates: Certi
         (Trust(TlsFiles(ca_certs=certificates.ca_certs)), ""),
         (SYSTEM_TRUST, "certificate verify failed"),
     ):
-        registrar = Registrar("https://127.0.0.1:1", [router], NO_KEYS, trust)
+        registrar = Registrar("https://127.0.0.1:1", [router], NO_KEYS, UNSCALED, trust)
         await registrar.renew(ENTRY)
         assert problem in registrar.problem
         assert bool(registrar.problem) == bool(problem)

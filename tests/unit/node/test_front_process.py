@@ -13,6 +13,7 @@ from pdserve.runtime.process import NO_SUCCESSOR
 
 pytestmark = pytest.mark.process
 
+PAUSE_S = 0.5
 SLEEP = "import time; time.sleep(600)"
 
 
@@ -31,7 +32,7 @@ class Starts:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_front_is_started_again_after_a_pause(number: signal.Signals) -> None:
     starts = Starts(SLEEP)
-    front = FrontProcess(starts)
+    front = FrontProcess(starts, pause_s=PAUSE_S)
     try:
         front.keep_alive(10.0)
         assert len(starts.processes) == 1
@@ -50,7 +51,7 @@ def test_a_killed_front_is_started_again_after_a_pause(number: signal.Signals) -
 
 def test_so_is_one_that_ended_in_order() -> None:
     starts = Starts("")
-    front = FrontProcess(starts)
+    front = FrontProcess(starts, pause_s=PAUSE_S)
     starts.processes[0].wait()
     front.keep_alive(10.0)
     front.keep_alive(11.0)
@@ -60,7 +61,7 @@ def test_so_is_one_that_ended_in_order() -> None:
 
 def test_a_node_ends_with_a_front_that_failed() -> None:
     starts = Starts("raise SystemExit(3)")
-    front = FrontProcess(starts)
+    front = FrontProcess(starts, pause_s=PAUSE_S)
     starts.processes[0].wait()
     with pytest.raises(RuntimeError, match="the HTTP front ended with exit code 3"):
         front.keep_alive(10.0)
@@ -69,7 +70,7 @@ def test_a_node_ends_with_a_front_that_failed() -> None:
 
 def test_a_front_that_is_dead_is_closed() -> None:
     starts = Starts(SLEEP)
-    front = FrontProcess(starts)
+    front = FrontProcess(starts, pause_s=PAUSE_S)
     starts.processes[0].kill()
     starts.processes[0].wait()
     front.keep_alive(10.0)

@@ -11,7 +11,7 @@ from pdserve.engine.schedule_batch import ScheduleBatch
 from pdserve.messages.node import CallReply, GetRequestState
 from pdserve.messages.peer import PeerToDecode, PeerWelcome
 from pdserve.runtime.errors import BrokenInvariantError
-from pdserve.transfer.decode_rooms import MAX_RETRY_S
+from pdserve.runtime.timing import UNSCALED
 
 from .cluster import Pair, prompt_of
 
@@ -94,7 +94,7 @@ def test_a_welcome_that_decode_fails_to_take(pair_of_checks: Pair) -> None:
     assert "peer_welcome failed here: KeyError: 'x'" in peer.reason
     for containment in pair.decode.containments:
         containment.num_faults = 0
-    pair.advance(MAX_RETRY_S)
+    pair.advance(UNSCALED.max_peer_retry_s)
     pair.start("after", GOOD)
     pair.finish()
     pair.check_answer("after", GOOD, 4)

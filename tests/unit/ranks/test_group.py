@@ -49,6 +49,7 @@ from pdserve.messages.ranks import (
 )
 from pdserve.ranks.group import LostRankError, RankCall, RankGroup, RankProcess, alongside
 from pdserve.runtime.errors import StartupError
+from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.backends.rank import RankMover
 from pdserve.transfer.copy_plan import Run
@@ -93,7 +94,7 @@ def other() -> Iterator[OtherRank]:
 
 @pytest.fixture
 def group(other: OtherRank) -> RankGroup:
-    return RankGroup([other.rank], tempfile.TemporaryDirectory())
+    return RankGroup([other.rank], tempfile.TemporaryDirectory(), UNSCALED)
 
 
 def poll_until(group: RankGroup, condition: Callable[[], bool]) -> None:

@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 import msgspec
@@ -59,6 +59,7 @@ from pdserve.messages.weights import (
 )
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
+from pdserve.runtime.timing import Timing
 from pdserve.simulation.clock import EventQueue, SimulationLoop
 
 EOS = 0
@@ -497,14 +498,20 @@ class Bench:
         self.static_urls: tuple[str, ...] = ()
         self.options: dict[str, Any] = {
             "ping_interval_s": 0.01,
-            "poll_interval_s": 0.01,
+            "entry_interval_s": 0.01,
+            "front_ping_interval_s": 0.01,
+            "drain_s": 0.01,
             "roster_interval_s": 0.05,
             "retry_delay_s": 0.001,
         }
 
     async def start(self, **options: object) -> RouterService:
+        """`options`: fields of RouterOptions and of Timing."""
+        given: dict[str, Any] = {**self.options, **options}
+        durations = {field.name for field in fields(Timing)} & given.keys()
+        timing = Timing(**{name: given.pop(name) for name in durations})
         self.service = RouterService(
-            RouterOptions(**{**self.options, **options}),
+            RouterOptions(**given, timing=timing),
             model=self.model,
             connect=self.net.connect,
             lookup=self.net.lookup,

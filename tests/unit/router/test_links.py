@@ -31,6 +31,7 @@ from pdserve.router.links import ZmqConnector
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
 from pdserve.runtime.cluster_proof import is_nonce
+from pdserve.runtime.timing import Timing
 
 Entry = Callable[..., NodeEntry]
 
@@ -160,7 +161,7 @@ async def test_a_request_over_real_sockets(
 
     task = asyncio.create_task(decode())
     service = RouterService(
-        RouterOptions(ping_interval_s=0.01),
+        RouterOptions(timing=Timing(ping_interval_s=0.01)),
         model=model,
         connect=ZmqConnector(context, keys=None),
         lookup=HttpEntryLookup(),

@@ -1077,7 +1077,7 @@ async def test_nodes_hear_that_the_coordinator_lives(bench: Bench) -> None:
 @pytest.mark.parametrize("call", ["update", "resume"])
 async def test_nodes_are_asked_at_once_whether_they_have_changed(bench: Bench, call: str) -> None:
     """Requests wait meanwhile: not for the next ping, which may be long in coming."""
-    _, decode = await small_cluster(bench, ping_interval_s=60.0, pong_timeout_s=60.0, weight_ready_s=5.0)
+    _, decode = await small_cluster(bench, ping_interval_s=60.0, pong_timeout_s=61.0, weight_ready_s=5.0)
     decode.peers = ("p-1", "p-1~1")  # also by the name that it has when its memory is resumed
     weights = bench.service.weights
     if call == "update":

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -26,6 +26,7 @@ from pdserve.runtime.config import (
 )
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.flag import Flag
+from pdserve.runtime.timing import UNSCALED
 
 ALL = frozenset({"up", "router", "prefill", "decode"})
 NODES = frozenset({"prefill", "decode"})
@@ -289,6 +290,8 @@ def test_a_float_may_be_written_as_an_integer(write_config: WriteConfig) -> None
         ("decode", "--kv-cache-gb 0", "--kv-cache-gb 0.0: a number above 0"),
         ("decode", "--kv-cache-gb nan", "--kv-cache-gb nan"),
         ("decode", "--kv-cache-gb inf", "--kv-cache-gb inf"),
+        ("decode", "--time-scale 0", "--time-scale 0.0: 0.01 to 100 is expected"),
+        ("router", "--time-scale nan", "--time-scale nan: 0.01 to 100 is expected"),
         ("decode", "--port 65536", "--port 65536: 0 to 65535"),
         ("decode", "--port -1", "--port -1"),
         ("decode", "--host ::1", "--host ::1: nodes take IPv4"),
@@ -493,3 +496,16 @@ def test_m_several_names_of_the_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(StartupError, match="give MODEL before it, or by --model"):
         router_config(given("router", "--served-model-name", "a", str(tmp_path)))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_time_is_scaled_for_all_processes_alike(role: Literal["prefill", "decode"]) -> None:
+    arguments = given("up", "--time-scale=0.5")
+    assert "--time-scale=0.5" in forwarded_flags(arguments, role)
+    assert node_config(role, arguments).timing == router_config(arguments).timing == UNSCALED.scaled(0.5)
+
+
+def test_what_is_for_tests_alone_is_not_in_the_help() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, frozenset({"decode"}))
+    assert "--time-scale" not in parser.format_help()

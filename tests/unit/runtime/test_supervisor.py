@@ -16,11 +16,13 @@ from pdserve.runtime import supervisor as supervisor_module
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.process import NO_KEYS, SUCCESSOR_MAY_START, AccessKeys, wait_or_kill
 from pdserve.runtime.supervisor import Child, Supervisor
+from pdserve.runtime.timing import Timing
 from pdserve.tests.present import at_present
 
 pytestmark = pytest.mark.process
 
 DEADLINE_S = 30.0
+AT_ONCE = Timing(restart_s=0.0)
 SLEEP = "import time; time.sleep(600)"
 
 
@@ -33,7 +35,6 @@ def tiny_children(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.Popen([sys.executable, "-S", "-P", "-c", *arguments], pass_fds=pass_fds)
 
     monkeypatch.setattr(supervisor_module, "spawn", spawn)
-    monkeypatch.setattr(supervisor_module, "_RESTART_AFTER_S", 0.0)
     monkeypatch.setattr(supervisor_module, "_POLL_S", 0.01)
 
 
@@ -69,7 +70,7 @@ def process_of(child: Child) -> subprocess.Popen[bytes]:
 
 def test_ready_children_go_on_until_the_block_ends() -> None:
     first, second = child(SLEEP, "router"), child(SLEEP)
-    with Supervisor([first, second]) as supervisor:
+    with Supervisor([first, second], AT_ONCE) as supervisor:
         assert supervisor.wait_ready(str, DEADLINE_S)
         assert process_of(first).poll() is None
         assert process_of(second).poll() is None
@@ -80,7 +81,7 @@ def test_a_child_steps_back_by_as_much_as_it_is_told() -> None:
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     polite, other = child(SLEEP), child(SLEEP)
     polite.nice = 3
-    with Supervisor([polite, other]):
+    with Supervisor([polite, other], AT_ONCE):
         niceness = [os.getpriority(os.PRIO_PROCESS, process_of(each).pid) for each in (polite, other)]
     assert niceness == [min(19, ours + 3), ours]
 
@@ -91,7 +92,7 @@ def test_a_child_that_ends_before_the_cluster_is_ready_ends_the_start() -> None:
         pytest.raises(
             StartupError, match=r"^prefill 0 \(pid \d+\) ended with exit code 3 before the cluster"
         ),
-        Supervisor([healthy, broken]) as supervisor,
+        Supervisor([healthy, broken], AT_ONCE) as supervisor,
     ):
         supervisor.wait_ready(lambda: "no node", DEADLINE_S)
     assert process_of(healthy).returncode == -signal.SIGTERM
@@ -101,7 +102,7 @@ def test_a_child_that_cannot_start_leaves_the_reason() -> None:
     code = "import os, sys; os.pwrite(int(sys.argv[2]), b'no model at x', 0); raise SystemExit(1)"
     with (
         pytest.raises(StartupError, match=r"exit code 1 before the cluster was ready: no model at x$"),
-        Supervisor([child(code, "router")]) as supervisor,
+        Supervisor([child(code, "router")], AT_ONCE) as supervisor,
     ):
         supervisor.wait_ready(lambda: "no node", DEADLINE_S)
 
@@ -110,7 +111,7 @@ def test_the_end_of_the_owner_ends_the_wait_and_the_run() -> None:
     for owner_pid in (os.getppid(), os.getppid() + 1):
         is_gone = owner_pid != os.getppid()
         started = child(SLEEP)
-        with Supervisor([started], owner_pid=owner_pid) as supervisor:
+        with Supervisor([started], AT_ONCE, owner_pid=owner_pid) as supervisor:
             assert supervisor.wait_ready(str, DEADLINE_S) == (not is_gone)
             if is_gone:
                 supervisor.run()
@@ -120,7 +121,7 @@ def test_the_end_of_the_owner_ends_the_wait_and_the_run() -> None:
 def test_a_cluster_that_is_never_ready_is_given_up() -> None:
     with (
         pytest.raises(StartupError, match=r"the cluster was not ready within 0 s: no node$"),
-        Supervisor([child(SLEEP)]) as supervisor,
+        Supervisor([child(SLEEP)], AT_ONCE) as supervisor,
     ):
         supervisor.wait_ready(lambda: "no node", 0.0)
 
@@ -133,7 +134,7 @@ def test_a_signal_ends_the_wait(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         return "stopped"
 
-    with Supervisor([started]) as supervisor:
+    with Supervisor([started], AT_ONCE) as supervisor:
         assert not supervisor.wait_ready(why_not, DEADLINE_S)
     assert process_of(started).returncode == -signal.SIGTERM
 
@@ -141,14 +142,14 @@ def test_a_signal_ends_the_wait(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_and_the_children(number: signal.Signals) -> None:
     started = child(f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(600)")
-    with Supervisor([started]) as supervisor:
+    with Supervisor([started], AT_ONCE) as supervisor:
         supervisor.run()
     assert process_of(started).returncode == -signal.SIGTERM
 
 
 def test_a_child_that_dies_is_started_again(caplog: pytest.LogCaptureFixture) -> None:
     mortal, other = child(SLEEP), child(SLEEP, "router")
-    with Supervisor([mortal, other]) as supervisor:
+    with Supervisor([mortal, other], AT_ONCE) as supervisor:
         first, unharmed = process_of(mortal), process_of(other)
         first.kill()
         first.wait()
@@ -167,7 +168,6 @@ def is_alive_again(supervisor: Supervisor, child: Child) -> bool:
 
 def test_an_obituary_waits_for_the_last_process_of_an_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child leaves a process behind: until that has ended too, nobody is told that the child is dead."""
-    monkeypatch.setattr(supervisor_module, "_RESTART_AFTER_S", 3600.0)
     read_end, write_end = os.pipe()
     code = (
         "import os, subprocess, time; orphan = subprocess.Popen(['sleep', '600']);"
@@ -183,7 +183,7 @@ def test_an_obituary_waits_for_the_last_process_of_an_incarnation(monkeypatch: p
             [sys.executable, "-S", "-P", "-c", *arguments], pass_fds=(write_end,)
         ),
     )
-    with Supervisor([mortal], buried.append) as supervisor:
+    with Supervisor([mortal], Timing(restart_s=60.0), buried.append) as supervisor:
         orphan_pid = int(os.read(read_end, 20))
         assert len(mortal.incarnation) == 32
         supervisor._bury()
@@ -234,12 +234,11 @@ def test_each_start_is_an_incarnation_of_its_own(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_child_that_keeps_dying_is_started_after_growing_pauses_and_the_others_live_on(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(supervisor_module, "_RESTART_AFTER_S", 1.0)
     mortal, healthy = child("raise SystemExit(9)"), child(SLEEP, "router")
     pauses = []
-    with Supervisor([mortal, healthy]) as supervisor:
+    with Supervisor([mortal, healthy], Timing()) as supervisor:
         now = time.monotonic()
         for _ in range(9):
             process_of(mortal).wait()
@@ -267,7 +266,7 @@ def test_a_router_that_drains_gets_a_successor_at_once_and_the_time_to_drain() -
     )
     router = child(code, "router")
     router.listener = socket.create_server(("127.0.0.1", 0))
-    with Supervisor([router, child(SLEEP)]) as supervisor:
+    with Supervisor([router, child(SLEEP)], AT_ONCE) as supervisor:
         first = process_of(router)
         assert wait_for(lambda: supervisor._succession_asked)
         supervisor._succeed(time.monotonic())
@@ -286,7 +285,7 @@ def test_a_router_that_drains_gets_a_successor_at_once_and_the_time_to_drain() -
 
 def test_a_child_that_dies_now_and_then_is_started_again_at_once() -> None:
     mortal = child("")
-    with Supervisor([mortal]) as supervisor:
+    with Supervisor([mortal], AT_ONCE) as supervisor:
         for _ in range(3):
             process_of(mortal).wait()
             an_hour_later = time.monotonic() + 3600.0
@@ -300,11 +299,11 @@ def test_a_lost_terminal_ends_the_run_in_order_unless_it_was_to_be_ignored() -> 
     """`nohup` leaves SIGHUP ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     started = child("import os, signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(600)")
-    with Supervisor([started]) as supervisor:
+    with Supervisor([started], AT_ONCE) as supervisor:
         supervisor.run()
     assert process_of(started).returncode == -signal.SIGTERM
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Supervisor([child(SLEEP)]):
+    with Supervisor([child(SLEEP)], AT_ONCE):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
@@ -328,7 +327,7 @@ def test_the_router_has_ended_before_the_nodes_are_told_to(monkeypatch: pytest.M
 
     monkeypatch.setattr(subprocess.Popen, "terminate", tell)
     monkeypatch.setattr(supervisor_module, "wait_or_kill", wait)
-    with Supervisor([router, prefill, decode]):
+    with Supervisor([router, prefill, decode], AT_ONCE):
         pass
     pids = [process_of(started).pid for started in (router, prefill, decode)]
     assert events[:2] == [("told", pids[0]), ("ended", pids[0])]

@@ -543,7 +543,7 @@ class StuckEngine:
 def test_meeting_a_frozen_peer_holds_up_no_result_and_no_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = StuckEngine()
     monkeypatch.setattr(mooncake, "start_engine", lambda *_: engine)
-    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "")
+    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "", settle_s=2.0)
     source = Source(backend, backend.allocate(4096))
     region = msgspec.structs.replace(backend.register(), session="healthy")
     backend.submit(1, region, Run(0, 0, 8))
@@ -579,7 +579,7 @@ def test_a_region_that_an_engine_cannot_read_fails_its_write_alone(monkeypatch: 
     engine = OddEngine()
     engine.finish.set()
     monkeypatch.setattr(mooncake, "start_engine", lambda *_: engine)
-    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "")
+    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "", settle_s=2.0)
     source = Source(backend, backend.allocate(4096))
     good = msgspec.structs.replace(backend.register(), session="healthy")
     odd = msgspec.structs.replace(good, session="odd")

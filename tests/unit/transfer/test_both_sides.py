@@ -17,6 +17,7 @@ import pytest
 
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill, RoomId
 from pdserve.messages.sampling import SamplingParams
+from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.actions import (
     AdmitRoom,
     CancelWrites,
@@ -86,7 +87,9 @@ class Pair:
         self.private: dict[RoomId, tuple[int, ...]] = {}
         self.is_frozen = False
         self.start_prefill()
-        self.decode = DecodeRooms(self.make.identity("D1"), (self.make.region(),), self.make.num_pages)
+        self.decode = DecodeRooms(
+            self.make.identity("D1"), (self.make.region(),), self.make.num_pages, UNSCALED
+        )
 
     def join(self) -> None:
         self.run_decode(self.decode.add_peer(ADDRESS, self.now))
@@ -100,7 +103,7 @@ class Pair:
     def start_prefill(self) -> None:
         self.num_starts += 1
         self.incarnation = f"P{self.num_starts}"
-        self.prefill = PrefillRooms(self.make.identity(self.incarnation), settle_s=SETTLE_S)
+        self.prefill = PrefillRooms(self.make.identity(self.incarnation), UNSCALED, settle_s=SETTLE_S)
         self.admitted.clear()
         self.requests.clear()
 

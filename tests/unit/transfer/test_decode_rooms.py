@@ -25,6 +25,7 @@ from pdserve.messages.peer import (
     RoomId,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.actions import (
     CloseLink,
     DecodeAction,
@@ -38,9 +39,6 @@ from pdserve.transfer.actions import (
     SendToPrefill,
 )
 from pdserve.transfer.decode_rooms import (
-    BUSY_SILENCE_S,
-    CONNECT_S,
-    MAX_RETRY_S,
     DecodeRooms,
     PeerState,
     RoomState,
@@ -58,7 +56,7 @@ class Node:
 
     def __init__(self, make: Factory) -> None:
         self.make = make
-        self.rooms = DecodeRooms(make.identity("D1"), (make.region(),), make.num_pages)
+        self.rooms = DecodeRooms(make.identity("D1"), (make.region(),), make.num_pages, UNSCALED)
         self.now = 10.0
 
     @property
@@ -197,34 +195,36 @@ def test_an_announced_pause_is_no_silence(node: Node) -> None:
 def test_an_announced_pause_is_believed_for_a_while_only(node: Node) -> None:
     """The connection may be gone, and the word that the pause is over with it."""
     node.on(PeerPong(epoch=node.epoch, seq=0, busy_until_s=120.0))
-    assert of(PeerLost, node.run(BUSY_SILENCE_S - 0.5, peer_answers=False)) == []
+    assert of(PeerLost, node.run(UNSCALED.busy_peer_silence_s - 0.5, peer_answers=False)) == []
     assert len(of(PeerLost, node.run(1.0, peer_answers=False))) == 1
 
 
 def test_a_busy_peer_that_answers_is_not_lost(node: Node) -> None:
     for _ in range(3):
         node.on(PeerPong(epoch=node.epoch, seq=0, busy_until_s=120.0))
-        assert of(PeerLost, node.run(BUSY_SILENCE_S - 0.5, peer_answers=False)) == []
+        assert of(PeerLost, node.run(UNSCALED.busy_peer_silence_s - 0.5, peer_answers=False)) == []
 
 
 def test_every_state_of_a_peer_ends_by_itself(node: Node) -> None:
     """Whatever was announced: a handshake whose refusal is lost is made again."""
     node.on(PeerRefused(epoch=node.epoch, reason="other weights"))
-    assert node.rooms.moves_on_at()[P] - node.now <= MAX_RETRY_S
+    assert node.rooms.moves_on_at()[P] - node.now <= UNSCALED.max_peer_retry_s
     epoch = node.epoch
-    node.run(MAX_RETRY_S, peer_answers=False)
+    node.run(UNSCALED.max_peer_retry_s, peer_answers=False)
     assert node.epoch == epoch + 1
     node.on(ContactPing(epoch=node.epoch))
     node.on(PeerPong(epoch=node.epoch, seq=0, busy_until_s=120.0))
-    assert node.rooms.moves_on_at()[P] - node.now <= BUSY_SILENCE_S
-    opened = of(OpenLink, node.run(BUSY_SILENCE_S + MAX_RETRY_S, peer_answers=False))
+    assert node.rooms.moves_on_at()[P] - node.now <= UNSCALED.busy_peer_silence_s
+    opened = of(
+        OpenLink, node.run(UNSCALED.busy_peer_silence_s + UNSCALED.max_peer_retry_s, peer_answers=False)
+    )
     assert opened == [OpenLink(P, epoch + 2)]
 
 
 def test_a_peer_that_answers_pings_and_never_welcomes_is_left(make: Factory) -> None:
     node = Node(make)
     node.rooms.add_peer(P, node.now)
-    node.run(CONNECT_S - 1.0)
+    node.run(UNSCALED.welcome_timeout_s - 1.0)
     (peer,) = node.rooms.peers()
     assert peer.state is PeerState.CONNECTING
     node.run(1.0)

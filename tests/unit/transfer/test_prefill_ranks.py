@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from pdserve.messages.peer import ContactPong, HandoffDone, PeerRefused, PeerWelcome, RoomFailed
+from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.actions import (
     AdmitRoom,
     CancelWrites,
@@ -32,7 +33,7 @@ class Pair:
     def __init__(self, make: Factory, source: int, dest: int) -> None:
         self.make = make
         self.now = 10.0
-        self.rooms = PrefillRooms(make.identity(tp_size=source), settle_s=2.0)
+        self.rooms = PrefillRooms(make.identity(tp_size=source), UNSCALED, settle_s=2.0)
         self.regions = tuple(make.region(f"10.0.0.2:1500{rank}") for rank in range(dest))
         hello = msgspec.structs.replace(make.hello(tp_size=dest), regions=self.regions)
         self.on(hello)

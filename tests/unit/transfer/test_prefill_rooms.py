@@ -24,6 +24,7 @@ from pdserve.messages.peer import (
     RoomId,
 )
 from pdserve.messages.timeline import Span
+from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.actions import (
     AdmitRoom,
     CancelWrites,
@@ -37,7 +38,7 @@ from pdserve.transfer.actions import (
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.compatibility import refusal
 from pdserve.transfer.copy_plan import Run
-from pdserve.transfer.prefill_rooms import MAX_CONTACT_PAUSE_S, SILENCE_S, LinkState, PrefillRooms
+from pdserve.transfer.prefill_rooms import LinkState, PrefillRooms
 
 if TYPE_CHECKING:
     from .conftest import Factory
@@ -50,7 +51,7 @@ class Node:
 
     def __init__(self, make: Factory) -> None:
         self.make = make
-        self.rooms = PrefillRooms(make.identity(), settle_s=2.0, unix_minus_monotonic_s=1000.0)
+        self.rooms = PrefillRooms(make.identity(), UNSCALED, settle_s=2.0, unix_minus_monotonic_s=1000.0)
         self.now = 10.0
 
     def on(self, message: object, link: bytes = LINK, *, queue_has_room: bool = True) -> list[PrefillAction]:
@@ -139,7 +140,7 @@ def test_a_peer_is_met_again_after_some_minutes_however_long_its_contact_hung(ma
     node.on(ContactPong(epoch=1))
     node.now += 8 * 3600.0
     node.end(1, WriteState.FAILED)
-    node.now += MAX_CONTACT_PAUSE_S - 1.0
+    node.now += UNSCALED.max_contact_pause_s - 1.0
     reason = "the first contact failed after long; the next one is made in 1 s"
     assert node.on(make.hello(epoch=2)) == [sent(PeerRefused(epoch=2, reason=reason))]
     node.now += 1.0
@@ -336,7 +337,7 @@ def test_who_spoke_in_a_decode_nodes_name_keeps_it_out_no_longer_than_it_speaks(
     node.on(node.make.hello(epoch=epoch), LINK2)
     node.on(AbortRoom(room=node.make.request(2**63 - 1).room, epoch=epoch), LINK2)
     assert node.on(node.make.hello(epoch=2), LINK) == []
-    node.now += SILENCE_S
+    node.now += UNSCALED.decode_silence_s
     node.rooms.tick(node.now)
     node.connect(LINK, epoch=3)
     request = node.make.request(1, epoch=3)
@@ -346,7 +347,7 @@ def test_who_spoke_in_a_decode_nodes_name_keeps_it_out_no_longer_than_it_speaks(
 def test_pings_do_not_keep_a_link_whose_contact_ping_was_not_answered(make: Factory) -> None:
     node = Node(make)
     node.on(make.hello())
-    for _ in range(2 * int(SILENCE_S)):
+    for _ in range(2 * int(UNSCALED.decode_silence_s)):
         node.now += 0.5
         node.on(PeerPing(epoch=1, seq=1))
         node.rooms.tick(node.now)
@@ -507,7 +508,7 @@ def test_messages_of_an_ended_epoch_are_dropped_and_its_ping_is_told(node: Node)
 def test_a_silent_peer_is_forgotten_when_its_last_write_has_ended(node: Node) -> None:
     room = node.open(deadline_s=60.0)
     (handle,) = node.submit(room, 0, [1])
-    node.now = 10.0 + SILENCE_S
+    node.now = 10.0 + UNSCALED.decode_silence_s
     release, cancel = node.rooms.tick(node.now)
     assert isinstance(release, ReleaseRoom)
     assert cancel == CancelWrites((handle,))
@@ -528,7 +529,7 @@ def test_a_held_loop_does_not_take_its_own_pause_for_silence(node: Node) -> None
     node.now += 60.0
     assert node.rooms.tick(node.now) == []
     assert len(node.rooms.peers()) == 1
-    node.now += SILENCE_S
+    node.now += UNSCALED.decode_silence_s
     node.rooms.tick(node.now)
     assert node.rooms.peers() == []
 
@@ -543,7 +544,7 @@ def test_a_link_in_whatever_state_ends_by_itself(state: LinkState, make: Factory
         if state is LinkState.READY:
             node.end(meet.handle)
     assert [peer.state for peer in node.rooms.peers()] == [state]
-    assert node.rooms.moves_on_at() == {"D1": node.now + SILENCE_S}
+    assert node.rooms.moves_on_at() == {"D1": node.now + UNSCALED.decode_silence_s}
     node.now = node.rooms.next_deadline()
     node.rooms.tick(node.now)
     assert node.rooms.peers() == []
@@ -602,7 +603,7 @@ def test_a_decode_node_under_a_new_name_may_ask_for_its_old_rooms(node: Node) ->
     room = node.open()
     node.connect(LINK2, incarnation="D2")
     assert node.on(AbortRoom(room=room, epoch=1), LINK2) == []  # D1 is alive: not D2's to abort
-    node.now += SILENCE_S
+    node.now += UNSCALED.decode_silence_s
     node.on(PeerPing(epoch=1, seq=1), LINK2)
     node.rooms.tick(node.now)
     drained = Drained(room=room, epoch=1, clean=False)

@@ -9,7 +9,6 @@ import pytest
 
 from pdserve.messages.node import renewed
 from pdserve.messages.weights import FromPeer, of_one_node
-from pdserve.router.updates import rejoin
 
 from ..conftest import Bench, FakeNode
 
@@ -17,8 +16,8 @@ NEW = {"weight_version": "v2", "model_fingerprint": "new", "update_id": "u"}
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rejoin, "AGAIN_S", 0.05)
+def soon(bench: Bench) -> None:
+    bench.options["weight_rejoin_retry_s"] = 0.05
 
 
 def serve(node: FakeNode, **changes: str) -> FakeNode:
@@ -160,14 +159,11 @@ async def test_nobody_is_brought_while_memory_is_released(bench: Bench) -> None:
     assert prefill.entry.update_id == decode.entry.update_id == "u"
 
 
-async def test_a_node_that_waits_for_a_source_is_brought_as_soon_as_there_is_one(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_node_that_waits_for_a_source_is_brought_as_soon_as_there_is_one(bench: Bench) -> None:
     """Only what was tried is not tried again for a while."""
-    monkeypatch.setattr(rejoin, "AGAIN_S", 3600.0)
     prefill, decode, late = serve(bench.prefill()), serve(bench.decode()), bench.decode("e")
     prefill.draining = decode.draining = True
-    await bench.start(weight_rejoin_s=0.02)
+    await bench.start(weight_rejoin_s=0.02, weight_rejoin_retry_s=3600.0)
     await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
     await turns(late, 40)
     assert changes(late) == []
