@@ -103,6 +103,7 @@ def build_router_app(
             timelines=timelines,
             weight_version=view.weight_version,
             request_log=request_log,
+            sessions=sessions,
         ),
         defaults=generation_defaults,
         draw_seed=partial((random.SystemRandom() if seed is None else random.Random(seed)).getrandbits, 64),

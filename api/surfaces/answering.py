@@ -1,8 +1,10 @@
-"""From an HTTP request to its body, and from a prepared answer to the response, streamed or whole."""
+"""From an HTTP request to its body; and the life of its answer, streamed or whole, whoever ends it."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -14,20 +16,16 @@ from ..http.bodies import parse_request, read_object
 from ..http.errors import CLIENT_CLOSED_REQUEST
 from ..http.fields import FieldRules
 from ..http.in_flight import InFlightRequests
-from ..http.sse import ClientLeftError, EventStream, unless_client_leaves
-from ..text.pipeline import TextJob
+from ..http.sse import ClientLeftError, EventStream, event, unless_client_leaves
+from ..slices import spaced
+from ..text.growing import GrowingOutputs
+from ..text.pieces import OutputDelta, joined
+from ..text.pipeline import TextRun
 from ..text.timelines import Laps
+from .metrics import RequestMeter
 from .serving import Serving
 
 S = TypeVar("S", bound=msgspec.Struct)
-
-
-class Answer(Protocol):
-    """One request's answer in the making; use one of the two, once."""
-
-    def events(self) -> AsyncGenerator[bytes, None]: ...
-
-    async def whole(self) -> list[bytes]: ...  # pieces of one JSON document
 
 
 async def receive(
@@ -46,33 +44,84 @@ async def receive(
     return parse_request(raw, request_type, rules, strict=serving.limits.strict_fields), laps
 
 
-async def respond(
-    http: Request,
-    answer: Answer,
-    jobs: Sequence[TextJob],
-    *,
-    request_id: str,
-    stream: bool,
-    in_flight: InFlightRequests,
-) -> Response:
-    """Run the jobs as one request, known by `request_id` while it is in flight."""
-    if not stream:
-        return await respond_whole(http, answer.whole, jobs, request_id=request_id, in_flight=in_flight)
-    end = in_flight.begin(request_id, [job.spec.request_id for job in jobs])
-    return EventStream(answer.events(), on_end=end)
+class Renderer(Protocol):
+    """Writes one answer in the form of a surface, as JSON documents."""
+
+    async def chunks(self, delta: OutputDelta) -> Sequence[bytes]:
+        """What a stream shows of it, an event each."""
+        ...
+
+    async def last_chunks(self) -> Sequence[bytes]:
+        """What ends a stream behind all outputs."""
+        ...
+
+    async def output(self, delta: OutputDelta) -> bytes:
+        """One output, as it stands in a whole answer."""
+        ...
+
+    async def whole(self, outputs: Sequence[bytes]) -> list[bytes]:
+        """The whole answer, in pieces."""
+        ...
+
+
+class Answer:
+    """What becomes of a run: `renderer` writes it, `meter` counts it.
+
+    `is_growing`: each event of a stream holds all of its output so far.
+    """
+
+    def __init__(
+        self, run: TextRun, renderer: Renderer, meter: RequestMeter, *, is_growing: bool = False
+    ) -> None:
+        self._run = run
+        self._renderer = renderer
+        self._meter = meter
+        self._growing = GrowingOutputs() if is_growing else None
+
+    async def respond(
+        self, http: Request, in_flight: InFlightRequests, *, request_id: str, stream: bool
+    ) -> Response:
+        """Run it, known by `request_id` while it is in flight. A client that leaves ends it."""
+        if not stream:
+            return await respond_whole(http, in_flight, request_id, self._run.request_ids, self._whole)
+        end = in_flight.begin(request_id, self._run.request_ids)
+        return EventStream(self._events(), on_end=end)
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._run.deltas()) as deltas:
+            async for delta in deltas:
+                self._meter.add_chunk(delta.output.index, len(delta.token_ids), delta.finish_reason)
+                shown = delta if self._growing is None else self._growing.push(delta)
+                if shown is not None:
+                    for chunk in await self._renderer.chunks(shown):
+                        yield event(chunk)
+        self._meter.answered(self._run.counts().prompt)
+        for chunk in await self._renderer.last_chunks():
+            yield event(chunk)
+
+    async def _whole(self) -> list[bytes]:
+        parts: defaultdict[int, list[OutputDelta]] = defaultdict(list)  # by the output's index
+        async with aclosing(self._run.deltas()) as deltas:
+            async for delta in deltas:
+                parts[delta.output.index].append(delta)
+        outputs: list[bytes] = []
+        async for _, some in spaced(sorted(parts.items())):
+            output = joined(some)
+            self._meter.add_chunk(output.output.index, output.num_tokens, output.finish_reason)
+            outputs.append(await self._renderer.output(output))
+        self._meter.answered(self._run.counts().prompt)
+        return await self._renderer.whole(outputs)
 
 
 async def respond_whole(
     http: Request,
-    whole: Callable[[], Coroutine[Any, Any, list[bytes]]],
-    jobs: Sequence[TextJob],
-    *,
-    request_id: str,
     in_flight: InFlightRequests,
+    request_id: str,
+    generation_ids: Sequence[str],
+    whole: Callable[[], Coroutine[Any, Any, list[bytes]]],
 ) -> Response:
-    """Run the jobs as one request, known by `request_id` until `whole` has made its body: the pieces of one
-    JSON document. A client that leaves meanwhile ends it."""
-    end = in_flight.begin(request_id, [job.spec.request_id for job in jobs])
+    """What `whole` makes, the pieces of one JSON document; the request is in flight until it has."""
+    end = in_flight.begin(request_id, generation_ids)
     try:
         pieces = await unless_client_leaves(http.receive, whole())
     except ClientLeftError:

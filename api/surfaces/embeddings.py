@@ -171,22 +171,21 @@ class Embeddings:
     async def _respond(
         self, http: Request, answer: _Vectors[P], jobs: Sequence[TextJob], request_id: str
     ) -> Response:
-        return await respond_whole(
-            http, answer.whole, jobs, request_id=request_id, in_flight=self._serving.in_flight
-        )
+        generation_ids = [job.spec.request_id for job in jobs]
+        return await respond_whole(http, self._serving.in_flight, request_id, generation_ids, answer.whole)
 
 
 async def _jobs(prompts: Sequence[Prompt], request_id: str, priority: int, cache_salt: str) -> list[TextJob]:
     return [
         TextJob(
-            GenerateSpec(
+            spec=GenerateSpec(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{position}",
                 prompt_ids=prompt.token_ids,
                 sampling=_LAST_STATE,
                 priority=checked_priority(priority),
                 cache_salt=cache_salt,
             ),
-            TextOptions(),
+            options=TextOptions(),
         )
         async for position, prompt in spaced(enumerate(prompts))
     ]
@@ -212,10 +211,10 @@ class _Vectors(Generic[P]):
     async def whole(self) -> list[bytes]:
         vectors: dict[int, array[float]] = {}
         async with aclosing(self._run.deltas()) as deltas:
-            async for prompt, delta in deltas:
+            async for delta in deltas:
                 if not delta.hidden_states:
                     raise RequestError("aborted", status=500, code="aborted", error_type="server_error")
-                vectors[prompt] = _normalized(delta.hidden_states[0])
+                vectors[delta.output.prompt] = _normalized(delta.hidden_states[0])
         self._meter.answered(self._run.counts().prompt)
         parts = [
             encoded(self._one(prompt, vectors[prompt])) async for prompt in spaced(range(len(self._jobs)))

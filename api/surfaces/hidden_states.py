@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 
 from ..generation import GenerationInfo
-from ..text.detokenizer import TextDelta
+from ..text.pieces import OutputDelta
 from .native_types import NativeHiddenStates
 
 
@@ -13,16 +13,12 @@ def float_row(data: bytes) -> list[float]:
     return array("f", data).tolist()
 
 
-def hidden_states(
-    info: GenerationInfo, num_prompt: int, delta: TextDelta, *, with_input: bool
-) -> NativeHiddenStates:
+def hidden_states(info: GenerationInfo, num_prompt: int, delta: OutputDelta) -> NativeHiddenStates:
     """One entry for each of the delta's tokens. The first token of an answer has the rows of the whole
     prompt, of which the last is what it was sampled from; each further token has that one row.
-
-    `with_input`: the delta begins with the answer's first token.
     """
     rows: NativeHiddenStates = [float_row(state) for state in delta.hidden_states]
-    if not with_input or not info.prompt_hidden_states:
+    if not delta.is_first or not info.prompt_hidden_states:
         return rows
     width = len(info.prompt_hidden_states) // num_prompt
     prompt = [

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
-from typing import Any, assert_never, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-import msgspec
-from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..generation import GenerateSpec, SessionTurn, TurnParams
 from ..http.bodies import parse_request
 from ..http.fields import GENERATING_RULES, chosen_salt
-from ..http.sse import event
 from ..refusals import bad_value, check_range
-from ..slices import HOLE, filled, spaced
-from ..text.detokenizer import TextDelta, TextOptions, joined
+from ..slices import spaced
+from ..text.detokenizer import TextOptions
 from ..text.pipeline import TextJob, TextRun
 from ..text.prompts import MAX_PROMPTS, batch_of, check_num_outputs, check_prompt, encode_prompt
 from ..text.sampling import (
@@ -30,26 +25,12 @@ from ..text.sampling import (
     resolve_max_tokens,
     sampling_params,
 )
-from ..text.timelines import Laps
-from .answering import receive, respond
-from .hidden_states import hidden_states
-from .logprobs import native_logprobs, native_top_logprobs
-from .metrics import RequestMeter
-from .native_types import (
-    MetaInfo,
-    NativeFinish,
-    NativeOutput,
-    NativeRequest,
-    NativeSampling,
-)
-from .openai_types import CachedTokensDetails
+from .answering import Answer, receive
+from .native_answer import NativeRenderer
+from .native_types import NativeRequest, NativeSampling
 from .serving import Serving
 
 DEFAULT_MAX_NEW_TOKENS = 128  # SGLang's
-# Of a stream whose events each hold all so far: up to so many tokens, every delta is shown, and after that
-# when the answer has grown by a part in `_GROWTH`, as with SGLang's `--stream-interval`.
-_ALWAYS_SHOWN_TOKENS = 512
-_GROWTH = 128
 
 
 class Native:
@@ -82,15 +63,10 @@ class Native:
             )
         ]
         is_list = is_batch or any(sampling.n > 1 for sampling in samplings)
-        answer = _NativeAnswer(serving, body, jobs, turns, is_list=is_list, meter=meter, laps=laps)
-        return await respond(
-            http,
-            answer,
-            jobs,
-            request_id=request_id,
-            stream=body.stream,
-            in_flight=serving.in_flight,
-        )
+        run = TextRun(serving.pipeline, jobs, laps)
+        renderer = NativeRenderer(serving, body, run, meter, is_list=is_list)
+        answer = Answer(run, renderer, meter, is_growing=not body.incremental_streaming_output)
+        return await answer.respond(http, serving.in_flight, request_id=request_id, stream=body.stream)
 
     def _ids(self, http: Request, body: NativeRequest, num_prompts: int) -> tuple[str, list[str]]:
         """The request's id, and one for each prompt."""
@@ -235,7 +211,7 @@ class Native:
             cache_salt=cache_salt,
             session=None if turn is None else turn.hold,
         )
-        return TextJob(spec, options, is_scored)
+        return TextJob(spec=spec, options=options, wanted="scores" if is_scored else "outputs", turn=turn)
 
 
 def _turn_params(body: NativeRequest, num_prompts: int) -> Sequence[TurnParams | None]:
@@ -275,151 +251,3 @@ async def _samplings(body: NativeRequest, num_prompts: int, *, strict: bool) -> 
     return [
         parse_request(one, NativeSampling, GENERATING_RULES, strict=strict) async for one in spaced(given)
     ]
-
-
-class _NativeAnswer:
-    def __init__(
-        self,
-        serving: Serving,
-        body: NativeRequest,
-        jobs: Sequence[TextJob],
-        turns: Sequence[SessionTurn | None],
-        *,
-        is_list: bool,
-        meter: RequestMeter,
-        laps: Laps,
-    ) -> None:
-        self._tokenizer = serving.tokenizer
-        self._body = body
-        self._jobs = jobs
-        self._sessions = serving.sessions
-        self._turns = turns
-        self._turn_ids: defaultdict[int, list[int]] = defaultdict(list)  # by prompt
-        self._is_list = is_list
-        self._meter = meter
-        self._run = TextRun(serving.pipeline, jobs, laps)
-        keys = [(prompt, choice) for prompt, job in enumerate(jobs) for choice in range(job.spec.num_choices)]
-        self._index = {key: index for index, key in enumerate(keys)}
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Every event holds all so far, or, if wanted, only what is new.
-
-        Once an answer is long, events that hold all of it come when it has grown by a part: what is sent of
-        an answer is then bounded by a multiple of its length, not by its square.
-        """
-        so_far: defaultdict[tuple[int, int], list[TextDelta]] = defaultdict(list)
-        num_shown: Counter[tuple[int, int]] = Counter()  # tokens in the latest event
-        num_tokens: Counter[tuple[int, int]] = Counter()
-        async with aclosing(self._run.deltas()) as deltas:
-            async for prompt, delta in deltas:
-                key = (prompt, delta.choice)
-                self._meter.add_chunk(key, len(delta.token_ids), delta.finish_reason)
-                is_first = key not in num_tokens
-                num_tokens[key] += len(delta.token_ids)
-                self._note_turn(prompt, delta)
-                if self._body.incremental_streaming_output:
-                    shown = delta
-                else:
-                    so_far[key].append(delta)
-                    if delta.finish_reason is None and not _is_due(num_tokens[key], num_shown[key]):
-                        continue
-                    shown = joined(so_far[key])
-                    so_far[key] = [shown]
-                    num_shown[key] = num_tokens[key]
-                    is_first = True
-                output = await self._output(prompt, shown, num_tokens[key], with_input=is_first)
-                if self._is_list:
-                    output = msgspec.structs.replace(output, index=self._index[key])
-                yield event(msgspec.json.encode(output))
-        self._meter.answered(self._run.counts().prompt)
-
-    async def whole(self) -> list[bytes]:
-        parts: dict[tuple[int, int], list[TextDelta]] = defaultdict(list)
-        async with aclosing(self._run.deltas()) as deltas:
-            async for prompt, delta in deltas:
-                parts[prompt, delta.choice].append(delta)
-                self._note_turn(prompt, delta)
-        outputs: list[bytes] = []
-        async for key in spaced(self._index):
-            delta = joined(parts[key])
-            num_tokens = len(delta.token_ids)
-            self._meter.add_chunk(key, num_tokens, delta.finish_reason)
-            output = await self._output(key[0], delta, num_tokens, with_input=True)
-            outputs.append(msgspec.json.encode(output))
-        self._meter.answered(self._run.counts().prompt)
-        return filled(msgspec.json.encode([HOLE]), outputs) if self._is_list else outputs
-
-    def _note_turn(self, prompt: int, delta: TextDelta) -> None:
-        """What the client is about to see; with its end another turn may continue it."""
-        if (turn := self._turns[prompt]) is not None:
-            self._turn_ids[prompt] += delta.token_ids
-            if delta.finish_reason in ("stop", "length"):
-                self._sessions.finish_turn(turn, tuple(self._turn_ids[prompt]))
-
-    async def _output(
-        self, prompt: int, delta: TextDelta, num_tokens: int, *, with_input: bool
-    ) -> NativeOutput:
-        spec = self._jobs[prompt].spec
-        info = self._run.info(prompt)
-        with_text = self._body.return_text_in_logprobs
-        num_top = self._body.top_logprobs_num
-        logprobs: dict[str, Any] = {}
-        if self._body.return_logprob:
-            logprobs["output_token_logprobs"] = await native_logprobs(
-                self._tokenizer, delta.token_ids, delta.logprobs, with_text=with_text
-            )
-            logprobs["input_token_logprobs"] = []
-            if num_top:
-                logprobs["output_top_logprobs"] = await native_top_logprobs(
-                    self._tokenizer, delta.logprobs, num_top, with_text=with_text
-                )
-                logprobs["input_top_logprobs"] = []
-        if with_input and spec.sampling.num_prompt_logprobs is not None:
-            scored_ids = spec.prompt_ids[spec.sampling.prompt_logprobs_start :]
-            logprobs["input_token_logprobs"] = await native_logprobs(
-                self._tokenizer, scored_ids, info.prompt_logprobs, with_text=with_text
-            )
-            if num_top:
-                logprobs["input_top_logprobs"] = await native_top_logprobs(
-                    self._tokenizer, info.prompt_logprobs, num_top, with_text=with_text
-                )
-        return NativeOutput(
-            text=delta.text,
-            output_ids=delta.token_ids,
-            meta_info=MetaInfo(
-                id=spec.request_id,
-                finish_reason=_finish(delta, num_tokens),
-                prompt_tokens=len(spec.prompt_ids),
-                completion_tokens=num_tokens,
-                cached_tokens=info.num_cached_tokens,
-                cached_tokens_details=CachedTokensDetails(device=info.num_cached_tokens),
-                weight_version=info.weight_version or self._run.weight_version,
-                weight_versions=self._run.weight_versions(prompt, delta.choice),
-                e2e_latency=UNSET if delta.finish_reason is None else self._meter.elapsed_s(),
-                hidden_states=(
-                    hidden_states(info, len(spec.prompt_ids), delta, with_input=with_input)
-                    if self._body.return_hidden_states
-                    else UNSET
-                ),
-                **logprobs,
-            ),
-        )
-
-
-def _is_due(num_tokens: int, num_shown: int) -> bool:
-    """Whether an event is to show all `num_tokens` of an answer, of which the latest showed `num_shown`."""
-    return num_tokens <= _ALWAYS_SHOWN_TOKENS or num_tokens >= num_shown + num_tokens // _GROWTH
-
-
-def _finish(delta: TextDelta, num_tokens: int) -> NativeFinish | None:
-    match delta.finish_reason:
-        case None:
-            return None
-        case "stop":
-            return NativeFinish(type="stop", matched=UNSET if delta.matched is None else delta.matched)
-        case "length":
-            return NativeFinish(type="length", length=num_tokens)
-        case "abort":
-            return NativeFinish(type="abort", message="Aborted.", status_code=None, err_type=None)
-        case _:
-            assert_never(delta.finish_reason)

@@ -15,7 +15,7 @@ from ..refusals import bad_value, check_model
 from ..slices import SLICE_ENTRIES, SLICE_ITEMS, sliced
 from ..text.prompts import check_ids, encode_prompt
 from ..text.tokenization import Tokenizer
-from .chat import encode_chat
+from .chat_messages import encode_chat
 from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 
 

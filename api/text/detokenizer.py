@@ -1,8 +1,8 @@
-"""Token ids to text, piece by piece, and the stop strings that end it.
+"""Token ids to pieces, and the stop strings that end them.
 
-The pieces of a choice, joined, are what its ids add to ``tokenizer.decode`` of the prompt: exactly, also when
-the output ends inside a multi-byte character. What a later token may still change is held back until it
-cannot.
+The text of an output's pieces, joined, is what its ids add to ``tokenizer.decode`` of the prompt: exactly,
+also when the output ends inside a multi-byte character. What a later token may still change is held back
+until it cannot.
 
 When a stop string completes, the choice ends with the token whose text completed it: that token's id and
 logprobs are the last ones given and it is counted in the usage; the text is cut before the stop string (or
@@ -15,12 +15,12 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Protocol
 
 from ...messages.node import FinishReason
-from ...messages.sampling import TokenLogprob
 from ..generation import ChoiceDelta
+from .pieces import Echo, Output, OutputDelta, content_pieces
 from .tokenization import Tokenizer
 
 
@@ -176,42 +176,6 @@ class StopStrings:
         return longest
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """What new tokens of one choice mean to the client."""
-
-    choice: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    text_offsets: tuple[int, ...]  # where each token's text begins in the choice's whole text
-    finish_reason: FinishReason | None = None
-    matched: str | int | None = None  # the stop string, or the stop or EOS token, that ended the choice
-    hidden_states: tuple[bytes, ...] = ()  # float32, as long as token_ids when asked for
-
-
-def empty_delta(finish_reason: FinishReason) -> TextDelta:
-    """The end of a first choice that has no tokens."""
-    return TextDelta(0, "", (), (), (), finish_reason)
-
-
-def joined(deltas: Sequence[TextDelta]) -> TextDelta:
-    """Successive deltas of one choice, as one."""
-    if len(deltas) == 1:
-        return deltas[0]
-    last = deltas[-1]
-    return TextDelta(
-        last.choice,
-        "".join(delta.text for delta in deltas),
-        tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
-        tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
-        tuple(chain.from_iterable(delta.text_offsets for delta in deltas)),
-        last.finish_reason,
-        last.matched,
-        tuple(chain.from_iterable(delta.hidden_states for delta in deltas)),
-    )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextOptions:
     """How a request wants its text."""
@@ -223,20 +187,32 @@ class TextOptions:
 
 
 class Detokenizer:
-    """One choice's tokens to text."""
+    """One output's tokens to pieces."""
 
-    def __init__(self, tokenizer: Tokenizer, options: TextOptions, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        options: TextOptions,
+        output: Output,
+        prompt_ids: Sequence[int] = (),
+        echo: Echo | None = None,
+    ) -> None:
+        """`echo`: what stands before the output's own text, and is given with its first delta."""
         self._decoder = text_decoder(
             tokenizer, skip_special_tokens=options.skip_special_tokens, prompt_ids=prompt_ids
         )
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._include_stop = options.include_stop
         self._min_tokens = options.min_tokens
-        self._num_tokens = 0
-        self._num_chars = 0  # decoded so far, shown or held back
+        self._output = output
+        self._echo = echo
+        self._is_begun = False
+        self._num_tokens = 0  # decoded
+        self._num_shown = 0  # given, a hidden stop token too
+        self._num_chars = 0 if echo is None else len(echo.text)  # decoded so far, shown or held back
         self.is_finished = False
 
-    def push(self, delta: ChoiceDelta) -> TextDelta:
+    def push(self, delta: ChoiceDelta) -> OutputDelta:
         """The client's view of `delta`; it ends early where a stop string completes."""
         text = ""
         offsets: list[int] = []
@@ -254,33 +230,40 @@ class Detokenizer:
                 return self._stopped(delta, text, offsets)
             text += self._stops.finish()
             self.is_finished = True
-        return TextDelta(
-            delta.choice,
-            text,
-            delta.token_ids,
-            delta.logprobs,
-            tuple(offsets),
-            delta.finish_reason,
-            delta.matched,
-            delta.hidden_states,
-        )
+        return self._shown(delta, text, offsets, delta.finish_reason, delta.matched)
 
     def _hides_last(self, delta: ChoiceDelta) -> bool:
         """Whether the last token is a stop token, whose text the client does not want."""
         return delta.finish_reason == "stop" and delta.matched is not None and not self._include_stop
 
-    def _stopped(self, delta: ChoiceDelta, text: str, offsets: list[int]) -> TextDelta:
+    def _stopped(self, delta: ChoiceDelta, text: str, offsets: Sequence[int]) -> OutputDelta:
         self.is_finished = True
-        kept = len(offsets)
-        return TextDelta(
-            delta.choice,
-            text,
-            delta.token_ids[:kept],
-            delta.logprobs[:kept],
+        return self._shown(delta, text, offsets, "stop", self._stops.matched)
+
+    def _shown(
+        self,
+        delta: ChoiceDelta,
+        text: str,
+        offsets: Sequence[int],
+        finish_reason: FinishReason | None,
+        matched: str | int | None,
+    ) -> OutputDelta:
+        """The first of the delta's tokens, as many as have offsets."""
+        is_first, self._is_begun = not self._is_begun, True
+        num_new = len(offsets)
+        self._num_shown += num_new
+        return OutputDelta(
+            self._output,
+            content_pieces(text),
+            delta.token_ids[:num_new],
+            delta.logprobs[:num_new],
             tuple(offsets),
-            "stop",
-            self._stops.matched,
-            delta.hidden_states[:kept],
+            self._num_shown,
+            finish_reason,
+            matched,
+            delta.hidden_states[:num_new],
+            is_first,
+            self._echo if is_first else None,
         )
 
     def _show(self, piece: str) -> str:

@@ -1,15 +1,21 @@
-"""The generations of one HTTP request while they run, as text."""
+"""The one way from prompts to pieces, for every surface: generations run, and their tokens become text.
+
+What nodes send of a choice (`ChoiceDelta`: ids, logprobs) passes the request's log and the choice's
+`Detokenizer` (text, stop strings, positions) and comes out as an `OutputDelta`; its first has the prompt's
+echo, where that was asked for.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal, TypeAlias
 
-from msgspec import UNSET, UnsetType
-
+from ...messages.node import FinishReason
 from ...messages.timeline import SpanClock, span_between
 from ..generation import (
     ChoiceDelta,
@@ -17,22 +23,33 @@ from ..generation import (
     Generation,
     GenerationInfo,
     Generator,
+    Sessions,
+    SessionTurn,
     WeightSpan,
 )
 from ..slices import SLICE_DELTAS, spaced
-from .detokenizer import Detokenizer, TextDelta, TextOptions, empty_delta
+from .detokenizer import Detokenizer, TextOptions
+from .echo import echo_of
+from .pieces import Echo, Output, OutputDelta
+from .prompts import Prompt
 from .request_log import RequestLog
 from .timelines import Laps, TimelineBody, Timelines, timeline_body
 from .tokenization import Tokenizer
 
+# Of a prompt: its continuations; what the model says of its own tokens, of whose continuations none is told;
+# or nothing but its text, for which no node is needed.
+Wanted: TypeAlias = Literal["outputs", "scores", "echo"]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TextJob:
     """One prompt, and how its text is wanted."""
 
     spec: GenerateSpec
     options: TextOptions
-    is_scored: bool = False  # only what is said of the prompt is wanted, not the one token that comes with it
+    wanted: Wanted = "outputs"
+    echo: Prompt | None = None  # the same prompt, where it is to stand before its outputs
+    turn: SessionTurn | None = None  # what its output is of a session
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +70,11 @@ class Pipeline:
     timelines: Timelines
     weight_version: Callable[[], str]
     request_log: RequestLog
+    sessions: Sessions
 
 
 class TextRun:
-    """One generation per prompt, with ``num_choices`` choices each. ``deltas`` runs them.
+    """One generation per prompt, with ``num_choices`` outputs each. ``deltas`` runs them.
 
     A prompt's facts (``info``) are there from its first delta on, and complete when ``deltas`` has ended.
     """
@@ -67,6 +85,17 @@ class TextRun:
         self._laps = laps
         self._generations: dict[int, Generation] = {}  # prompt -> its generation, once it has started
         self._num_completion_tokens = 0
+        self._first_index = [0, *accumulate(job.spec.num_choices for job in jobs)]  # of a prompt's outputs
+        self._echoes: dict[int, Echo] = {}  # by prompt
+        self._turn_ids: defaultdict[int, list[int]] = defaultdict(list)  # by prompt, of sessions
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of the generations, in the prompts' order."""
+        return [job.spec.request_id for job in self._jobs]
+
+    def spec(self, prompt: int) -> GenerateSpec:
+        return self._jobs[prompt].spec
 
     def info(self, prompt: int) -> GenerationInfo:
         return self._generations[prompt].info
@@ -77,32 +106,35 @@ class TextRun:
         versions = [generation.info.weight_version for generation in self._generations.values()]
         return next(filter(None, reversed(versions)), self._pipeline.weight_version())
 
-    def weight_versions(self, prompt: int, choice: int) -> list[WeightSpan] | UnsetType:
-        """Which weights made which of a choice's tokens, where they changed in mid-answer."""
-        generation = self._generations.get(prompt)
-        spans = [] if generation is None else generation.info.weight_spans.get(choice, [])
-        return UNSET if len(spans) < 2 else spans
+    def weight_versions(self, output: Output) -> list[WeightSpan]:
+        """Which weights made which of its tokens; empty unless they changed in mid-answer."""
+        generation = self._generations.get(output.prompt)
+        spans = [] if generation is None else generation.info.weight_spans.get(output.choice, [])
+        return [] if len(spans) < 2 else spans
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        """(prompt, delta) as tokens come, each choice's in order. However this ends, nothing goes on running.
+    async def deltas(self) -> AsyncGenerator[OutputDelta, None]:
+        """As tokens come, each output's in order. However this ends, nothing goes on running.
 
         A token whose text must wait (half a character, the beginning of a stop string) is given at once with
         empty text, as vLLM does: who measures the time between tokens sees each when it came.
         """
+        if all(job.wanted == "echo" for job in self._jobs):
+            for prompt in range(len(self._jobs)):
+                yield await self._without_tokens(prompt, "length")
+            return
         detokenizers: dict[tuple[int, int], Detokenizer] = {}
         async with self._arrivals() as arrivals:
             async for prompt, delta in arrivals:
-                if self._jobs[prompt].is_scored:
+                if self._jobs[prompt].wanted == "scores":
                     if delta.finish_reason is not None:
-                        yield prompt, empty_delta("abort" if delta.finish_reason == "abort" else "length")
+                        reason: FinishReason = "abort" if delta.finish_reason == "abort" else "length"
+                        ended = await self._without_tokens(prompt, reason)
+                        self._note_turn(ended)
+                        yield ended
                     continue
                 key = (prompt, delta.choice)
-                if key not in detokenizers:
-                    job = self._jobs[prompt]
-                    detokenizers[key] = Detokenizer(
-                        self._pipeline.tokenizer, job.options, job.spec.prompt_ids
-                    )
-                detokenizer = detokenizers[key]
+                if (detokenizer := detokenizers.get(key)) is None:
+                    detokenizer = detokenizers[key] = await self._detokenizer(prompt, delta.choice)
                 if detokenizer.is_finished:
                     continue
                 info = self._generations[prompt].info
@@ -111,11 +143,50 @@ class TextRun:
                 if shown.finish_reason is not None and delta.finish_reason is None:
                     self._generations[prompt].stop_choice(delta.choice)
                 self._num_completion_tokens += len(shown.token_ids)
+                self._note_turn(shown)
                 if first is not None:
                     first.detokenized()
-                yield prompt, shown
+                yield shown
                 if first is not None:  # who reads this asks for more once the event has been written
                     first.streamed()
+
+    async def _detokenizer(self, prompt: int, choice: int) -> Detokenizer:
+        job = self._jobs[prompt]
+        return Detokenizer(
+            self._pipeline.tokenizer,
+            job.options,
+            Output(prompt, choice, self._first_index[prompt] + choice),
+            job.spec.prompt_ids,
+            await self._echo(prompt),
+        )
+
+    async def _without_tokens(self, prompt: int, reason: FinishReason) -> OutputDelta:
+        """All of the first choice's output, where none of its tokens is told."""
+        output = Output(prompt, 0, self._first_index[prompt])
+        echo = await self._echo(prompt)
+        return OutputDelta(output, (), (), (), (), 0, reason, is_first=True, echo=echo)
+
+    async def _echo(self, prompt: int) -> Echo | None:
+        """One for all of the prompt's outputs."""
+        job = self._jobs[prompt]
+        if job.echo is None:
+            return None
+        if prompt not in self._echoes:
+            self._echoes[prompt] = await echo_of(
+                self._pipeline.tokenizer,
+                job.echo,
+                skip_special_tokens=job.options.skip_special_tokens,
+                with_offsets=job.spec.sampling.num_logprobs is not None,
+            )
+        return self._echoes[prompt]
+
+    def _note_turn(self, delta: OutputDelta) -> None:
+        """What the client is about to see of a session; with its end another turn may continue it."""
+        prompt = delta.output.prompt
+        if (turn := self._jobs[prompt].turn) is not None:
+            self._turn_ids[prompt] += delta.token_ids
+            if delta.finish_reason in ("stop", "length"):
+                self._pipeline.sessions.finish_turn(turn, tuple(self._turn_ids[prompt]))
 
     @contextlib.asynccontextmanager
     async def _arrivals(self) -> AsyncGenerator[AsyncGenerator[tuple[int, ChoiceDelta], None], None]:

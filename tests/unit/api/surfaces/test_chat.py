@@ -8,7 +8,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from pdserve.api.surfaces.chat import normalized_messages
+from pdserve.api.surfaces.chat_messages import normalized_messages
 from pdserve.api.text.chat_template import ChatTemplate
 from pdserve.api.text.tokenization import Tokenizer
 from pdserve.runtime.errors import RequestError

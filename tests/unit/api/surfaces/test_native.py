@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from pdserve.api.generation import ChoiceDelta, GenerateSpec
-from pdserve.api.surfaces.native import _is_due
+from pdserve.api.text.growing import is_due
 from pdserve.tests.unit.api.conftest import Api, chunks
 from pdserve.tests.unit.api.fakes import one_by_one
 
@@ -225,13 +225,13 @@ def test_a_long_answer_is_shown_whole_ever_more_rarely() -> None:
     shown = 0
     num_events = num_sent = 0
     for num_tokens in range(1, 20_001):
-        if _is_due(num_tokens, shown):
+        if is_due(num_tokens, shown):
             shown = num_tokens
             num_events += 1
             num_sent += num_tokens
     assert num_events < 1_500
     assert num_sent < 130 * 20_000 + 512**2
-    assert all(_is_due(num_tokens, num_tokens - 1) for num_tokens in range(1, 256))
+    assert all(is_due(num_tokens, num_tokens - 1) for num_tokens in range(1, 256))
 
 
 async def test_the_model_is_ignored(api: Api) -> None:

@@ -15,12 +15,11 @@ from pdserve.api.text.detokenizer import (
     ByteLevelDecoder,
     Detokenizer,
     StopStrings,
-    TextDelta,
     TextOptions,
     WindowDecoder,
-    joined,
     text_decoder,
 )
+from pdserve.api.text.pieces import Output, OutputDelta, joined
 from pdserve.api.text.tokenization import Tokenizer
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.tests.unit.api.conftest import byte_level_backend
@@ -52,6 +51,7 @@ TOKENIZERS = {
 }
 KINDS = pytest.mark.parametrize("kind", TOKENIZERS)
 token_ids = st.lists(st.integers(0, 10**6), max_size=60)
+OUTPUT = Output(0, 0, 0)
 stop_lists = st.lists(st.text("abn .<", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
@@ -91,9 +91,9 @@ def test_output_that_ends_inside_a_character_keeps_its_tail(kind: str, text: str
     tokenizer = TOKENIZERS[kind]
     ids = tokenizer.encode(text, add_special_tokens=False)
     for length in range(len(ids) + 1):
-        detokenizer = Detokenizer(tokenizer, TextOptions())
+        detokenizer = Detokenizer(tokenizer, TextOptions(), OUTPUT)
         view = detokenizer.push(ChoiceDelta(0, tuple(ids[:length]), finish_reason="length"))
-        assert view.text == tokenizer.decode(ids[:length])
+        assert view.content == tokenizer.decode(ids[:length])
 
 
 def test_no_piece_comes_before_its_character_is_complete() -> None:
@@ -145,9 +145,9 @@ def test_no_more_is_held_back_than_may_become_a_stop(pieces: list[str], stops: l
         assert not held or any(stop.startswith(held) and stop != held for stop in stops)
 
 
-def run(tokenizer: Tokenizer, ids: Sequence[int], sizes: Sequence[int], options: TextOptions) -> TextDelta:
+def run(tokenizer: Tokenizer, ids: Sequence[int], sizes: Sequence[int], options: TextOptions) -> OutputDelta:
     """The ids in deltas of these sizes, as one."""
-    detokenizer = Detokenizer(tokenizer, options)
+    detokenizer = Detokenizer(tokenizer, options, OUTPUT)
     deltas = []
     position = 0
     for size in [*sizes, len(ids)]:
@@ -184,25 +184,25 @@ def test_text_ids_and_logprobs_do_not_depend_on_the_deltas(
         assert isinstance(whole.matched, str)
         decoded = tokenizer.decode(whole.token_ids)
         assert whole.matched in decoded
-        assert decoded.startswith(whole.text)
-        assert whole.text.endswith(whole.matched) if include else whole.matched not in whole.text
+        assert decoded.startswith(whole.content)
+        assert whole.content.endswith(whole.matched) if include else whole.matched not in whole.content
 
 
 def test_a_stop_ends_with_the_token_that_completes_it() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     ids = tokenizer.encode("The quick brown fox", add_special_tokens=False)
     view = run(tokenizer, ids, [1] * len(ids), TextOptions(stops=("k bro",)))
-    assert (view.text, view.finish_reason, view.matched) == ("The quic", "stop", "k bro")
+    assert (view.content, view.finish_reason, view.matched) == ("The quic", "stop", "k bro")
     assert tokenizer.decode(view.token_ids) == "The quick brown"
     included = run(tokenizer, ids, [1] * len(ids), TextOptions(stops=("k bro",), include_stop=True))
-    assert included.text == "The quick bro"
+    assert included.content == "The quick bro"
 
 
 def test_stops_before_min_tokens_do_not_count() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     ids = tokenizer.encode("The quick brown fox quick", add_special_tokens=False)
     view = run(tokenizer, ids, [1] * len(ids), TextOptions(stops=("quick",), min_tokens=3))
-    assert view.text == "The quick brown fox "
+    assert view.content == "The quick brown fox "
 
 
 @pytest.mark.parametrize("include", [False, True])
@@ -210,19 +210,19 @@ def test_the_text_of_a_stop_token_is_hidden_unless_wanted(include: bool) -> None
     tokenizer = TOKENIZERS["byte-level"]
     ids = tuple(tokenizer.encode("The fox", add_special_tokens=False))
     options = TextOptions(include_stop=include, skip_special_tokens=False)
-    view = Detokenizer(tokenizer, options).push(ChoiceDelta(0, ids, (), "stop", matched=ids[-1]))
+    view = Detokenizer(tokenizer, options, OUTPUT).push(ChoiceDelta(0, ids, (), "stop", matched=ids[-1]))
     assert view.token_ids == ids
-    assert view.text == tokenizer.decode(ids if include else ids[:-1])
+    assert view.content == tokenizer.decode(ids if include else ids[:-1])
     assert view.matched == ids[-1]
 
 
 def test_an_end_without_tokens_gives_what_was_held_back() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     ids = tuple(tokenizer.encode("The quick", add_special_tokens=False))
-    detokenizer = Detokenizer(tokenizer, TextOptions(stops=("quicker",)))
+    detokenizer = Detokenizer(tokenizer, TextOptions(stops=("quicker",)), OUTPUT)
     first = detokenizer.push(ChoiceDelta(0, ids))
     last = detokenizer.push(ChoiceDelta(0, (), (), "abort"))
-    assert (first.text, last.text, last.finish_reason) == ("The ", "quick", "abort")
+    assert (first.content, last.content, last.finish_reason) == ("The ", "quick", "abort")
 
 
 def test_offsets_say_where_a_token_begins() -> None:
@@ -237,11 +237,11 @@ def test_f5_the_space_before_the_first_generated_word_is_kept() -> None:
     tokenizer = TOKENIZERS["byte-fallback"]
     prompt = tokenizer.encode(" the")
     answer = tokenizer.encode(" a")
-    shown = Detokenizer(tokenizer, TextOptions(stops=(" a",), include_stop=True), prompt).push(
+    shown = Detokenizer(tokenizer, TextOptions(stops=(" a",), include_stop=True), OUTPUT, prompt).push(
         ChoiceDelta(0, tuple(answer), (), "length")
     )
-    assert (shown.text, shown.matched) == (" a", " a")
-    assert tokenizer.decode([*prompt, *answer]) == tokenizer.decode(prompt) + shown.text
+    assert (shown.content, shown.matched) == (" a", " a")
+    assert tokenizer.decode([*prompt, *answer]) == tokenizer.decode(prompt) + shown.content
 
 
 @settings(max_examples=300, deadline=None)
@@ -273,11 +273,11 @@ def test_f11_a_stop_may_begin_before_min_tokens_and_end_behind() -> None:
     ids = [tokenizer.encode(char)[0] for char in "xabcd"]
     for size in (1, 5):
         shown = run(tokenizer, ids, [size] * 5, TextOptions(stops=("abc",), min_tokens=3))
-        assert (shown.text, shown.matched) == ("x", "abc")
+        assert (shown.content, shown.matched) == ("x", "abc")
 
 
 def test_f11_a_stop_that_completes_before_min_tokens_does_not_count_later() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     ids = [tokenizer.encode(char)[0] for char in "abxb"]
     shown = run(tokenizer, ids, [1] * 4, TextOptions(stops=("abc", "b"), min_tokens=3))
-    assert (shown.text, shown.matched) == ("abx", "b")
+    assert (shown.content, shown.matched) == ("abx", "b")
