@@ -13,8 +13,9 @@ import msgspec
 
 from ..messages.bounds import Int64
 from ..messages.node import FinishReason, NodeEntry, NodeLoad
-from ..messages.sampling import SamplingParams, TokenLogprob
+from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span
+from ..messages.work import Work
 from ..runtime.pause_gate import PauseMode
 
 
@@ -74,20 +75,18 @@ class SessionTurn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateSpec:
-    """One validated request: ``num_choices`` continuations of one prompt.
+    """One validated request.
 
-    ``sampling.seed`` is set and ``sampling.max_tokens`` is resolved; prompt + max_tokens fits the context.
+    ``work.choices`` count from 0, its seed is set, its ``max_tokens`` is resolved and fits the context
+    together with the prompt.
     """
 
     request_id: str
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
+    work: Work
     has_default_length: bool = False  # nobody asked for max_tokens: it shrinks to what nodes have room for
-    num_choices: int = 1
     stream: bool = False  # False: tokens may arrive in fewer, larger deltas
     priority: int = 0
     timeout_s: float | None = None  # None: the server's default
-    cache_salt: str = ""  # prefixes are shared only by requests of the same one
     session: SessionHold | None = None
 
 

@@ -21,22 +21,7 @@ import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..messages.sampling import SamplingParams
 from .page_allocator import PageAllocator, PageStateError
-
-
-def num_reusable_tokens(num_tokens: int, sampling: SamplingParams, *, has_output: bool) -> int:
-    """How many leading tokens of a prompt (with its kept output, if any) a prefix cache may spare.
-
-    At least one token must be computed, since its logits choose the next token. What is told of the prompt
-    belongs to the first attempt: with hidden states every position must be computed, with prompt logprobs
-    every one from that before the first asked for.
-    """
-    if sampling.hidden_states == "all" and not has_output:
-        return 0
-    if sampling.num_prompt_logprobs is None or has_output:
-        return num_tokens - 1
-    return max(0, min(num_tokens, sampling.prompt_logprobs_start) - 1)
 
 
 @dataclass(slots=True, eq=False)

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from ..engine.forward_batch import RowOutput
 from ..engine.schedule_batch import ScheduledRow
-from ..messages.sampling import SamplingParams, TokenLogprob
-from .prefix_cache import num_reusable_tokens
-
-
-class Prompt(Protocol):
-    """What a request says of its prompt."""
-
-    @property
-    def request_id(self) -> str: ...
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def output_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def sampling(self) -> SamplingParams: ...
+from ..messages.sampling import TokenLogprob
+from ..messages.work import Work
 
 
 @dataclass(slots=True, eq=False)
@@ -38,9 +21,9 @@ class PromptJob:
     [num_scheduled, num_tokens)     to do
     """
 
-    prompt: Prompt
+    request_id: str
+    work: Work  # its end samples every choice
     token_ids: tuple[int, ...]  # prompt and kept output
-    choices: tuple[int, ...]  # that its end samples
     pages: list[int] = field(default_factory=list)  # one per page of token_ids, cached ones first
     num_cached: int = 0
     num_computed: int = 0
@@ -50,8 +33,8 @@ class PromptJob:
     hidden_states: list[bytes] = field(default_factory=list)  # of each chunk, where asked for
 
     @classmethod
-    def of(cls, prompt: Prompt, choices: tuple[int, ...]) -> PromptJob:
-        return cls(prompt, (*prompt.prompt_ids, *prompt.output_ids), choices)
+    def of(cls, request_id: str, work: Work) -> PromptJob:
+        return cls(request_id, work, work.token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -61,12 +44,6 @@ class PromptJob:
     def num_unscheduled(self) -> int:
         return self.num_tokens - self.num_scheduled
 
-    @property
-    def reusable_tokens(self) -> int:
-        """How many leading tokens may come from the prefix cache."""
-        prompt = self.prompt
-        return num_reusable_tokens(self.num_tokens, prompt.sampling, has_output=bool(prompt.output_ids))
-
     def take_pages(self, pages: list[int], num_cached: int) -> None:
         """It can begin: all of its pages, of which the cache holds the first `num_cached` tokens."""
         self.pages = pages
@@ -74,21 +51,15 @@ class PromptJob:
 
     def chunk(self, num_tokens: int) -> ScheduledRow:
         """The next tokens as a row of a forward. It samples every choice if it reaches the prompt's end."""
-        prompt, sampling = self.prompt, self.prompt.sampling
         end = self.num_scheduled + num_tokens
-        # They belong to the prompt's first attempt: later ones know them already.
-        wants_logprobs = sampling.num_prompt_logprobs is not None and not prompt.output_ids
         return ScheduledRow(
-            row_id=prompt.request_id,
+            row_id=self.request_id,
+            work=self.work,
             token_ids=self.token_ids,
-            num_prompt_tokens=len(prompt.prompt_ids),
             start=self.num_scheduled,
             num_tokens=num_tokens,
             pages=self.pages,
-            sampling=sampling,
-            choices=self.choices if end == self.num_tokens else (),
-            num_output_tokens=len(prompt.output_ids),
-            prompt_logprobs_from=sampling.prompt_logprobs_start if wants_logprobs else None,
+            choices=self.work.choices if end == self.num_tokens else (),
         )
 
     def scheduled(self, row: ScheduledRow) -> None:
@@ -100,7 +71,7 @@ class PromptJob:
         """This chunk's forward is done."""
         self.num_forwards -= 1
         self.num_computed += row.num_tokens
-        if row.prompt_logprobs_from == 0 and row.start == 0:
+        if self.work.prompt_logprobs_from == 0 and row.start == 0:
             self.logprobs.append(None)  # nothing precedes the first token
         self.logprobs += result.prompt_logprobs
         self.hidden_states.append(result.prompt_hidden_states)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..messages.node import ModelInfo
-from ..messages.sampling import SamplingParams
+from ..messages.work import Work
 
 
-def refusal(token_ids: Sequence[int], sampling: SamplingParams, model: ModelInfo) -> str | None:
-    """Why these tokens, prompt and kept output, cannot be continued so; None when they can.
+def refusal(work: Work, model: ModelInfo) -> str | None:
+    """Why this can never be computed; None when it can.
 
     A stop or bias of an id that the model does not have is no fault: it cannot be sampled anyway.
     """
+    token_ids, sampling = work.token_ids, work.sampling
     if not token_ids or min(token_ids) < 0 or max(token_ids) >= model.vocab_size:
         return f"token ids from 0 to {model.vocab_size - 1} are expected, at least one"
     if len(token_ids) > model.max_model_len:

@@ -45,14 +45,12 @@ Row = DecodeRow | ChunkRow
 def decode_row(request: DecodeRequest, sequence: Sequence) -> DecodeRow:
     row = ScheduledRow(
         row_id=sequence.key.request_id,
+        work=request.work,
         token_ids=sequence.token_ids,
-        num_prompt_tokens=sequence.num_prompt_tokens,
         start=len(sequence.token_ids) - 1,
         num_tokens=1,
         pages=sequence.pages,
-        sampling=request.message.sampling,
         choices=(sequence.choice,),
-        num_output_tokens=sequence.num_output_tokens,
     )
     return DecodeRow(request, sequence, row)
 

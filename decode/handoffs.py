@@ -126,16 +126,12 @@ class Handoffs:
             address,
             request_id=message.request_id,
             attempt=message.attempt,
-            prompt_ids=message.prompt_ids,
-            output_ids=message.output_ids,
-            choices=request.choices,
-            sampling=message.sampling,
+            work=request.work,
             dest_pages=tuple(dest_pages),
             num_cached_tokens=request.num_cached,
             deadline_s=request.deadline_s - now,
             now=now,
             digest_pages=digest_pages,
-            cache_salt=message.cache_salt,
         )
         verified_pages = tuple(dest_pages[index] for index in digest_pages)
         self._handoffs[room] = _Handoff(request, room, verified_pages)
@@ -184,7 +180,7 @@ class Handoffs:
         """Streamed at once, while the last pages are in flight."""
         handoff, message = self._handoffs[action.room], action.message
         request = handoff.request
-        num_computed = request.num_prefill_tokens - message.num_cached_tokens
+        num_computed = request.work.num_tokens - message.num_cached_tokens
         self._local_prefill.measured_prefill(num_computed, duration_of("prefill_chunk", message.spans))
         self._timeline.prefilled(request, message.spans, self._address_of(request))
         self._outputs.prompt_done(
@@ -237,7 +233,7 @@ class Handoffs:
         request = handoff.request
         self._remove(handoff)
         self._load_inquirer.count_prompt(
-            num_received=request.num_prefill_tokens - request.num_cached, num_cached=request.num_cached
+            num_received=request.work.num_tokens - request.num_cached, num_cached=request.num_cached
         )
         self._pages.adopt(request, handoff.room)
         self._complete.append(request)

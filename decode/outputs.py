@@ -71,8 +71,8 @@ class Outputs:
         message = request.message
         self._streamer.open(
             request.key,
-            message.choices,
-            num_kept_tokens=len(message.output_ids),
+            request.work.choices,
+            num_kept_tokens=len(request.work.output_ids),
             stream_interval=message.stream_interval,
             weight_version=weight_version,
         )
@@ -110,7 +110,7 @@ class Outputs:
         finish = check_finish(
             token_id,
             sequence.num_output_tokens,
-            request.message.sampling,
+            request.work.sampling,
             self._eos_token_ids,
             self._max_model_len,
             len(sequence.token_ids),

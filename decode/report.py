@@ -60,7 +60,7 @@ class DecodeReport:
             num_running_reqs=len(self._running),
             num_waiting_reqs=len(self._waiting) + len(self._handoffs),
             num_queued_tokens=self._running.num_queued_tokens
-            + sum(request.num_prefill_tokens for request in self._waiting),
+            + sum(request.work.num_tokens for request in self._waiting),
         )
 
     def num_in_states(self) -> dict[str, int]:
@@ -78,7 +78,7 @@ class DecodeReport:
                     state = stage.state_of(request)
                     details = {
                         "attempt": request.key.attempt,
-                        "num_prompt_tokens": len(request.message.prompt_ids),
+                        "num_prompt_tokens": len(request.work.prompt_ids),
                         "num_cached_tokens": request.num_cached,
                         "num_output_tokens": sum(each.num_output_tokens for each in request.sequences),
                     }

@@ -86,11 +86,11 @@ class RequestPages:
 
     def need(self, request: DecodeRequest) -> PageNeed:
         """The most pages that it can hold, with the choices that it still has."""
-        num_prompt = len(request.message.prompt_ids)
+        work = request.work
         return page_need(
-            num_prompt=num_prompt,
-            num_kept=request.num_prefill_tokens - num_prompt,
-            max_tokens=request.message.sampling.max_tokens,
+            num_prompt=len(work.prompt_ids),
+            num_kept=len(work.output_ids),
+            max_tokens=work.sampling.max_tokens,
             num_choices=len(request.sequences),
             page_size=self._page_size,
         )
@@ -98,9 +98,9 @@ class RequestPages:
     def match(self, request: DecodeRequest) -> PrefixMatch:
         """The cached prefix of a waiting request's prompt, not locked. Looked up when the cache changed."""
         if request.match is None or request.match_generation != self._cache.generation:
-            limit = request.reusable_tokens if self._keeps_prefixes else 0
+            limit = request.work.num_reusable_tokens if self._keeps_prefixes else 0
             request.match = self._cache.match(
-                request.prefill_ids, max_tokens=limit, namespace=self._namespace(request)
+                request.work.token_ids, max_tokens=limit, namespace=self._namespace(request)
             )
             request.match_generation = self._cache.generation
         return request.match
@@ -190,7 +190,7 @@ class RequestPages:
         first, *others = request.live_sequences
         if not others and not self._keeps_prefixes:
             return
-        num_whole, num_in_partial = divmod(request.num_prefill_tokens, self._page_size)
+        num_whole, num_in_partial = divmod(request.work.num_tokens, self._page_size)
         shared = self._share(request, first, num_whole)
         for other in others:
             self._relock(other, shared)
@@ -220,7 +220,7 @@ class RequestPages:
 
     def _namespace(self, request: DecodeRequest) -> str:
         """Choices of one request share pages also where requests do not."""
-        return request.message.cache_salt if self._keeps_prefixes else repr(request.key)
+        return request.work.cache_salt if self._keeps_prefixes else repr(request.key)
 
     def make_room(self, sequence: Sequence) -> bool:
         """The KV of the sequence's last token is about to be written: have a page for it.

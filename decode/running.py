@@ -106,7 +106,7 @@ class Running:
         """This node computes the prompt itself."""
         self._timeline.note(request, "decode_queue")
         self._pages.allocate_prompt(request)
-        job = PromptJob.of(request.message, request.choices)
+        job = PromptJob.of(request.key.request_id, request.work)
         job.take_pages(request.sequences[0].pages, request.num_cached)
         self._load_inquirer.count_prompt(num_cached=request.num_cached)
         request.since_s = now
@@ -191,7 +191,7 @@ class Running:
         ]
         self._growth.retracted(
             num_output_tokens=sum(sequence.num_output_tokens for _, sequence in going_on),
-            max_tokens=sum(other.message.sampling.max_tokens for other, _ in going_on),
+            max_tokens=sum(other.work.sampling.max_tokens for other, _ in going_on),
             num_sequences=len(going_on),
         )
 
@@ -254,7 +254,7 @@ class Running:
             return
         self._outputs.prompt_done(
             request,
-            num_cached_tokens=min(request.num_cached, len(request.message.prompt_ids)),
+            num_cached_tokens=min(request.num_cached, len(request.work.prompt_ids)),
             logprobs=job.logprobs,
             hidden_states=b"".join(job.hidden_states),
         )

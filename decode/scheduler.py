@@ -188,7 +188,7 @@ class DecodeScheduler:
         """Whether this node computes the prompt itself."""
         if not request.message.prefill_incarnation:
             return True
-        num_tokens = request.num_prefill_tokens
+        num_tokens = request.work.num_tokens
         return self._local_prefill.is_local(
             num_tokens=num_tokens,
             num_cached=self._pages.match(request).num_tokens,

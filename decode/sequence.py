@@ -6,8 +6,9 @@ from array import array
 from dataclasses import dataclass, field
 
 from ..components.output_streamer import StreamKey
-from ..components.prefix_cache import PrefixMatch, num_reusable_tokens
+from ..components.prefix_cache import PrefixMatch
 from ..messages.node import GenerateRequest
+from ..messages.work import Work
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +44,7 @@ class DecodeRequest:
 
     key: StreamKey
     message: GenerateRequest
+    work: Work  # the message's, without the choices that were cancelled while it waited
     arrived_s: float
     deadline_s: float
     sequences: list[Sequence]
@@ -63,43 +65,21 @@ class DecodeRequest:
             key=key,
             number=number,
             message=message,
+            work=message.work,
             arrived_s=now,
             deadline_s=now + message.deadline_s,
             sequences=[
                 Sequence(
                     key=key,
                     choice=choice,
-                    token_ids=[*message.prompt_ids, *message.output_ids],
-                    num_prompt_tokens=len(message.prompt_ids),
+                    token_ids=list(message.work.token_ids),
+                    num_prompt_tokens=len(message.work.prompt_ids),
                 )
-                for choice in message.choices
+                for choice in message.work.choices
             ],
             since_s=now,
             reached_s=reached_s,
         )
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Tokens whose KV must be here before decoding: prompt and kept output."""
-        return len(self.message.prompt_ids) + len(self.message.output_ids)
-
-    @property
-    def prefill_ids(self) -> tuple[int, ...]:
-        """These tokens."""
-        return (*self.message.prompt_ids, *self.message.output_ids)
-
-    @property
-    def reusable_tokens(self) -> int:
-        """How many of them, from the first on, may come from the prefix cache."""
-        message = self.message
-        return num_reusable_tokens(
-            self.num_prefill_tokens, message.sampling, has_output=bool(message.output_ids)
-        )
-
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """Those that are asked for; without the ones that were cancelled while it waited."""
-        return tuple(sequence.choice for sequence in self.sequences)
 
     @property
     def live_sequences(self) -> list[Sequence]:

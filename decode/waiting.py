@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
+import msgspec
+
 from ..components import request_limits
 from ..components.metrics_reporter import MetricsReporter
 from ..components.output_streamer import StreamKey
@@ -105,14 +107,14 @@ class Waiting:
 
     def _impossible(self, request: DecodeRequest) -> str | None:
         """Why this request can never be served here; None if it can."""
-        message, limits = request.message, self._limits
-        if not message.choices or len(set(message.choices)) != len(message.choices):
-            return f"choices are {message.choices}: at least one is expected, and none twice"
+        work, limits = request.work, self._limits
+        if not work.choices or len(set(work.choices)) != len(work.choices):
+            return f"choices are {work.choices}: at least one is expected, and none twice"
         # The last token of an output is never read again, so scoring takes a prompt of the whole context.
-        num_most = limits.max_model_len - (message.sampling.max_tokens > 1)
-        if len(message.prompt_ids) > num_most:
+        num_most = limits.max_model_len - (work.sampling.max_tokens > 1)
+        if len(work.prompt_ids) > num_most:
             return (
-                f"the prompt has {len(message.prompt_ids)} tokens; the decode node takes at most {num_most} "
+                f"the prompt has {len(work.prompt_ids)} tokens; the decode node takes at most {num_most} "
                 f"of its {limits.max_model_len} for prompt and output together"
             )
         need, num_choices = self._pages.need(request).total, len(request.sequences)
@@ -121,9 +123,9 @@ class Waiting:
                 f"the request may need {need} KV pages and {num_choices} places in the batch; "
                 f"the decode node has {self._pages.num_pages} and {limits.max_running}"
             )
-        if message.sampling.hidden_states == "all" and not limits.returns_hidden_states:
+        if work.sampling.hidden_states == "all" and not limits.returns_hidden_states:
             return f"the decode node was started without {HIDDEN_STATES_FLAG}"
-        return request_limits.refusal(request.sequences[0].token_ids, message.sampling, self._status.model)
+        return request_limits.refusal(work, self._status.model)
 
     # ---- admitted -----------------------------------------------------------------------------------
 
@@ -175,6 +177,9 @@ class Waiting:
         request.sequences = request.live_sequences
         if not request.sequences:
             del self._requests[key]
+            return
+        left = tuple(sequence.choice for sequence in request.sequences)
+        request.work = msgspec.structs.replace(request.work, choices=left)
 
     def abort(self, request: DecodeRequest, now: float) -> None:
         del now

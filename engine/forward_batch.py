@@ -78,7 +78,7 @@ class ForwardBatch:
             wanted = _prompt_logprobs(row, index, first=len(token_ids))
             if wanted is not None:
                 prompt_logprobs.append(wanted)
-            if row.sampling.hidden_states != "none":
+            if row.work.sampling.hidden_states != "none":
                 hidden_rows.append(_hidden_rows(row, index, first=len(token_ids)))
             token_ids += row.token_ids[row.start : row.end]
             positions += range(row.start, row.end)
@@ -120,7 +120,8 @@ class SampledToken:
 class RowOutput:
     row_id: str | int
     tokens: tuple[SampledToken, ...]  # in the order of the row's choices
-    # Of the prompt tokens from position max(prompt_logprobs_from, start + 1) on, without gaps.
+    # Of each prompt token at a position p in (start, start + num_tokens] with p >= work.prompt_logprobs_from,
+    # the logprob of token_ids[p] given [0, p), without gaps. The token at position 0 has none.
     prompt_logprobs: tuple[TokenLogprob, ...]
     # float32, a multiple of the hidden size: of the row's prompt tokens, and the one that it sampled from.
     prompt_hidden_states: bytes = b""
@@ -140,9 +141,10 @@ def _at(batch: ScheduleBatch, order: list[int]) -> list[ScheduledRow]:
 
 
 def _prompt_logprobs(row: ScheduledRow, index: int, first: int) -> PromptLogprobs | None:
-    if row.prompt_logprobs_from is None:
+    wanted_from = row.work.prompt_logprobs_from
+    if wanted_from is None:
         return None
-    begin = max(row.prompt_logprobs_from, row.start + 1)
+    begin = max(wanted_from, row.start + 1)
     end = min(row.end + 1, row.num_prompt_tokens)
     if begin >= end:
         return None
@@ -150,13 +152,12 @@ def _prompt_logprobs(row: ScheduledRow, index: int, first: int) -> PromptLogprob
         row_index=index,
         first=first + begin - 1 - row.start,
         targets=torch.tensor(row.token_ids[begin:end], dtype=torch.int64),
-        num_top=row.sampling.num_prompt_logprobs or 0,
+        num_top=row.work.sampling.num_prompt_logprobs or 0,
     )
 
 
 def _hidden_rows(row: ScheduledRow, index: int, first: int) -> HiddenRows:
-    # A row without output computes prompt tokens only; with kept output they were given before.
-    wants_prompt = row.sampling.hidden_states == "all" and row.num_output_tokens == 0
+    wants_prompt = row.work.wants_prompt_states and row.start < row.num_prompt_tokens
     return HiddenRows(
         row_index=index,
         first=first,

@@ -90,15 +90,15 @@ class SamplingBatch:
         logits_index = [entry.logits_index for entry in entries]
         return cls(
             logits_index=None if logits_index == list(range(len(entries))) else torch.tensor(logits_index),
-            bias=_per_token([e.row.sampling.logit_bias for e in entries], vocab_size),
+            bias=_per_token([e.row.work.sampling.logit_bias for e in entries], vocab_size),
             penalties=tuple(
                 _penalties(index, entry.row)
                 for index, entry in enumerate(entries)
-                if entry.row.sampling.uses_penalties
+                if entry.row.work.sampling.uses_penalties
             ),
             forbidden=_per_token([_forbidden(entry.row, eos_token_ids) for entry in entries], vocab_size),
             drawn=_drawn(entries),
-            num_logprobs=tuple(entry.row.sampling.num_logprobs for entry in entries),
+            num_logprobs=tuple(entry.row.work.sampling.num_logprobs for entry in entries),
         )
 
 
@@ -118,7 +118,7 @@ def _per_token(of_entries: Sequence[dict[int, float]], vocab_size: int) -> PerTo
 
 def _forbidden(row: ScheduledRow, eos_token_ids: Collection[int]) -> dict[int, float]:
     """The tokens that would end the request before its min_tokens."""
-    sampling = row.sampling
+    sampling = row.work.sampling
     if row.num_output_tokens >= sampling.min_tokens:
         return {}
     endings = set(sampling.stop_token_ids)
@@ -134,21 +134,21 @@ def _penalties(index: int, row: ScheduledRow) -> Penalties:
         entry=index,
         prompt=known[: row.num_prompt_tokens],
         output=known[row.num_prompt_tokens :],
-        repetition=row.sampling.repetition_penalty,
-        frequency=row.sampling.frequency_penalty,
-        presence=row.sampling.presence_penalty,
+        repetition=row.work.sampling.repetition_penalty,
+        frequency=row.work.sampling.frequency_penalty,
+        presence=row.work.sampling.presence_penalty,
     )
 
 
 def _drawn(entries: Sequence[Entry]) -> Drawn | None:
-    drawn = [(i, e) for i, e in enumerate(entries) if e.row.sampling.temperature >= GREEDY_TEMPERATURE]
+    drawn = [(i, e) for i, e in enumerate(entries) if e.row.work.sampling.temperature >= GREEDY_TEMPERATURE]
     if not drawn:
         return None
     rows = [entry.row for _, entry in drawn]
     return Drawn(
         entries=torch.tensor([index for index, _ in drawn]),
-        temperature=torch.tensor([row.sampling.temperature for row in rows], dtype=torch.float32),
-        seeds=torch.tensor([_twos_complement(row.sampling.seed) for row in rows]),
+        temperature=torch.tensor([row.work.sampling.temperature for row in rows], dtype=torch.float32),
+        seeds=torch.tensor([_twos_complement(row.work.sampling.seed) for row in rows]),
         choices=torch.tensor([entry.choice for _, entry in drawn]),
         positions=torch.tensor([row.end for row in rows]),
         filters=_filters(rows),
@@ -157,9 +157,9 @@ def _drawn(entries: Sequence[Entry]) -> Drawn | None:
 
 def _filters(rows: Sequence[ScheduledRow]) -> Filters | None:
     asking = [
-        (index, row.sampling)
+        (index, row.work.sampling)
         for index, row in enumerate(rows)
-        if row.sampling.top_k > 0 or row.sampling.top_p < 1.0 or row.sampling.min_p > 0.0
+        if row.work.sampling.top_k > 0 or row.work.sampling.top_p < 1.0 or row.work.sampling.min_p > 0.0
     ]
     if not asking:
         return None

@@ -14,7 +14,6 @@ from msgspec import Meta
 from .bounds import (
     MAX_TOKENS,
     Blob,
-    CacheSalt,
     Choice,
     Choices,
     Count,
@@ -36,7 +35,7 @@ from .bounds import (
 )
 from .kv_layout import KVLayout
 from .operation import InternalStateReply, NodeOperation, ProfileReply
-from .sampling import HiddenStateRows, Logprobs, PromptLogprobs, SamplingParams
+from .sampling import HiddenStateRows, Logprobs, PromptLogprobs
 from .timeline import Spans
 from .weights import (
     CheckWeights,
@@ -63,6 +62,7 @@ from .weights import (
     WeightsWrittenReply,
     WriteWeights,
 )
+from .work import Work
 
 Role: TypeAlias = Literal["prefill", "decode"]
 MAX_PRIORITY = 10**6
@@ -143,23 +143,19 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """One attempt at (some choices of) one request. Sent to the decode node alone.
 
-    At the first attempt ``output_ids`` is empty and ``choices`` names all n choices. After a failure each
-    unfinished choice is tried again alone, with the output ids that the router kept.
+    At the first attempt the work is the whole request's. After a failure each unfinished choice is tried
+    again alone, with the output ids that the router kept.
     """
 
     request_id: Name
     attempt: Number  # unique within the request; grows
-    prompt_ids: TokenIds
-    output_ids: TokenIds
-    choices: Choices
-    sampling: SamplingParams
+    work: Work
     prefill_incarnation: Name  # the paired prefill node; empty: prefill locally
     weight_version: Name = ""  # that the router takes both nodes to serve; empty: whatever they do
     deadline_s: Seconds  # remaining seconds
     stream_interval: Count = 1  # tokens per TokenOutput; 0: one at the end
     priority: Priority = 0
     num_prefill_tokens_ahead: Count = 0  # that the prefill node computes before the first token; 0: unknown
-    cache_salt: CacheSalt = ""  # prefixes are shared only with requests of the same one
     session_id: Name = ""  # whose pages stay here when it ends, for as long as nobody needs them
     session_timeout_s: Seconds = 0.0  # or the session is idle for so long
     was_retracted: bool = False  # an earlier attempt was: all pages it can need are reserved before this one

@@ -14,9 +14,7 @@ from msgspec import Meta
 from .bounds import (
     MAX_PAGES,
     Blob,
-    CacheSalt,
     Choice,
-    Choices,
     Count,
     Name,
     Names,
@@ -25,17 +23,17 @@ from .bounds import (
     Seconds,
     Text,
     TokenId,
-    TokenIds,
     Unsigned64,
     WorldSize,
 )
 from .kv_layout import KVLayout
 from .memory_region import MemoryRegion
 from .node import FailureCode
-from .sampling import PromptLogprobs, SamplingParams, TokenLogprob
+from .sampling import PromptLogprobs, TokenLogprob
 from .timeline import Spans
+from .work import Work
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class RoomId(msgspec.Struct, frozen=True, array_like=True):
@@ -93,16 +91,12 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_req
     epoch: Number
     request_id: Name
     attempt: Number
-    prompt_ids: TokenIds
-    output_ids: TokenIds  # kept from earlier attempts; empty at the first
-    choices: Choices  # choice indices whose first token prefill samples
-    sampling: SamplingParams
-    dest_pages: Pages  # one per page of prompt + output_ids, in order
+    work: Work  # prefill samples the first token of each of its choices
+    dest_pages: Pages  # one per page of prompt and kept output, in order
     num_cached_tokens: Count  # leading tokens (whole pages) that decode already holds
     weight_version: Name
     deadline_s: Seconds  # remaining seconds
     digest_pages: Pages = ()  # indices into dest_pages: HandoffDone carries a digest of each
-    cache_salt: CacheSalt = ""  # prefixes are shared only with requests of the same one
 
 
 class AbortRoom(msgspec.Struct, frozen=True, kw_only=True, tag="abort_room"):

@@ -87,7 +87,9 @@ class PrefillJobs:
 
     def add(self, request: PrefillRequest) -> PrefillJob:
         now = self._clock.now()
-        job = PrefillJob(request, PromptJob.of(request, request.choices), state_since_s=now, reached_s=now)
+        job = PrefillJob(
+            request, PromptJob.of(request.request_id, request.work), state_since_s=now, reached_s=now
+        )
         self._jobs[request.room] = job
         return job
 
@@ -96,10 +98,10 @@ class PrefillJobs:
         num_pages, num_there = self._layout.pages_for(job.prompt.num_tokens), self._allocator.num_pages
         if num_pages > num_there:
             return f"the prompt needs {num_pages} KV pages, the prefill node has {num_there}"
-        sampling = job.message.sampling
-        if sampling.hidden_states == "all" and not self._limits.returns_hidden_states:
+        work = job.message.work
+        if work.sampling.hidden_states == "all" and not self._limits.returns_hidden_states:
             return f"the prefill node was started without {HIDDEN_STATES_FLAG}"
-        return request_limits.refusal(job.prompt.token_ids, sampling, self._status.model)
+        return request_limits.refusal(work, self._status.model)
 
     def admit(self, now: float) -> Iterator[PrefillJob]:
         """Oldest first; who does not get all of its pages lets nobody pass, or long prompts would starve."""
@@ -118,8 +120,8 @@ class PrefillJobs:
         if self._cache is not None:
             job.match = self._cache.match(
                 job.prompt.token_ids,
-                max_tokens=job.prompt.reusable_tokens,
-                namespace=job.message.cache_salt,
+                max_tokens=job.message.work.num_reusable_tokens,
+                namespace=job.message.work.cache_salt,
             )
             self._cache.lock(job.match)
             cached = job.match.pages
@@ -215,7 +217,9 @@ class PrefillJobs:
         if self._cache is None:
             return
         before, prompt = job.match, job.prompt
-        job.match = self._cache.insert(prompt.token_ids, prompt.pages, job.room, job.message.cache_salt).match
+        job.match = self._cache.insert(
+            prompt.token_ids, prompt.pages, job.room, job.message.work.cache_salt
+        ).match
         self._cache.lock(job.match)
         if before is not None:
             self._cache.unlock(before)

@@ -90,14 +90,14 @@ class RequestRecord:
         self.info = GenerationInfo(num_attempts=0)
         self._clock = clock
         self._clock_lead_s = clock_lead_s
-        self.choices = [ChoiceState(index) for index in range(spec.num_choices)]
+        self.choices = [ChoiceState(index) for index in spec.work.choices]
         self._max_attempts = max_attempts
         self._resend_interval_s = resend_interval_s
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         # A node keeps (request id, attempt) on record after its end, and a client may use its id again.
         self._attempt_numbers = attempt_numbers or itertools.count(1)
-        self._num_unfinished = spec.num_choices
+        self._num_unfinished = len(spec.work.choices)
         self.abort_by = math.inf  # when an abort ends without what nodes have yet to send; infinity: none
         self._weight_version = ""  # of the tokens that came last
         self._page_hashes: dict[int, list[int]] = {}  # by page size
@@ -126,13 +126,13 @@ class RequestRecord:
     def settle_length(self, num_kv_tokens: int | None) -> None:
         """Nodes that can run it are known: a length that nobody asked for ends where their room for KV does,
         which the last token needs none of. Once it has begun, every attempt has the same length."""
-        sampling = self.spec.sampling
+        sampling = self.spec.work.sampling
         if not self.spec.has_default_length or num_kv_tokens is None or self.info.num_attempts:
             return
-        room = max(1, sampling.min_tokens, num_kv_tokens + 1 - len(self.spec.prompt_ids))
+        room = max(1, sampling.min_tokens, num_kv_tokens + 1 - len(self.spec.work.prompt_ids))
         if room < sampling.max_tokens:
             fitting = msgspec.structs.replace(sampling, max_tokens=room)
-            self.spec = replace(self.spec, sampling=fitting)
+            self.spec = replace(self.spec, work=msgspec.structs.replace(self.spec.work, sampling=fitting))
 
     def live_attempts(self) -> list[Attempt]:
         attempts = {id(c.attempt): c.attempt for c in self.choices if c.attempt is not None}
@@ -140,15 +140,15 @@ class RequestRecord:
 
     def num_tokens(self, choices: Sequence[int]) -> int:
         """What an attempt at these choices has to prefill."""
-        return len(self.spec.prompt_ids) + len(self.choices[choices[0]].kept_ids)
+        return len(self.spec.work.prompt_ids) + len(self.choices[choices[0]].kept_ids)
 
     def at_once(self, choices: tuple[int, ...], decode: NodeLoad) -> tuple[int, ...]:
         """The first of these choices, as many as the decode node can run together."""
         if not decode.page_size or len(choices) == 1:
             return choices
         num = num_choices_at_once(
-            num_prompt=len(self.spec.prompt_ids),
-            max_tokens=self.spec.sampling.max_tokens,
+            num_prompt=len(self.spec.work.prompt_ids),
+            max_tokens=self.spec.work.sampling.max_tokens,
             num_choices=len(choices),
             page_size=decode.page_size,
             num_pages=decode.num_total_pages,
@@ -160,7 +160,7 @@ class RequestRecord:
         """What decode is to have room for beyond these tokens: it promises the next page, or all of it."""
         if not self.was_retracted(choices):
             return len(choices)
-        num_left = self.spec.sampling.max_tokens - len(self.choices[choices[0]].kept_ids)
+        num_left = self.spec.work.sampling.max_tokens - len(self.choices[choices[0]].kept_ids)
         return len(choices) * max(1, num_left)
 
     def was_retracted(self, choices: Sequence[int]) -> bool:
@@ -173,23 +173,23 @@ class RequestRecord:
     def page_hashes(self, page_size: int) -> list[int]:
         if page_size not in self._page_hashes:
             self._page_hashes[page_size] = page_hashes(
-                self.spec.prompt_ids, page_size, salt=self.spec.cache_salt
+                self.spec.work.prompt_ids, page_size, salt=self.spec.work.cache_salt
             )
         return self._page_hashes[page_size]
 
     def answer_hashes(self, choice: int, page_size: int) -> list[int]:
         """Of the prompt with what a choice has generated: what the decode node holds in the end."""
-        token_ids = (*self.spec.prompt_ids, *self.choices[choice].kept_ids)
+        token_ids = (*self.spec.work.prompt_ids, *self.choices[choice].kept_ids)
         known = self.page_hashes(page_size)
-        return page_hashes(token_ids, page_size, known=known, salt=self.spec.cache_salt)
+        return page_hashes(token_ids, page_size, known=known, salt=self.spec.work.cache_salt)
 
     def num_usable_cached(self, num_cached_tokens: int) -> int:
         """Prompt logprobs and hidden states are wanted of positions that must then be computed."""
-        if self.spec.sampling.hidden_states == "all" and not self.info.prompt_hidden_states:
+        if self.spec.work.sampling.hidden_states == "all" and not self.info.prompt_hidden_states:
             return 0
-        if self.spec.sampling.num_prompt_logprobs is None or self.info.prompt_logprobs:
+        if self.spec.work.sampling.num_prompt_logprobs is None or self.info.prompt_logprobs:
             return num_cached_tokens
-        return min(num_cached_tokens, self.spec.sampling.prompt_logprobs_start)
+        return min(num_cached_tokens, self.spec.work.sampling.prompt_logprobs_start)
 
     # ---- attempts -------------------------------------------------------------------------------
 
@@ -219,24 +219,26 @@ class RequestRecord:
         now: float,
         stream_interval: int,
     ) -> GenerateRequest:
-        sampling, session = self.spec.sampling, self.spec.session
+        sampling, session = self.spec.work.sampling, self.spec.session
         if self.info.prompt_logprobs:  # they are given once
             sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
         if self.info.prompt_hidden_states:  # likewise
             sampling = msgspec.structs.replace(sampling, hidden_states="sampled")
-        return GenerateRequest(
-            request_id=self.request_id,
-            attempt=attempt.number,
-            prompt_ids=self.spec.prompt_ids,
+        work = msgspec.structs.replace(
+            self.spec.work,
             output_ids=tuple(self.choices[choices[0]].kept_ids),
             choices=choices,
             sampling=sampling,
+        )
+        return GenerateRequest(
+            request_id=self.request_id,
+            attempt=attempt.number,
+            work=work,
             prefill_incarnation=attempt.pair.prefill,
             weight_version=weight_version,
             deadline_s=max(0.0, self.deadline - now),
             stream_interval=stream_interval,
             priority=self.spec.priority,
-            cache_salt=self.spec.cache_salt,
             num_prefill_tokens_ahead=attempt.num_tokens_ahead,
             session_id="" if session is None else session.session_id,
             session_timeout_s=0.0 if session is None else session.idle_timeout_s,
@@ -375,10 +377,10 @@ class RequestRecord:
         finish = check_finish(
             choice.kept_ids[-1],
             len(choice.kept_ids),
-            self.spec.sampling,
+            self.spec.work.sampling,
             self._eos_token_ids,
             self._max_model_len,
-            len(self.spec.prompt_ids) + len(choice.kept_ids),
+            len(self.spec.work.prompt_ids) + len(choice.kept_ids),
         )
         if finish is None:
             return None

@@ -251,7 +251,7 @@ class RouterService:
             attempt_numbers=self._attempt_numbers,
         )
         try:
-            self._queue.offer(spec.request_id, tuple(range(spec.num_choices)), spec.priority, now, client)
+            self._queue.offer(spec.request_id, spec.work.choices, spec.priority, now, client)
         except RequestError:
             self.counters.requests["refused"] += 1
             raise

@@ -30,6 +30,7 @@ from ..messages.operation import ContinueGeneration, PauseGeneration
 from ..messages.peer import AbortRoom, PeerHello, RoomId
 from ..messages.sampling import SamplingParams
 from ..messages.weights import MEMORY_TAGS, FromDisk, of_one_node
+from ..messages.work import Work
 from ..prefill.job import JobState
 from ..router.options import RouterOptions
 from ..router.service import RouterService
@@ -387,9 +388,11 @@ class SimulatedCluster:
     async def _read(self, request: RequestPlan, outcome: Outcome) -> None:
         spec = GenerateSpec(
             request_id=f"r{request.name}",
-            prompt_ids=request.prompt,
-            sampling=SamplingParams(max_tokens=request.max_tokens, stop_token_ids=request.stop_token_ids),
-            num_choices=request.num_choices,
+            work=Work(
+                prompt_ids=request.prompt,
+                choices=tuple(range(request.num_choices)),
+                sampling=SamplingParams(max_tokens=request.max_tokens, stop_token_ids=request.stop_token_ids),
+            ),
             stream=request.streams,
             timeout_s=request.timeout_s,
         )

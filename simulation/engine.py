@@ -149,7 +149,7 @@ class FakeEngine:
 
 
 def _sample(row: ScheduledRow, known: Sequence[int]) -> tuple[SampledToken, ...]:
-    wants_logprobs = row.sampling.num_logprobs is not None
+    wants_logprobs = row.work.sampling.num_logprobs is not None
     tokens = [(choice, next_token(known, choice)) for choice in row.choices]
     return tuple(
         SampledToken(choice, token, TokenLogprob(token, -0.5) if wants_logprobs else None)
@@ -158,16 +158,17 @@ def _sample(row: ScheduledRow, known: Sequence[int]) -> tuple[SampledToken, ...]
 
 
 def _prompt_logprobs(row: ScheduledRow) -> tuple[TokenLogprob, ...]:
-    if row.prompt_logprobs_from is None:
+    wanted_from = row.work.prompt_logprobs_from
+    if wanted_from is None:
         return ()
-    positions = range(max(row.prompt_logprobs_from, row.start + 1), min(row.end + 1, row.num_prompt_tokens))
+    positions = range(max(wanted_from, row.start + 1), min(row.end + 1, row.num_prompt_tokens))
     return tuple(TokenLogprob(row.token_ids[position], -float(position)) for position in positions)
 
 
 def _hidden_states(row: ScheduledRow) -> tuple[bytes, bytes]:
     """That of a position is one number, the position."""
-    wanted = row.sampling.hidden_states
-    is_prompt = wanted == "all" and row.num_output_tokens == 0
+    wanted = row.work.sampling.hidden_states
+    is_prompt = row.work.wants_prompt_states and row.start < row.num_prompt_tokens
     prompt = array("f", range(row.start, row.end) if is_prompt else ())
     sampled = array("f", [row.end - 1] if row.choices and wanted != "none" else [])
     return prompt.tobytes(), sampled.tobytes()

@@ -52,7 +52,7 @@ from ..messages.peer import (
     RoomFailed,
     RoomId,
 )
-from ..messages.sampling import SamplingParams
+from ..messages.work import Work
 from ..runtime.timing import Timing
 from .actions import (
     CloseLink,
@@ -301,16 +301,12 @@ class DecodeRooms:
         *,
         request_id: str,
         attempt: int,
-        prompt_ids: tuple[int, ...],
-        output_ids: tuple[int, ...],
-        choices: tuple[int, ...],
-        sampling: SamplingParams,
+        work: Work,
         dest_pages: tuple[int, ...],
         num_cached_tokens: int,
         deadline_s: float,
         now: float,
         digest_pages: tuple[int, ...] = (),
-        cache_salt: str = "",
     ) -> tuple[RoomId, list[DecodeAction]]:
         """Asks a ready peer to prefill into reserved pages.
 
@@ -337,16 +333,12 @@ class DecodeRooms:
             epoch=peer.epoch,
             request_id=request_id,
             attempt=attempt,
-            prompt_ids=prompt_ids,
-            output_ids=output_ids,
-            choices=choices,
-            sampling=sampling,
+            work=work,
             dest_pages=dest_pages,
             num_cached_tokens=num_cached_tokens,
             weight_version=self._identity.weight_version,
             deadline_s=deadline_s,
             digest_pages=digest_pages,
-            cache_salt=cache_salt,
         )
         return room_id, [SendToPrefill(address, request)]
 

@@ -342,9 +342,9 @@ class PrefillRooms:
 
     def _invalid(self, link: _Link, request: PrefillRequest) -> str | None:
         page_size = self._identity.layout.page_size
-        num_tokens = len(request.prompt_ids) + len(request.output_ids)
+        num_tokens = request.work.num_tokens
         num_pages = self._identity.layout.pages_for(num_tokens)
-        if not request.prompt_ids or not request.choices:
+        if not request.work.prompt_ids or not request.work.choices:
             return "a request needs a prompt and a choice"
         if len(request.dest_pages) != num_pages:
             return f"{num_tokens} tokens need {num_pages} pages, {len(request.dest_pages)} were given"

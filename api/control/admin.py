@@ -13,6 +13,7 @@ from starlette.responses import Response
 from ...messages.bounds import Name
 from ...messages.node import NodeEntry, NodeLoad
 from ...messages.sampling import SamplingParams
+from ...messages.work import Work
 from ...runtime.errors import RequestError
 from ...runtime.pause_gate import PauseMode
 from ..generation import ClusterAdmin, ClusterView, GenerateSpec, Generator, ModelCard, WorkerStatus
@@ -217,8 +218,11 @@ class ClusterRoutes:
         """One real token through a pair of nodes."""
         spec = GenerateSpec(
             request_id=f"health-{new_request_id()}",
-            prompt_ids=(0,),
-            sampling=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+            work=Work(
+                prompt_ids=(0,),
+                choices=(0,),
+                sampling=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+            ),
             timeout_s=PROBE_TIMEOUT_S,
         )
         started_s = time.perf_counter()

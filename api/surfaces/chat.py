@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ...messages.work import Work
 from ..generation import GenerateSpec
 from ..http.fields import OPENAI_RULES, chosen_salt
 from ..refusals import bad_value, check_model, unsupported
@@ -66,18 +67,20 @@ class ChatCompletions:
         options = text_options(body)
         spec = GenerateSpec(
             request_id=answer_id,
-            prompt_ids=tuple(prompt_ids),
-            sampling=openai_sampling(
-                body,
-                serving,
-                max_tokens=resolve_max_tokens(wanted, None, len(prompt_ids), serving.card, name),
-                num_logprobs=(top_logprobs or 0) if body.logprobs else None,
-                num_prompt_logprobs=checked_logprobs("prompt_logprobs", body.prompt_logprobs),
+            work=Work(
+                prompt_ids=tuple(prompt_ids),
+                choices=tuple(range(checked_choices(body.n))),
+                sampling=openai_sampling(
+                    body,
+                    serving,
+                    max_tokens=resolve_max_tokens(wanted, None, len(prompt_ids), serving.card, name),
+                    num_logprobs=(top_logprobs or 0) if body.logprobs else None,
+                    num_prompt_logprobs=checked_logprobs("prompt_logprobs", body.prompt_logprobs),
+                ),
+                cache_salt=chosen_salt(body.cache_salt, body.extra_key),
             ),
             has_default_length=wanted is None,
-            num_choices=checked_choices(body.n),
             stream=body.stream or bool(options.stops),
             priority=checked_priority(body.priority),
-            cache_salt=chosen_salt(body.cache_salt, body.extra_key),
         )
         return TextJob(spec=spec, options=options)

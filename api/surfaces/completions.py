@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ...messages.work import Work
 from ..generation import GenerateSpec
 from ..http.fields import OPENAI_RULES, chosen_salt
 from ..refusals import bad_value, check_model, unsupported
@@ -71,29 +72,31 @@ class Completions:
         specs = [
             GenerateSpec(
                 request_id=answer_id if len(prompts) == 1 else f"{answer_id}-{position}",
-                prompt_ids=prompt.token_ids,
-                sampling=openai_sampling(
-                    body,
-                    serving,
-                    max_tokens=(
-                        1
-                        if body.max_tokens == 0
-                        else resolve_max_tokens(
-                            body.max_tokens,
-                            DEFAULT_MAX_TOKENS,
-                            len(prompt.token_ids),
-                            serving.card,
-                            "max_tokens",
-                        )
+                work=Work(
+                    prompt_ids=prompt.token_ids,
+                    choices=tuple(range(choices)),
+                    sampling=openai_sampling(
+                        body,
+                        serving,
+                        max_tokens=(
+                            1
+                            if body.max_tokens == 0
+                            else resolve_max_tokens(
+                                body.max_tokens,
+                                DEFAULT_MAX_TOKENS,
+                                len(prompt.token_ids),
+                                serving.card,
+                                "max_tokens",
+                            )
+                        ),
+                        num_logprobs=num_logprobs,
+                        num_prompt_logprobs=num_prompt_logprobs,
                     ),
-                    num_logprobs=num_logprobs,
-                    num_prompt_logprobs=num_prompt_logprobs,
+                    cache_salt=chosen_salt(body.cache_salt, body.extra_key),
                 ),
                 has_default_length=body.max_tokens is None,
-                num_choices=choices,
                 stream=body.stream or bool(options.stops),
                 priority=checked_priority(body.priority),
-                cache_salt=chosen_salt(body.cache_salt, body.extra_key),
             )
             async for position, prompt in spaced(enumerate(prompts))
         ]

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...messages.sampling import SamplingParams
+from ...messages.work import Work
 from ...runtime.errors import RequestError
 from ..generation import GenerateSpec
 from ..http.fields import EMBEDDING_RULES, GENERATING_RULES, GivenSalt, chosen_salt
@@ -180,10 +181,10 @@ async def _jobs(prompts: Sequence[Prompt], request_id: str, priority: int, cache
         TextJob(
             spec=GenerateSpec(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{position}",
-                prompt_ids=prompt.token_ids,
-                sampling=_LAST_STATE,
+                work=Work(
+                    prompt_ids=prompt.token_ids, choices=(0,), sampling=_LAST_STATE, cache_salt=cache_salt
+                ),
                 priority=checked_priority(priority),
-                cache_salt=cache_salt,
             ),
             options=TextOptions(),
         )
@@ -240,7 +241,7 @@ def _encode_answer(run: TextRun, prompt: int, job: TextJob, vector: array[float]
         meta_info=EncodeMeta(
             id=job.spec.request_id,
             finish_reason=NativeFinish(type="length", length=0),
-            prompt_tokens=len(job.spec.prompt_ids),
+            prompt_tokens=len(job.spec.work.prompt_ids),
             cached_tokens=info.num_cached_tokens,
             cached_tokens_details=CachedTokensDetails(device=info.num_cached_tokens),
             weight_version=info.weight_version or run.weight_version,

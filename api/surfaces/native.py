@@ -8,6 +8,7 @@ from typing import Any, cast
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ...messages.work import Work
 from ..generation import GenerateSpec, SessionTurn, TurnParams
 from ..http.bodies import parse_request
 from ..http.fields import GENERATING_RULES, chosen_salt
@@ -183,32 +184,34 @@ class Native:
         )
         spec = GenerateSpec(
             request_id=rid,
-            prompt_ids=prompt_ids,
-            sampling=sampling_params(
-                fields,
-                serving.defaults,
-                serving.card,
-                max_tokens=(
-                    1
-                    if is_scored
-                    else resolve_max_tokens(
-                        sampling.max_new_tokens,
-                        DEFAULT_MAX_NEW_TOKENS,
-                        len(prompt_ids),
-                        serving.card,
-                        "max_new_tokens",
-                    )
+            work=Work(
+                prompt_ids=prompt_ids,
+                choices=tuple(range(sampling.n)),
+                sampling=sampling_params(
+                    fields,
+                    serving.defaults,
+                    serving.card,
+                    max_tokens=(
+                        1
+                        if is_scored
+                        else resolve_max_tokens(
+                            sampling.max_new_tokens,
+                            DEFAULT_MAX_NEW_TOKENS,
+                            len(prompt_ids),
+                            serving.card,
+                            "max_new_tokens",
+                        )
+                    ),
+                    num_logprobs=num_logprobs,
+                    num_prompt_logprobs=num_logprobs if scores_prompt else None,
+                    prompt_logprobs_start=max(0, body.logprob_start_len),
+                    hidden_states="all" if body.return_hidden_states else "none",
                 ),
-                num_logprobs=num_logprobs,
-                num_prompt_logprobs=num_logprobs if scores_prompt else None,
-                prompt_logprobs_start=max(0, body.logprob_start_len),
-                hidden_states="all" if body.return_hidden_states else "none",
+                cache_salt=cache_salt,
             ),
             has_default_length=sampling.max_new_tokens is None,
-            num_choices=sampling.n,
             stream=body.stream or bool(options.stops),
             priority=checked_priority(body.priority),
-            cache_salt=cache_salt,
             session=None if turn is None else turn.hold,
         )
         return TextJob(spec=spec, options=options, wanted="scores" if is_scored else "outputs", turn=turn)

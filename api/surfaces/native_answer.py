@@ -64,8 +64,8 @@ class NativeRenderer:
                     self._tokenizer, delta.logprobs, num_top, with_text=with_text
                 )
                 logprobs["input_top_logprobs"] = []
-        if delta.is_first and spec.sampling.num_prompt_logprobs is not None:
-            scored_ids = spec.prompt_ids[spec.sampling.prompt_logprobs_start :]
+        if delta.is_first and spec.work.sampling.num_prompt_logprobs is not None:
+            scored_ids = spec.work.prompt_ids[spec.work.sampling.prompt_logprobs_start :]
             logprobs["input_token_logprobs"] = await native_logprobs(
                 self._tokenizer, scored_ids, info.prompt_logprobs, with_text=with_text
             )
@@ -79,7 +79,7 @@ class NativeRenderer:
             meta_info=MetaInfo(
                 id=spec.request_id,
                 finish_reason=_finish(delta),
-                prompt_tokens=len(spec.prompt_ids),
+                prompt_tokens=len(spec.work.prompt_ids),
                 completion_tokens=delta.num_tokens,
                 cached_tokens=info.num_cached_tokens,
                 cached_tokens_details=CachedTokensDetails(device=info.num_cached_tokens),
@@ -87,7 +87,7 @@ class NativeRenderer:
                 weight_versions=self._run.weight_versions(delta.output) or UNSET,
                 e2e_latency=UNSET if delta.finish_reason is None else self._meter.elapsed_s(),
                 hidden_states=(
-                    hidden_states(info, len(spec.prompt_ids), delta)
+                    hidden_states(info, len(spec.work.prompt_ids), delta)
                     if self._body.return_hidden_states
                     else UNSET
                 ),

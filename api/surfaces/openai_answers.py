@@ -78,7 +78,7 @@ class OpenAIAnswer:
         return await prompt_logprobs(self._tokenizer, self._run.info(prompt).prompt_logprobs, num_top)
 
     def prompt_token_ids(self, prompt: int) -> tuple[int, ...] | UnsetType:
-        return self._run.spec(prompt).prompt_ids if self._body.return_token_ids else UNSET
+        return self._run.spec(prompt).work.prompt_ids if self._body.return_token_ids else UNSET
 
     # ---- of an output ---------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Pipeline:
 
 
 class TextRun:
-    """One generation per prompt, with ``num_choices`` outputs each. ``deltas`` runs them.
+    """One generation per prompt, with an output for each of its choices. ``deltas`` runs them.
 
     A prompt's facts (``info``) are there from its first delta on, and complete when ``deltas`` has ended.
     """
@@ -85,7 +85,8 @@ class TextRun:
         self._laps = laps
         self._generations: dict[int, Generation] = {}  # prompt -> its generation, once it has started
         self._num_completion_tokens = 0
-        self._first_index = [0, *accumulate(job.spec.num_choices for job in jobs)]  # of a prompt's outputs
+        # Of each prompt's outputs.
+        self._first_index = [0, *accumulate(len(job.spec.work.choices) for job in jobs)]
         self._echoes: dict[int, Echo] = {}  # by prompt
         self._turn_ids: defaultdict[int, list[int]] = defaultdict(list)  # by prompt, of sessions
 
@@ -156,7 +157,7 @@ class TextRun:
             self._pipeline.tokenizer,
             job.options,
             Output(prompt, choice, self._first_index[prompt] + choice),
-            job.spec.prompt_ids,
+            job.spec.work.prompt_ids,
             await self._echo(prompt),
         )
 
@@ -176,7 +177,7 @@ class TextRun:
                 self._pipeline.tokenizer,
                 job.echo,
                 skip_special_tokens=job.options.skip_special_tokens,
-                with_offsets=job.spec.sampling.num_logprobs is not None,
+                with_offsets=job.spec.work.sampling.num_logprobs is not None,
             )
         return self._echoes[prompt]
 
@@ -263,7 +264,7 @@ class TextRun:
 
     def counts(self) -> TokenCounts:
         return TokenCounts(
-            prompt=sum(len(job.spec.prompt_ids) for job in self._jobs),
+            prompt=sum(len(job.spec.work.prompt_ids) for job in self._jobs),
             completion=self._num_completion_tokens,
             cached=sum(generation.info.num_cached_tokens for generation in self._generations.values()),
         )

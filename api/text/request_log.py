@@ -44,10 +44,10 @@ class RequestLine:
         if self._level is None:
             return
         spec = self._spec
-        text = f"{len(spec.prompt_ids)} prompt tokens, {spec.num_choices} choices"
+        text = f"{len(spec.work.prompt_ids)} prompt tokens, {len(spec.work.choices)} choices"
         if self._level >= 1:
-            text += f", {msgspec.json.encode(spec.sampling).decode()}"
-        _log.info("request %s: %s%s", spec.request_id, text, self._shown(spec.prompt_ids))
+            text += f", {msgspec.json.encode(spec.work.sampling).decode()}"
+        _log.info("request %s: %s%s", spec.request_id, text, self._shown(spec.work.prompt_ids))
 
     def take(self, delta: ChoiceDelta) -> None:
         if self._level is None:
@@ -60,7 +60,7 @@ class RequestLine:
         """A choice without a finish reason was cut by a stop string, or its client left, or it failed."""
         if self._level is None:
             return
-        for choice in range(self._spec.num_choices):
+        for choice in self._spec.work.choices:
             ids = self._ids[choice]
             _log.info(
                 "request %s: choice %d: %s after %.3f s, %d tokens%s",

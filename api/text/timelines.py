@@ -186,7 +186,7 @@ def _timeline(running: _Running, ended_unix_s: float) -> Timeline:
         ended_unix_s=ended_unix_s,
         first_token_unix_s=info.first_token_unix_s,
         num_attempts=info.num_attempts,
-        num_prompt_tokens=len(spec.prompt_ids),
+        num_prompt_tokens=len(spec.work.prompt_ids),
         num_cached_tokens=info.num_cached_tokens,
         spans=tuple(sorted(info.spans, key=lambda span: span.start_unix_s)),
         traceparent=laps.traceparent,

@@ -22,6 +22,7 @@ from pdserve.engine.operators import EAGER, deterministic, survey
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.weights import load_weights
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.models.config import ModelConfig, kv_layout
 
 CPU = torch.device("cpu")
@@ -53,16 +54,16 @@ def main() -> int:
     }
 
     def row(index: int, start: int, num_tokens: int) -> ScheduledRow:
+        token_ids = tuple(
+            (7 * index + 13 * position) % config.vocab_size for position in range(start + num_tokens)
+        )
         return ScheduledRow(
             row_id=index,
-            token_ids=[
-                (7 * index + 13 * position) % config.vocab_size for position in range(start + num_tokens)
-            ],
-            num_prompt_tokens=start + num_tokens,
+            work=Work(prompt_ids=token_ids, choices=(0,), sampling=SamplingParams(temperature=0.0)),
+            token_ids=token_ids,
             start=start,
             num_tokens=num_tokens,
             pages=range(index * pages_per_row, (index + 1) * pages_per_row),
-            sampling=SamplingParams(temperature=0.0),
             choices=(0,),
         )
 

@@ -65,6 +65,7 @@ from pdserve.messages.operation import (
 from pdserve.messages.peer import PeerToPrefill
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import MEMORY_TAGS, ResumeMemory
+from pdserve.messages.work import Work
 from pdserve.runtime.cluster_secret import SECRET_VARIABLE, new_secret
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.process import AccessKeys
@@ -248,10 +249,11 @@ class NodeTarget(Target):
         return GenerateRequest(
             request_id=request_id,
             attempt=attempt,
-            prompt_ids=tuple(range(1, 20)),
-            output_ids=(),
-            choices=(0, 1),
-            sampling=SamplingParams(max_tokens=20, ignore_eos=True),
+            work=Work(
+                prompt_ids=tuple(range(1, 20)),
+                choices=(0, 1),
+                sampling=SamplingParams(max_tokens=20, ignore_eos=True),
+            ),
             prefill_incarnation=self.prefill,
             deadline_s=5.0,
         )
@@ -336,7 +338,10 @@ class RouterTarget(Target):
                 body |= ids
                 for output in body.get("outputs") or ():
                     if isinstance(output, dict):
-                        output |= ids | {"choice": rng.choice(message.choices), "position": rng.randrange(3)}
+                        output |= ids | {
+                            "choice": rng.choice(message.work.choices),
+                            "position": rng.randrange(3),
+                        }
             self._send(link, body)
 
     def _send(self, link: bytes, body: object) -> None:

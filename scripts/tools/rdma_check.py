@@ -46,6 +46,7 @@ from pdserve.messages.peer import (
     SampledFirstToken,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.process import end_now
 from pdserve.runtime.timing import UNSCALED
@@ -241,7 +242,7 @@ class PrefillNode:
     def _compute_first_chunk(self, request: PrefillRequest, now: float) -> list[PrefillAction]:
         pages = self._allocator.allocate_private(request.room, len(request.dest_pages))
         assert pages is not None, "the pool holds every room that decode can open"
-        first_tokens = request.prompt_ids[:: LAYOUT.page_size]
+        first_tokens = request.work.prompt_ids[:: LAYOUT.page_size]
         for page, token in zip(pages, first_tokens, strict=True):
             self._ranks.store(page, kv_of(token))
         if not request.request_id.startswith(HELD):
@@ -346,10 +347,7 @@ class DecodeNode:
             address,
             request_id=f"{HELD if kind.is_held else kind.name}-{room_id.counter}",
             attempt=1,
-            prompt_ids=tuple(tokens),
-            output_ids=(),
-            choices=(0,),
-            sampling=SamplingParams(),
+            work=Work(prompt_ids=tuple(tokens), choices=(0,), sampling=SamplingParams()),
             dest_pages=pages,
             num_cached_tokens=kind.num_cached_pages * LAYOUT.page_size,
             deadline_s=3600.0,

@@ -63,6 +63,7 @@ from pdserve.messages.weights import (
     WeightBytesReply,
     WeightImageReply,
 )
+from pdserve.messages.work import Work
 from pdserve.runtime.cluster_secret import SECRET_VARIABLE, new_secret
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.direct_http import open_url
@@ -436,10 +437,7 @@ def _generates(link: Link) -> str:
     request = GenerateRequest(
         request_id="stranger",
         attempt=1,
-        prompt_ids=(1, 2, 3),
-        output_ids=(),
-        choices=(0,),
-        sampling=SamplingParams(max_tokens=2, ignore_eos=True),
+        work=Work(prompt_ids=(1, 2, 3), choices=(0,), sampling=SamplingParams(max_tokens=2, ignore_eos=True)),
         prefill_incarnation="",
         deadline_s=30.0,
     )

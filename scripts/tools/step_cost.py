@@ -25,6 +25,7 @@ from pdserve.engine.schedule_batch import ScheduleBatch
 from pdserve.messages.node import ClientToNode, GenerateRequest
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.simulation import nodes
 from pdserve.simulation.engine import FakeEngine
 from pdserve.simulation.nodes import Place, Settings
@@ -102,10 +103,11 @@ def request(number: int, max_tokens: int) -> GenerateRequest:
     return GenerateRequest(
         request_id=f"cmpl-{number:032x}",
         attempt=1,
-        prompt_ids=(1 + first, 1 + second, *range(1, NUM_PROMPT_TOKENS - 1)),
-        output_ids=(),
-        choices=(0,),
-        sampling=SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens),
+        work=Work(
+            prompt_ids=(1 + first, 1 + second, *range(1, NUM_PROMPT_TOKENS - 1)),
+            choices=(0,),
+            sampling=SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens),
+        ),
         prefill_incarnation="",
         deadline_s=1e6,
     )

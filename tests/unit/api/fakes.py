@@ -64,10 +64,10 @@ class FakeGeneration:
         self.stopped: list[int] = []
         self.is_cancelled = False
         self.has_ended = False
-        sampling = spec.sampling
+        sampling = spec.work.sampling
         prompt_logprobs: list[TokenLogprob | None] = []
         if sampling.num_prompt_logprobs is not None:
-            for position, token_id in enumerate(spec.prompt_ids):
+            for position, token_id in enumerate(spec.work.prompt_ids):
                 if position >= sampling.prompt_logprobs_start:
                     logprob = logprob_of(token_id, sampling.num_prompt_logprobs) if position else None
                     prompt_logprobs.append(logprob)
@@ -111,7 +111,7 @@ def one_by_one(
     matched: int | None = None,
 ) -> list[ChoiceDelta]:
     """The tokens of a choice, a delta each, with logprobs where the spec asks for them."""
-    num_top = spec.sampling.num_logprobs
+    num_top = spec.work.sampling.num_logprobs
     return [
         ChoiceDelta(
             choice,
@@ -155,8 +155,8 @@ class FakeGenerator:
         return self.generations[-1]
 
     def _default(self, spec: GenerateSpec) -> list[Step]:
-        ids = self.token_ids[: spec.sampling.max_tokens]
-        choices = [one_by_one(ids, spec, choice=choice) for choice in range(spec.num_choices)]
+        ids = self.token_ids[: spec.work.sampling.max_tokens]
+        choices = [one_by_one(ids, spec, choice=choice) for choice in spec.work.choices]
         return [delta for together in zip(*choices, strict=True) for delta in together]
 
 

@@ -88,11 +88,11 @@ class Scheduler(FakeScheduler):
                 load = msgspec.structs.replace(LOAD, num_total_pages=10**6, num_free_pages=10**6)
                 reply = msgspec.structs.replace(reply, load=load)
             return reply
-        sampling = message.sampling
+        sampling = message.work.sampling
         scored = TokenLogprob(5, -1.0, ())
         prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
         if sampling.num_prompt_logprobs is not None:
-            prompt_logprobs = (None, *([scored] * (len(message.prompt_ids) - 1)))
+            prompt_logprobs = (None, *([scored] * (len(message.work.prompt_ids) - 1)))
             prompt_logprobs = prompt_logprobs[sampling.prompt_logprobs_start :]
         return TokenOutputs(
             outputs=tuple(
@@ -105,12 +105,12 @@ class Scheduler(FakeScheduler):
                     logprobs=() if sampling.num_logprobs is None else (scored,),
                     prompt_logprobs=prompt_logprobs,
                     hidden_states=() if sampling.hidden_states == "none" else (bytes(16),),
-                    prompt_hidden_states=bytes(16 * len(message.prompt_ids))
+                    prompt_hidden_states=bytes(16 * len(message.work.prompt_ids))
                     if sampling.hidden_states == "all"
                     else b"",
                     finish=Finish(reason="length"),
                 )
-                for choice in message.choices
+                for choice in message.work.choices
             )
         )
 

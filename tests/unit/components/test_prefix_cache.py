@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdserve.components.page_allocator import PageAllocator, PageStateError
-from pdserve.components.prefix_cache import InsertResult, PrefixCache, PrefixMatch, num_reusable_tokens
-from pdserve.messages.sampling import SamplingParams
+from pdserve.components.prefix_cache import InsertResult, PrefixCache, PrefixMatch
 
 
 @dataclass
@@ -520,17 +519,3 @@ def test_the_generation_changes_with_every_page_that_joins_or_leaves(radix: Setu
     assert changed()
     radix.cache.reset()
     assert changed()
-
-
-@pytest.mark.parametrize(
-    ("sampling", "has_output", "expected"),
-    [
-        (SamplingParams(), False, 19),
-        (SamplingParams(num_prompt_logprobs=0), False, 0),
-        (SamplingParams(num_prompt_logprobs=0, prompt_logprobs_start=7), False, 6),
-        (SamplingParams(num_prompt_logprobs=0, prompt_logprobs_start=99), False, 19),
-        (SamplingParams(num_prompt_logprobs=0), True, 19),
-    ],
-)
-def test_reusable_tokens(sampling: SamplingParams, has_output: bool, expected: int) -> None:
-    assert num_reusable_tokens(20, sampling, has_output=has_output) == expected

@@ -11,6 +11,7 @@ from pdserve.components.output_streamer import StreamKey
 from pdserve.decode.sequence import DecodeRequest
 from pdserve.messages.node import GenerateRequest
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,12 @@ class Requests:
         message = GenerateRequest(
             request_id=request_id,
             attempt=1,
-            prompt_ids=prompt_ids,
-            output_ids=output_ids,
-            choices=choices,
-            sampling=SamplingParams(**sampling),
+            work=Work(
+                prompt_ids=prompt_ids,
+                output_ids=output_ids,
+                choices=choices,
+                sampling=SamplingParams(**sampling),
+            ),
             prefill_incarnation="prefill",
             deadline_s=10.0,
             was_retracted=was_retracted,

@@ -19,7 +19,7 @@ OVERTAKING_S = 5.0
 
 def needs(request: DecodeRequest) -> int:
     """In these tests a request's prompt is as long as it needs pages."""
-    return len(request.message.prompt_ids)
+    return len(request.work.prompt_ids)
 
 
 def admitted(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def local_prefill(request: DecodeRequest) -> LocalPrefill:
-    return LocalPrefill(request, PromptJob.of(request.message, request.choices))
+    return LocalPrefill(request, PromptJob.of(request.key.request_id, request.work))
 
 
 def test_a_decode_row_computes_the_last_token(make: Requests) -> None:
@@ -55,5 +55,5 @@ def test_prompt_logprobs_belong_to_the_first_attempt(
 ) -> None:
     request = make("a", output_ids=output_ids, num_prompt_logprobs=0, prompt_logprobs_start=3)
     (row,) = prefill_rows([local_prefill(request)], 100)
-    assert row.row.prompt_logprobs_from == wanted_from
+    assert row.row.work.prompt_logprobs_from == wanted_from
     assert row.row.num_output_tokens == len(output_ids)

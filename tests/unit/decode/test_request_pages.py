@@ -290,7 +290,7 @@ def test_a_follow_up_takes_only_what_is_missing(make: Requests) -> None:
     assert fixture.pages.demand(second, 0.0) == 6  # two pages, and four that are locked then
     dest_pages = fixture.pages.expose(second, RoomId("decode", 2))
     assert second.num_cached == 16
-    assert dest_pages[:4] == fixture.cache.match(second.prefill_ids).pages
+    assert dest_pages[:4] == fixture.cache.match(second.work.token_ids).pages
     assert fixture.allocator.room_pages(RoomId("decode", 2)) == dest_pages[4:]
     assert len(dest_pages) == 6
     assert fixture.poisoned[-2:] == dest_pages[4:], "what is cached is left alone"

@@ -24,24 +24,35 @@ from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.tests.scripts import load_script
 
 CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0.0)
 
 
 class RowFields(TypedDict, total=False):
-    """Of ScheduledRow; any of them, beside the token ids."""
+    """Of ScheduledRow; any of them, beside the work and the token ids."""
 
     row_id: str | int
-    num_prompt_tokens: int
     start: int
     num_tokens: int
     pages: Sequence[int]
-    sampling: SamplingParams
     choices: tuple[int, ...]
-    num_output_tokens: int
-    prompt_logprobs_from: int | None
+
+
+def whole_row(token_ids: Sequence[int], sampling: SamplingParams, pages: Sequence[int]) -> ScheduledRow:
+    """A whole prompt in one chunk, choice 0 sampled."""
+    return ScheduledRow(
+        row_id="row",
+        work=Work(prompt_ids=tuple(token_ids), choices=(0,), sampling=sampling),
+        token_ids=token_ids,
+        start=0,
+        num_tokens=len(token_ids),
+        pages=pages,
+        choices=(0,),
+    )
 
 
 def wait_for(thread: EngineThread | JobThread, count: int) -> list[Any]:
@@ -145,19 +156,15 @@ class Harness:
         assert [row.row_id for row in output.rows] == [row.row_id for row in rows]
         return {row.row_id: row for row in output.rows}
 
-    def row(self, token_ids: Sequence[int], **changes: Unpack[RowFields]) -> ScheduledRow:
-        """The whole prompt in one chunk on new pages, choice 0 sampled; `changes` replace fields."""
-        row = ScheduledRow(
-            row_id="row",
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            start=0,
-            num_tokens=len(token_ids),
-            pages=changes["pages"] if "pages" in changes else self.pages(len(token_ids)),
-            sampling=SamplingParams(temperature=0.0),
-            choices=(0,),
-        )
-        return replace(row, **changes)
+    def row(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams = GREEDY,
+        **changes: Unpack[RowFields],
+    ) -> ScheduledRow:
+        """As `whole_row`, on new pages where none are given."""
+        pages = changes["pages"] if "pages" in changes else self.pages(len(token_ids))
+        return replace(whole_row(token_ids, sampling, pages), **changes)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from pdserve.engine.batch_codec import decode_batch, encode_batch
 from pdserve.engine.forward_batch import ForwardBatch
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.runtime.config import SHIPPED_MODEL
 
@@ -22,12 +23,11 @@ def batch() -> ForwardBatch:
     config = ModelConfig.from_dir(SHIPPED_MODEL)
     row = ScheduledRow(
         row_id="only",
-        token_ids=[5, 6, 7],
-        num_prompt_tokens=3,
+        work=Work(prompt_ids=(5, 6, 7), choices=(0,), sampling=SamplingParams(temperature=0.0)),
+        token_ids=(5, 6, 7),
         start=0,
         num_tokens=3,
         pages=[2],
-        sampling=SamplingParams(temperature=0.0),
         choices=(0,),
     )
     layout = kv_layout(config, page_size=4, dtype="float32")

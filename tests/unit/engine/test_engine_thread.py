@@ -19,6 +19,7 @@ from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.runtime.errors import StartupError
 from pdserve.tests.unit.engine.conftest import wait_for
@@ -51,12 +52,11 @@ def engine(checkpoint: Callable[..., Path]) -> Iterator[Engine]:
 def batch_of(engine: Engine, step: int, token: int = 5) -> ForwardBatch:
     row = ScheduledRow(
         row_id="only",
-        token_ids=[token, 6, 7],
-        num_prompt_tokens=3,
+        work=Work(prompt_ids=(token, 6, 7), choices=(0,), sampling=SamplingParams(temperature=0.0)),
+        token_ids=(token, 6, 7),
         start=0,
         num_tokens=3,
         pages=[2],
-        sampling=SamplingParams(temperature=0.0),
         choices=(0,),
     )
     return ForwardBatch.build(ScheduleBatch((row,)), step=step, config=engine.config, layout=engine.layout)

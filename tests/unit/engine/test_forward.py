@@ -84,7 +84,7 @@ def test_chunks_equal_transformers(
     engine = harness(folder)
     token_ids = prompt(61)
     pages = engine.pages(63)
-    whole = engine.row(token_ids, pages=pages, sampling=WITH_LOGPROBS, choices=(), prompt_logprobs_from=0)
+    whole = engine.row(token_ids, pages=pages, sampling=WITH_LOGPROBS, choices=())
     prompt_logprobs: list[TokenLogprob] = []
     for start, end in ((0, 13), (13, 14), (14, 32), (32, 60)):
         output = engine.forward(replace(whole, start=start, num_tokens=end - start))["row"]
@@ -92,9 +92,7 @@ def test_chunks_equal_transformers(
         prompt_logprobs += output.prompt_logprobs
     sampled: list[TokenLogprob] = []
     for position in (60, 61, 62):
-        row = replace(
-            whole, token_ids=token_ids, start=position, num_tokens=1, choices=(0,), prompt_logprobs_from=None
-        )
+        row = replace(whole, token_ids=token_ids, start=position, num_tokens=1, choices=(0,))
         (token,) = engine.forward(row)["row"].tokens
         assert token.logprob is not None
         assert token.token_id == token.logprob.token_id
@@ -129,9 +127,7 @@ def test_hidden_states_equal_transformers(
     assert first["row"].hidden_state == b""
     assert (first["other"].prompt_hidden_states, first["other"].hidden_state) == (b"", b"")
     token_ids = [*token_ids, last.tokens[0].token_id]
-    decoded = engine.forward(
-        replace(whole, token_ids=token_ids, start=21, num_tokens=1, choices=(0,), num_output_tokens=1)
-    )["row"]
+    decoded = engine.forward(replace(whole, token_ids=token_ids, start=21, num_tokens=1, choices=(0,)))["row"]
     assert decoded.prompt_hidden_states == b""
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
@@ -189,7 +185,10 @@ def test_prompt_logprobs_start_and_end_where_they_should(
     """Positions 7 to 18 of a prompt of 19: none before, no outputs behind, no gap at a chunk's end."""
     engine = harness(checkpoint("llama"))
     token_ids = prompt(22)  # three outputs are being computed again
-    row = replace(engine.row(token_ids), num_prompt_tokens=19, prompt_logprobs_from=7, choices=())
+    sampling = SamplingParams(num_prompt_logprobs=0, prompt_logprobs_start=7)
+    row = replace(
+        engine.row(token_ids[:19], sampling, pages=engine.pages(22)), token_ids=token_ids, choices=()
+    )
     got = [
         [
             logprob.token_id
@@ -206,7 +205,9 @@ def test_many_prompt_logprobs_are_computed_in_blocks(
     folder = checkpoint("mistral")
     engine = harness(folder)
     token_ids = prompt(300)
-    output = engine.forward(engine.row(token_ids, prompt_logprobs_from=0))["row"]
+    output = engine.forward(engine.row(token_ids, SamplingParams(temperature=0.0, num_prompt_logprobs=0)))[
+        "row"
+    ]
     expected = transformers_logprobs(folder, token_ids)
     assert len(output.prompt_logprobs) == 299
     for position, logprob in enumerate(output.prompt_logprobs):
@@ -253,7 +254,7 @@ def test_bfloat16_is_close_to_float32(
     folder = checkpoint("llama")
     engine = harness(folder, dtype="bfloat16")
     token_ids = prompt(40)
-    output = engine.forward(engine.row(token_ids, prompt_logprobs_from=0, sampling=WITH_LOGPROBS))["row"]
+    output = engine.forward(engine.row(token_ids, sampling=WITH_LOGPROBS))["row"]
     expected = transformers_logprobs(folder, token_ids)
     errors = [
         logprob.logprob - expected[position, logprob.token_id].item()

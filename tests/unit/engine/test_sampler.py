@@ -20,6 +20,7 @@ from pdserve.engine.sampling_batch import Entry, SamplingBatch
 from pdserve.engine.schedule_batch import ScheduledRow
 from pdserve.kernels.sampling import reference
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 
 VOCAB = 97
 EOS = (3, 4)
@@ -32,17 +33,15 @@ def entry(
     num_output_tokens: int = len(OUTPUT),
     **sampling: Any,  # noqa: ANN401  the fields of SamplingParams
 ) -> Entry:
-    token_ids = PROMPT + OUTPUT
+    token_ids = PROMPT + OUTPUT[:num_output_tokens]
     row = ScheduledRow(
         row_id=index,
+        work=Work(prompt_ids=tuple(PROMPT), choices=(choice,), sampling=SamplingParams(**sampling)),
         token_ids=token_ids,
-        num_prompt_tokens=len(PROMPT),
         start=len(token_ids) - 1,
         num_tokens=1,
         pages=(),
-        sampling=SamplingParams(**sampling),
         choices=(choice,),
-        num_output_tokens=num_output_tokens,
     )
     return Entry(row_index=index, logits_index=index, choice=choice, row=row)
 

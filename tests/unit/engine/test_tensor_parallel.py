@@ -25,7 +25,7 @@ from pdserve.messages.sampling import SamplingParams
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.runtime.errors import StartupError
 
-from .conftest import CPU, Harness, RowFields
+from .conftest import CPU, Harness, RowFields, whole_row
 
 # Heads that divide by 4, with more and with fewer KV heads than 4 ranks; odd vocabularies.
 SPLIT = {
@@ -86,20 +86,8 @@ def replica(tmp_path: Path) -> Callable[[Path, int], Replica]:
 
 
 def row(token_ids: Sequence[int], **changes: Unpack[RowFields]) -> ScheduledRow:
-    return replace(
-        ScheduledRow(
-            row_id="row",
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            start=0,
-            num_tokens=len(token_ids),
-            pages=list(range(NUM_PAGES)),
-            sampling=SamplingParams(temperature=0.0, num_logprobs=4, num_prompt_logprobs=1),
-            choices=(0,),
-            prompt_logprobs_from=0,
-        ),
-        **changes,
-    )
+    sampling = SamplingParams(temperature=0.0, num_logprobs=4, num_prompt_logprobs=1)
+    return replace(whole_row(token_ids, sampling, list(range(NUM_PAGES))), **changes)
 
 
 def assert_same(got: RowOutput, expected: RowOutput) -> None:
@@ -134,7 +122,7 @@ def test_every_size_computes_what_one_rank_computes(
         expected, got = alone.forward(chunk), together.forward(chunk)
         assert_same(got["row"], expected["row"])
     ids.append(expected["row"].tokens[0].token_id)
-    decode = row(ids, start=23, num_tokens=1, prompt_logprobs_from=None)
+    decode = row(ids, start=23, num_tokens=1)
     assert_same(together.forward(decode)["row"], alone.forward(decode)["row"])
     # Each rank's pool holds its heads of what the one pool holds.
     for rank, pool in enumerate(together.pools):

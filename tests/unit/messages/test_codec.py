@@ -21,6 +21,7 @@ from pdserve.messages.peer import PeerToDecode, PeerToPrefill
 from pdserve.messages.ranks import FromRank, ToRank
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import JoinUpdateGroup
+from pdserve.messages.work import Work
 
 UNIONS = {
     "ClientToNode": ClientToNode,
@@ -159,14 +160,15 @@ GENERATE = msgspec.to_builtins(
     GenerateRequest(
         request_id="r",
         attempt=1,
-        prompt_ids=(1, 2),
-        output_ids=(),
-        choices=(0,),
-        sampling=SamplingParams(),
+        work=Work(prompt_ids=(1, 2), choices=(0,), sampling=SamplingParams()),
         prefill_incarnation="",
         deadline_s=1.0,
     )
 )
+
+
+def generate(**changes: object) -> dict[str, Any]:
+    return {**GENERATE, "work": {**GENERATE["work"], **changes}}
 
 
 def group(**changes: object) -> dict[str, Any]:
@@ -191,16 +193,16 @@ def prepare(source: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({**GENERATE, "choices": [2**63]}, "`$.choices[...]`"),
+        (generate(choices=[2**63]), "`$.work.choices[...]`"),
         ({**GENERATE, "attempt": 2**63}, "`$.attempt`"),
-        ({**GENERATE, "prompt_ids": [-1]}, "`$.prompt_ids[...]`"),
+        (generate(prompt_ids=[-1]), "`$.work.prompt_ids[...]`"),
         ({**GENERATE, "deadline_s": math.inf}, "`$.deadline_s`"),
         ({**GENERATE, "deadline_s": math.nan}, "`$.deadline_s`"),
-        ({**GENERATE, "sampling": {"top_k": 2**64 - 1}}, "`$.sampling.top_k`"),
-        ({**GENERATE, "sampling": {"logit_bias": {-5000: 1.0}}}, "`key` in `$.sampling.logit_bias`"),
-        ({**GENERATE, "sampling": {"logit_bias": {5: math.nan}}}, "`$.sampling.logit_bias[...]`"),
-        ({**GENERATE, "sampling": {"stop_token_ids": [-5000]}}, "`$.sampling.stop_token_ids[...]`"),
-        ({**GENERATE, "sampling": {"temperature": math.nan}}, "`$.sampling.temperature`"),
+        (generate(sampling={"top_k": 2**64 - 1}), "`$.work.sampling.top_k`"),
+        (generate(sampling={"logit_bias": {-5000: 1.0}}), "`key` in `$.work.sampling.logit_bias`"),
+        (generate(sampling={"logit_bias": {5: math.nan}}), "`$.work.sampling.logit_bias[...]`"),
+        (generate(sampling={"stop_token_ids": [-5000]}), "`$.work.sampling.stop_token_ids[...]`"),
+        (generate(sampling={"temperature": math.nan}), "`$.work.sampling.temperature`"),
         (group(world_size=2**40), "`$.world_size`"),
         (group(rank=2**40), "`$.rank`"),
         (group(timeout_s=1e12), "`$.timeout_s`"),
@@ -227,8 +229,8 @@ def test_a_value_beyond_its_bounds_is_refused_with_its_path(body: object, says: 
         ({"call_id": 1}, "missing required field `type`"),
         ({"type": "ping"}, "missing required field `call_id`"),
         ({"type": "ping", "call_id": "1"}, "Expected `int`, got `str` - at `$.call_id`"),
-        ({**GENERATE, "prompt_ids": [1, "2"]}, "at `$.prompt_ids[1]`"),
-        ({**GENERATE, "sampling": {"top_p": "all"}}, "at `$.sampling.top_p`"),
+        (generate(prompt_ids=[1, "2"]), "at `$.work.prompt_ids[1]`"),
+        (generate(sampling={"top_p": "all"}), "at `$.work.sampling.top_p`"),
         ({**GENERATE, "deadline_s": None}, "at `$.deadline_s`"),
         ([1, 2], "Expected `object`, got `array`"),
         (None, "Expected `object`, got `None`"),

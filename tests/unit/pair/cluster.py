@@ -33,6 +33,7 @@ from pdserve.messages.node import (
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
 from pdserve.messages.timeline import Span
+from pdserve.messages.work import Work
 from pdserve.prefill.scheduler import ToPrefill
 from pdserve.simulation import nodes
 from pdserve.simulation.nodes import Place, Settings
@@ -518,10 +519,13 @@ class Pair:
         message = GenerateRequest(
             request_id=request_id,
             attempt=attempt,
-            prompt_ids=tuple(prompt),
-            output_ids=tuple(output_ids),
-            choices=choices,
-            sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+            work=Work(
+                prompt_ids=tuple(prompt),
+                output_ids=tuple(output_ids),
+                choices=choices,
+                sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+                cache_salt=cache_salt,
+            ),
             prefill_incarnation="" if self.settings.is_colocated else prefill,
             deadline_s=deadline_s,
             stream_interval=stream_interval,
@@ -529,7 +533,6 @@ class Pair:
             was_retracted=was_retracted,
             weight_version=weight_version,
             session_id=session_id,
-            cache_salt=cache_salt,
             session_timeout_s=session_timeout_s,
         )
         self.decode.server.deliver(client, message)

@@ -39,6 +39,7 @@ from pdserve.messages.weights import (
     ReleaseMemory,
     ResumeMemory,
 )
+from pdserve.messages.work import Work
 from pdserve.tests.cluster.helpers import metric
 
 from .cluster import ADDRESS, DecodeNode, Pair, PrefillNode, kv_of, prompt_of
@@ -625,10 +626,7 @@ def test_a_request_that_is_sent_to_a_prefill_node_is_refused() -> None:
     request = GenerateRequest(
         request_id="a",
         attempt=1,
-        prompt_ids=(1,),
-        output_ids=(),
-        choices=(0,),
-        sampling=SamplingParams(),
+        work=Work(prompt_ids=(1,), choices=(0,), sampling=SamplingParams()),
         prefill_incarnation="",
         deadline_s=1.0,
     )

@@ -12,6 +12,7 @@ from pdserve.components.prompt_job import PromptJob
 from pdserve.engine.schedule_batch import ScheduledRow
 from pdserve.messages.peer import PrefillRequest, RoomId
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.prefill.batching import next_chunks as chunks_of
 from pdserve.prefill.job import JobState, PrefillJob
 from pdserve.prefill.last_chunk import LastChunk
@@ -40,16 +41,13 @@ def make_job(
         epoch=1,
         request_id=f"r{counter}",
         attempt=1,
-        prompt_ids=prompt_ids,
-        output_ids=output_ids,
-        choices=choices,
-        sampling=sampling,
+        work=Work(prompt_ids=prompt_ids, output_ids=output_ids, choices=choices, sampling=sampling),
         dest_pages=(),
         num_cached_tokens=0,
         weight_version="v1",
         deadline_s=10.0,
     )
-    prompt = PromptJob.of(message, choices)
+    prompt = PromptJob.of(message.request_id, message.work)
     prompt.num_scheduled = num_scheduled
     return PrefillJob(message=message, prompt=prompt, state=state)
 
@@ -95,13 +93,13 @@ def test_kept_output_counts_as_output() -> None:
     ((_, row),) = next_chunks([job], max_tokens=20, max_rows=1)
     assert (row.num_prompt_tokens, row.num_output_tokens) == (8, 2)
     assert list(row.token_ids[8:]) == [901, 902]
-    assert row.prompt_logprobs_from is None, "the first attempt brought them"
+    assert row.work.prompt_logprobs_from is None, "the first attempt brought them"
 
 
 def test_prompt_logprobs_are_asked_for_from_their_start() -> None:
     job = make_job(sampling=SamplingParams(num_prompt_logprobs=0, prompt_logprobs_start=4))
     ((_, row),) = next_chunks([job], max_tokens=20, max_rows=1)
-    assert row.prompt_logprobs_from == 4
+    assert row.work.prompt_logprobs_from == 4
 
 
 @given(
@@ -123,21 +121,6 @@ def test_every_position_of_every_prompt_is_computed_once_and_sampled_once(
             num_sampled += len(row.choices)
     assert [job.prompt.num_scheduled for job in jobs] == lengths
     assert num_sampled == len(lengths)
-
-
-@pytest.mark.parametrize(
-    ("start", "reusable"), [(None, 9), (0, 0), (1, 0), (2, 1), (9, 8), (10, 9), (11, 9), (99, 9)]
-)
-def test_reusable_tokens(start: int | None, reusable: int) -> None:
-    sampling = SamplingParams(
-        num_prompt_logprobs=None if start is None else 0, prompt_logprobs_start=start or 0
-    )
-    assert make_job(10, sampling=sampling).prompt.reusable_tokens == reusable
-
-
-def test_a_new_attempt_may_reuse_all_but_the_last_token() -> None:
-    sampling = SamplingParams(num_prompt_logprobs=0)
-    assert make_job(10, sampling=sampling, output_ids=(5,)).prompt.reusable_tokens == 9
 
 
 def test_a_last_chunk_is_cut_when_it_pays_and_others_take_the_place() -> None:

@@ -56,6 +56,7 @@ from pdserve.messages.ranks import (
 )
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import TensorSpec
+from pdserve.messages.work import Work
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.ranks.whole_tensors import mapped_tensors
 from pdserve.ranks.worker import run_rank
@@ -131,12 +132,11 @@ class Rank0:
 def forward_batch() -> ForwardBatch:
     row = ScheduledRow(
         row_id="r",
-        token_ids=list(range(1, 41)),
-        num_prompt_tokens=40,
+        work=Work(prompt_ids=tuple(range(1, 41)), choices=(0,), sampling=SamplingParams(temperature=0.0)),
+        token_ids=tuple(range(1, 41)),
         start=0,
         num_tokens=40,
         pages=[0, 1, 2],
-        sampling=SamplingParams(temperature=0.0),
         choices=(0,),
     )
     return ForwardBatch.build(ScheduleBatch((row,)), step=1, config=CONFIG, layout=LAYOUT)

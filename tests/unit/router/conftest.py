@@ -57,6 +57,7 @@ from pdserve.messages.weights import (
     WeightSource,
     WeightsReply,
 )
+from pdserve.messages.work import Work
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
 from pdserve.runtime.timing import Timing
@@ -100,13 +101,17 @@ def make_spec(
     num_choices: int = 1,
     timeout_s: float | None = None,
     priority: int = 0,
+    cache_salt: str = "",
     **sampling: Any,  # noqa: ANN401  the fields of SamplingParams
 ) -> GenerateSpec:
     return GenerateSpec(
         request_id=request_id,
-        prompt_ids=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
-        num_choices=num_choices,
+        work=Work(
+            prompt_ids=prompt,
+            choices=tuple(range(num_choices)),
+            sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+            cache_salt=cache_salt,
+        ),
         stream=True,
         timeout_s=timeout_s,
         priority=priority,
@@ -221,12 +226,12 @@ class FakeLink:
     def abort_attempt(self, cancel: CancelRequest) -> None:
         for request in self.node.requests():
             if (request.request_id, request.attempt) == (cancel.request_id, cancel.attempt):
-                outputs = tuple(self.last_output(request, choice) for choice in request.choices)
+                outputs = tuple(self.last_output(request, choice) for choice in request.work.choices)
                 self.on_stream(TokenOutputs(outputs=outputs))
 
     def last_output(self, request: GenerateRequest, choice: int) -> TokenOutput:
         position = self.num_sent[request.request_id, request.attempt]
-        tokens = expected_tokens(request.prompt_ids, choice, position + self.node.num_withheld)
+        tokens = expected_tokens(request.work.prompt_ids, choice, position + self.node.num_withheld)
         return TokenOutput(
             request_id=request.request_id,
             attempt=request.attempt,
@@ -250,13 +255,13 @@ class FakeLink:
                 )
             self.on_stream(failure)
             return
-        start = len(request.output_ids)
+        start = len(request.work.output_ids)
         limit = self.node.tokens_per_attempt
-        for position in range(start, request.sampling.max_tokens):
+        for position in range(start, request.work.sampling.max_tokens):
             if limit is not None and position - start >= limit:
                 return
             outputs = []
-            for choice in request.choices:
+            for choice in request.work.choices:
                 if any(
                     cancel.attempt == request.attempt
                     and cancel.request_id == request.request_id
@@ -264,8 +269,8 @@ class FakeLink:
                     for cancel in self.node.cancels()
                 ):
                     continue
-                tokens = expected_tokens(request.prompt_ids, choice, position + 1)
-                is_last = position + 1 == request.sampling.max_tokens
+                tokens = expected_tokens(request.work.prompt_ids, choice, position + 1)
+                is_last = position + 1 == request.work.sampling.max_tokens
                 outputs.append(
                     TokenOutput(
                         request_id=request.request_id,

@@ -168,11 +168,11 @@ def test_facts_of_the_prompt_are_kept_once(make: MakeRecord) -> None:
     record = make(num_prompt_logprobs=0)
     logprobs = (None, TokenLogprob(2, -1.0))
     attempt = start(record)
-    assert record.message(attempt, (0,), now=0.0, stream_interval=1).sampling.num_prompt_logprobs == 0
+    assert record.message(attempt, (0,), now=0.0, stream_interval=1).work.sampling.num_prompt_logprobs == 0
     record.on_tokens(tokens(1, 0, 5, prompt_logprobs=logprobs, num_cached_tokens=4, weight_version="v1"), 0.0)
     record.on_failed(failed(1))
     attempt = start(record)
-    assert record.message(attempt, (0,), now=0.0, stream_interval=1).sampling.num_prompt_logprobs is None
+    assert record.message(attempt, (0,), now=0.0, stream_interval=1).work.sampling.num_prompt_logprobs is None
     record.on_tokens(tokens(2, 1, 6, num_cached_tokens=0, weight_version="v1"), 0.0)
     info = record.info
     assert (info.prompt_logprobs, info.num_cached_tokens, info.weight_version) == (logprobs, 4, "v1")
@@ -218,7 +218,7 @@ def test_a_new_attempt_carries_what_was_kept(make: MakeRecord) -> None:
     assert record.num_tokens((0,)) == 5
     attempt = start(record, pair=OTHER)
     message = record.message(attempt, (0,), now=30.0, stream_interval=1)
-    assert (message.attempt, message.prompt_ids, message.output_ids) == (2, (1, 2, 3), (5, 6))
+    assert (message.attempt, message.work.prompt_ids, message.work.output_ids) == (2, (1, 2, 3), (5, 6))
     assert (message.prefill_incarnation, message.deadline_s) == ("q", 70.0)
     assert record.on_tokens(tokens(1, 2, 7), 0.0) is None
     assert record.on_tokens(tokens(2, 2, 7), 0.0) == ChoiceDelta(0, (7,))
@@ -238,8 +238,8 @@ def test_once_there_are_tokens_each_choice_is_tried_again_alone(make: MakeRecord
     assert retried(record.on_failed(failed(1))) == [(0,), (2,)]
     first, second = start(record, 0), start(record, 2)
     assert (first.number, second.number) == (2, 3)
-    assert record.message(first, (0,), now=0.0, stream_interval=1).output_ids == (5,)
-    assert record.message(second, (2,), now=0.0, stream_interval=1).output_ids == ()
+    assert record.message(first, (0,), now=0.0, stream_interval=1).work.output_ids == (5,)
+    assert record.message(second, (2,), now=0.0, stream_interval=1).work.output_ids == ()
     assert record.on_tokens(tokens(2, 0, 9, choice=2), 0.0) is None  # the other choice's attempt
     assert record.on_tokens(tokens(3, 0, 9, choice=2), 0.0) == ChoiceDelta(2, (9,))
 
@@ -283,8 +283,8 @@ def test_what_was_retracted_says_so_from_then_on_and_may_go_back(make: MakeRecor
     assert retry.avoid == ()
     attempt = start(record, pair=OTHER)
     message = record.message(attempt, (0,), now=0.0, stream_interval=1)
-    assert (message.was_retracted, message.output_ids) == (True, (5,))
-    assert record.num_growth_tokens((0,)) == record.spec.sampling.max_tokens - 1
+    assert (message.was_retracted, message.work.output_ids) == (True, (5,))
+    assert record.num_growth_tokens((0,)) == record.spec.work.sampling.max_tokens - 1
     record.on_failed(failed(2))
     attempt = start(record, pair=PAIR)
     assert record.message(attempt, (0,), now=0.0, stream_interval=1).was_retracted

@@ -24,6 +24,7 @@ from pdserve.messages.node import (
 from pdserve.messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, FromServed, KeepWeights, UpdateGroupSpec
+from pdserve.messages.work import Work
 from pdserve.router.attempts import RequestRecord
 from pdserve.router.registry import MAX_NODES
 from pdserve.runtime.errors import RequestError
@@ -74,7 +75,7 @@ async def test_a_request_goes_to_the_decode_node_alone_and_streams(
     assert generation.info.num_attempts == 1
     assert generation.info.weight_version == "v1"
     assert [span.name for span in generation.info.spans] == ["queue", "pairing"]
-    assert [(r.prefill_incarnation, r.choices, r.stream_interval) for r in decode.requests()] == [
+    assert [(r.prefill_incarnation, r.work.choices, r.stream_interval) for r in decode.requests()] == [
         ("p-1", (0,), 1)
     ]
     assert decode.requests()[0].weight_version == "v1"
@@ -162,7 +163,7 @@ async def test_a_retracted_request_goes_on_with_what_it_has(
     reason = "too few pages"
     decode.emit(AttemptFailed(request_id="r", attempt=1, code="retracted", reason=reason, retriable=True))
     assert await read(generation) == {0: expected((1, 2, 3), 0, 8)}
-    assert [(r.was_retracted, len(r.output_ids)) for r in decode.requests()] == [(False, 0), (True, 3)]
+    assert [(r.was_retracted, len(r.work.output_ids)) for r in decode.requests()] == [(False, 0), (True, 3)]
     assert bench.service.counters.attempts["retracted"] == 1
 
 
@@ -192,7 +193,7 @@ async def test_a_decode_node_lost_in_mid_stream_is_continued_elsewhere(
     first.die()
     ids += [token async for delta in stream for token in delta.token_ids]
     assert ids == expected((1, 2, 3), 0, 8)
-    assert second.requests()[0].output_ids == tuple(ids[:3])
+    assert second.requests()[0].work.output_ids == tuple(ids[:3])
     assert second.requests()[0].prefill_incarnation != first.requests()[0].prefill_incarnation
     assert generation.info.num_attempts == 2
     assert bench.service.counters.attempts == {"peer_lost": 1, "ok": 1}
@@ -241,7 +242,7 @@ async def test_choices_of_a_lost_node_are_each_continued_alone(
     second.tokens_per_attempt = None
     first.die()
     assert await read(generation) == {choice: expected((1, 2, 3), choice, 6) for choice in range(3)}
-    assert sorted(request.choices for request in second.requests()) == [(0,), (1,), (2,)]
+    assert sorted(request.work.choices for request in second.requests()) == [(0,), (1,), (2,)]
 
 
 async def test_the_only_decode_node_comes_back_as_another_incarnation(
@@ -712,7 +713,7 @@ async def test_f8_choices_beyond_a_node_s_places_go_in_turns(
     await bench.until(lambda: bench.service.view.workers()[1].load.max_running_requests == 3)
     answer = await read(await bench.service.generate(spec(num_choices=8)))
     assert answer == {choice: expected((1, 2, 3), choice, 8) for choice in range(8)}
-    assert [request.choices for request in decode.requests()] == [(0, 1, 2), (3, 4, 5), (6, 7)]
+    assert [request.work.choices for request in decode.requests()] == [(0, 1, 2), (3, 4, 5), (6, 7)]
 
 
 async def test_f8_choices_beyond_a_node_s_pages_go_in_turns(bench: Bench, spec: Spec) -> None:
@@ -720,7 +721,7 @@ async def test_f8_choices_beyond_a_node_s_pages_go_in_turns(bench: Bench, spec: 
     decode.load = msgspec.structs.replace(decode.load, num_total_pages=8, num_free_pages=8)
     await bench.until(lambda: bench.service.view.workers()[1].load.num_total_pages == 8)
     await read(await bench.service.generate(spec(num_choices=5)))  # 3 + 8 - 1 tokens: 3 pages each
-    assert [request.choices for request in decode.requests()] == [(0, 1), (2, 3), (4,)]
+    assert [request.work.choices for request in decode.requests()] == [(0, 1), (2, 3), (4,)]
 
 
 async def test_f8_choices_that_wait_for_their_turn_end_with_an_abort_or_a_stop(
@@ -763,7 +764,7 @@ async def test_f4_the_smallest_pool_ends_a_length_that_nobody_asked_for(
         await bench.service.register_worker(each.entry.url, each.entry)
     for task in running:
         await read(await task)
-    lengths = {request.request_id: request.sampling.max_tokens for request in decode.requests()}
+    lengths = {request.request_id: request.work.sampling.max_tokens for request in decode.requests()}
     assert lengths == {"default": 26, "short": 5, "floor": 40, "asked": 30}, (
         "28 tokens of KV, 3 of the prompt"
     )
@@ -1383,7 +1384,9 @@ async def test_metrics_count_what_happened(bench: Bench, spec: Spec) -> None:
 
 async def test_unstreamed_requests_come_in_larger_pieces(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
-    spec = GenerateSpec(request_id="r", prompt_ids=(1,), sampling=SamplingParams(max_tokens=2))
+    spec = GenerateSpec(
+        request_id="r", work=Work(prompt_ids=(1,), choices=(0,), sampling=SamplingParams(max_tokens=2))
+    )
     await read(await bench.service.generate(spec))
     request = decode.requests()[0]
     assert isinstance(request, GenerateRequest)
@@ -1425,8 +1428,8 @@ async def test_a_salt_goes_to_the_node_and_into_the_estimates(bench: Bench, spec
     _, decode = await small_cluster(bench)
     prompt = tuple(range(1, 13))
     for name, salt in (("a", "x"), ("b", "y"), ("c", "x")):
-        await read(await bench.service.generate(replace(spec(name, prompt), cache_salt=salt)))
-    assert [request.cache_salt for request in decode.requests()] == ["x", "y", "x"]
+        await read(await bench.service.generate(spec(name, prompt, cache_salt=salt)))
+    assert [request.work.cache_salt for request in decode.requests()] == ["x", "y", "x"]
     ahead = [request.num_prefill_tokens_ahead for request in decode.requests()]
     assert ahead == [12, 12, 1], "nothing is known of what another salt left there"
 

@@ -18,6 +18,7 @@ from pdserve.messages.peer import (
     SampledFirstToken,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 
 LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
 
@@ -72,10 +73,7 @@ class Factory:
             epoch=epoch,
             request_id=f"r{counter}",
             attempt=1,
-            prompt_ids=tuple(range(num_tokens)),
-            output_ids=(),
-            choices=(0,),
-            sampling=SamplingParams(),
+            work=Work(prompt_ids=tuple(range(num_tokens)), choices=(0,), sampling=SamplingParams()),
             dest_pages=tuple(range(10, 10 + self.layout.pages_for(num_tokens))),
             num_cached_tokens=0,
             weight_version="w1",

@@ -17,6 +17,7 @@ import pytest
 
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill, RoomId
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.actions import (
     AdmitRoom,
@@ -228,10 +229,11 @@ class Pair:
             address,
             request_id="r",
             attempt=1,
-            prompt_ids=tuple(range(num_pages * self.make.layout.page_size)),
-            output_ids=(),
-            choices=(0,),
-            sampling=SamplingParams(),
+            work=Work(
+                prompt_ids=tuple(range(num_pages * self.make.layout.page_size)),
+                choices=(0,),
+                sampling=SamplingParams(),
+            ),
             dest_pages=pages,
             num_cached_tokens=num_cached * self.make.layout.page_size,
             deadline_s=20.0,

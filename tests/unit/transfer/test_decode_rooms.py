@@ -25,6 +25,7 @@ from pdserve.messages.peer import (
     RoomId,
 )
 from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.work import Work
 from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.actions import (
     CloseLink,
@@ -81,10 +82,9 @@ class Node:
             P,
             request_id="r",
             attempt=1,
-            prompt_ids=tuple(range(len(pages) * page_size)),
-            output_ids=(),
-            choices=(0,),
-            sampling=SamplingParams(),
+            work=Work(
+                prompt_ids=tuple(range(len(pages) * page_size)), choices=(0,), sampling=SamplingParams()
+            ),
             dest_pages=pages,
             num_cached_tokens=num_cached * page_size,
             deadline_s=deadline_s,
@@ -295,14 +295,12 @@ def test_other_weights_shake_hands_again(node: Node) -> None:
 
 def test_the_request_says_everything(node: Node) -> None:
     page_size = node.make.layout.page_size
+    work = Work(prompt_ids=(1, 2), output_ids=(3,), choices=(1,), sampling=SamplingParams(seed=5))
     room, (action,) = node.rooms.open_room(
         P,
         request_id="r",
         attempt=3,
-        prompt_ids=(1, 2),
-        output_ids=(3,),
-        choices=(1,),
-        sampling=SamplingParams(seed=5),
+        work=work,
         dest_pages=PAGES,
         num_cached_tokens=page_size,
         deadline_s=7.0,
@@ -315,10 +313,7 @@ def test_the_request_says_everything(node: Node) -> None:
             epoch=node.epoch,
             request_id="r",
             attempt=3,
-            prompt_ids=(1, 2),
-            output_ids=(3,),
-            choices=(1,),
-            sampling=SamplingParams(seed=5),
+            work=work,
             dest_pages=PAGES,
             num_cached_tokens=page_size,
             weight_version="w1",

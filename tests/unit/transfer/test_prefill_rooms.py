@@ -23,7 +23,9 @@ from pdserve.messages.peer import (
     RoomFailed,
     RoomId,
 )
+from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.timeline import Span
+from pdserve.messages.work import Work
 from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.actions import (
     AdmitRoom,
@@ -362,6 +364,10 @@ def test_marks_of_decode_incarnations_are_apart(node: Node) -> None:
     assert node.on(node.make.request(9, incarnation="D1"), LINK2) == []  # D2 cannot speak for D1
 
 
+def work(prompt_ids: tuple[int, ...] = tuple(range(40)), choices: tuple[int, ...] = (0,)) -> Work:
+    return Work(prompt_ids=prompt_ids, choices=choices, sampling=SamplingParams())
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "retriable"),
     [
@@ -373,8 +379,8 @@ def test_marks_of_decode_incarnations_are_apart(node: Node) -> None:
         ({"num_cached_tokens": 8}, "invalid", False),
         ({"num_cached_tokens": 48}, "invalid", False),
         ({"num_cached_tokens": -16}, "invalid", False),
-        ({"prompt_ids": (), "dest_pages": ()}, "invalid", False),
-        ({"choices": ()}, "invalid", False),
+        ({"work": work(prompt_ids=()), "dest_pages": ()}, "invalid", False),
+        ({"work": work(choices=())}, "invalid", False),
     ],
 )
 def test_what_cannot_be_done_fails_clean(

@@ -30,7 +30,7 @@ async def test_not_ready_says_why(api: Api) -> None:
 
 async def test_health_generate_makes_one_token(api: Api) -> None:
     assert (await api.get("/health_generate"))[0] == 200
-    sampling = api.generator.specs[0].sampling
+    sampling = api.generator.specs[0].work.sampling
     assert (sampling.max_tokens, sampling.ignore_eos) == (1, True)
     api.generator.refusal = RequestError("the queue is full", status=429, code="queue_full")
     status, answer = await api.get("/health_generate")

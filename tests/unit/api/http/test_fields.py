@@ -105,7 +105,7 @@ async def test_a_strict_server_refuses_them(api: Api, path: str, body: dict[str,
 )
 async def test_a_salt_goes_with_the_request(api: Api, path: str, body: dict[str, object]) -> None:
     assert (await api.post(path, body))[0] == 200
-    assert {spec.cache_salt for spec in api.generator.specs} == {"mine"}
+    assert {spec.work.cache_salt for spec in api.generator.specs} == {"mine"}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ async def client(api: Api) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 def prompt_text(api: Api, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(api.generator.specs[-1].prompt_ids, skip_special_tokens=False)
+    return tokenizer.decode(api.generator.specs[-1].work.prompt_ids, skip_special_tokens=False)
 
 
 async def test_an_answer(api: Api, tokenizer: Tokenizer) -> None:
@@ -41,9 +41,9 @@ async def test_an_answer(api: Api, tokenizer: Tokenizer) -> None:
     assert choice["finish_reason"] == "length"
     prompt = prompt_text(api, tokenizer)
     assert prompt == "<|im_start|>user\nThe fox<|im_end|>\n<|im_start|>assistant\n"
-    num_prompt = len(api.generator.specs[0].prompt_ids)
+    num_prompt = len(api.generator.specs[0].work.prompt_ids)
     assert answer["usage"]["prompt_tokens"] == num_prompt
-    assert api.generator.specs[0].sampling.max_tokens == 256 - num_prompt  # the rest of the context
+    assert api.generator.specs[0].work.sampling.max_tokens == 256 - num_prompt  # the rest of the context
 
 
 async def test_f4_a_default_length_may_shrink_to_what_nodes_have_room_for(api: Api) -> None:
@@ -144,7 +144,7 @@ async def test_a_stream(api: Api, n: int) -> None:
     assert all(part["object"] == "chat.completion.chunk" for part in parts)
     roles = [part for part in parts if "role" in part["choices"][0]["delta"]]
     assert len(roles) == n
-    assert parts[0]["prompt_token_ids"] == list(api.generator.specs[0].prompt_ids)
+    assert parts[0]["prompt_token_ids"] == list(api.generator.specs[0].work.prompt_ids)
     assert parts[0]["prompt_logprobs"][0] is None
     for number in range(n):
         choices = [part["choices"][0] for part in parts if part["choices"][0]["index"] == number]

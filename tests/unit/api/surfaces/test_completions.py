@@ -70,7 +70,7 @@ async def test_nulls_mean_defaults(api: Api) -> None:
     unknown = ("logit_bias", "stream_options", "best_of", "tools", "response_format")
     body = {"model": "org/tiny", "prompt": "The", **dict.fromkeys(fields + unknown)}
     assert (await api.post(PATH, body))[0] == 200
-    sampling = api.generator.specs[0].sampling
+    sampling = api.generator.specs[0].work.sampling
     assert sampling == SamplingParams(temperature=0.6, top_p=0.9, seed=sampling.seed, max_tokens=16)
 
 
@@ -85,7 +85,7 @@ async def test_seeds_of_requests_that_bring_none_follow_from_the_servers(api: Ap
         assert (await api.post(path, body))[0] == 200
     drawn = random.Random(7)
     wanted = [drawn.getrandbits(64), 3, drawn.getrandbits(64)]
-    assert [spec.sampling.seed for spec in api.generator.specs] == wanted
+    assert [spec.work.sampling.seed for spec in api.generator.specs] == wanted
 
 
 async def test_harmless_fields_are_ignored(api: Api) -> None:
@@ -133,8 +133,8 @@ async def test_sampling_reaches_the_generator(api: Api) -> None:
     }
     assert (await api.post(PATH, body))[0] == 200
     spec = api.generator.specs[0]
-    assert (spec.prompt_ids, spec.num_choices, spec.stream, spec.priority) == ((5, 6), 2, False, 4)
-    assert spec.sampling == SamplingParams(
+    assert (spec.work.prompt_ids, spec.work.choices, spec.stream, spec.priority) == ((5, 6), (0, 1), False, 4)
+    assert spec.work.sampling == SamplingParams(
         temperature=0.0,
         top_p=0.5,
         top_k=0,
@@ -154,7 +154,7 @@ async def test_sampling_reaches_the_generator(api: Api) -> None:
 
 async def test_the_default_length_fits_the_context(api: Api) -> None:
     await api.post(PATH, {"prompt": [5] * 250})
-    assert api.generator.specs[0].sampling.max_tokens == 6
+    assert api.generator.specs[0].work.sampling.max_tokens == 6
 
 
 @pytest.mark.parametrize("prompt", [["The quick", "brown"], [[5, 6], [7]]], ids=["texts", "token ids"])
@@ -276,7 +276,7 @@ async def test_max_tokens_0_scores_the_prompt(api: Api, stream: bool) -> None:
     assert choice["logprobs"]["tokens"] == ["The", " quick"]
     assert choice["logprobs"]["token_logprobs"] == [None, -1.0]
     assert choice["logprobs"]["top_logprobs"] == [None, {" quick": -1.0}]
-    assert api.generator.specs[0].sampling.max_tokens == 1
+    assert api.generator.specs[0].work.sampling.max_tokens == 1
 
 
 async def test_a_mere_echo_needs_no_node(api: Api) -> None:

@@ -17,7 +17,7 @@ def states(api: Api) -> Api:
     """The last state of a prompt is (3 × its first id, 4 × its first id)."""
 
     def script(spec: GenerateSpec) -> list[ChoiceDelta]:
-        state = array("f", [3.0 * spec.prompt_ids[0], 4.0 * spec.prompt_ids[0]]).tobytes()
+        state = array("f", [3.0 * spec.work.prompt_ids[0], 4.0 * spec.work.prompt_ids[0]]).tobytes()
         return [ChoiceDelta(0, (7,), (), "length", hidden_states=(state,))]
 
     api.generator.script = script
@@ -36,8 +36,8 @@ async def test_a_vector_of_length_one(states: Api) -> None:
     assert data["embedding"] == pytest.approx([0.6, 0.8])
     assert (data["object"], data["index"]) == ("embedding", 0)
     (spec,) = states.generator.specs
-    assert spec.prompt_ids == (5, 6)
-    assert (spec.sampling.hidden_states, spec.sampling.max_tokens) == ("sampled", 1)
+    assert spec.work.prompt_ids == (5, 6)
+    assert (spec.work.sampling.hidden_states, spec.work.sampling.max_tokens) == ("sampled", 1)
 
 
 async def test_a_batch_in_base64(states: Api) -> None:
@@ -65,7 +65,7 @@ async def test_encode_has_sglangs_shape(states: Api, body: dict[str, Any], is_ba
     assert isinstance(answer, list) == is_batch
     first = answer[0] if is_batch else answer
     assert first["embedding"] == pytest.approx([0.6, 0.8])
-    assert first["meta_info"]["prompt_tokens"] == len(states.generator.specs[0].prompt_ids)
+    assert first["meta_info"]["prompt_tokens"] == len(states.generator.specs[0].work.prompt_ids)
     assert first["meta_info"]["cached_tokens_details"]["device"] == 2
     assert first["meta_info"]["id"] == states.generator.specs[0].request_id
 

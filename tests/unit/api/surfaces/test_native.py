@@ -35,14 +35,14 @@ async def test_an_answer(api: Api) -> None:
         },
     }
     assert api.generator.specs[0].request_id == "r1"
-    assert api.generator.specs[0].sampling.temperature == 0.6
+    assert api.generator.specs[0].work.sampling.temperature == 0.6
 
 
 async def test_put_and_the_default_length(api: Api) -> None:
     async with api.http.put(api.url + PATH, json={"input_ids": [5, 6]}) as answer:
         assert answer.status == 200
-    assert api.generator.specs[0].sampling.max_tokens == 128
-    assert api.generator.specs[0].prompt_ids == (5, 6)
+    assert api.generator.specs[0].work.sampling.max_tokens == 128
+    assert api.generator.specs[0].work.prompt_ids == (5, 6)
 
 
 async def test_fields_of_other_versions_are_ignored(api: Api) -> None:
@@ -98,7 +98,7 @@ async def test_logprobs(api: Api) -> None:
     assert [entry[1] for entry in info["input_token_logprobs"]] == [11, 12]
     assert [len(top) for top in info["output_top_logprobs"]] == [2, 2]
     assert [len(top) for top in info["input_top_logprobs"]] == [2, 2]
-    sampling = api.generator.specs[0].sampling
+    sampling = api.generator.specs[0].work.sampling
     assert (sampling.num_logprobs, sampling.num_prompt_logprobs, sampling.prompt_logprobs_start) == (2, 2, 1)
 
 
@@ -107,7 +107,7 @@ async def test_logprobs_of_the_output_alone(api: Api) -> None:
     assert info["input_token_logprobs"] == []
     assert len(info["output_token_logprobs"]) == 4
     assert info["output_token_logprobs"][0][2] is None
-    assert api.generator.specs[0].sampling.num_prompt_logprobs is None
+    assert api.generator.specs[0].work.sampling.num_prompt_logprobs is None
 
 
 @pytest.mark.parametrize("body", [{"text": ["The", "quick"]}, {"input_ids": [[5], [6, 7]]}], ids=str)
@@ -167,7 +167,7 @@ async def test_hidden_states_have_sglangs_shape(api: Api) -> None:
     body = {"input_ids": [10, 11], "return_hidden_states": True}
     info = (await api.post(PATH, body))[1]["meta_info"]
     assert info["hidden_states"] == [[[-2.0, -1.0], [0.0, 0.0]], [1.0, 0.5], [2.0, 1.0]]
-    assert api.generator.specs[0].sampling.hidden_states == "all"
+    assert api.generator.specs[0].work.sampling.hidden_states == "all"
     assert "hidden_states" not in (await api.post(PATH, {"input_ids": [10, 11]}))[1]["meta_info"]
 
 
@@ -197,7 +197,7 @@ async def test_a_stop_string_cuts_hidden_states_with_the_tokens(api: Api) -> Non
 async def test_f12_the_default_length_is_what_has_room(api: Api) -> None:
     status, _ = await api.post(PATH, {"input_ids": [5] * 200})
     assert status == 200
-    assert api.generator.specs[0].sampling.max_tokens == 56
+    assert api.generator.specs[0].work.sampling.max_tokens == 56
 
 
 @pytest.mark.parametrize("stream", [False, True])

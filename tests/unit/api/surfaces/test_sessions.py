@@ -36,8 +36,8 @@ async def test_a_turn_appends_to_the_one_it_names(api: Api, stream: bool) -> Non
     first = await turn(api, session_id, "a", 5, 6, stream=stream)
     await turn(api, session_id, "b", 7, rid="a", stream=stream)
     specs = api.generator.specs
-    assert specs[0].prompt_ids == (5, 6)
-    assert specs[1].prompt_ids == (5, 6, *first["output_ids"], 7)
+    assert specs[0].work.prompt_ids == (5, 6)
+    assert specs[1].work.prompt_ids == (5, 6, *first["output_ids"], 7)
     assert {spec.session.session_id for spec in specs if spec.session is not None} == {session_id}
     assert first["meta_info"]["id"] == "a"
 
@@ -53,7 +53,7 @@ async def test_incremental_streams_are_turns_too(api: Api) -> None:
     }
     await api.stream("/generate", body)
     await turn(api, session_id, "b", 7, rid="a", offset=3)
-    assert api.generator.specs[1].prompt_ids == (5, *api.generator.token_ids[:2], 7)
+    assert api.generator.specs[1].work.prompt_ids == (5, *api.generator.token_ids[:2], 7)
 
 
 async def test_what_the_client_saw_is_what_the_next_turn_continues(api: Api) -> None:
@@ -67,7 +67,7 @@ async def test_what_the_client_saw_is_what_the_next_turn_continues(api: Api) -> 
     assert len(seen) < len(ids)
     await turn(api, session_id, "b", 7, rid="a")
     first, second = api.generator.specs
-    assert second.prompt_ids == (*first.prompt_ids, *seen, 7)
+    assert second.work.prompt_ids == (*first.work.prompt_ids, *seen, 7)
 
 
 async def test_an_aborted_turn_has_not_happened(api: Api) -> None:
@@ -86,7 +86,10 @@ async def test_a_batch_branches(api: Api) -> None:
     params = [{"id": session_id, "rid": "a"}, {"id": session_id, "rid": "a", "offset": 1}]
     body = {"input_ids": [[6], [7]], "rid": ["b", "c"], "session_params": params}
     assert (await api.post("/generate", body))[0] == 200
-    assert [spec.prompt_ids for spec in api.generator.specs[1:]] == [(5, *first["output_ids"], 6), (5, 7)]
+    assert [spec.work.prompt_ids for spec in api.generator.specs[1:]] == [
+        (5, *first["output_ids"], 6),
+        (5, 7),
+    ]
 
 
 async def test_opening_and_closing(api: Api) -> None:

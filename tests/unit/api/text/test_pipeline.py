@@ -17,6 +17,7 @@ from pdserve.api.text.timelines import Laps, Timelines
 from pdserve.api.text.tokenization import Tokenizer
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.timeline import SpanClock
+from pdserve.messages.work import Work
 from pdserve.tests.unit.api.fakes import FakeGenerator, FakeSessions
 
 
@@ -50,9 +51,13 @@ class Bench:
         return TextJob(
             spec=GenerateSpec(
                 request_id=f"r-{text}",
-                prompt_ids=ids,
-                sampling=SamplingParams(max_tokens=20, num_logprobs=logprobs, num_prompt_logprobs=logprobs),
-                num_choices=num_choices,
+                work=Work(
+                    prompt_ids=ids,
+                    choices=tuple(range(num_choices)),
+                    sampling=SamplingParams(
+                        max_tokens=20, num_logprobs=logprobs, num_prompt_logprobs=logprobs
+                    ),
+                ),
             ),
             options=options or TextOptions(),
             wanted=wanted,
