@@ -229,4 +229,5 @@ def build_router_app(
         root_path=root_path,
         allowed_origins=allowed_origins,
         membership=None if is_open_cluster else MembershipGuard(keys),
+        is_draining=lambda: in_flight.is_draining,
     )

@@ -6,12 +6,10 @@ What uvicorn itself refuses (a line that is not HTTP) never reaches the app and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 UNKNOWN = "unknown"  # a path that no route has: what clients make up must not become labels
 _LABELS = ("model_name", "role", "endpoint", "method", "status_code")
@@ -22,10 +20,17 @@ class HttpAnswers(Collector):
 
     def __init__(self, labels: Callable[[], tuple[str, str]]) -> None:
         self._labels = labels
+        self._exact: frozenset[str] = frozenset()
+        self._prefixes: dict[str, str] = {}  # what stands before a path's parameters -> the path
         self._counts: Counter[tuple[str, str, int]] = Counter()
 
-    def count(self, endpoint: str, method: str, status: int) -> None:
-        self._counts[endpoint, method, status] += 1
+    def know(self, paths: Sequence[str]) -> None:
+        """The routes' paths, with parameters in braces."""
+        self._exact = frozenset(path for path in paths if "{" not in path)
+        self._prefixes = {path.partition("{")[0]: path for path in paths if "{" in path}
+
+    def count(self, path: str, method: str, status: int) -> None:
+        self._counts[self._endpoint(path), method, status] += 1
 
     def describe(self) -> Iterable[Metric]:
         """Nothing to look up while being registered."""
@@ -36,37 +41,6 @@ class HttpAnswers(Collector):
         for (endpoint, method, status), count in sorted(self._counts.items()):
             family.add_metric([*self._labels(), endpoint, method, str(status)], count)
         yield family
-
-
-class CountAnswers:
-    """Counts an answer when its status is known; a failure that no handler turned into one is a 500."""
-
-    def __init__(self, app: ASGIApp, answers: HttpAnswers, paths: Sequence[str]) -> None:
-        self._app = app
-        self._answers = answers
-        self._exact = frozenset(path for path in paths if "{" not in path)
-        self._prefixes = {path.partition("{")[0]: path for path in paths if "{" in path}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        endpoint = self._endpoint(str(scope["path"]).removeprefix(scope.get("root_path", "")))
-        is_answered = False
-
-        async def send_and_count(message: MutableMapping[str, Any]) -> None:
-            nonlocal is_answered
-            if message["type"] == "http.response.start":
-                is_answered = True
-                self._answers.count(endpoint, scope["method"], message["status"])
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_count)
-        except Exception:
-            if not is_answered:
-                self._answers.count(endpoint, scope["method"], 500)
-            raise
 
     def _endpoint(self, path: str) -> str:
         if path in self._exact:

@@ -88,7 +88,7 @@ def install_error_handlers(app: FastAPI) -> None:
                 error_type="server_error",
             )
         )
-        # Starlette answers bugs from outside all middleware, RequestIds included.
+        # Starlette answers bugs from outside all middleware, the gateway included.
         answer.headers["x-request-id"] = request.state.request_id
         return answer
 

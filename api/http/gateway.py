@@ -1,4 +1,4 @@
-"""What every HTTP request passes first: its id, and the API key."""
+"""What every HTTP request passes first, and what every answer is given on its way out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...runtime.cluster_proof import is_same
 from ...runtime.errors import RequestError
 from ...runtime.process import AccessKeys
 from ..request_ids import is_safe_id, new_request_id
+from .answer_counts import HttpAnswers
 from .errors import error_response
 
 # Probes, scrapers and readers of the interface need no key; nor do routers that ask who is there, which show
@@ -35,30 +36,28 @@ OPEN_PATHS = frozenset(
 DOCS_FILES = "/docs/files"  # scripts and styles of that page: ours, so that it needs no other host
 
 
-class RootPath:
-    """The path under which a proxy shows this server, whether or not the proxy takes it off."""
+class Gateway:
+    """Gives each request its id and moment, and each answer the id; counts it when its status is known.
 
-    def __init__(self, app: ASGIApp, root_path: str) -> None:
-        self._app = app
-        self._root_path = root_path
+    ``request.state.request_id``: the client's X-Request-ID or a new one. ``request.state.received_s``: when
+    the request came, monotonic seconds.
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path = scope["path"]
-            if not path.startswith(f"{self._root_path}/"):
-                path = self._root_path + path  # what ASGI calls the path holds the root path
-            scope = {**scope, "root_path": self._root_path, "path": path}
-        await self._app(scope, receive, send)
-
-
-class RequestIds:
-    """``request.state.request_id``: the client's X-Request-ID or a new one. Every answer repeats it.
-
-    ``request.state.received_s``: when the request came, monotonic seconds.
+    `root_path`: under which a proxy shows this server, whether or not the proxy takes it off.
+    `is_draining`: then each answer is the last one of its connection, and says so.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        answers: HttpAnswers,
+        root_path: str = "",
+        is_draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._app = app
+        self._answers = answers
+        self._root_path = root_path
+        self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,94 +65,108 @@ class RequestIds:
             return
         given = _header(scope, b"x-request-id")
         request_id = given if is_safe_id(given) else new_request_id()
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
-        state["received_s"] = time.monotonic()
+        scope.setdefault("state", {}).update(request_id=request_id, received_s=time.monotonic())
+        if self._root_path:
+            scope = self._rooted(scope)
+        method, path = scope["method"], route_path(scope)
+        is_answered = False
 
-        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            nonlocal is_answered
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                is_answered = True
+                self._answers.count(path, method, message["status"])
+                headers = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if self._is_draining():
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, answer)
+        except Exception:
+            if not is_answered:  # no handler has turned it into an answer
+                self._answers.count(path, method, 500)
+            raise
+
+    def _rooted(self, scope: Scope) -> Scope:
+        path = scope["path"]
+        if not path.startswith(f"{self._root_path}/"):
+            path = self._root_path + path  # what ASGI calls the path holds the root path
+        return {**scope, "root_path": self._root_path, "path": path}
 
 
-class ApiKeys:
-    """``Authorization: Bearer KEY`` on everything but the open paths; without keys, no check.
+class Door:
+    """Lets requests in, or tells them why not, before their bodies are read and a route is looked for.
 
+    ``Authorization: Bearer KEY`` on everything but the open paths; without keys, no check.
     ``request.state.client``: the key, where it was checked.
 
     Admin paths take the admin key alone, which opens the others too. Without an admin key they are ordinary
-    paths for whom only this host can reach, and closed for everyone else.
+    paths for whom only this host can reach, and closed for everyone else. `guarded`: (method, path) of what
+    is guarded otherwise.
 
-    `guarded`: (method, path) of what is guarded otherwise.
+    `admit`: asked about each request that wants tokens (`generating_paths`), with the key that its client
+    has shown; most of what comes under overload is refused, which must cost little. Raises RequestError.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        *,
         keys: AccessKeys,
-        admin_paths: Collection[str],
         is_loopback: bool,
+        admin_paths: Collection[str],
         guarded: Sequence[tuple[str, str]] = (),
+        admit: Callable[[str], None] | None = None,
+        generating_paths: Collection[str] = (),
     ) -> None:
         self._app = app
         self._keys = keys
-        self._admin_paths = frozenset(admin_paths)
         self._is_loopback = is_loopback
+        self._admin_paths = frozenset(admin_paths)
         self._guarded = [(method, compile_path(path)[0]) for method, path in guarded]
+        self._admit = admit
+        self._generating_paths = frozenset(generating_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (self._app if refusal is None else error_response(refusal))(scope, receive, send)
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except RequestError as refusal:
+                await error_response(refusal)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> RequestError | None:
+    def _check(self, scope: Scope) -> None:
         path = route_path(scope)
+        self._check_key(scope, path)
+        if self._admit is not None and path in self._generating_paths:
+            self._admit(scope["state"].get("client", ""))
+
+    def _check_key(self, scope: Scope, path: str) -> None:
         if path in OPEN_PATHS or path.startswith(f"{DOCS_FILES}/"):
-            return None
+            return
         if any(method == scope["method"] and pattern.match(path) for method, pattern in self._guarded):
-            return None
+            return
         given = bearer(scope)
         if self._keys.admin and is_same(given, self._keys.admin):
-            return None
+            return
         if path in self._admin_paths:
             if self._keys.admin:
-                return _unauthorized("The admin API key is needed", "invalid_admin_api_key")
+                raise _unauthorized("The admin API key is needed", "invalid_admin_api_key")
             if not self._is_loopback:
-                return RequestError(
+                raise RequestError(
                     f"{path} is an admin route and others than this host can reach it: start the server with "
                     "--admin-api-key, or bind it to loopback.",
                     status=403,
                     code="admin_api_key_not_set",
                     error_type="permission_error",
                 )
-        if self._keys.api and not any(is_same(given, known) for known in self._keys.api):
-            return _unauthorized("A valid API key is needed", "invalid_api_key")
         if self._keys.api:
-            scope.setdefault("state", {})["client"] = given
-        return None
-
-
-class Door:
-    """Requests that ask for tokens come in here or are told when to come again, before their bodies are read.
-
-    It stands outside of the routes, because most of what comes under overload is refused, which must cost
-    little. `admit` gets the key that a client showed and raises RequestError.
-    """
-
-    def __init__(self, app: ASGIApp, admit: Callable[[str], None], paths: Collection[str]) -> None:
-        self._app = app
-        self._admit = admit
-        self._paths = frozenset(paths)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and route_path(scope) in self._paths:
-            try:
-                self._admit(scope["state"].get("client", ""))
-            except RequestError as refusal:
-                await error_response(refusal)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+            if not any(is_same(given, known) for known in self._keys.api):
+                raise _unauthorized("A valid API key is needed", "invalid_api_key")
+            scope["state"]["client"] = given
 
 
 def route_path(scope: Scope) -> str:

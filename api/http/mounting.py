@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,9 +13,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ...runtime.process import AccessKeys
 from ...runtime.version import VERSION
-from .answer_counts import CountAnswers, HttpAnswers
+from .answer_counts import HttpAnswers
 from .errors import install_error_handlers
-from .gateway import DOCS_FILES, ApiKeys, Door, RequestIds, RootPath
+from .gateway import DOCS_FILES, Door, Gateway
 from .membership_guard import Handler, MembershipGuard
 from .openapi import NO_BODIES, Bodies, install_schemas
 
@@ -53,12 +53,14 @@ def make_app(
     root_path: str = "",
     allowed_origins: Sequence[str] = (),
     membership: MembershipGuard | None = None,
+    is_draining: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """`is_loopback`: only this host can reach it, so the admin routes need no key of their own.
 
     `membership`: who may use membership operations; None: whoever may use the others.
 
-    `answers`: where each is counted, those of this app's middleware too.
+    `answers`: where each is counted, those of this app's middleware too. `is_draining`: whether each is the
+    last one of its connection.
 
     `admit`: asked before a request that generates is read, see `Door`; None where no operation does.
 
@@ -92,13 +94,16 @@ def make_app(
                 )
     install_schemas(app, [operation.bodies for operation in operations])
     install_error_handlers(app)
-    admin_paths = [path for operation in operations if operation.is_admin for path in operation.paths]
-    if admit is not None:
-        generating = [path for operation in operations if operation.generates for path in operation.paths]
-        app.add_middleware(Door, admit=admit, paths=generating)
-    app.add_middleware(ApiKeys, keys=keys, admin_paths=admin_paths, is_loopback=is_loopback, guarded=guarded)
-    app.add_middleware(RequestIds)
-    if allowed_origins:  # outermost: a browser's preflight shows no key, and reads refusals too
+    app.add_middleware(
+        Door,
+        keys=keys,
+        is_loopback=is_loopback,
+        admin_paths=_paths(operation for operation in operations if operation.is_admin),
+        guarded=guarded,
+        admit=admit,
+        generating_paths=_paths(operation for operation in operations if operation.generates),
+    )
+    if allowed_origins:  # outside the door: a browser's preflight shows no key, and reads refusals too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=allowed_origins,
@@ -106,8 +111,10 @@ def make_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    paths = [path for operation in operations for path in operation.paths]
-    app.add_middleware(CountAnswers, answers=answers, paths=paths)
-    if root_path:
-        app.add_middleware(RootPath, root_path=root_path)
+    answers.know(_paths(operations))
+    app.add_middleware(Gateway, answers=answers, root_path=root_path, is_draining=is_draining)
     return app
+
+
+def _paths(operations: Iterable[Operation]) -> list[str]:
+    return [path for operation in operations for path in operation.paths]

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import MutableMapping
 from functools import partial
 from types import FrameType
-from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from ...runtime.process import Succession
 from ...runtime.tls import NO_TLS, TlsFiles
@@ -67,24 +64,8 @@ class _AbortsAreMeant(logging.Filter):
         return "returned without completing response" not in record.getMessage()
 
 
-class _LastAnswers:
-    """While the server drains, each answer is the last one of its connection, and says so."""
-
-    def __init__(self, app: ASGIApp, in_flight: InFlightRequests) -> None:
-        self._app = app
-        self._in_flight = in_flight
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_last(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start" and self._in_flight.is_draining:
-                message["headers"] = [*message["headers"], (b"connection", b"close")]
-            await send(message)
-
-        await self._app(scope, receive, send_last)
-
-
 async def serve(
-    app: FastAPI,
+    app: ASGIApp,
     *listeners: socket.socket,
     tls: TlsFiles = NO_TLS,
     in_flight: InFlightRequests | None = None,
@@ -103,7 +84,7 @@ async def serve(
     """
     stop = stop or asyncio.Event()
     config = uvicorn.Config(
-        app if in_flight is None else _LastAnswers(app, in_flight),
+        app,
         ws="none",
         lifespan="off",
         access_log=False,

@@ -13,6 +13,8 @@ import uvloop
 from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 
+from pdserve.api.http.answer_counts import HttpAnswers
+from pdserve.api.http.gateway import Gateway
 from pdserve.api.http.in_flight import InFlightRequests
 from pdserve.api.http.protocol import HeadWithBody
 from pdserve.api.http.server import serve
@@ -25,6 +27,9 @@ from pdserve.tests.certificates import Certificates
 
 def app_of(in_flight: InFlightRequests) -> FastAPI:
     app = FastAPI()
+    app.add_middleware(
+        Gateway, answers=HttpAnswers(lambda: ("tiny", "router")), is_draining=lambda: in_flight.is_draining
+    )
 
     @app.get("/")
     async def draining(_: Request) -> Response:
