@@ -24,17 +24,16 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from .runtime.cluster_secret import new_secret
-from .runtime.config import (
-    DEFAULT_PORTS,
-    NodeConfig,
-    RouterConfig,
+from .runtime.command_line import (
     add_flags,
     forwarded_flags,
     node_config,
     resolve,
     router_config,
     suggestion,
+    up_config,
 )
+from .runtime.config import DEFAULT_PORTS, SECRET_FIELDS, NodeConfig, RouterConfig
 from .runtime.direct_http import open_url
 from .runtime.errors import StartupError
 from .runtime.foreign_flags import without_effect
@@ -56,8 +55,6 @@ from .runtime.timing import UNSCALED
 from .runtime.tls import TlsFiles, Trust
 from .runtime.version import VERSION
 
-_MAX_NICE = 19  # of Linux
-_SECRETS = ("api_key", "admin_api_key", "cluster_secret_file")  # not for command lines, which `ps` shows
 _ANNOUNCEMENTS = 120
 _ANNOUNCEMENT_INTERVAL_S = 0.5
 _Config = TypeVar("_Config", bound=RouterConfig | NodeConfig)
@@ -366,15 +363,10 @@ def _doctor(given: dict[str, Any]) -> int:
 def _up(given: dict[str, Any]) -> int:
     config = router_config(given)
     _begin_log("up", config, given)
-    is_colocated = bool(resolve("decode", given)["colocated"])
-    counts = resolve("up", given)
-    num_prefill = 0 if is_colocated else counts["num_prefill"]
-    num_decode = counts["num_decode"]
-    if num_decode < 1 or (num_prefill < 1 and not is_colocated):
-        raise StartupError("--num-prefill and --num-decode must be 1 or more (or use --colocated)")
-
-    if not 0 <= counts["nodes_nice"] <= _MAX_NICE:
-        raise StartupError(f"--nodes-nice must be 0 to {_MAX_NICE}")
+    starts, is_colocated = up_config(given), bool(resolve("decode", given)["colocated"])
+    num_prefill, num_decode = 0 if is_colocated else starts.num_prefill, starts.num_decode
+    if num_prefill < 1 and not is_colocated:
+        raise StartupError("--num-prefill 0: 1 or more is expected, or --colocated")
 
     listener = _listener(given, "router", config)
     admin_key = config.admin_api_key
@@ -390,12 +382,11 @@ def _up(given: dict[str, Any]) -> int:
         if count:
             of_node = _for_child(node_config(role, given), given, folders)
             nodes += [
-                _node_child(
-                    role, i, of_node, url, num_threads, counts["nodes_nice"], config.timing.node_grace_s
-                )
+                _node_child(role, i, of_node, url, num_threads, starts.nodes_nice, config.timing.node_grace_s)
                 for i in range(count)
             ]
-    router = _router_child(_for_child(config, given, folders), listener)  # last, as it needs no weights
+    of_router = _for_child(config, given, folders)  # last, as it needs no weights
+    router = _router_child(of_router, listener, config.drain_timeout + 5.0)
     children = [router, *nodes]
 
     keys = AccessKeys(config.api_key, admin_key)
@@ -443,10 +434,9 @@ def _stop_saying() -> None:
     os.close(nowhere)
 
 
-def _router_child(given: Mapping[str, Any], listener: socket.socket) -> Child:
-    flags = forwarded_flags(given, "router", dropped=("host", "port", *_SECRETS))
+def _router_child(given: Mapping[str, Any], listener: socket.socket, grace_s: float) -> Child:
+    flags = forwarded_flags(given, "router", dropped=("host", "port", *SECRET_FIELDS))
     arguments = ["router", *flags, "--listen-fd", str(listener.fileno())]
-    grace_s = float(resolve("router", given)["drain_timeout"]) + 5.0
     return Child("router", arguments, grace_s, listener=listener, keys=_keys(given))
 
 
@@ -459,7 +449,7 @@ def _node_child(
     nice: int,
     grace_s: float,
 ) -> Child:
-    flags = forwarded_flags(given, role, dropped=("port", *_SECRETS))
+    flags = forwarded_flags(given, role, dropped=("port", *SECRET_FIELDS))
     if resolve(role, given)["num_threads"] is None:
         flags += ["--num-threads", str(num_threads)]
     arguments = [role, *flags, "--port", "0", "--router", router_url]

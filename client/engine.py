@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, Unpack, overload
 
 from ..runtime.cluster_process import ClusterProcess
-from ..runtime.config import arguments_of
+from ..runtime.command_line import arguments_of
 from ..runtime.errors import PdserveError, StartupError
 from ..runtime.process import AccessKeys
 from ..runtime.tls import TlsFiles, Trust

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from ..runtime.logs import LogLevel
 from ..runtime.pause_gate import PauseMode
 from .bounds import Count, Finite, Int64, Name, Number, Path, Rank, Seconds, Text
 
@@ -28,7 +29,6 @@ MAX_FORWARD_SLEEP_S = 60.0
 DEFAULT_PROFILE_STEPS = 32
 MAX_PROFILE_STEPS = 256
 
-LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 Activity: TypeAlias = Literal["CPU", "GPU"]
 ProfileSteps: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_PROFILE_STEPS)]  # forwards
 ProfileId: TypeAlias = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,100}\Z")]

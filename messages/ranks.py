@@ -12,9 +12,10 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from ..runtime.logs import LogLevel
 from .bounds import Blob, Count, Handles, Name, Number, Pages, Path, Positive, Rank, Text, WorldSize
 from .memory_region import MemoryRegion
-from .operation import LogLevel, StartProfile
+from .operation import StartProfile
 from .weights import MemoryTags
 
 # ---- rank 0 to a further rank -----------------------------------------------------------------------

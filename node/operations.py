@@ -20,14 +20,13 @@ from ..messages.operation import (
     GetInternalState,
     InternalState,
     InternalStateReply,
-    LogLevel,
     ProfileReply,
     SetInternalState,
     SlowDown,
     StartProfile,
     StopProfile,
 )
-from ..runtime.logs import log_level, set_log_level
+from ..runtime.logs import LogLevel, log_level, set_log_level
 from .live_settings import LiveSettings
 from .loop_times import LoopTimes
 from .profiler import Traces

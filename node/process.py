@@ -348,7 +348,7 @@ def start_node(
         rank_config = shard.config(model.config)
         operators, arithmetic = EAGER, ""
         if config.deterministic:
-            found = survey_with_threads(rank_config, model.weights, rank_threads(config))
+            found = survey_with_threads(rank_config, model.weights, config.rank_threads)
             operators, arithmetic = deterministic(found), found.arithmetic
             heights = ", ".join(map(str, found.heights))
             _log.info("deterministic: arithmetic %s, row tiles of %s", arithmetic, heights)
@@ -357,7 +357,7 @@ def start_node(
         )
         own_profiler = StepProfiler(trace_name)
         share = None if ranks is None else ranks.forward
-        engine = EngineThread(runner, rank_threads(config), share=share, profiler=own_profiler)
+        engine = EngineThread(runner, config.rank_threads, share=share, profiler=own_profiler)
         jobs, image_jobs = JobThread(), JobThread("image jobs")
         undo.pop_all()  # nothing below fails
 
@@ -460,11 +460,6 @@ def start_node(
     )
 
 
-def rank_threads(config: NodeConfig) -> int:
-    """Of each rank's engine."""
-    return max(1, config.num_threads // config.tensor_parallel_size)
-
-
 def _transport(config: NodeConfig) -> str:
     return "shm" if config.transfer_backend == "shm" else config.transport
 
@@ -487,7 +482,7 @@ def _start_ranks(
             ib_device=config.ib_device,
             faults=config.faulty,
             deterministic=config.deterministic,
-            num_threads=rank_threads(config),
+            num_threads=config.rank_threads,
             rendezvous=rendezvous,
             trace_name=f"{trace_name}-rank{rank}",
         )

@@ -11,7 +11,7 @@ from ..messages.kv_layout import KVLayout
 from ..messages.memory_region import MemoryRegion
 from ..messages.node import ModelInfo, NodeEntry, NodeLoad, Pong, RankInfo, ServerInfoReply, renewed
 from ..messages.peer import PeerIdentity
-from ..runtime.config import NodeConfig
+from ..runtime.config import SECRET_FIELDS, NodeConfig
 
 
 def announce(status: NodeStatus, identity: PeerIdentity, *, is_released: bool) -> PeerIdentity:
@@ -42,10 +42,10 @@ class NodeStatus:
         self._ranks = ranks
         self._is_released = False
         self._config = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(config).items()
+            if name not in SECRET_FIELDS
         }
-        for secret in ("api_key", "admin_api_key", "cluster_secret"):
-            self._config.pop(secret)
 
     def shown(self, identity: PeerIdentity) -> PeerIdentity:
         """What peers are told: a node whose memory is released has no model that another one could have."""

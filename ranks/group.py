@@ -28,7 +28,7 @@ from ..engine.forward_batch import ForwardBatch
 from ..engine.tensor_parallel import RankCollective, Shard
 from ..messages.malformed import Head, MalformedMessage
 from ..messages.memory_region import MemoryRegion
-from ..messages.operation import LogLevel, StartProfile
+from ..messages.operation import StartProfile
 from ..messages.pipe import Pipe
 from ..messages.ranks import (
     CheckShard,
@@ -59,6 +59,7 @@ from ..messages.ranks import (
 )
 from ..messages.weights import MemoryTag
 from ..runtime.errors import BrokenInvariantError, StartupError
+from ..runtime.logs import LogLevel
 from ..runtime.process import end, obituary, spawn, wait_or_kill
 from ..runtime.timing import Timing
 from ..runtime.waiting import Waiter

@@ -1,37 +1,120 @@
-"""One flag: its names, which values it takes, and how they are read from a command line or a file."""
+"""A flag: its names, which values it takes, and how they are read from a command line or a file.
+
+It is made from a field of a dataclass, by the field's name, type and default, and by what `flag` adds.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, dataclass
 from decimal import Decimal
-from typing import Any
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Union,
+    Unpack,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 # 4096, 32K and 32k, 1.5k; the decimals of vLLM's human_readable_int
 _COUNT = re.compile(r"(-?[0-9]{1,18})([KMG]?)|([0-9]{1,12}(?:\.[0-9]{1,12})?)([kmg])", re.ASCII)
 
 
+# Of a value: what is wrong with it, as the end of a line that begins with the flag; empty where nothing is.
+Fault: TypeAlias = Callable[[Any], str]
+T = TypeVar("T")
+
+
+def no_fault(value: object) -> str:
+    del value
+    return ""
+
+
+def within(low: float, high: float = math.inf, *, why: str = "") -> Fault:
+    """Both are taken, infinity is not."""
+    wanted = f"{low:g} or more is expected" if high == math.inf else f"{low:g} to {high:g} is expected"
+
+    def fault(value: float) -> str:
+        return "" if low <= value <= high and value < math.inf else f" {value}: {wanted}{why}"
+
+    return fault
+
+
+def above_0(value: float) -> str:
+    return "" if 0 < value < math.inf else f" {value}: a number above 0 is expected"
+
+
+class FlagOptions(TypedDict, total=False):
+    """What is said of a flag, where it is not as usual."""
+
+    fault: Fault  # of one value of a repeatable one
+    spellings: tuple[tuple[str, str], ...]  # another word for a choice, and the choice
+    is_positional: bool
+    takes_json_list: bool  # of a repeatable one, as vLLM writes it
+    takes_several: bool  # of a repeatable one: values up to the next flag
+    takes_suffix: bool  # of an int: 32k is 32000, 32K is 32768
+    metavar: str  # S, N, X or URL where it is not given
+    is_hidden: bool  # from the help
+    is_secret: bool
+
+
+def flag(default: T, help: str, *aliases: str, **options: Unpack[FlagOptions]) -> T:
+    """A field of Settings that is a flag. `aliases`: of vLLM and SGLang."""
+    metadata = {"help": help, "aliases": aliases, "options": options}
+    field: T = dataclasses.field(default=default, metadata=metadata)
+    return field
+
+
+def flag_found_at_start(find: Callable[[], T], help: str, *aliases: str, **options: Unpack[FlagOptions]) -> T:
+    """Likewise, of which the default is found at start."""
+    metadata = {"help": help, "aliases": aliases, "options": options}
+    field: T = dataclasses.field(default_factory=find, metadata=metadata)
+    return field
+
+
+class Settings:
+    """What one owner is told: base of frozen dataclasses, whose docstrings are the titles in a help."""
+
+    roles: ClassVar[frozenset[str]]  # that take its flags
+
+    def check(self) -> None:
+        """Raises StartupError where its fields contradict one another."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flag:
-    """One setting. ``names[0]`` gives the field's name; the others are aliases of vLLM and SGLang."""
+    """One setting. ``names[0]`` is the field's name; the others are aliases."""
 
     names: tuple[str, ...]
     roles: frozenset[str]
+    group: str  # the title above it in a help
     help: str
-    default: Any = None
-    kind: type = str
-    choices: tuple[str, ...] = ()
-    spellings: tuple[tuple[str, str], ...] = ()  # another word for a choice, and the choice
-    repeatable: bool = False
-    positional: bool = False
-    takes_json_list: bool = False  # of a repeatable one, as vLLM writes it
-    takes_several: bool = False  # of a repeatable one: values up to the next flag
-    takes_suffix: bool = False  # of an int: 32k is 32000, 32K is 32768
-    metavar: str = ""  # S, N, X or URL where empty
-    is_hidden: bool = False  # from the help
+    default: Any  # None: there is none, or it is found at start
+    kind: type
+    choices: tuple[str, ...]
+    repeatable: bool
+    # See FlagOptions.
+    fault: Fault = no_fault
+    spellings: tuple[tuple[str, str], ...] = ()
+    is_positional: bool = False
+    takes_json_list: bool = False
+    takes_several: bool = False
+    takes_suffix: bool = False
+    metavar: str = ""
+    is_hidden: bool = False
+    is_secret: bool = False
 
     @property
     def field(self) -> str:
@@ -62,7 +145,14 @@ class Flag:
         is_number = self.kind is float and isinstance(value, int)
         return (is_number or isinstance(value, self.kind)) and (not self.choices or value in self.choices)
 
-    def declare(self, parser: argparse.ArgumentParser) -> None:
+    def complaint(self, value: object) -> str:
+        """About a value as `read` gives it, or the first of several that is wrong; empty where none is."""
+        if value is None:
+            return ""
+        items = value if self.repeatable and isinstance(value, list | tuple) else (value,)
+        return next((f"{self.names[0]}{fault}" for item in items if (fault := self.fault(item))), "")
+
+    def declare(self, group: argparse._ArgumentGroup) -> None:
         """To argparse. What is not given is absent from the namespace."""
         options: dict[str, Any] = {
             "dest": self.field,
@@ -82,11 +172,7 @@ class Flag:
                 options |= {"action": "extend", "nargs": "+"}
             elif self.repeatable:
                 options["action"] = "append"
-        parser.add_argument(*self.names, **options)
-        if self.positional:
-            parser.add_argument(
-                "model_positional", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=self.help
-            )
+        group.add_argument(*self.names, **options)
 
     def arguments(self, value: object) -> list[str]:
         """Of a command line that gives it this value; one of a repeatable flag's."""
@@ -106,8 +192,39 @@ class Flag:
     def _help_text(self) -> str:
         if self.is_hidden:
             return argparse.SUPPRESS
-        shown = self.default not in (None, (), "", False) and not self.positional
+        shown = self.default not in (None, (), "", False) and not self.is_positional
         return f"{self.help} (default: {self.default})" if shown else self.help
+
+
+def flags_of(owner: type[Settings]) -> Iterator[Flag]:
+    """One for each field of the dataclass `owner` that is a flag."""
+    types_of_fields = get_type_hints(owner)
+    for each in dataclasses.fields(owner):  # type: ignore[arg-type]  # it is a dataclass
+        if not each.metadata:
+            continue
+        kind, choices, repeatable = _kind(types_of_fields[each.name])
+        yield Flag(
+            names=(f"--{each.name.replace('_', '-')}", *each.metadata["aliases"]),
+            roles=owner.roles,
+            group=owner.__doc__ or "",
+            help=each.metadata["help"],
+            default=None if each.default is MISSING else each.default,
+            kind=kind,
+            choices=choices,
+            repeatable=repeatable,
+            **each.metadata["options"],
+        )
+
+
+def _kind(hint: Any) -> tuple[type, tuple[str, ...], bool]:  # noqa: ANN401  a type, or what stands for one
+    """Of a field's type: that of one value, the only values, and whether there may be several."""
+    if get_origin(hint) in (Union, types.UnionType):  # X | None
+        (hint,) = (each for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) is tuple:  # tuple[X, ...]
+        return get_args(hint)[0], (), True
+    if get_origin(hint) is Literal:
+        return str, get_args(hint), False
+    return hint, (), False
 
 
 def read_count(text: str) -> int:

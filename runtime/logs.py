@@ -6,8 +6,11 @@ import json
 import logging
 import sys
 import time
+from typing import Literal, TypeAlias, get_args
 
-LEVELS = ("debug", "info", "warning", "error")
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+LogFormat: TypeAlias = Literal["text", "json"]
+LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
 
 
 class _TextFormatter(logging.Formatter):

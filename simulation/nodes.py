@@ -46,7 +46,8 @@ from ..prefill.assembly import PrefillEdges
 from ..prefill.job import JobState
 from ..prefill.limits import PrefillLimits
 from ..prefill.scheduler import ToPrefill
-from ..runtime.config import VerifyPages, node_config
+from ..runtime.command_line import node_config
+from ..runtime.config import VerifyPages
 from ..runtime.containment import Containment
 from ..runtime.errors import StartupError
 from ..runtime.timing import UNSCALED

@@ -21,14 +21,13 @@ from ...messages.operation import (
     ClusterOperation,
     ConfigureLogging,
     FreezeGc,
-    LogLevel,
     ProfileSteps,
     SetInternalState,
     SettingValue,
     SlowDown,
     StartProfile,
 )
-from ...runtime.logs import set_log_level
+from ...runtime.logs import LogLevel, set_log_level
 from ..generation import AdminReply
 from ..http.answers import json_response, outcome
 from ..http.bodies import BodyLimits, parse_request, read_object

@@ -19,7 +19,8 @@ import pytest
 from pdserve import cli, doctor
 from pdserve.runtime import hub
 from pdserve.runtime.cluster_secret import SECRET_VARIABLE
-from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, add_flags
+from pdserve.runtime.command_line import add_flags
+from pdserve.runtime.config import FLAGS, SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.listen import bind_http
 from pdserve.runtime.process import usable_cores
@@ -76,7 +77,7 @@ def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[s
 
 def test_serve_is_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--num-decode", "0", "--port", "0"]) == 1
-    assert capsys.readouterr().err.startswith("pdserve up: --num-prefill and --num-decode")
+    assert capsys.readouterr().err.startswith("pdserve up: --num-decode 0: 1 or more is expected")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -181,11 +182,11 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("arguments", [("--num-decode", "0"), ("--num-prefill", "0")])
 def test_a_cluster_needs_nodes(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--num-prefill and --num-decode" in failure(capsys, "up", "--port", "0", *arguments)
+    assert f"{' '.join(arguments)}: 1 or more is expected" in failure(capsys, "up", "--port", "0", *arguments)
 
 
 def test_nodes_step_back_and_never_forward(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--nodes-nice must be 0 to 19" in failure(capsys, "up", "--port", "0", "--nodes-nice=-1")
+    assert "--nodes-nice -1: 0 to 19 is expected" in failure(capsys, "up", "--port", "0", "--nodes-nice=-1")
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

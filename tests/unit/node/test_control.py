@@ -46,7 +46,7 @@ from pdserve.node.loop_times import LoopTimes
 from pdserve.node.memory_occupation import Announced, MemoryOccupation
 from pdserve.node.operations import NodeOperations
 from pdserve.node.status import NodeStatus
-from pdserve.runtime.config import node_config
+from pdserve.runtime.command_line import node_config
 from pdserve.runtime.errors import StartupError
 from pdserve.simulation.side_work import NoProfiler
 from pdserve.transfer.backends.shm import ShmBackend

@@ -18,7 +18,6 @@ from pdserve.messages.operation import (
     GetInternalState,
     InternalState,
     InternalStateReply,
-    LogLevel,
     ProfileReply,
     SlowDown,
     StartProfile,
@@ -29,7 +28,7 @@ from pdserve.node.loop_times import LoopTimes
 from pdserve.node.operations import NodeOperations, ToNodeOperations
 from pdserve.node.profiler import Traces
 from pdserve.runtime.errors import PdserveError, StartupError
-from pdserve.runtime.logs import log_level
+from pdserve.runtime.logs import LogLevel, log_level
 
 pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 LINK = b"link"

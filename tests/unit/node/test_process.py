@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.models.paths import ModelPaths
 from pdserve.node import process
-from pdserve.runtime.config import SHIPPED_MODEL, node_config
+from pdserve.runtime.command_line import node_config
+from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError
 from pdserve.weights.loaded import load_replacement
 

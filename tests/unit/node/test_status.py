@@ -11,7 +11,7 @@ from pdserve.messages.codec import Codec
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.node import ModelInfo, NodeEntry, NodeLoad, NodeToClient, RankInfo
 from pdserve.node.status import NodeStatus
-from pdserve.runtime.config import node_config
+from pdserve.runtime.command_line import node_config
 
 LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
 ENTRY = NodeEntry(
@@ -57,7 +57,7 @@ def test_server_info_has_every_flag_but_the_secrets(status: NodeStatus) -> None:
     assert (info.kv_layout, info.transport, info.ranks) == (LAYOUT, "tcp", RANKS)
     assert info.config["router"] == ["http://r:1"]
     names = {field.name for field in dataclasses.fields(node_config("decode", {}))}
-    assert set(info.config) == names - {"api_key", "admin_api_key", "cluster_secret"}
+    assert set(info.config) == names - {"api_key", "admin_api_key", "cluster_secret", "cluster_secret_file"}
     assert SECRET.encode() not in msgspec.json.encode(info)
 
 

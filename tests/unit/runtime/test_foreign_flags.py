@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pdserve.runtime.config import FLAGS, add_flags, arguments_of, node_config, router_config
+from pdserve.runtime.command_line import add_flags, arguments_of, node_config, router_config
+from pdserve.runtime.config import FLAGS
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.foreign_flags import FOREIGN_FIELD, foreign_names, without_effect
 
