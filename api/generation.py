@@ -13,6 +13,7 @@ import msgspec
 
 from ..messages.bounds import Int64
 from ..messages.node import FinishReason, NodeEntry, NodeLoad
+from ..messages.report import NOTHING_TOLD, PromptReport
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span
 from ..messages.work import Work
@@ -114,9 +115,7 @@ class WeightSpan:
 class GenerationInfo:
     """Facts of one generation that fill up while it runs; complete when the iterator has ended."""
 
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # set before the first delta
-    prompt_hidden_states: bytes = b""  # likewise: float32, [prompt tokens, hidden size]
-    num_cached_tokens: int = 0
+    report: PromptReport = NOTHING_TOLD  # on the prompt: set before the first delta that has a token
     weight_version: str = ""  # that it began with
     weight_spans: dict[int, list[WeightSpan]] = field(default_factory=dict)  # by choice
     num_attempts: int = 1

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from ..messages.node import AttemptFailed, FailureCode, Finish, TokenOutput, TokenOutputs
+from ..messages.report import PromptReport, SampledToken
 from ..messages.sampling import TokenLogprob
 from ..messages.timeline import Span
 from ..runtime.errors import BrokenInvariantError
@@ -57,9 +58,7 @@ class _Attempt:
     weight_version: str
     choices: dict[int, _Choice]
     first_choice: int  # its opening message carries what is of the prompt
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    prompt_hidden_states: bytes = b""
-    num_cached_tokens: int = 0
+    report: PromptReport | None = None  # once the prompt is computed
     failure: AttemptFailed | None = None
     spans: list[Span] = field(default_factory=list)
     num_spans_sent: int = 0
@@ -75,9 +74,9 @@ class OutputStreamer:
     `send(client, message)` must neither block nor raise for a client that is gone. `grace_s` is how long a
     closed attempt can be asked for again.
 
-    The first message of a choice (the one that starts at its base position) also carries the weight version
-    and the number of cached tokens; that of the attempt's first choice carries the prompt's logprobs and
-    hidden states. They go out once, then, unless that very message is asked for again.
+    The first message of a choice (the one that starts at its base position) also carries the weight version;
+    that of the attempt's first choice carries the report on the prompt. They go out once, then, unless that
+    very message is asked for again.
     """
 
     def __init__(self, send: Send, *, grace_s: float) -> None:
@@ -135,36 +134,20 @@ class OutputStreamer:
             first_choice=choices[0],
         )
 
-    def prompt_done(
-        self,
-        key: StreamKey,
-        *,
-        num_cached_tokens: int = 0,
-        prompt_logprobs: Sequence[TokenLogprob | None] = (),
-        prompt_hidden_states: bytes = b"",
-    ) -> None:
-        """What is known once the prompt is computed. Call it before the first `append`."""
-        attempt = self._open_attempt(key)
-        attempt.num_cached_tokens = num_cached_tokens
-        attempt.prompt_logprobs = tuple(prompt_logprobs)
-        attempt.prompt_hidden_states = prompt_hidden_states
+    def prompt_done(self, key: StreamKey, report: PromptReport) -> None:
+        """The prompt is computed. Call it before the first `append`."""
+        self._open_attempt(key).report = report
 
-    def append(
-        self,
-        key: StreamKey,
-        choice: int,
-        token_id: int,
-        logprob: TokenLogprob | None = None,
-        hidden_state: bytes = b"",
-    ) -> None:
-        """One token more. Either all tokens of a choice come with a logprob or none does, and with the
+    def append(self, key: StreamKey, token: SampledToken) -> None:
+        """One token more of a choice. Either all of its tokens come with a logprob or none does, and with the
         hidden state either all or none."""
+        choice, logprob, hidden_state = token.choice, token.logprob, token.hidden_state
         record = self._unfinished(key, choice)
         if bool(record.token_ids) and bool(record.logprobs) != (logprob is not None):
             raise StreamStateError(f"{key} choice {choice}: logprobs for some tokens only")
         if bool(record.token_ids) and bool(record.hidden_states) != bool(hidden_state):
             raise StreamStateError(f"{key} choice {choice}: hidden states for some tokens only")
-        record.token_ids.append(token_id)
+        record.token_ids.append(token.token_id)
         if hidden_state:
             record.hidden_states.append(hidden_state)
         if logprob is not None:
@@ -282,9 +265,7 @@ class OutputStreamer:
             token_ids=tuple(record.token_ids[start:]),
             logprobs=tuple(record.logprobs[start:]),
             hidden_states=tuple(record.hidden_states[start:]),
-            prompt_logprobs=attempt.prompt_logprobs if has_prompt else (),
-            prompt_hidden_states=attempt.prompt_hidden_states if has_prompt else b"",
-            num_cached_tokens=attempt.num_cached_tokens if is_opening else 0,
+            report=attempt.report if has_prompt else None,
             weight_version=attempt.weight_version if is_opening else "",
             finish=finish,
             spans=spans,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 from ..engine.forward_batch import RowOutput
 from ..engine.schedule_batch import ScheduledRow
-from ..messages.sampling import TokenLogprob
+from ..messages.report import PromptReport
 from ..messages.work import Work
 
 
@@ -29,8 +30,7 @@ class PromptJob:
     num_computed: int = 0
     num_scheduled: int = 0
     num_forwards: int = 0  # on the engine thread right now
-    logprobs: list[TokenLogprob | None] = field(default_factory=list)  # of the prompt, where asked for
-    hidden_states: list[bytes] = field(default_factory=list)  # of each chunk, where asked for
+    reports: list[PromptReport] = field(default_factory=list)  # on each chunk
 
     @classmethod
     def of(cls, request_id: str, work: Work) -> PromptJob:
@@ -71,7 +71,13 @@ class PromptJob:
         """This chunk's forward is done."""
         self.num_forwards -= 1
         self.num_computed += row.num_tokens
-        if self.work.prompt_logprobs_from == 0 and row.start == 0:
-            self.logprobs.append(None)  # nothing precedes the first token
-        self.logprobs += result.prompt_logprobs
-        self.hidden_states.append(result.prompt_hidden_states)
+        self.reports.append(result.report)
+
+    def report(self) -> PromptReport:
+        """On all of the prompt, when its last chunk is computed."""
+        first = (None,) if self.work.prompt_logprobs_from == 0 else ()  # nothing precedes the first token
+        return PromptReport(
+            logprobs=(*first, *chain.from_iterable(report.logprobs for report in self.reports)),
+            hidden_states=b"".join(report.hidden_states for report in self.reports),
+            num_cached_tokens=min(self.num_cached, len(self.work.prompt_ids)),
+        )

@@ -180,19 +180,14 @@ class Handoffs:
         """Streamed at once, while the last pages are in flight."""
         handoff, message = self._handoffs[action.room], action.message
         request = handoff.request
-        num_computed = request.work.num_tokens - message.num_cached_tokens
+        num_computed = sum(span.num_tokens for span in message.spans)
         self._local_prefill.measured_prefill(num_computed, duration_of("prefill_chunk", message.spans))
         self._timeline.prefilled(request, message.spans, self._address_of(request))
-        self._outputs.prompt_done(
-            request,
-            num_cached_tokens=message.num_cached_tokens,
-            logprobs=message.prompt_logprobs,
-            hidden_states=message.prompt_hidden_states,
-        )
+        self._outputs.prompt_done(request, message.report)
         by_choice = {sequence.choice: sequence for sequence in request.live_sequences}
         for sampled in message.tokens:
             if (sequence := by_choice.get(sampled.choice)) is not None:
-                self._outputs.take(request, sequence, sampled, message.hidden_state)
+                self._outputs.take(request, sequence, sampled)
                 if sequence.is_finished:
                     self._pages.free(request, sequence)
         if not request.live_sequences:

@@ -9,10 +9,8 @@ import msgspec
 
 from ..components.output_streamer import OutputStreamer, StreamKey
 from ..components.stop_conditions import check_finish
-from ..engine.forward_batch import SampledToken
 from ..messages.node import AttemptFailed, FailureCode, Finish, GenerateRequest, ResendFrom
-from ..messages.peer import SampledFirstToken
-from ..messages.sampling import TokenLogprob
+from ..messages.report import PromptReport, SampledToken
 from .sequence import DecodeRequest, Sequence
 from .timeline import Timeline
 
@@ -77,36 +75,18 @@ class Outputs:
             weight_version=weight_version,
         )
 
-    def prompt_done(
-        self,
-        request: DecodeRequest,
-        *,
-        num_cached_tokens: int,
-        logprobs: Iterable[TokenLogprob | None],
-        hidden_states: bytes,
-    ) -> None:
+    def prompt_done(self, request: DecodeRequest, report: PromptReport) -> None:
         """What is known once the prompt is computed, before its first token."""
-        self._streamer.prompt_done(
-            request.key,
-            num_cached_tokens=num_cached_tokens,
-            prompt_logprobs=tuple(logprobs),
-            prompt_hidden_states=hidden_states,
-        )
+        self._streamer.prompt_done(request.key, report)
 
-    def take(
-        self,
-        request: DecodeRequest,
-        sequence: Sequence,
-        sampled: SampledToken | SampledFirstToken,
-        hidden_state: bytes,
-    ) -> None:
+    def take(self, request: DecodeRequest, sequence: Sequence, sampled: SampledToken) -> None:
         """One token more of one choice: recorded, streamed, and perhaps its last."""
         token_id = sampled.token_id
         if not request.has_first_token:
             request.has_first_token = True
             self._timeline.relays(request)
         sequence.token_ids.append(token_id)
-        self._streamer.append(request.key, sequence.choice, token_id, sampled.logprob, hidden_state)
+        self._streamer.append(request.key, sampled)
         finish = check_finish(
             token_id,
             sequence.num_output_tokens,

@@ -16,9 +16,10 @@ from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.output_streamer import StreamKey
 from ..components.prompt_job import PromptJob
 from ..engine.engine_thread import EngineThread
-from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput, SampledToken
+from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from ..engine.schedule_batch import ScheduleBatch
 from ..messages.node import FailureCode
+from ..messages.report import SampledToken
 from ..runtime.containment import Containment
 from .batching import ChunkRow, DecodeRow, LocalPrefill, Row, decode_row, prefill_rows
 from .growth_estimate import GrowthEstimate
@@ -240,7 +241,7 @@ class Running:
             self._free(request, sequence)
             return
         self._load_inquirer.count_generated(1)
-        self._take_token(request, sequence, result.tokens[0], result.hidden_state)
+        self._take_token(request, sequence, result.tokens[0])
         self._forget_if_over(request)
 
     def _apply_prefilled(self, row: ChunkRow, result: RowOutput, now: float) -> None:
@@ -252,23 +253,16 @@ class Running:
             return
         if not result.tokens:
             return
-        self._outputs.prompt_done(
-            request,
-            num_cached_tokens=min(request.num_cached, len(request.work.prompt_ids)),
-            logprobs=job.logprobs,
-            hidden_states=b"".join(job.hidden_states),
-        )
+        self._outputs.prompt_done(request, job.report())
         self._load_inquirer.count_generated(len(result.tokens))
         del self._prefilling[request.key]
         self.decode(request, now)
         for sequence, sampled in zip(request.sequences, result.tokens, strict=True):
-            self._take_token(request, sequence, sampled, result.hidden_state)
+            self._take_token(request, sequence, sampled)
         self._forget_if_over(request)
 
-    def _take_token(
-        self, request: DecodeRequest, sequence: Sequence, sampled: SampledToken, hidden_state: bytes
-    ) -> None:
-        self._outputs.take(request, sequence, sampled, hidden_state)
+    def _take_token(self, request: DecodeRequest, sequence: Sequence, sampled: SampledToken) -> None:
+        self._outputs.take(request, sequence, sampled)
         if sequence.is_finished:
             self._free(request, sequence)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.paged_attention import AttentionPlan, AttentionRow, grouping_key, plan_attention
 from ..messages.kv_layout import KVLayout
-from ..messages.sampling import TokenLogprob
+from ..messages.report import NOTHING_TOLD, PromptReport, SampledToken
 from ..models.config import ModelConfig
 from .kv_pool import TORCH_DTYPES
 from .sampling_batch import Entry, SamplingBatch
@@ -110,22 +110,12 @@ class ForwardBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class SampledToken:
-    choice: int
-    token_id: int
-    logprob: TokenLogprob | None  # None: not asked for
-
-
-@dataclass(frozen=True, slots=True)
 class RowOutput:
     row_id: str | int
     tokens: tuple[SampledToken, ...]  # in the order of the row's choices
-    # Of each prompt token at a position p in (start, start + num_tokens] with p >= work.prompt_logprobs_from,
-    # the logprob of token_ids[p] given [0, p), without gaps. The token at position 0 has none.
-    prompt_logprobs: tuple[TokenLogprob, ...]
-    # float32, a multiple of the hidden size: of the row's prompt tokens, and the one that it sampled from.
-    prompt_hidden_states: bytes = b""
-    hidden_state: bytes = b""
+    # On the row's part of the prompt. Logprobs: of each prompt token at a position p in
+    # (start, start + num_tokens] with p >= work.prompt_logprobs_from, that of token_ids[p] given [0, p).
+    report: PromptReport = NOTHING_TOLD
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..messages.report import NOTHING_TOLD, PromptReport, SampledToken
 from ..messages.sampling import TokenLogprob
 from ..models.config import ModelConfig
 from .decoder import Decoder
 from .forward_batch import (
     ForwardBatch,
     ForwardOutput,
-    HiddenRows,
     PromptLogprobs,
     RowOutput,
-    SampledToken,
 )
 from .kv_pool import KVPool
 from .operators import EAGER, Operators
@@ -59,26 +58,33 @@ class ModelRunner:
     def _lead(self, batch: ForwardBatch) -> ForwardOutput:
         started = time.monotonic()
         hidden = self._decoder.hidden_states(self._weights, self._pool, batch)
+        sampled_from = {
+            wanted.row_index: self._shown(hidden, wanted.sampled_from, 1)
+            for wanted in batch.hidden_rows
+            if wanted.sampled_from is not None
+        }
         tokens: list[list[SampledToken]] = [[] for _ in batch.row_ids]
         if batch.sampling is not None:
             logits = self._logits(hidden[batch.sampled_from])
             for (row, choice), token_id, logprob in zip(
                 batch.entries, *sample(logits, batch.sampling), strict=True
             ):
-                tokens[row].append(SampledToken(choice, token_id, logprob))
-        prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {
+                tokens[row].append(SampledToken(choice, token_id, logprob, sampled_from.get(row, b"")))
+        prompt_logprobs = {
             wanted.row_index: self._prompt_logprobs(hidden, wanted) for wanted in batch.prompt_logprobs
         }
-        hidden_states = {
-            wanted.row_index: self._hidden_states(hidden, wanted) for wanted in batch.hidden_rows
+        prompt_states = {
+            wanted.row_index: self._shown(hidden, wanted.first, wanted.num_prompt)
+            for wanted in batch.hidden_rows
+        }
+        reports = {
+            index: PromptReport(
+                logprobs=prompt_logprobs.get(index, ()), hidden_states=prompt_states.get(index, b"")
+            )
+            for index in prompt_logprobs.keys() | prompt_states.keys()
         }
         rows = tuple(
-            RowOutput(
-                row_id,
-                tuple(tokens[index]),
-                prompt_logprobs.get(index, ()),
-                *hidden_states.get(index, ()),
-            )
+            RowOutput(row_id, tuple(tokens[index]), reports.get(index, NOTHING_TOLD))
             for index, row_id in enumerate(batch.row_ids)
         )
         return ForwardOutput(batch.step, rows, started, time.monotonic())
@@ -99,17 +105,12 @@ class ModelRunner:
         assert logits is not None, "only the first rank samples"
         return logits
 
-    def _hidden_states(self, hidden: Tensor, wanted: HiddenRows) -> tuple[bytes, bytes]:
-        """Of the prompt, and of the token that was sampled from."""
-        prompt = self._shown(hidden[wanted.first : wanted.first + wanted.num_prompt])
-        if wanted.sampled_from is None:
-            return prompt, b""
-        return prompt, self._shown(hidden[wanted.sampled_from : wanted.sampled_from + 1])
-
-    def _shown(self, hidden: Tensor) -> bytes:
-        if not len(hidden):
+    def _shown(self, hidden: Tensor, first: int, num_rows: int) -> bytes:
+        """Rows of the flat batch behind the final norm, as float32."""
+        if not num_rows:
             return b""
-        return self._decoder.final_norm(self._weights, hidden).float().cpu().numpy().tobytes()
+        rows = hidden[first : first + num_rows]
+        return self._decoder.final_norm(self._weights, rows).float().cpu().numpy().tobytes()
 
     def _prompt_logprobs(self, hidden: Tensor, wanted: PromptLogprobs) -> tuple[TokenLogprob, ...]:
         logprobs: list[TokenLogprob] = []

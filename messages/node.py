@@ -13,7 +13,6 @@ from msgspec import Meta
 
 from .bounds import (
     MAX_TOKENS,
-    Blob,
     Choice,
     Choices,
     Count,
@@ -35,7 +34,8 @@ from .bounds import (
 )
 from .kv_layout import KVLayout
 from .operation import InternalStateReply, NodeOperation, ProfileReply
-from .sampling import HiddenStateRows, Logprobs, PromptLogprobs
+from .report import PromptReport
+from .sampling import HiddenStateRows, Logprobs
 from .timeline import Spans
 from .weights import (
     CheckWeights,
@@ -290,11 +290,9 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     position: Count
     token_ids: TokenIds
     logprobs: Logprobs = ()  # as long as token_ids, when asked for
-    prompt_logprobs: PromptLogprobs = ()  # once, with the first token
     hidden_states: HiddenStateRows = ()  # float32, as long as token_ids: what each was sampled from
-    prompt_hidden_states: Blob = b""  # float32, [prompt tokens, hidden size]; once, with the first token
-    num_cached_tokens: Count = 0
-    weight_version: Name = ""
+    report: PromptReport | None = None  # once, with the first token of the attempt's first choice
+    weight_version: Name = ""  # of the attempt, with the first token of each choice
     finish: Finish | None = None
     spans: Spans = ()
 

@@ -13,8 +13,6 @@ from msgspec import Meta
 
 from .bounds import (
     MAX_PAGES,
-    Blob,
-    Choice,
     Count,
     Name,
     Names,
@@ -22,14 +20,13 @@ from .bounds import (
     Pages,
     Seconds,
     Text,
-    TokenId,
     Unsigned64,
     WorldSize,
 )
 from .kv_layout import KVLayout
 from .memory_region import MemoryRegion
 from .node import FailureCode
-from .sampling import PromptLogprobs, TokenLogprob
+from .report import NOTHING_TOLD, PromptReport, SampledToken
 from .timeline import Spans
 from .work import Work
 
@@ -139,23 +136,14 @@ class PeerPong(msgspec.Struct, frozen=True, kw_only=True, tag="peer_pong"):
     unix_s: Seconds = 0.0  # prefill's clock when it was sent
 
 
-class SampledFirstToken(msgspec.Struct, frozen=True, array_like=True):
-    choice: Choice
-    token_id: TokenId
-    logprob: TokenLogprob | None = None
-
-
 class FirstToken(msgspec.Struct, frozen=True, kw_only=True, tag="first_token"):
     """Sent as soon as it is sampled, while the last pages may still be in flight."""
 
     room: RoomId
     epoch: Number
     weight_version: Name  # that computed it, and the pages
-    tokens: Annotated[tuple[SampledFirstToken, ...], Meta(max_length=2**15)]  # one per choice
-    prompt_logprobs: PromptLogprobs = ()
-    prompt_hidden_states: Blob = b""  # float32, [prompt tokens, hidden size], when asked for
-    hidden_state: Blob = b""  # float32: the one that the tokens were sampled from, when asked for
-    num_cached_tokens: Count = 0  # prompt tokens that prefill's prefix cache held
+    tokens: Annotated[tuple[SampledToken, ...], Meta(max_length=2**15)]  # one per choice
+    report: PromptReport = NOTHING_TOLD
     spans: Spans = ()
 
 

@@ -46,6 +46,15 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the hidden states of all prompt tokens are to be told; likewise."""
         return self.sampling.hidden_states == "all" and not self.output_ids
 
+    def told_of_prompt(self) -> Work:
+        """The same, without what is asked of the prompt: it was told."""
+        sampling = msgspec.structs.replace(
+            self.sampling,
+            num_prompt_logprobs=None,
+            hidden_states="sampled" if self.sampling.hidden_states == "all" else self.sampling.hidden_states,
+        )
+        return msgspec.structs.replace(self, sampling=sampling)
+
     @property
     def num_reusable_tokens(self) -> int:
         """How many leading tokens a prefix cache may spare.

@@ -46,7 +46,6 @@ from ..messages.peer import (
     PeerPing,
     PeerToPrefill,
     PrefillRequest,
-    SampledFirstToken,
 )
 from ..messages.timeline import SpanClock
 from ..node.control import NodeControl
@@ -200,18 +199,12 @@ class PrefillScheduler:
 
     def _send_first_token(self, job: PrefillJob, result: RowOutput, now: float) -> None:
         self._load_inquirer.count_generated(len(result.tokens))
-        tokens = tuple(
-            SampledFirstToken(sampled.choice, sampled.token_id, sampled.logprob) for sampled in result.tokens
-        )
         sent = self._clock.span("first_token", job.reached_s, self._clock.now())
         first_token = self._rooms.first_token(
             job.room,
-            tokens,
+            result.tokens,
             now,
-            prompt_logprobs=tuple(job.prompt.logprobs),
-            prompt_hidden_states=b"".join(job.prompt.hidden_states),
-            hidden_state=result.hidden_state,
-            num_cached_tokens=job.prompt.num_cached,
+            report=job.prompt.report(),
             spans=(*job.spans, sent),
         )
         self._act(first_token, now)

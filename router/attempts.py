@@ -100,6 +100,7 @@ class RequestRecord:
         self._num_unfinished = len(spec.work.choices)
         self.abort_by = math.inf  # when an abort ends without what nodes have yet to send; infinity: none
         self._weight_version = ""  # of the tokens that came last
+        self._has_report = False  # on the prompt: what is told of it is told once
         self._page_hashes: dict[int, list[int]] = {}  # by page size
 
     @property
@@ -185,11 +186,12 @@ class RequestRecord:
 
     def num_usable_cached(self, num_cached_tokens: int) -> int:
         """Prompt logprobs and hidden states are wanted of positions that must then be computed."""
-        if self.spec.work.sampling.hidden_states == "all" and not self.info.prompt_hidden_states:
+        work = self.spec.work
+        if work.wants_prompt_states:
             return 0
-        if self.spec.work.sampling.num_prompt_logprobs is None or self.info.prompt_logprobs:
+        if work.prompt_logprobs_from is None:
             return num_cached_tokens
-        return min(num_cached_tokens, self.spec.work.sampling.prompt_logprobs_start)
+        return min(num_cached_tokens, work.prompt_logprobs_from)
 
     # ---- attempts -------------------------------------------------------------------------------
 
@@ -219,16 +221,11 @@ class RequestRecord:
         now: float,
         stream_interval: int,
     ) -> GenerateRequest:
-        sampling, session = self.spec.work.sampling, self.spec.session
-        if self.info.prompt_logprobs:  # they are given once
-            sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
-        if self.info.prompt_hidden_states:  # likewise
-            sampling = msgspec.structs.replace(sampling, hidden_states="sampled")
+        session = self.spec.session
         work = msgspec.structs.replace(
             self.spec.work,
             output_ids=tuple(self.choices[choices[0]].kept_ids),
             choices=choices,
-            sampling=sampling,
         )
         return GenerateRequest(
             request_id=self.request_id,
@@ -304,11 +301,10 @@ class RequestRecord:
         """A choice's first message in an attempt tells of the prompt; what the first attempt says counts."""
         if not self.info.weight_version:
             self.info.weight_version = output.weight_version
-            self.info.num_cached_tokens = output.num_cached_tokens
-        if output.prompt_logprobs and not self.info.prompt_logprobs:
-            self.info.prompt_logprobs = output.prompt_logprobs
-        if output.prompt_hidden_states and not self.info.prompt_hidden_states:
-            self.info.prompt_hidden_states = output.prompt_hidden_states
+        if output.report is not None and not self._has_report:
+            self._has_report = True
+            self.info.report = output.report
+            self.spec = replace(self.spec, work=self.spec.work.told_of_prompt())
 
     def _note_weights(self, choice: ChoiceState, output: TokenOutput) -> None:
         self._weight_version = output.weight_version

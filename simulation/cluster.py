@@ -413,7 +413,7 @@ class SimulatedCluster:
                     outcome.finishes[0] = "stopped by its reader"
                     generation.stop_choice(0)
                 outcome.num_attempts = generation.info.num_attempts
-                outcome.num_cached_tokens = generation.info.num_cached_tokens
+                outcome.num_cached_tokens = generation.info.report.num_cached_tokens
         except RequestError as error:
             outcome.error = error
 

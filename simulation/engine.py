@@ -10,8 +10,9 @@ from typing import Any
 
 from ..components.page_allocator import PageAllocator
 from ..engine.engine_thread import JobResult
-from ..engine.forward_batch import ForwardOutput, RowOutput, SampledToken
+from ..engine.forward_batch import ForwardOutput, RowOutput
 from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
+from ..messages.report import PromptReport, SampledToken
 from ..messages.sampling import TokenLogprob
 from ..runtime.errors import PdserveError
 from .tokens import PAGE_SIZE, Pool, kv_of, next_token
@@ -137,7 +138,7 @@ class FakeEngine:
                 )
         for position in range(row.start, row.end):
             self.pool.write(row.pages[position // PAGE_SIZE], position % PAGE_SIZE, values[position])
-        return RowOutput(row.row_id, _sample(row, known), _prompt_logprobs(row), *_hidden_states(row))
+        return RowOutput(row.row_id, _sample(row, known), _report(row))
 
     def _check_writable(self, row: ScheduledRow) -> None:
         for index in range(row.start // PAGE_SIZE, (row.end - 1) // PAGE_SIZE + 1):
@@ -149,29 +150,34 @@ class FakeEngine:
 
 
 def _sample(row: ScheduledRow, known: Sequence[int]) -> tuple[SampledToken, ...]:
-    wants_logprobs = row.work.sampling.num_logprobs is not None
+    sampling = row.work.sampling
+    state = b"" if sampling.hidden_states == "none" else _state_of(row.end - 1)
     tokens = [(choice, next_token(known, choice)) for choice in row.choices]
     return tuple(
-        SampledToken(choice, token, TokenLogprob(token, -0.5) if wants_logprobs else None)
+        SampledToken(
+            choice, token, None if sampling.num_logprobs is None else TokenLogprob(token, -0.5), state
+        )
         for choice, token in tokens
     )
 
 
-def _prompt_logprobs(row: ScheduledRow) -> tuple[TokenLogprob, ...]:
+def _report(row: ScheduledRow) -> PromptReport:
     wanted_from = row.work.prompt_logprobs_from
     if wanted_from is None:
-        return ()
-    positions = range(max(wanted_from, row.start + 1), min(row.end + 1, row.num_prompt_tokens))
-    return tuple(TokenLogprob(row.token_ids[position], -float(position)) for position in positions)
+        scored = range(0)
+    else:
+        scored = range(max(wanted_from, row.start + 1), min(row.end + 1, row.num_prompt_tokens))
+    wants_states = row.work.wants_prompt_states and row.start < row.num_prompt_tokens
+    shown = range(row.start, row.end) if wants_states else range(0)
+    return PromptReport(
+        logprobs=tuple(TokenLogprob(row.token_ids[position], -float(position)) for position in scored),
+        hidden_states=b"".join(map(_state_of, shown)),
+    )
 
 
-def _hidden_states(row: ScheduledRow) -> tuple[bytes, bytes]:
-    """That of a position is one number, the position."""
-    wanted = row.work.sampling.hidden_states
-    is_prompt = row.work.wants_prompt_states and row.start < row.num_prompt_tokens
-    prompt = array("f", range(row.start, row.end) if is_prompt else ())
-    sampled = array("f", [row.end - 1] if row.choices and wanted != "none" else [])
-    return prompt.tobytes(), sampled.tobytes()
+def _state_of(position: int) -> bytes:
+    """The hidden state of a position is one number, the position."""
+    return array("f", [position]).tobytes()
 
 
 def _job_result(job: _Job) -> JobResult:

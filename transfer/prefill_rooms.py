@@ -48,9 +48,8 @@ from ..messages.peer import (
     RoomBusy,
     RoomFailed,
     RoomId,
-    SampledFirstToken,
 )
-from ..messages.sampling import TokenLogprob
+from ..messages.report import NOTHING_TOLD, PromptReport, SampledToken
 from ..messages.timeline import Span
 from ..runtime.timing import Timing
 from .actions import (
@@ -435,13 +434,10 @@ class PrefillRooms:
     def first_token(
         self,
         room_id: RoomId,
-        tokens: tuple[SampledFirstToken, ...],
+        tokens: tuple[SampledToken, ...],
         now: float,
         *,
-        prompt_logprobs: tuple[TokenLogprob | None, ...] = (),
-        prompt_hidden_states: bytes = b"",
-        hidden_state: bytes = b"",
-        num_cached_tokens: int = 0,
+        report: PromptReport = NOTHING_TOLD,
         spans: tuple[Span, ...] = (),
     ) -> list[PrefillAction]:
         """The first token of each choice is sampled: decode may stream it while pages are in flight."""
@@ -455,10 +451,7 @@ class PrefillRooms:
             epoch=link.epoch,
             weight_version=self._identity.weight_version,
             tokens=tokens,
-            prompt_logprobs=prompt_logprobs,
-            prompt_hidden_states=prompt_hidden_states,
-            hidden_state=hidden_state,
-            num_cached_tokens=num_cached_tokens,
+            report=report,
             spans=spans,
         )
         return [SendToDecode(link.link, message), *self._complete_if_done(room, now)]

@@ -115,7 +115,7 @@ class CompletionRenderer:
             self._echoed[prompt] = await completion_logprobs(
                 self._answer.name,
                 echo.token_ids,
-                self._run.info(prompt).prompt_logprobs,
+                self._run.info(prompt).report.logprobs,
                 echo.text_offsets,
                 num_top,
             )

@@ -242,8 +242,8 @@ def _encode_answer(run: TextRun, prompt: int, job: TextJob, vector: array[float]
             id=job.spec.request_id,
             finish_reason=NativeFinish(type="length", length=0),
             prompt_tokens=len(job.spec.work.prompt_ids),
-            cached_tokens=info.num_cached_tokens,
-            cached_tokens_details=CachedTokensDetails(device=info.num_cached_tokens),
+            cached_tokens=info.report.num_cached_tokens,
+            cached_tokens_details=CachedTokensDetails(device=info.report.num_cached_tokens),
             weight_version=info.weight_version or run.weight_version,
         ),
     )

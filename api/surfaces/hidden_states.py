@@ -18,10 +18,10 @@ def hidden_states(info: GenerationInfo, num_prompt: int, delta: OutputDelta) -> 
     prompt, of which the last is what it was sampled from; each further token has that one row.
     """
     rows: NativeHiddenStates = [float_row(state) for state in delta.hidden_states]
-    if not delta.is_first or not info.prompt_hidden_states:
+    if not delta.is_first or not info.report.hidden_states:
         return rows
-    width = len(info.prompt_hidden_states) // num_prompt
+    width = len(info.report.hidden_states) // num_prompt
     prompt = [
-        float_row(info.prompt_hidden_states[row * width : (row + 1) * width]) for row in range(num_prompt)
+        float_row(info.report.hidden_states[row * width : (row + 1) * width]) for row in range(num_prompt)
     ]
     return [prompt, *rows[1:]]

@@ -67,11 +67,11 @@ class NativeRenderer:
         if delta.is_first and spec.work.sampling.num_prompt_logprobs is not None:
             scored_ids = spec.work.prompt_ids[spec.work.sampling.prompt_logprobs_start :]
             logprobs["input_token_logprobs"] = await native_logprobs(
-                self._tokenizer, scored_ids, info.prompt_logprobs, with_text=with_text
+                self._tokenizer, scored_ids, info.report.logprobs, with_text=with_text
             )
             if num_top:
                 logprobs["input_top_logprobs"] = await native_top_logprobs(
-                    self._tokenizer, info.prompt_logprobs, num_top, with_text=with_text
+                    self._tokenizer, info.report.logprobs, num_top, with_text=with_text
                 )
         return NativeOutput(
             text=delta.content,
@@ -81,8 +81,8 @@ class NativeRenderer:
                 finish_reason=_finish(delta),
                 prompt_tokens=len(spec.work.prompt_ids),
                 completion_tokens=delta.num_tokens,
-                cached_tokens=info.num_cached_tokens,
-                cached_tokens_details=CachedTokensDetails(device=info.num_cached_tokens),
+                cached_tokens=info.report.num_cached_tokens,
+                cached_tokens_details=CachedTokensDetails(device=info.report.num_cached_tokens),
                 weight_version=info.weight_version or self._run.weight_version,
                 weight_versions=self._run.weight_versions(delta.output) or UNSET,
                 e2e_latency=UNSET if delta.finish_reason is None else self._meter.elapsed_s(),

@@ -75,7 +75,7 @@ class OpenAIAnswer:
     async def prompt_logprobs(self, prompt: int) -> PromptLogprobs | UnsetType:
         if (num_top := self._body.prompt_logprobs) is None:
             return UNSET
-        return await prompt_logprobs(self._tokenizer, self._run.info(prompt).prompt_logprobs, num_top)
+        return await prompt_logprobs(self._tokenizer, self._run.info(prompt).report.logprobs, num_top)
 
     def prompt_token_ids(self, prompt: int) -> tuple[int, ...] | UnsetType:
         return self._run.spec(prompt).work.prompt_ids if self._body.return_token_ids else UNSET

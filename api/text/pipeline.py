@@ -266,7 +266,7 @@ class TextRun:
         return TokenCounts(
             prompt=sum(len(job.spec.work.prompt_ids) for job in self._jobs),
             completion=self._num_completion_tokens,
-            cached=sum(generation.info.num_cached_tokens for generation in self._generations.values()),
+            cached=sum(generation.info.report.num_cached_tokens for generation in self._generations.values()),
         )
 
     async def timeline(self) -> TimelineBody:

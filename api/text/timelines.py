@@ -187,7 +187,7 @@ def _timeline(running: _Running, ended_unix_s: float) -> Timeline:
         first_token_unix_s=info.first_token_unix_s,
         num_attempts=info.num_attempts,
         num_prompt_tokens=len(spec.work.prompt_ids),
-        num_cached_tokens=info.num_cached_tokens,
+        num_cached_tokens=info.report.num_cached_tokens,
         spans=tuple(sorted(info.spans, key=lambda span: span.start_unix_s)),
         traceparent=laps.traceparent,
         tracestate=laps.tracestate,

@@ -43,8 +43,8 @@ from pdserve.messages.peer import (
     PeerToPrefill,
     PrefillRequest,
     RoomId,
-    SampledFirstToken,
 )
+from pdserve.messages.report import SampledToken
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work
 from pdserve.runtime.errors import StartupError
@@ -252,7 +252,7 @@ class PrefillNode:
     def _compute_rest(self, room: RoomId, now: float) -> list[PrefillAction]:
         rest = self._allocator.private_pages(room)[CHUNK_PAGES:]
         actions = self._rooms.pages_ready(room, CHUNK_PAGES, rest, now)
-        return actions + self._rooms.first_token(room, (SampledFirstToken(0, 7),), now)
+        return actions + self._rooms.first_token(room, (SampledToken(0, 7),), now)
 
 
 def serve_prefill(transport: str) -> int:

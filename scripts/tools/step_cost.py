@@ -20,10 +20,11 @@ from unittest import mock
 import msgspec
 
 from pdserve.decode.peer_links import LinkDown
-from pdserve.engine.forward_batch import ForwardOutput, RowOutput, SampledToken
+from pdserve.engine.forward_batch import ForwardOutput, RowOutput
 from pdserve.engine.schedule_batch import ScheduleBatch
 from pdserve.messages.node import ClientToNode, GenerateRequest
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill
+from pdserve.messages.report import SampledToken
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work
 from pdserve.simulation import nodes
@@ -84,7 +85,7 @@ class ReadyEngine(FakeEngine):
     def finish(self) -> bool:
         for batch in self.batches:
             rows = tuple(
-                RowOutput(row.row_id, tuple(SampledToken(choice, TOKEN, None) for choice in row.choices), ())
+                RowOutput(row.row_id, tuple(SampledToken(choice, TOKEN) for choice in row.choices))
                 for row in batch.rows
             )
             self.results.append(ForwardOutput(0, rows, self.clock(), self.clock()))

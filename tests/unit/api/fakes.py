@@ -21,6 +21,7 @@ from pdserve.api.generation import (
 )
 from pdserve.messages.node import NodeEntry, NodeLoad
 from pdserve.messages.operation import ClusterOperation
+from pdserve.messages.report import PromptReport
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import Span
 from pdserve.messages.weights import (
@@ -57,7 +58,11 @@ def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
 
 class FakeGeneration:
     def __init__(
-        self, spec: GenerateSpec, steps: Sequence[Step], weight_spans: dict[int, list[WeightSpan]]
+        self,
+        spec: GenerateSpec,
+        steps: Sequence[Step],
+        weight_spans: dict[int, list[WeightSpan]],
+        prompt_states: bytes,
     ) -> None:
         self.spec = spec
         self.steps = steps
@@ -72,8 +77,9 @@ class FakeGeneration:
                     logprob = logprob_of(token_id, sampling.num_prompt_logprobs) if position else None
                     prompt_logprobs.append(logprob)
         self.info = GenerationInfo(
-            prompt_logprobs=tuple(prompt_logprobs),
-            num_cached_tokens=2,
+            report=PromptReport(
+                logprobs=tuple(prompt_logprobs), hidden_states=prompt_states, num_cached_tokens=2
+            ),
             weight_version="7",
             weight_spans=weight_spans,
             spans=[
@@ -150,8 +156,7 @@ class FakeGenerator:
         if self.refusal is not None:
             raise self.refusal
         steps = self._default(spec) if self.script is None else self.script(spec)
-        self.generations.append(FakeGeneration(spec, steps, self.weight_spans))
-        self.generations[-1].info.prompt_hidden_states = self.prompt_hidden_states
+        self.generations.append(FakeGeneration(spec, steps, self.weight_spans, self.prompt_hidden_states))
         return self.generations[-1]
 
     def _default(self, spec: GenerateSpec) -> list[Step]:

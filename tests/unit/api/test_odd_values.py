@@ -48,6 +48,7 @@ from pdserve.messages.node import (
     TokenOutput,
     TokenOutputs,
 )
+from pdserve.messages.report import PromptReport
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import SpanClock
 from pdserve.router.links import ZmqConnector
@@ -103,11 +104,13 @@ class Scheduler(FakeScheduler):
                     position=0,
                     token_ids=(5,),
                     logprobs=() if sampling.num_logprobs is None else (scored,),
-                    prompt_logprobs=prompt_logprobs,
+                    report=PromptReport(
+                        logprobs=prompt_logprobs,
+                        hidden_states=bytes(16 * len(message.work.prompt_ids))
+                        if sampling.hidden_states == "all"
+                        else b"",
+                    ),
                     hidden_states=() if sampling.hidden_states == "none" else (bytes(16),),
-                    prompt_hidden_states=bytes(16 * len(message.work.prompt_ids))
-                    if sampling.hidden_states == "all"
-                    else b"",
                     finish=Finish(reason="length"),
                 )
                 for choice in message.work.choices

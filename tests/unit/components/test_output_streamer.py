@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pdserve.components.output_streamer import OutputStreamer, StreamKey, StreamStateError
 from pdserve.messages.node import AttemptFailed, Finish, TokenOutput, TokenOutputs
+from pdserve.messages.report import PromptReport, SampledToken
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import Span
 from pdserve.tests.present import at_present
@@ -59,7 +60,7 @@ def streamer(wire: Wire) -> Iterator[OutputStreamer]:
 def step(streamer: OutputStreamer, wire: Wire, *token_ids: int, now: float = 0.0) -> list[TokenOutput]:
     """Append to choice 0, end the loop's turn, and return what was sent."""
     for token_id in token_ids:
-        streamer.append(KEY, 0, token_id)
+        streamer.append(KEY, SampledToken(0, token_id))
     streamer.flush_step(now)
     return wire.take_outputs()
 
@@ -73,7 +74,7 @@ def test_each_token_goes_out_once_in_its_step(streamer: OutputStreamer, wire: Wi
     (output,) = step(streamer, wire, 11)
     assert (output.request_id, output.attempt, output.choice) == ("request", 1, 0)
     assert (output.position, output.token_ids, output.finish) == (0, (11,), None)
-    assert (output.num_cached_tokens, output.weight_version, output.prompt_logprobs) == (0, "", ())
+    assert (output.report, output.weight_version) == (None, "")
     (output,) = step(streamer, wire, 12, 13)
     assert (output.position, output.token_ids) == (1, (12, 13))
     assert step(streamer, wire) == []
@@ -81,9 +82,9 @@ def test_each_token_goes_out_once_in_its_step(streamer: OutputStreamer, wire: Wi
 
 def test_positions_count_on_from_the_kept_tokens(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [3], num_kept_tokens=40)
-    streamer.append(KEY, 3, 11)
+    streamer.append(KEY, SampledToken(3, 11))
     streamer.flush_step(0.0)
-    streamer.append(KEY, 3, 12)
+    streamer.append(KEY, SampledToken(3, 12))
     streamer.flush_step(0.0)
     assert [output.position for output in wire.take_outputs()] == [40, 41]
 
@@ -92,8 +93,8 @@ def test_one_message_a_client_a_step(streamer: OutputStreamer, wire: Wire) -> No
     elsewhere = StreamKey(b"another router", "request", 1)
     for key in (KEY, OTHER, elsewhere):
         streamer.open(key, [0, 1])
-        streamer.append(key, 0, 1)
-        streamer.append(key, 1, 2)
+        streamer.append(key, SampledToken(0, 1))
+        streamer.append(key, SampledToken(1, 2))
     streamer.flush_step(0.0)
     sent = wire.take()
     assert [client for client, _ in sent] == [b"router", b"another router"]
@@ -125,7 +126,7 @@ def test_stream_interval(
     outputs = []
     for token_id in range(1, 8):
         if token_id == 7:
-            streamer.append(KEY, 0, token_id)
+            streamer.append(KEY, SampledToken(0, token_id))
             streamer.finish(KEY, 0, STOP)
             outputs += step(streamer, wire)
         else:
@@ -137,7 +138,7 @@ def test_stream_interval(
 def test_a_choice_finishes_exactly_once(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [0])
     span = Span("decode", 1.0, 0.5)
-    streamer.append(KEY, 0, 11)
+    streamer.append(KEY, SampledToken(0, 11))
     streamer.note(KEY, [span])
     streamer.finish(KEY, 0, STOP)
     (output,) = step(streamer, wire)
@@ -146,17 +147,17 @@ def test_a_choice_finishes_exactly_once(streamer: OutputStreamer, wire: Wire) ->
     with pytest.raises(StreamStateError):
         streamer.finish(KEY, 0, STOP)
     with pytest.raises(StreamStateError):
-        streamer.append(KEY, 0, 12)
+        streamer.append(KEY, SampledToken(0, 12))
     assert streamer.is_idle
 
 
 def test_an_end_without_tokens_is_sent(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [0], num_kept_tokens=5)
-    streamer.prompt_done(KEY, prompt_logprobs=[None, TokenLogprob(4, -1.0)])
+    streamer.prompt_done(KEY, PromptReport(logprobs=(None, TokenLogprob(4, -1.0))))
     streamer.finish(KEY, 0, Finish(reason="length"))
     (output,) = step(streamer, wire)
     assert (output.position, output.token_ids, output.finish) == (5, (), Finish(reason="length"))
-    assert output.prompt_logprobs == (None, TokenLogprob(4, -1.0))
+    assert output.report == PromptReport(logprobs=(None, TokenLogprob(4, -1.0)))
 
 
 def test_choices_end_alone(streamer: OutputStreamer, wire: Wire) -> None:
@@ -165,8 +166,8 @@ def test_choices_end_alone(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.flush_step(0.0)
     assert not streamer.is_idle
     with pytest.raises(StreamStateError):
-        streamer.append(KEY, 0, 1)
-    streamer.append(KEY, 1, 7)
+        streamer.append(KEY, SampledToken(0, 1))
+    streamer.append(KEY, SampledToken(1, 7))
     streamer.finish(KEY, 1, STOP)
     assert not streamer.is_idle
     streamer.flush_step(0.0)
@@ -177,59 +178,59 @@ def test_choices_end_alone(streamer: OutputStreamer, wire: Wire) -> None:
 def test_logprobs_travel_with_their_tokens(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [0])
     logprobs = [TokenLogprob(token_id, -0.5 * token_id) for token_id in (1, 2, 3)]
-    streamer.append(KEY, 0, 1, logprobs[0])
+    streamer.append(KEY, SampledToken(0, 1, logprobs[0]))
     streamer.flush_step(0.0)
-    streamer.append(KEY, 0, 2, logprobs[1])
-    streamer.append(KEY, 0, 3, logprobs[2])
+    streamer.append(KEY, SampledToken(0, 2, logprobs[1]))
+    streamer.append(KEY, SampledToken(0, 3, logprobs[2]))
     streamer.flush_step(0.0)
     assert [output.logprobs for output in wire.take_outputs()] == [(logprobs[0],), tuple(logprobs[1:])]
     with pytest.raises(StreamStateError, match="some tokens only"):
-        streamer.append(KEY, 0, 4)
+        streamer.append(KEY, SampledToken(0, 4))
 
 
 def test_hidden_states_travel_with_their_tokens(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [0, 1])
-    streamer.prompt_done(KEY, prompt_hidden_states=b"prompt")
+    report = PromptReport(hidden_states=b"prompt")
+    streamer.prompt_done(KEY, report)
     for choice in (0, 1):
-        streamer.append(KEY, choice, 1, hidden_state=b"one ")
+        streamer.append(KEY, SampledToken(choice, 1, hidden_state=b"one "))
     streamer.flush_step(0.0)
-    streamer.append(KEY, 0, 2, hidden_state=b"two ")
-    streamer.append(KEY, 0, 3, hidden_state=b"thre")
+    streamer.append(KEY, SampledToken(0, 2, hidden_state=b"two "))
+    streamer.append(KEY, SampledToken(0, 3, hidden_state=b"thre"))
     streamer.flush_step(0.0)
     outputs = wire.take_outputs()
     assert [output.hidden_states for output in outputs] == [(b"one ",), (b"one ",), (b"two ", b"thre")]
-    assert [output.prompt_hidden_states for output in outputs] == [b"prompt", b"", b""]
+    assert [output.report for output in outputs] == [report, None, None]
     streamer.resend(KEY, 0, 0)
     streamer.flush_step(0.0)
     (again,) = wire.take_outputs()
     assert again.hidden_states == (b"one ", b"two ", b"thre")
-    assert again.prompt_hidden_states == b"prompt"
+    assert again.report == report
     with pytest.raises(StreamStateError, match="hidden states for some tokens only"):
-        streamer.append(KEY, 0, 4)
+        streamer.append(KEY, SampledToken(0, 4))
 
 
 # ---- what the first message carries -----------------------------------------------------------------
 
 
-def test_the_prompts_logprobs_are_sent_once(streamer: OutputStreamer, wire: Wire) -> None:
-    prompt = (None, TokenLogprob(9, -2.0))
+def test_the_report_on_the_prompt_is_sent_once(streamer: OutputStreamer, wire: Wire) -> None:
+    report = PromptReport(logprobs=(None, TokenLogprob(9, -2.0)), num_cached_tokens=32)
     streamer.open(KEY, [4, 5], weight_version="step-7")
-    streamer.prompt_done(KEY, num_cached_tokens=32, prompt_logprobs=prompt)
+    streamer.prompt_done(KEY, report)
     for _ in range(2):
-        streamer.append(KEY, 4, 1)
-        streamer.append(KEY, 5, 2)
+        streamer.append(KEY, SampledToken(4, 1))
+        streamer.append(KEY, SampledToken(5, 2))
         streamer.flush_step(0.0)
     outputs = wire.take_outputs()
-    assert [output.prompt_logprobs for output in outputs] == [prompt, (), (), ()]
-    assert [output.num_cached_tokens for output in outputs] == [32, 32, 0, 0]
+    assert [output.report for output in outputs] == [report, None, None, None]
     assert [output.weight_version for output in outputs] == ["step-7", "step-7", "", ""]
 
     streamer.resend(KEY, 4, 1)
     streamer.flush_step(0.0)
-    assert wire.take_outputs()[0].prompt_logprobs == ()
+    assert wire.take_outputs()[0].report is None
     streamer.resend(KEY, 4, 0)
     streamer.flush_step(0.0)
-    assert wire.take_outputs()[0].prompt_logprobs == prompt  # that very message was lost
+    assert wire.take_outputs()[0].report == report  # that very message was lost
 
 
 # ---- gaps -------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def test_open_records_never_expire(streamer: OutputStreamer, wire: Wire) -> None
 
 def test_a_failure_follows_the_tokens_that_are_there(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [0, 1], stream_interval=0)
-    streamer.append(KEY, 0, 1)
+    streamer.append(KEY, SampledToken(0, 1))
     streamer.finish(KEY, 1, STOP)
     streamer.fail(KEY, "peer_lost", "prefill-1 is gone", retriable=True)
     assert not at_present(streamer.is_idle)
@@ -320,9 +321,9 @@ def test_a_failure_follows_the_tokens_that_are_there(streamer: OutputStreamer, w
     )
     assert streamer.is_idle
     refused: list[Callable[[], object]] = [
-        lambda: streamer.append(KEY, 0, 2),
+        lambda: streamer.append(KEY, SampledToken(0, 2)),
         lambda: streamer.finish(KEY, 0, STOP),
-        lambda: streamer.prompt_done(KEY),
+        lambda: streamer.prompt_done(KEY, PromptReport()),
         lambda: streamer.fail(KEY, "peer_lost", "again", retriable=True),
     ]
     for call in refused:
@@ -332,7 +333,7 @@ def test_a_failure_follows_the_tokens_that_are_there(streamer: OutputStreamer, w
 
 def test_a_failure_is_repeated_with_the_gap_before_it(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [0])
-    streamer.append(KEY, 0, 1)
+    streamer.append(KEY, SampledToken(0, 1))
     streamer.fail(KEY, "deadline", "too late", retriable=False)
     streamer.flush_step(0.0)
     first = wire.take()
@@ -355,7 +356,7 @@ def test_an_attempt_can_fail_before_it_has_anything(streamer: OutputStreamer, wi
 def test_discarded_choices_send_nothing_more(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [0, 1, 2])
     for choice in range(3):
-        streamer.append(KEY, choice, 1)
+        streamer.append(KEY, SampledToken(choice, 1))
     streamer.discard(KEY, [1])
     streamer.flush_step(0.0)
     assert [output.choice for output in wire.take_outputs()] == [0, 2]
@@ -372,7 +373,7 @@ def test_discarded_choices_send_nothing_more(streamer: OutputStreamer, wire: Wir
 
 def test_discarding_drops_what_was_not_sent(streamer: OutputStreamer, wire: Wire) -> None:
     streamer.open(KEY, [0])
-    streamer.append(KEY, 0, 1)
+    streamer.append(KEY, SampledToken(0, 1))
     streamer.discard(KEY, [0])
     assert step(streamer, wire) == []
     assert streamer.is_idle
@@ -382,7 +383,7 @@ def test_a_dropped_client_leaves_nothing(streamer: OutputStreamer, wire: Wire) -
     gone = [StreamKey(b"gone", name, 1) for name in ("a", "b", "c")]
     for key in (*gone, KEY):
         streamer.open(key, [0])
-        streamer.append(key, 0, 1)
+        streamer.append(key, SampledToken(0, 1))
     streamer.finish(gone[1], 0, STOP)
     assert streamer.drop_client(b"gone") == [gone[0], gone[2]]
     assert streamer.drop_client(b"gone") == []
@@ -400,8 +401,8 @@ def test_opening_twice_and_badly(streamer: OutputStreamer) -> None:
     with pytest.raises(ValueError, match="stream_interval -1"):
         streamer.open(OTHER, [0], stream_interval=-1)
     refused: list[Callable[[], object]] = [
-        lambda: streamer.append(OTHER, 0, 1),
-        lambda: streamer.append(KEY, 1, 1),
+        lambda: streamer.append(OTHER, SampledToken(0, 1)),
+        lambda: streamer.append(KEY, SampledToken(1, 1)),
         lambda: streamer.finish(KEY, 1, STOP),
         lambda: streamer.fail(OTHER, "busy", "", retriable=True),
     ]
@@ -459,7 +460,8 @@ class LossyMachine(RuleBasedStateMachine):
         for _ in range(num_tokens):
             token_id = len(self.produced[stream])
             self.produced[stream].append(token_id)
-            self.streamer.append(*stream, token_id)
+            key, choice = stream
+            self.streamer.append(key, SampledToken(choice, token_id))
         if ends:
             self.streamer.finish(*stream, STOP)
             self.ended.add(stream)

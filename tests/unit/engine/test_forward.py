@@ -89,7 +89,7 @@ def test_chunks_equal_transformers(
     for start, end in ((0, 13), (13, 14), (14, 32), (32, 60)):
         output = engine.forward(replace(whole, start=start, num_tokens=end - start))["row"]
         assert output.tokens == ()
-        prompt_logprobs += output.prompt_logprobs
+        prompt_logprobs += output.report.logprobs
     sampled: list[TokenLogprob] = []
     for position in (60, 61, 62):
         row = replace(whole, token_ids=token_ids, start=position, num_tokens=1, choices=(0,))
@@ -124,19 +124,20 @@ def test_hidden_states_equal_transformers(
     other = engine.row(prompt(5, 1), row_id="other", pages=engine.pages(6))
     first = engine.forward(replace(whole, num_tokens=13), other)
     last = engine.forward(replace(whole, start=13, num_tokens=8, choices=(0,)))["row"]
-    assert first["row"].hidden_state == b""
-    assert (first["other"].prompt_hidden_states, first["other"].hidden_state) == (b"", b"")
+    assert (first["other"].report.hidden_states, first["other"].tokens[0].hidden_state) == (b"", b"")
     token_ids = [*token_ids, last.tokens[0].token_id]
     decoded = engine.forward(replace(whole, token_ids=token_ids, start=21, num_tokens=1, choices=(0,)))["row"]
-    assert decoded.prompt_hidden_states == b""
+    assert decoded.report.hidden_states == b""
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids]), output_hidden_states=True).hidden_states[-1][0]
-    states = first["row"].prompt_hidden_states + last.prompt_hidden_states
+    states = first["row"].report.hidden_states + last.report.hidden_states
     actual = torch.frombuffer(bytearray(states), dtype=torch.float32).view(21, -1)
     assert torch.allclose(actual, expected[:21], atol=TOLERANCE)
-    sampled = torch.frombuffer(bytearray(last.hidden_state + decoded.hidden_state), dtype=torch.float32)
+    sampled = torch.frombuffer(
+        bytearray(last.tokens[0].hidden_state + decoded.tokens[0].hidden_state), dtype=torch.float32
+    )
     assert torch.allclose(sampled.view(2, -1), expected[20:], atol=TOLERANCE)
 
 
@@ -192,7 +193,7 @@ def test_prompt_logprobs_start_and_end_where_they_should(
     got = [
         [
             logprob.token_id
-            for logprob in engine.forward(replace(row, start=a, num_tokens=b - a))["row"].prompt_logprobs
+            for logprob in engine.forward(replace(row, start=a, num_tokens=b - a))["row"].report.logprobs
         ]
         for a, b in ((0, 6), (6, 7), (7, 15), (15, 20), (20, 22))
     ]
@@ -209,8 +210,8 @@ def test_many_prompt_logprobs_are_computed_in_blocks(
         "row"
     ]
     expected = transformers_logprobs(folder, token_ids)
-    assert len(output.prompt_logprobs) == 299
-    for position, logprob in enumerate(output.prompt_logprobs):
+    assert len(output.report.logprobs) == 299
+    for position, logprob in enumerate(output.report.logprobs):
         assert logprob.top == ()
         assert logprob.logprob == pytest.approx(
             expected[position, token_ids[position + 1]].item(), abs=TOLERANCE
@@ -258,7 +259,7 @@ def test_bfloat16_is_close_to_float32(
     expected = transformers_logprobs(folder, token_ids)
     errors = [
         logprob.logprob - expected[position, logprob.token_id].item()
-        for position, logprob in enumerate(output.prompt_logprobs)
+        for position, logprob in enumerate(output.report.logprobs)
     ]
     assert torch.tensor(errors).square().mean().sqrt().item() < 0.1
 

@@ -93,8 +93,8 @@ def row(token_ids: Sequence[int], **changes: Unpack[RowFields]) -> ScheduledRow:
 def assert_same(got: RowOutput, expected: RowOutput) -> None:
     assert [token.token_id for token in got.tokens] == [token.token_id for token in expected.tokens]
     for ours, theirs in zip(
-        [*(token.logprob for token in got.tokens), *got.prompt_logprobs],
-        [*(token.logprob for token in expected.tokens), *expected.prompt_logprobs],
+        [*(token.logprob for token in got.tokens), *got.report.logprobs],
+        [*(token.logprob for token in expected.tokens), *expected.report.logprobs],
         strict=True,
     ):
         assert ours is not None

@@ -31,6 +31,7 @@ from pdserve.messages.node import (
     TokenOutputs,
 )
 from pdserve.messages.peer import PeerToDecode, PeerToPrefill
+from pdserve.messages.report import PromptReport
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
 from pdserve.messages.timeline import Span
 from pdserve.messages.work import Work
@@ -363,12 +364,13 @@ def read_stream(
                 tokens = stream.tokens.setdefault(output.choice, [])
                 assert output.position == base + len(tokens), "a gap or a repeat"
                 tokens += output.token_ids
+                report = output.report or PromptReport()
                 stream.message_sizes.append(len(output.token_ids))
-                stream.num_cached_tokens = output.num_cached_tokens or stream.num_cached_tokens
+                stream.num_cached_tokens = report.num_cached_tokens or stream.num_cached_tokens
                 stream.weight_version = output.weight_version or stream.weight_version
-                stream.prompt_logprobs = output.prompt_logprobs or stream.prompt_logprobs
+                stream.prompt_logprobs = report.logprobs or stream.prompt_logprobs
                 stream.hidden_states += [array("f", state).tolist() for state in output.hidden_states]
-                stream.prompt_hidden_states += array("f", output.prompt_hidden_states).tolist()
+                stream.prompt_hidden_states += array("f", report.hidden_states).tolist()
                 stream.spans += output.spans
                 if output.finish is not None:
                     stream.finishes[output.choice] = output.finish

@@ -10,6 +10,7 @@ import pytest
 
 from pdserve.api.generation import ChoiceDelta, GenerateSpec
 from pdserve.messages.node import AttemptFailed, FailureCode, Finish, FinishReason, ResendFrom, TokenOutput
+from pdserve.messages.report import PromptReport
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import Span, SpanClock
 from pdserve.router.attempts import AttemptEnded, RequestRecord
@@ -51,8 +52,7 @@ def tokens(
     *token_ids: int,
     choice: int = 0,
     finish: FinishReason | None = None,
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = (),
-    num_cached_tokens: int = 0,
+    report: PromptReport | None = None,
     weight_version: str = "",
     spans: tuple[Span, ...] = (),
 ) -> TokenOutput:
@@ -63,8 +63,7 @@ def tokens(
         position=position,
         token_ids=token_ids,
         finish=Finish(reason=finish) if finish else None,
-        prompt_logprobs=prompt_logprobs,
-        num_cached_tokens=num_cached_tokens,
+        report=report,
         weight_version=weight_version,
         spans=spans,
     )
@@ -166,16 +165,16 @@ def test_any_order_and_repetition_gives_each_token_once(make: MakeRecord) -> Non
 
 def test_facts_of_the_prompt_are_kept_once(make: MakeRecord) -> None:
     record = make(num_prompt_logprobs=0)
-    logprobs = (None, TokenLogprob(2, -1.0))
+    report = PromptReport(logprobs=(None, TokenLogprob(2, -1.0)), num_cached_tokens=4)
     attempt = start(record)
     assert record.message(attempt, (0,), now=0.0, stream_interval=1).work.sampling.num_prompt_logprobs == 0
-    record.on_tokens(tokens(1, 0, 5, prompt_logprobs=logprobs, num_cached_tokens=4, weight_version="v1"), 0.0)
+    record.on_tokens(tokens(1, 0, 5, report=report, weight_version="v1"), 0.0)
     record.on_failed(failed(1))
     attempt = start(record)
     assert record.message(attempt, (0,), now=0.0, stream_interval=1).work.sampling.num_prompt_logprobs is None
-    record.on_tokens(tokens(2, 1, 6, num_cached_tokens=0, weight_version="v1"), 0.0)
+    record.on_tokens(tokens(2, 1, 6, report=PromptReport(), weight_version="v1"), 0.0)
     info = record.info
-    assert (info.prompt_logprobs, info.num_cached_tokens, info.weight_version) == (logprobs, 4, "v1")
+    assert (info.report, info.weight_version) == (report, "v1")
     assert info.num_attempts == 2
 
 

@@ -15,8 +15,8 @@ from pdserve.messages.peer import (
     PeerIdentity,
     PrefillRequest,
     RoomId,
-    SampledFirstToken,
 )
+from pdserve.messages.report import SampledToken
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work
 
@@ -27,7 +27,7 @@ LAYOUT = KVLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype=
 class Factory:
     layout: KVLayout = LAYOUT
     num_pages: int = 64
-    token: tuple[SampledFirstToken, ...] = (SampledFirstToken(0, 7),)
+    token: tuple[SampledToken, ...] = (SampledToken(0, 7),)
 
     def identity(self, incarnation: str = "P1", **changes: object) -> PeerIdentity:
         identity = PeerIdentity(
