@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import handoff, links, page_runs, serve, turns
+from . import handoff, link_cost, page_runs, serve, turns
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,9 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     page_runs.add_arguments(runs_parser)
     runs_parser.set_defaults(run_bench=page_runs.main)
     links_summary = "what the cluster secret costs on the links between processes"
-    links_parser = commands.add_parser("links", help=links_summary, description=links.__doc__)
-    links.add_arguments(links_parser)
-    links_parser.set_defaults(run_bench=links.main)
+    links_parser = commands.add_parser("links", help=links_summary, description=link_cost.__doc__)
+    link_cost.add_arguments(links_parser)
+    links_parser.set_defaults(run_bench=link_cost.main)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
-from .weights import FINGERPRINT_FILE, weights_digest
+from .model_weights import FINGERPRINT_FILE, weights_digest
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 

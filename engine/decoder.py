@@ -16,10 +16,10 @@ from ..kernels.store_kv import store_kv_
 from ..models.config import ModelConfig
 from .forward_batch import ForwardBatch
 from .kv_pool import KVPool
+from .model_weights import LayerWeights, Weights
 from .operators import Operators
 from .rope import RotaryAngles
 from .tensor_parallel import RankCollective
-from .weights import LayerWeights, Weights
 
 
 class Decoder:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..models.config import ModelConfig
+from .model_weights import Weights, fuse_weights, tensor_shapes
 from .tensor_parallel import WHOLE, Shard
-from .weights import Weights, fuse_weights, tensor_shapes
 
 _SPREAD = 0.02  # of a trained model's projections
 

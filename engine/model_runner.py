@@ -19,10 +19,10 @@ from .forward_batch import (
     RowOutput,
 )
 from .kv_pool import KVPool
+from .model_weights import Weights
 from .operators import EAGER, Operators
 from .sampler import sample, token_logprobs
 from .tensor_parallel import RankCollective
-from .weights import Weights
 
 # Rows of logits computed at once for prompt logprobs: a vocabulary of 150,000 takes 77 MB.
 _PROMPT_LOGITS_ROWS = 128

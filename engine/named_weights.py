@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..messages.kv_layout import kv_heads_of_rank
 from ..models.config import ModelConfig
+from .model_weights import LayerWeights, Weights, is_finite, tensor_shapes, warn_of_broken
 from .tensor_parallel import Shard
-from .weights import LayerWeights, Weights, is_finite, tensor_shapes, warn_of_broken
 
 # Of each field of LayerWeights: the tensors it is made of, one below the other.
 _LAYER_PARTS = {

@@ -32,7 +32,7 @@ from ..kernels.rotary import deterministic_rotary_, rotary_
 from ..kernels.silu_and_mul import deterministic_silu_and_mul, silu_and_mul
 from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
-from .weights import Weights
+from .model_weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..runtime.errors import StartupError
-from .weights import LayerWeights, Weights
+from .model_weights import LayerWeights, Weights
 
 
 def save_weights(weights: Weights, path: Path) -> None:

@@ -31,13 +31,13 @@ from ..engine.forward_batch import ForwardBatch
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_runner import ModelRunner
+from ..engine.model_weights import tensor_shapes
 from ..engine.named_weights import merge_checksums, part_checksums, whole_checksum
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
 from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import Shard, check_divides
 from ..engine.weight_file import require_memory
-from ..engine.weights import tensor_shapes
 from ..messages.kv_layout import KVLayout
 from ..messages.link_guard import LinkKeys
 from ..messages.memory_region import MemoryRegion

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from ..engine.model_weights import Weights
 from ..engine.weight_file import has_memory, read_weights, save_weights, without_memory
-from ..engine.weights import Weights
 from ..messages.memory_region import MemoryRegion
 from ..messages.weights import MemoryTag
 from ..runtime.errors import BrokenInvariantError, StartupError

@@ -17,10 +17,10 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from ..engine.model_weights import Weights, tensor_shapes
 from ..engine.named_weights import answered_parts, named_parts
 from ..engine.tensor_parallel import Shard
 from ..engine.weight_file import require_memory
-from ..engine.weights import Weights, tensor_shapes
 from ..messages.weights import TENSOR_DTYPES, TensorSpec
 from ..models.config import ModelConfig
 from ..runtime.errors import StartupError

@@ -21,12 +21,12 @@ from ..engine.engine_thread import EngineThread, JobResult, run_job
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_runner import ModelRunner
+from ..engine.model_weights import Weights, load_weights
 from ..engine.named_weights import part_checksums
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import RankCollective, Shard
 from ..engine.weight_file import require_memory
-from ..engine.weights import Weights, load_weights
 from ..messages.malformed import MalformedMessage, head_of
 from ..messages.pipe import Pipe
 from ..messages.ranks import (

@@ -19,7 +19,7 @@ from ..messages.node import ClientToNode, NodeEntry, Pong, Roster
 from ..runtime.containment import Containment, nobody_waits
 from ..runtime.errors import RequestError
 from ..runtime.logs import Complaints
-from .links import Connector
+from .connector import Connector
 from .options import RouterOptions
 from .registry import (
     MAX_NODES,

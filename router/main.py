@@ -33,7 +33,7 @@ from ..runtime.listen import bind_unix, http_url, is_loopback
 from ..runtime.process import Succession
 from ..runtime.returned_memory import return_memory
 from ..runtime.tls import Trust
-from .links import ZmqConnector
+from .connector import ZmqConnector
 from .options import RouterOptions
 from .service import RouterService
 from .trace_export import TraceExporter

@@ -16,20 +16,18 @@ from ..messages.node import CallReply
 from ..messages.operation import SETTINGS, ClusterOperation, ProfileReply, SetInternalState, StartProfile
 from ..runtime.chrome_trace import NodeTrace, merge_traces
 from ..runtime.errors import RequestError
+from ..runtime.timing import Timing
 from .cluster import Cluster
 from .registry import NodeRecord
 from .updates.rollout import ask_all
-
-_CALL_TIMEOUT_S = 5.0
-_START_PROFILE_TIMEOUT_S = 60.0  # the first time torch's profiler loads its library, behind a running forward
-_STOP_PROFILE_TIMEOUT_S = 600.0  # traces of long profiles are large
 
 
 class ClusterOperator:
     """`lead_s`: how far a node's clock, by its incarnation, is ahead of ours."""
 
-    def __init__(self, cluster: Cluster, lead_s: Callable[[str], float]) -> None:
+    def __init__(self, cluster: Cluster, lead_s: Callable[[str], float], timing: Timing) -> None:
         self._cluster = cluster
+        self._timing = timing
         self._lead_s = lead_s
         self._profile: StartProfile | None = None  # the last one that began
 
@@ -40,9 +38,9 @@ class ClusterOperator:
             return AdminReply(False, "no node is connected")
         if isinstance(operation, SetInternalState):
             return await self._set(operation, links)
-        timeout_s = _CALL_TIMEOUT_S
+        timeout_s = self._timing.node_call_s
         if isinstance(operation, StartProfile):
-            timeout_s = _START_PROFILE_TIMEOUT_S
+            timeout_s = self._timing.operation_s
             self._profile = operation
         return await _all(links, lambda link: link.operate(operation, timeout_s))
 
@@ -62,7 +60,7 @@ class ClusterOperator:
                 calls[links[url]] = SetInternalState(settings=own)
         if not asked:
             return AdminReply(False, "no node that has these settings is connected")
-        return await _all(asked, lambda link: link.operate(calls[link], _CALL_TIMEOUT_S))
+        return await _all(asked, lambda link: link.operate(calls[link], self._timing.node_call_s))
 
     async def internal_state(self) -> dict[str, Any]:
         """Of each node, as far as it answers."""
@@ -73,7 +71,7 @@ class ClusterOperator:
             try:
                 if link is None:
                     return {**row, "error": "it is not connected"}
-                return {**row, **msgspec.to_builtins(await link.internal_state(_CALL_TIMEOUT_S))}
+                return {**row, **msgspec.to_builtins(await link.internal_state(self._timing.node_call_s))}
             except NodeUnavailableError as error:
                 return {**row, "error": str(error)}
 
@@ -87,7 +85,7 @@ class ClusterOperator:
 
         async def one(link: NodeCalls) -> ProfileReply:
             try:
-                return await link.stop_profile(_STOP_PROFILE_TIMEOUT_S)
+                return await link.stop_profile(self._timing.profile_end_s)
             except NodeUnavailableError as error:
                 return ProfileReply(call_id=0, success=False, message=str(error))
 

@@ -55,9 +55,9 @@ from ..runtime.peer_clock import PeerClocks
 from .admission import AdmissionQueue, Ticket
 from .attempts import COST_NO_ATTEMPT, RequestRecord, Retry
 from .cluster import Cluster
+from .connector import Connector
 from .generation import RoutedGeneration
 from .ledger import Attempt, Ledger
-from .links import Connector
 from .metrics import RouterCounters
 from .operator import ClusterOperator
 from .options import RouterOptions
@@ -76,7 +76,7 @@ from .registry import NodeChanged, NodeEvent, NodeJoined, NodeLost, NodeRecord, 
 from .sessions import SessionTable
 from .updates.coordinator import WeightUpdates
 from .updates.rollout import Traffic, ask_all
-from .view import NODE_CALL_TIMEOUT_S, RouterView
+from .view import RouterView
 from .waiting import until
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class RouterService:
             handler=self,
         )
         self._nodes = self._cluster.registry
-        self.operator = ClusterOperator(self._cluster, self._node_clocks.lead_s)
+        self.operator = ClusterOperator(self._cluster, self._node_clocks.lead_s, options.timing)
         self._queue = AdmissionQueue(
             max_new=options.max_queued_requests,
             patience_s=options.timing.gate_patience_s,
@@ -790,7 +790,9 @@ class RouterService:
             return AdminReply(False, f"{incarnation} is alive: it answers at {node.entry.url}")
         urls = {node.entry.url for node in self._nodes if node.entry.role == "decode"}
         links = {url: link for url, link in self._cluster.links().items() if url in urls}
-        answers = await ask_all(links, lambda link: link.assert_peer_death(incarnation, NODE_CALL_TIMEOUT_S))
+        answers = await ask_all(
+            links, lambda link: link.assert_peer_death(incarnation, self._options.timing.node_call_s)
+        )
         if not urls:
             return AdminReply(False, "no decode node is registered")
         if missing := urls - links.keys():

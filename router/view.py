@@ -20,8 +20,6 @@ from .metrics import RouterCollector, RouterCounters, RouterGauges
 from .options import RouterOptions
 from .registry import NodeRecord
 
-NODE_CALL_TIMEOUT_S = 3.0
-
 
 class RouterRequests(Protocol):
     """What is told of those who run requests."""
@@ -104,7 +102,7 @@ class RouterView:
 
         async def ask(url: str, link: NodeCalls) -> None:
             with contextlib.suppress(NodeUnavailableError):
-                reply = await link.request_state(request_id, NODE_CALL_TIMEOUT_S)
+                reply = await link.request_state(request_id, self._options.timing.node_call_s)
                 if reply.state:
                     nodes[url] = {
                         "state": reply.state,
@@ -146,7 +144,7 @@ class RouterView:
         if link is None:
             return info
         try:
-            reply = await link.server_info(NODE_CALL_TIMEOUT_S)
+            reply = await link.server_info(self._options.timing.node_call_s)
         except NodeUnavailableError as error:
             return {**info, "error": str(error)}
         return {

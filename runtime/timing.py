@@ -88,6 +88,13 @@ class Timing:
     steady_s: float = 60.0  # a child that ran for this long does not "keep dying"
     cluster_start_s: float = 600.0  # for `pdserve up` to be ready
 
+    # ---- calls to a node, for its answer
+    node_call_s: float = 5.0  # where it has it at hand
+    operation_s: float = 60.0  # what an operator asks of it; the start of a first profile loads a library
+    profile_end_s: float = 600.0  # traces of long profiles are large
+    weight_part_s: float = 30.0  # to take one part of an update
+    weight_discard_s: float = 10.0
+
     # ---- weights and memory
     weight_drain_s: float = 600.0  # for running requests to end before new weights are loaded
     weight_update_s: float = 600.0  # for each node to load, and to swap

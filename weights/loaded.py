@@ -9,9 +9,7 @@ import torch
 
 from ..engine.dummy_weights import dummy_fingerprint, dummy_weights
 from ..engine.kv_pool import TORCH_DTYPES
-from ..engine.named_weights import replace_tensors
-from ..engine.tensor_parallel import WHOLE, Shard
-from ..engine.weights import (
+from ..engine.model_weights import (
     Weights,
     fingerprint_of,
     load_weights,
@@ -19,6 +17,8 @@ from ..engine.weights import (
     tensor_shapes,
     weights_digest,
 )
+from ..engine.named_weights import replace_tensors
+from ..engine.tensor_parallel import WHOLE, Shard
 from ..models.config import ModelConfig
 from ..models.paths import ModelPaths
 from ..runtime.errors import StartupError

@@ -57,8 +57,6 @@ from .rollout import (
     prepare_all,
 )
 
-STAGE_TIMEOUT_S = 30.0
-
 
 @dataclass(frozen=True, slots=True)
 class _Update:
@@ -159,7 +157,7 @@ class WeightUpdates:
                     await ask_all(
                         links,
                         lambda link, offset=offset, part=part: link.stage_weights(  # type: ignore[misc]
-                            update_id, offset, part, STAGE_TIMEOUT_S
+                            update_id, offset, part, self._options.timing.weight_part_s
                         ),
                     )
                 )

@@ -18,9 +18,9 @@ import torch
 from pdserve.engine.forward_batch import ForwardBatch
 from pdserve.engine.kv_pool import KVPool
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.model_weights import load_weights
 from pdserve.engine.operators import EAGER, deterministic, survey
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
-from pdserve.engine.weights import load_weights
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work
 from pdserve.models.config import ModelConfig, kv_layout

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdserve.engine.kv_pool import TORCH_DTYPES
-from pdserve.engine.weights import tensor_shapes
+from pdserve.engine.model_weights import tensor_shapes
 from pdserve.models.config import ModelConfig
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -30,14 +30,11 @@ from pdserve.api.text.request_log import RequestLog
 from pdserve.api.text.sampling import GenerationDefaults
 from pdserve.api.text.timelines import Timelines
 from pdserve.api.text.tokenization import Tokenizer
-from pdserve.front.main import (
-    NodeOperator,
-    NodeRoutes,
-    NodeWeights,
-    Registrar,
-    SchedulerLink,
-    build_node_app,
-)
+from pdserve.front.operator import NodeOperator
+from pdserve.front.registrar import Registrar
+from pdserve.front.routes import NodeRoutes, build_node_app
+from pdserve.front.scheduler_link import SchedulerLink
+from pdserve.front.weight_routes import NodeWeights
 from pdserve.links.entry_lookup import NoNodeError
 from pdserve.messages.node import (
     ClientToNode,
@@ -51,7 +48,7 @@ from pdserve.messages.node import (
 from pdserve.messages.report import PromptReport
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import SpanClock
-from pdserve.router.links import ZmqConnector
+from pdserve.router.connector import ZmqConnector
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
 from pdserve.runtime.process import NO_KEYS
@@ -343,8 +340,8 @@ async def test_a_node_answers_whatever_a_field_holds(scheduler: Scheduler) -> No
     registrar = Registrar(url, [], NO_KEYS, UNSCALED)
     app = build_node_app(
         NodeRoutes(link, registrar, url, BodyLimits(), ""),
-        NodeOperator(link, url),
-        WeightRoutes(NodeWeights(link, url, lookup), BodyLimits(), is_node=True),
+        NodeOperator(link, url, UNSCALED),
+        WeightRoutes(NodeWeights(link, url, lookup, UNSCALED), BodyLimits(), is_node=True),
         limits=BodyLimits(),
         keys=NO_KEYS,
         is_loopback=True,

@@ -19,9 +19,9 @@ from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from pdserve.engine.job_thread import JobThread
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.model_weights import load_weights
 from pdserve.engine.operators import EAGER
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
-from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pdserve.engine.model_weights import FINGERPRINT_FILE, weights_digest
 from pdserve.engine.named_weights import named_parts
 from pdserve.engine.tensor_parallel import WHOLE
-from pdserve.engine.weights import FINGERPRINT_FILE, weights_digest
 from pdserve.models.config import ModelConfig
 from pdserve.models.paths import ModelPaths
 from pdserve.runtime.errors import StartupError

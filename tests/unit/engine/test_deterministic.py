@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pdserve.engine import operators
+from pdserve.engine.model_weights import load_weights
 from pdserve.engine.schedule_batch import ScheduledRow
-from pdserve.engine.weights import load_weights
 from pdserve.kernels.linear import BASE_HEIGHT
 from pdserve.messages.sampling import SamplingParams
 from pdserve.models.config import ModelConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from pdserve.engine.dummy_weights import dummy_weights
+from pdserve.engine.model_weights import load_weights
 from pdserve.engine.tensor_parallel import Shard
-from pdserve.engine.weights import load_weights
 from pdserve.models.config import ModelConfig
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.weights.loaded import dummy_model

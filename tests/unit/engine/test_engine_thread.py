@@ -15,8 +15,8 @@ from pdserve.engine.engine_thread import EngineThread, JobResult
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput
 from pdserve.engine.kv_pool import KVPool
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.model_weights import load_weights
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
-from pdserve.engine.weights import load_weights
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pdserve.engine.forward_batch import ForwardBatch
+from pdserve.engine.model_weights import load_weights
 from pdserve.engine.schedule_batch import ScheduleBatch
-from pdserve.engine.weights import load_weights
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
 
 LLAMA3 = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pdserve.engine.load_progress import LoadProgress
+from pdserve.engine.model_weights import load_weights
 from pdserve.engine.tensor_parallel import WHOLE, Shard
-from pdserve.engine.weights import load_weights
 from pdserve.models.config import ModelConfig
 
 FILE_OF = {"a": Path("/m/1"), "b": Path("/m/2"), "c": Path("/m/1")}

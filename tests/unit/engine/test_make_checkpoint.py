@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from tokenizers import Tokenizer
 
-from pdserve.engine.weights import tensor_shapes
+from pdserve.engine.model_weights import tensor_shapes
 from pdserve.models.config import ModelConfig
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "tools" / "make_checkpoint.py"

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pdserve.engine.model_weights import Checkpoint, Weights, load_weights, read_update
 from pdserve.engine.named_weights import (
     merge_checksums,
     named_parts,
@@ -17,7 +18,6 @@ from pdserve.engine.named_weights import (
     whole_checksum,
 )
 from pdserve.engine.tensor_parallel import WHOLE, Shard
-from pdserve.engine.weights import Checkpoint, Weights, load_weights, read_update
 from pdserve.models.config import ModelConfig
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError

@@ -17,9 +17,9 @@ from pdserve.engine.batch_codec import decode_batch, encode_batch
 from pdserve.engine.forward_batch import ForwardBatch, RowOutput
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.model_weights import Checkpoint, load_weights, tensor_shapes
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.tensor_parallel import RankCollective, Shard, check_divides
-from pdserve.engine.weights import Checkpoint, load_weights, tensor_shapes
 from pdserve.messages.kv_layout import kv_heads_of_rank
 from pdserve.messages.sampling import SamplingParams
 from pdserve.models.config import ModelConfig, kv_layout

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pdserve.engine.model_weights import load_weights
 from pdserve.engine.named_weights import part_checksums
 from pdserve.engine.tensor_parallel import WHOLE
 from pdserve.engine.weight_file import read_weights, save_weights, without_memory
-from pdserve.engine.weights import load_weights
 from pdserve.models.config import ModelConfig
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError

@@ -14,8 +14,8 @@ import zmq.asyncio
 from aiohttp import web
 
 from pdserve.api.generation import AdminReply
-from pdserve.front import main
-from pdserve.front.main import Registrar, serve_node_front
+from pdserve.front.main import serve_node_front
+from pdserve.front.registrar import Registrar
 from pdserve.links.entry_lookup import HttpEntryLookup, NoNodeError
 from pdserve.messages.link_guard import LinkKeys
 from pdserve.messages.node import (
@@ -213,7 +213,7 @@ async def test_a_bug_in_its_own_loop_ends_it_loudly(monkeypatch: pytest.MonkeyPa
     async def renew(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(main.Registrar, "renew", renew)
+    monkeypatch.setattr(Registrar, "renew", renew)
     context = zmq.asyncio.Context()
     scheduler = FakeScheduler(context)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pdserve.engine.model_weights import Weights, load_weights
 from pdserve.engine.named_weights import part_checksums
 from pdserve.engine.tensor_parallel import Shard
 from pdserve.engine.weight_file import has_memory, save_weights
-from pdserve.engine.weights import Weights, load_weights
 from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.ranks import RankDone
 from pdserve.messages.weights import MemoryTag

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pdserve.engine.model_weights import Weights, load_weights
 from pdserve.engine.tensor_parallel import Shard
 from pdserve.engine.weight_file import without_memory
-from pdserve.engine.weights import Weights, load_weights
 from pdserve.messages.ranks import RankDone
 from pdserve.messages.weights import TensorSpec
 from pdserve.models.config import ModelConfig

@@ -18,9 +18,9 @@ from pdserve.engine.batch_codec import encode_batch
 from pdserve.engine.forward_batch import ForwardBatch
 from pdserve.engine.kv_pool import KVPool
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.model_weights import Checkpoint, load_weights, tensor_shapes
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
 from pdserve.engine.tensor_parallel import RankCollective, Shard
-from pdserve.engine.weights import Checkpoint, load_weights, tensor_shapes
 from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.operation import StartProfile
 from pdserve.messages.pipe import Pipe

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pdserve.engine.weights import (
+from pdserve.engine.model_weights import (
     FINGERPRINT_FILE,
     Weights,
     fingerprint_of,

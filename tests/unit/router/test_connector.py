@@ -27,7 +27,7 @@ from pdserve.messages.node import (
     TokenOutput,
     TokenOutputs,
 )
-from pdserve.router.links import ZmqConnector
+from pdserve.router.connector import ZmqConnector
 from pdserve.router.options import RouterOptions
 from pdserve.router.service import RouterService
 from pdserve.runtime.cluster_proof import is_nonce
