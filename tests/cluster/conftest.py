@@ -14,6 +14,7 @@ from pdserve.runtime.cluster_secret import SECRET_VARIABLE, new_secret
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.tests.cluster.helpers import clean_cluster
 from pdserve.tests.cluster.reference import Reference
+from pdserve.tests.nursery import nursery
 
 # fp32, so that answers can be compared; NaN in reserved pages, so that a page that did not travel shows;
 # small chunks, so that prompts of the tests have several.
@@ -22,6 +23,14 @@ FLAGS += ["--enable-return-hidden-states"]
 
 # One secret for every process of a test, also for those that join a cluster by hand.
 os.environ.setdefault(SECRET_VARIABLE, new_secret())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nursery() -> Iterator[None]:
+    """Processes of the tests' clusters are forked. The three binaries (test_launch_order.py), a program of a
+    user's (test_engine.py) and `scripts/run`, which start some of every kind, execute theirs."""
+    with nursery():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -279,6 +279,11 @@ def scheduler_process(cluster: LocalCluster, url: str) -> psutil.Process:
     raise AssertionError(f"no process of this cluster serves {url}")
 
 
+def fronts_of(scheduler: psutil.Process) -> list[psutil.Process]:
+    """One, or none between two."""
+    return [child for child in scheduler.children() if "node-front" in child.cmdline()]
+
+
 def router_process(cluster: LocalCluster) -> psutil.Process:
     return next(child for child in psutil.Process(cluster.pid).children() if "router" in child.cmdline())
 
@@ -299,7 +304,7 @@ def kill_nodes(cluster: LocalCluster, urls: Sequence[str], *, with_fronts: bool 
     A front whose scheduler dies takes leave of the router; with both dead, the router learns it by itself.
     """
     schedulers = [scheduler_process(cluster, url) for url in urls]
-    fronts = [front for scheduler in schedulers for front in scheduler.children()]
+    fronts = [front for scheduler in schedulers for front in fronts_of(scheduler)]
     for process in (*(fronts if with_fronts else ()), *schedulers):
         process.kill()
     gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)

@@ -19,7 +19,6 @@ from pdserve.tests.cluster.helpers import (
     greedy_ids,
     random_ids,
     request,
-    router_process,
     slowed,
     stream_all,
     wait_until,
@@ -215,14 +214,6 @@ def test_health_generate(cluster: LocalCluster) -> None:
 
 
 # ---- imports ----------------------------------------------------------------------------------------
-
-
-def test_the_running_router_has_no_torch(cluster: LocalCluster) -> None:
-    greedy_ids(cluster.url, [5, 6, 7], 2)
-    maps = Path(f"/proc/{router_process(cluster).pid}/maps").read_text()
-    assert "tokenizers" in maps  # the right process
-    for library in ("libtorch", "torch/lib", "mooncake", "safetensors"):
-        assert library not in maps
 
 
 def test_the_router_imports_neither_torch_nor_transformers() -> None:

@@ -202,7 +202,7 @@ PROGRAM = """
 import sys, threading
 from pdserve import Engine
 engines = []
-flags = {"colocated": True, "num_threads": 1, "kv_cache_gb": 0.05}
+flags = {"colocated": True, "num_threads": 2, "kv_cache_gb": 0.05, "tensor_parallel_size": int(sys.argv[1])}
 thread = threading.Thread(target=lambda: engines.append(Engine(**flags)))
 thread.start()
 thread.join()
@@ -212,16 +212,17 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, None])
-def test_the_cluster_ends_with_the_program(number: signal.Signals | None) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as program:
+@pytest.mark.parametrize(("number", "num_ranks"), [(signal.SIGKILL, 2), (None, 1)])
+def test_the_cluster_ends_with_the_program(number: signal.Signals | None, num_ranks: int) -> None:
+    command = [sys.executable, "-P", "-c", PROGRAM, str(num_ranks)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
         assert program.stdout is not None
         assert program.stdin is not None
         assert program.stdout.readline() == "ready\n"
         processes = psutil.Process(program.pid).children(recursive=True)
-        assert len(processes) >= 4, "supervisor, router, decode node and its front"
+        assert len(processes) >= 3 + num_ranks, (
+            "supervisor, router, the ranks of a decode node, and its front"
+        )
         if number is None:
             program.stdin.close()  # it runs to its end, and shuts nothing down itself
         else:
@@ -230,7 +231,7 @@ def test_the_cluster_ends_with_the_program(number: signal.Signals | None) -> Non
 
 
 def own_processes() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True)}
+    return {process.pid for process in psutil.Process().children(recursive=True) if is_alive(process)}
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -25,6 +25,7 @@ from pdserve.tests.cluster.helpers import (
     Stream,
     all_paired,
     clean_cluster,
+    fronts_of,
     frozen,
     greedy_ids,
     in_background,
@@ -185,13 +186,13 @@ def test_front_killed_in_mid_stream(nodes: LocalCluster, number: signal.Signals)
         victim = node_with(nodes, f"front-dies-{number}", "running")
         assert victim, "the stream was over before a front could be killed"
         scheduler = scheduler_process(nodes, victim)
-        (front,) = scheduler.children()
+        (front,) = fronts_of(scheduler)
         front.send_signal(number)
     answer = stream.answer()
     assert answer.is_proper, answer
     assert answer.token_ids == undisturbed.token_ids
     assert failed_attempts(nodes) == failed_before
-    wait_until(lambda: front.pid not in [child.pid for child in scheduler.children()], 10.0, "its end")
+    wait_until(lambda: front not in fronts_of(scheduler), 10.0, "its end")
     assert request(victim, "/server_info").status == 200, "who asks meanwhile waits for the next front"
     assert scheduler_process(nodes, victim).pid == scheduler.pid
     assert {worker["url"]: worker["incarnation"] for worker in nodes.workers()} == incarnations

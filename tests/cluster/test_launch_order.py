@@ -33,6 +33,13 @@ def binary(name: str) -> str:
     return found
 
 
+def check_that_it_has_no_torch(router_pid: int) -> None:
+    maps = Path(f"/proc/{router_pid}/maps").read_text()
+    assert "tokenizers" in maps  # the right process
+    for library in ("libtorch", "torch/lib", "mooncake", "safetensors"):
+        assert library not in maps
+
+
 # Nodes that register with the router, and a router that is told of nodes, in every order of starting.
 ORDERS = list(itertools.permutations(("router", "prefill", "decode")))
 
@@ -78,6 +85,7 @@ def test_three_binaries_in_any_order(order: tuple[str, ...], told: str, tmp_path
         )
         with urllib.request.urlopen(request, timeout=30) as response:
             assert json.loads(response.read())["usage"]["completion_tokens"] > 0
+        check_that_it_has_no_torch(processes[order.index("router")].pid)
     finally:
         for process in processes:
             end(process, grace_s=20)
