@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.paged_attention import AttentionPlan, AttentionRow, grouping_key, plan_attention
 from ..messages.kv_layout import KVLayout
 from ..messages.report import NOTHING_TOLD, PromptReport, SampledToken
+from ..messages.sampling import AskedLogprobs
 from ..models.config import ModelConfig
 from .kv_pool import TORCH_DTYPES
 from .sampling_batch import Entry, SamplingBatch
@@ -23,7 +24,7 @@ class PromptLogprobs:
     row_index: int
     first: int  # in the flat batch
     targets: Tensor  # [n] int64
-    num_top: int
+    asked: AskedLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +132,8 @@ def _at(batch: ScheduleBatch, order: list[int]) -> list[ScheduledRow]:
 
 
 def _prompt_logprobs(row: ScheduledRow, index: int, first: int) -> PromptLogprobs | None:
-    wanted_from = row.work.prompt_logprobs_from
-    if wanted_from is None:
+    wanted_from, asked = row.work.prompt_logprobs_from, row.work.sampling.asked_prompt_logprobs
+    if wanted_from is None or asked is None:
         return None
     begin = max(wanted_from, row.start + 1)
     end = min(row.end + 1, row.num_prompt_tokens)
@@ -142,7 +143,7 @@ def _prompt_logprobs(row: ScheduledRow, index: int, first: int) -> PromptLogprob
         row_index=index,
         first=first + begin - 1 - row.start,
         targets=torch.tensor(row.token_ids[begin:end], dtype=torch.int64),
-        num_top=row.work.sampling.num_prompt_logprobs or 0,
+        asked=asked,
     )
 
 

@@ -117,9 +117,7 @@ class ModelRunner:
         for first, num_rows in _blocks(wanted):
             done = first - wanted.first
             targets = wanted.targets[done : done + num_rows].tolist()
-            logprobs += token_logprobs(
-                self._logits(hidden[first : first + num_rows]), targets, wanted.num_top
-            )
+            logprobs += token_logprobs(self._logits(hidden[first : first + num_rows]), targets, wanted.asked)
         return tuple(logprobs)
 
 

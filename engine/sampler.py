@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import sampling as ops
-from ..messages.sampling import TokenLogprob
+from ..messages.sampling import AskedLogprobs, TokenLogprob
 from .sampling_batch import Drawn, SamplingBatch
 
 
@@ -15,12 +15,12 @@ def sample(logits: Tensor, batch: SamplingBatch) -> tuple[list[int], list[TokenL
     if batch.logits_index is not None:
         logits = logits[batch.logits_index]
     tokens = _choose(logits, batch).tolist()
-    return tokens, _logprobs(logits, tokens, batch.num_logprobs)
+    return tokens, _logprobs(logits, tokens, batch.logprobs)
 
 
-def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
-    """Of each of N tokens under its row of ``logits [N, V]`` float32, with the `num_top` best beside it."""
-    best = ops.log_probs(logits, num_top)
+def token_logprobs(logits: Tensor, token_ids: list[int], asked: AskedLogprobs) -> list[TokenLogprob]:
+    """Of each of N tokens under its row of ``logits [N, V]`` float32, with what is asked beside it."""
+    best = ops.log_probs(logits, asked.num_top)
     chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0] - best.normalizer
     return [
         TokenLogprob(token_id, logprob, tuple(zip(ids, values, strict=True)))
@@ -73,13 +73,13 @@ def _draw(logits: Tensor, drawn: Drawn) -> Tensor:
 
 
 def _logprobs(
-    logits: Tensor, tokens: list[int], num_logprobs: tuple[int | None, ...]
+    logits: Tensor, tokens: list[int], asked: tuple[AskedLogprobs | None, ...]
 ) -> list[TokenLogprob | None]:
     logprobs: list[TokenLogprob | None] = [None] * len(tokens)
-    # Rows that ask for the same number together, so that no row's answer depends on another's wish.
-    for num_top in {count for count in num_logprobs if count is not None}:
-        entries = [index for index, count in enumerate(num_logprobs) if count == num_top]
-        of_entries = token_logprobs(logits[entries], [tokens[index] for index in entries], num_top)
+    # Rows that ask for the same together, so that no row's answer depends on another's wish.
+    for wish in {each for each in asked if each is not None}:
+        entries = [index for index, each in enumerate(asked) if each == wish]
+        of_entries = token_logprobs(logits[entries], [tokens[index] for index in entries], wish)
         for index, logprob in zip(entries, of_entries, strict=True):
             logprobs[index] = logprob
     return logprobs

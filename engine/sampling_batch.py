@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..messages.sampling import AskedLogprobs
 from .schedule_batch import ScheduledRow
 
 # Below this a distribution is its best token, and dividing by it would overflow.
@@ -77,7 +78,7 @@ class SamplingBatch:
     penalties: tuple[Penalties, ...]
     forbidden: PerToken | None
     drawn: Drawn | None
-    num_logprobs: tuple[int | None, ...]  # an entry's: None, or how many of the best beside the chosen one
+    logprobs: tuple[AskedLogprobs | None, ...]  # of each entry
 
     @property
     def changes_logits(self) -> bool:
@@ -98,7 +99,7 @@ class SamplingBatch:
             ),
             forbidden=_per_token([_forbidden(entry.row, eos_token_ids) for entry in entries], vocab_size),
             drawn=_drawn(entries),
-            num_logprobs=tuple(entry.row.work.sampling.num_logprobs for entry in entries),
+            logprobs=tuple(entry.row.work.sampling.asked_logprobs for entry in entries),
         )
 
 

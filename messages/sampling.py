@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -32,6 +32,12 @@ TopLogprobs: TypeAlias = Annotated[tuple[tuple[TokenId, Measured], ...], Meta(ma
 HiddenStates: TypeAlias = Literal["none", "sampled", "all"]
 
 
+class AskedLogprobs(NamedTuple):
+    """What is told of the logprobs at one position, beside the logprob of its own token."""
+
+    num_top: int  # the most likely ones
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the tokens of one request are chosen. Checked with a reason where the request enters (``api``).
 
@@ -58,6 +64,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     num_prompt_logprobs: NumLogprobs | None = None
     prompt_logprobs_start: Count = 0
     hidden_states: HiddenStates = "none"
+
+    @property
+    def asked_logprobs(self) -> AskedLogprobs | None:
+        """Of each output token."""
+        return None if self.num_logprobs is None else AskedLogprobs(self.num_logprobs)
+
+    @property
+    def asked_prompt_logprobs(self) -> AskedLogprobs | None:
+        """Of each prompt token from `prompt_logprobs_start` on."""
+        return None if self.num_prompt_logprobs is None else AskedLogprobs(self.num_prompt_logprobs)
 
     @property
     def uses_penalties(self) -> bool:

@@ -34,7 +34,7 @@ _ROLE_DELTA = ChatDelta(role="assistant", content="")
 class ChatRenderer:
     def __init__(self, serving: Serving, body: ChatRequest, run: TextRun, answer_id: str) -> None:
         self._tokenizer = serving.tokenizer
-        self._num_top = (body.top_logprobs or 0) if body.logprobs else None
+        self._tells_logprobs = body.logprobs
         self._run = run
         self._answer = OpenAIAnswer(serving, body, run, answer_id)
         self._is_begun = False
@@ -131,6 +131,6 @@ class ChatRenderer:
         )
 
     async def _logprobs(self, delta: OutputDelta) -> ChatLogprobs | None:
-        if self._num_top is None:
+        if not self._tells_logprobs:
             return None
-        return await chat_logprobs(self._tokenizer, self._answer.name, delta.logprobs, self._num_top)
+        return await chat_logprobs(self._tokenizer, self._answer.name, delta.logprobs)

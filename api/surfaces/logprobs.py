@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ...messages.sampling import TokenLogprob
+from ...messages.sampling import TokenLogprob, TopLogprobs
 from ..slices import rows
 from ..text.tokenization import Tokenizer
 from .native_types import NativeLogprob
@@ -22,6 +22,12 @@ _LOWEST = -9999.0  # JSON has no infinity
 
 def _finite(logprob: float) -> float:
     return max(logprob, _LOWEST)
+
+
+def _width(logprobs: Sequence[TokenLogprob | None]) -> int:
+    """Entries of a row: of all tokens of a request the same is told."""
+    of_one = logprobs[-1] if logprobs else None  # of the first prompt token there is none
+    return 1 if of_one is None else 1 + len(of_one.top)
 
 
 def token_namer(tokenizer: Tokenizer, *, by_id: bool) -> Callable[[int], str]:
@@ -45,7 +51,7 @@ async def completion_logprobs(
     return CompletionLogprobs(
         tokens=await rows(token_ids, name),
         token_logprobs=await rows(logprobs, lambda entry: None if entry is None else _finite(entry.logprob)),
-        top_logprobs=await rows(logprobs, candidates, num_top + 1),
+        top_logprobs=await rows(logprobs, candidates, _width(logprobs)),
         text_offset=list(offsets),
     )
 
@@ -67,7 +73,7 @@ def concatenated(first: CompletionLogprobs, second: CompletionLogprobs) -> Compl
 
 
 async def chat_logprobs(
-    tokenizer: Tokenizer, name: Callable[[int], str], logprobs: Sequence[TokenLogprob], num_top: int
+    tokenizer: Tokenizer, name: Callable[[int], str], logprobs: Sequence[TokenLogprob]
 ) -> ChatLogprobs:
     def row(entry: TokenLogprob) -> ChatTokenLogprob:
         return ChatTokenLogprob(
@@ -84,7 +90,7 @@ async def chat_logprobs(
             ],
         )
 
-    return ChatLogprobs(content=await rows(logprobs, row, num_top + 1))
+    return ChatLogprobs(content=await rows(logprobs, row, _width(logprobs)))
 
 
 async def prompt_logprobs(
@@ -95,7 +101,7 @@ async def prompt_logprobs(
     def row(entry: TokenLogprob | None) -> dict[str, VllmLogprob] | None:
         return None if entry is None else _ranked(tokenizer, entry, num_top)
 
-    return await rows(logprobs, row, num_top + 1)
+    return await rows(logprobs, row, _width(logprobs))
 
 
 def _ranked(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str, VllmLogprob]:
@@ -132,17 +138,21 @@ async def native_logprobs(
     return await rows(list(zip(token_ids, logprobs, strict=True)), row)
 
 
-async def native_top_logprobs(
-    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None], num_top: int, *, with_text: bool
+async def native_candidates(
+    tokenizer: Tokenizer,
+    logprobs: Sequence[TokenLogprob | None],
+    candidates: Callable[[TokenLogprob], TopLogprobs],
+    *,
+    with_text: bool,
 ) -> list[list[NativeLogprob] | None]:
-    """Of each token the most likely ones, as triples; null where there are none."""
+    """Of each token others at its position, as triples; null where there are none."""
 
     def row(entry: TokenLogprob | None) -> list[NativeLogprob] | None:
         if entry is None:
             return None
         return [
             (_finite(logprob), token_id, tokenizer.token_text(token_id) if with_text else None)
-            for token_id, logprob in entry.top
+            for token_id, logprob in candidates(entry)
         ]
 
-    return await rows(logprobs, row, num_top)
+    return await rows(logprobs, row, _width(logprobs))

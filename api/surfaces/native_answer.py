@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
 import msgspec
 from msgspec import UNSET
 
+from ...messages.sampling import TokenLogprob, TopLogprobs
 from ..slices import HOLE, filled
 from ..text.pieces import OutputDelta
 from ..text.pipeline import TextRun
 from .hidden_states import hidden_states
-from .logprobs import native_logprobs, native_top_logprobs
+from .logprobs import native_candidates, native_logprobs
 from .metrics import RequestMeter
-from .native_types import MetaInfo, NativeFinish, NativeOutput, NativeRequest
+from .native_types import MetaInfo, NativeFinish, NativeLogprob, NativeOutput, NativeRequest
 from .openai_types import CachedTokensDetails
 from .serving import Serving
 
@@ -60,9 +61,7 @@ class NativeRenderer:
             )
             logprobs["input_token_logprobs"] = []
             if num_top:
-                logprobs["output_top_logprobs"] = await native_top_logprobs(
-                    self._tokenizer, delta.logprobs, num_top, with_text=with_text
-                )
+                logprobs["output_top_logprobs"] = await self._candidates(delta.logprobs, _likeliest)
                 logprobs["input_top_logprobs"] = []
         if delta.is_first and spec.work.sampling.num_prompt_logprobs is not None:
             scored_ids = spec.work.prompt_ids[spec.work.sampling.prompt_logprobs_start :]
@@ -70,9 +69,7 @@ class NativeRenderer:
                 self._tokenizer, scored_ids, info.report.logprobs, with_text=with_text
             )
             if num_top:
-                logprobs["input_top_logprobs"] = await native_top_logprobs(
-                    self._tokenizer, info.report.logprobs, num_top, with_text=with_text
-                )
+                logprobs["input_top_logprobs"] = await self._candidates(info.report.logprobs, _likeliest)
         return NativeOutput(
             text=delta.content,
             output_ids=delta.token_ids,
@@ -94,6 +91,19 @@ class NativeRenderer:
                 **logprobs,
             ),
         )
+
+    async def _candidates(
+        self,
+        logprobs: Sequence[TokenLogprob | None],
+        candidates: Callable[[TokenLogprob], TopLogprobs],
+    ) -> list[list[NativeLogprob] | None]:
+        return await native_candidates(
+            self._tokenizer, logprobs, candidates, with_text=self._body.return_text_in_logprobs
+        )
+
+
+def _likeliest(entry: TokenLogprob) -> TopLogprobs:
+    return entry.top
 
 
 def _finish(delta: OutputDelta) -> NativeFinish | None:
