@@ -39,6 +39,7 @@ class GenerateFields(TypedDict, total=False):
     return_logprob: bool
     logprob_start_len: int  # -1: no logprobs of the prompt
     top_logprobs_num: int
+    token_ids_logprob: TokenIds  # whose logprobs are told, too; with return_logprob
     return_text_in_logprobs: bool
     return_hidden_states: bool  # nodes need --enable-return-hidden-states
     rid: str | list[str]

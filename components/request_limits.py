@@ -16,6 +16,8 @@ def refusal(work: Work, model: ModelInfo) -> str | None:
         return f"token ids from 0 to {model.vocab_size - 1} are expected, at least one"
     if len(token_ids) > model.max_model_len:
         return f"there are {len(token_ids)} tokens; the model's context is {model.max_model_len}"
+    if max(sampling.logprob_token_ids, default=0) >= model.vocab_size:
+        return f"logprobs of token ids from 0 to {model.vocab_size - 1} can be told, and of no others"
     for wanted in (sampling.num_logprobs, sampling.num_prompt_logprobs):
         if wanted is not None and wanted > model.vocab_size:
             return f"{wanted} logprobs of a token are asked for; the vocabulary has {model.vocab_size} tokens"

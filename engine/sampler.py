@@ -22,10 +22,21 @@ def token_logprobs(logits: Tensor, token_ids: list[int], asked: AskedLogprobs) -
     """Of each of N tokens under its row of ``logits [N, V]`` float32, with what is asked beside it."""
     best = ops.log_probs(logits, asked.num_top)
     chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0] - best.normalizer
+    named = logits[:, list(asked.token_ids)] - best.normalizer[:, None]
     return [
-        TokenLogprob(token_id, logprob, tuple(zip(ids, values, strict=True)))
-        for token_id, logprob, ids, values in zip(
-            token_ids, chosen.tolist(), best.top_ids.tolist(), best.top_values.tolist(), strict=True
+        TokenLogprob(
+            token_id,
+            logprob,
+            tuple(zip(ids, values, strict=True)),
+            tuple(zip(asked.token_ids, named_values, strict=True)),
+        )
+        for token_id, logprob, ids, values, named_values in zip(
+            token_ids,
+            chosen.tolist(),
+            best.top_ids.tolist(),
+            best.top_values.tolist(),
+            named.tolist(),
+            strict=True,
         )
     ]
 

@@ -15,6 +15,7 @@ MAX_OUTPUT_PENALTY = 2.0  # and as much below zero
 MAX_BIAS = 100.0  # likewise
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
+MAX_LOGPROB_TOKEN_IDS = 128  # logprobs of so many are told at each position
 
 Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)]
 Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
@@ -24,8 +25,12 @@ LogitBias: TypeAlias = Annotated[
     dict[TokenId, Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]], Meta(max_length=MAX_LOGIT_BIASES)
 ]
 StopTokenIds: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)]
+LogprobTokenIds: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_LOGPROB_TOKEN_IDS)]
 NumLogprobs: TypeAlias = Annotated[int, Meta(ge=0, le=2**15)]
 TopLogprobs: TypeAlias = Annotated[tuple[tuple[TokenId, Measured], ...], Meta(max_length=2**15)]
+NamedLogprobs: TypeAlias = Annotated[
+    tuple[tuple[TokenId, Measured], ...], Meta(max_length=MAX_LOGPROB_TOKEN_IDS)
+]
 
 # Hidden states of the last layer, behind the final norm: none; for each output token the one that it was
 # sampled from; those and the ones of every prompt token.
@@ -36,6 +41,7 @@ class AskedLogprobs(NamedTuple):
     """What is told of the logprobs at one position, beside the logprob of its own token."""
 
     num_top: int  # the most likely ones
+    token_ids: tuple[int, ...]  # and these, which the client named
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -63,17 +69,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     # None: no prompt logprobs. k: of every prompt token from `prompt_logprobs_start` on.
     num_prompt_logprobs: NumLogprobs | None = None
     prompt_logprobs_start: Count = 0
+    # Whose logprobs are told too, wherever any are.
+    logprob_token_ids: LogprobTokenIds = ()
     hidden_states: HiddenStates = "none"
 
     @property
     def asked_logprobs(self) -> AskedLogprobs | None:
         """Of each output token."""
-        return None if self.num_logprobs is None else AskedLogprobs(self.num_logprobs)
+        return self._asked(self.num_logprobs)
 
     @property
     def asked_prompt_logprobs(self) -> AskedLogprobs | None:
         """Of each prompt token from `prompt_logprobs_start` on."""
-        return None if self.num_prompt_logprobs is None else AskedLogprobs(self.num_prompt_logprobs)
+        return self._asked(self.num_prompt_logprobs)
+
+    def _asked(self, num_top: int | None) -> AskedLogprobs | None:
+        return None if num_top is None else AskedLogprobs(num_top, self.logprob_token_ids)
 
     @property
     def uses_penalties(self) -> bool:
@@ -81,11 +92,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of one chosen (or prompt) token and of the most likely ones at its position."""
+    """Log-probability of one chosen (or prompt) token and of others at its position."""
 
     token_id: TokenId
     logprob: Measured
-    top: TopLogprobs = ()  # (token id, logprob), best first
+    top: TopLogprobs = ()  # (token id, logprob) of the most likely ones, best first
+    named: NamedLogprobs = ()  # likewise of `logprob_token_ids`, as they were named
 
 
 Logprobs: TypeAlias = Annotated[tuple[TokenLogprob, ...], Meta(max_length=MAX_TOKENS)]

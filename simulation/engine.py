@@ -155,7 +155,10 @@ def _sample(row: ScheduledRow, known: Sequence[int]) -> tuple[SampledToken, ...]
     tokens = [(choice, next_token(known, choice)) for choice in row.choices]
     return tuple(
         SampledToken(
-            choice, token, None if sampling.num_logprobs is None else TokenLogprob(token, -0.5), state
+            choice,
+            token,
+            None if sampling.num_logprobs is None else _logprob(row, token, -0.5),
+            state,
         )
         for choice, token in tokens
     )
@@ -170,9 +173,14 @@ def _report(row: ScheduledRow) -> PromptReport:
     wants_states = row.work.wants_prompt_states and row.start < row.num_prompt_tokens
     shown = range(row.start, row.end) if wants_states else range(0)
     return PromptReport(
-        logprobs=tuple(TokenLogprob(row.token_ids[position], -float(position)) for position in scored),
+        logprobs=tuple(_logprob(row, row.token_ids[position], -float(position)) for position in scored),
         hidden_states=b"".join(map(_state_of, shown)),
     )
+
+
+def _logprob(row: ScheduledRow, token_id: int, logprob: float) -> TokenLogprob:
+    named = row.work.sampling.logprob_token_ids
+    return TokenLogprob(token_id, logprob, named=tuple((each, -float(each)) for each in named))
 
 
 def _state_of(position: int) -> bytes:

@@ -151,8 +151,6 @@ _UNSUPPORTED: Mapping[str, Unsupported] = {
     "return_routed_experts": Unsupported("there are no experts"),
     "return_entropy": Unsupported("logprobs are what is told of a token"),
     "return_bytes": Unsupported("logprobs of chats have the bytes of tokens"),
-    "token_ids_logprob": Unsupported("logprobs are of the likeliest tokens"),
-    "logprob_token_ids": Unsupported("logprobs are of the likeliest tokens"),
 }
 GENERATING_RULES = FieldRules(harmless=_HARMLESS, unsupported=_UNSUPPORTED, refuse_unknown=False)
 # Names of /generate, which would be sent here for nothing.

@@ -27,7 +27,7 @@ def _finite(logprob: float) -> float:
 def _width(logprobs: Sequence[TokenLogprob | None]) -> int:
     """Entries of a row: of all tokens of a request the same is told."""
     of_one = logprobs[-1] if logprobs else None  # of the first prompt token there is none
-    return 1 if of_one is None else 1 + len(of_one.top)
+    return 1 if of_one is None else 1 + len(of_one.top) + len(of_one.named)
 
 
 def token_namer(tokenizer: Tokenizer, *, by_id: bool) -> Callable[[int], str]:
@@ -42,8 +42,8 @@ async def completion_logprobs(
     offsets: Sequence[int],
     num_top: int,
 ) -> CompletionLogprobs:
-    """Parallel lists. Every dict holds the chosen token beside the most likely ones; null where there is no
-    logprob (the first prompt token)."""
+    """Parallel lists. Every dict holds the chosen token beside the most likely ones and those that the client
+    named; null where there is no logprob (the first prompt token)."""
 
     def candidates(entry: TokenLogprob | None) -> dict[str, float] | None:
         return None if entry is None else _candidates(name, entry, num_top)
@@ -58,7 +58,7 @@ async def completion_logprobs(
 
 def _candidates(name: Callable[[int], str], entry: TokenLogprob, num_top: int) -> dict[str, float]:
     candidates: dict[str, float] = {}
-    for token_id, logprob in (*entry.top[:num_top], (entry.token_id, entry.logprob)):
+    for token_id, logprob in (*entry.top[:num_top], (entry.token_id, entry.logprob), *entry.named):
         candidates.setdefault(name(token_id), _finite(logprob))
     return candidates
 
@@ -75,6 +75,8 @@ def concatenated(first: CompletionLogprobs, second: CompletionLogprobs) -> Compl
 async def chat_logprobs(
     tokenizer: Tokenizer, name: Callable[[int], str], logprobs: Sequence[TokenLogprob]
 ) -> ChatLogprobs:
+    """`top_logprobs` holds the most likely ones, then those that the client named."""
+
     def row(entry: TokenLogprob) -> ChatTokenLogprob:
         return ChatTokenLogprob(
             token=name(entry.token_id),
@@ -86,7 +88,7 @@ async def chat_logprobs(
                     logprob=_finite(logprob),
                     bytes=list(tokenizer.token_bytes(token_id)),
                 )
-                for token_id, logprob in entry.top
+                for token_id, logprob in dict((*entry.top, *entry.named)).items()
             ],
         )
 

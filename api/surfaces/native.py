@@ -57,10 +57,11 @@ class Native:
             )
         request_id, rids = self._ids(http, body, len(prompts))
         turns = self._turns(body, rids, prompts, samplings)
+        named_ids = _named_ids(body, len(prompts))
         jobs = [
-            self._job(body, rid, prompt, sampling, turn, salt)
-            async for rid, prompt, sampling, turn, salt in spaced(
-                zip(rids, prompts, samplings, turns, salts, strict=True)
+            self._job(body, rid, prompt, sampling, turn, salt, named)
+            async for rid, prompt, sampling, turn, salt, named in spaced(
+                zip(rids, prompts, samplings, turns, salts, named_ids, strict=True)
             )
         ]
         is_list = is_batch or any(sampling.n > 1 for sampling in samplings)
@@ -149,6 +150,7 @@ class Native:
         sampling: NativeSampling,
         turn: SessionTurn | None,
         cache_salt: str,
+        named_ids: Sequence[int],
     ) -> TextJob:
         serving = self._serving
         prompt_ids = new_ids if turn is None else turn.prompt_ids
@@ -181,6 +183,8 @@ class Native:
             ignore_eos=sampling.ignore_eos,
             min_tokens=sampling.min_new_tokens,
             min_tokens_name="min_new_tokens",
+            logprob_token_ids=named_ids,
+            logprob_token_ids_name="token_ids_logprob",
         )
         spec = GenerateSpec(
             request_id=rid,
@@ -227,6 +231,20 @@ def _turn_params(body: NativeRequest, num_prompts: int) -> Sequence[TurnParams |
             "session_params", f"`session_params` has {len(given)} entries for {num_prompts} prompts."
         )
     return given
+
+
+def _named_ids(body: NativeRequest, num_prompts: int) -> list[list[int]]:
+    """Whose logprobs each prompt asks for: its own, or the same for all."""
+    given = body.token_ids_logprob or []
+    lists = [each for each in given if isinstance(each, list)]
+    if not lists:
+        return [[each for each in given if isinstance(each, int)]] * num_prompts
+    if len(given) != num_prompts or len(lists) != num_prompts:
+        raise bad_value(
+            "token_ids_logprob",
+            f"`token_ids_logprob` must be one list of token ids, or {num_prompts} such lists in a list.",
+        )
+    return lists
 
 
 def _salts(body: NativeRequest, num_prompts: int) -> Sequence[str]:

@@ -54,6 +54,7 @@ class NativeRenderer:
         info = self._run.info(prompt)
         with_text = self._body.return_text_in_logprobs
         num_top = self._body.top_logprobs_num
+        is_named = bool(spec.work.sampling.logprob_token_ids)
         logprobs: dict[str, Any] = {}
         if self._body.return_logprob:
             logprobs["output_token_logprobs"] = await native_logprobs(
@@ -63,6 +64,9 @@ class NativeRenderer:
             if num_top:
                 logprobs["output_top_logprobs"] = await self._candidates(delta.logprobs, _likeliest)
                 logprobs["input_top_logprobs"] = []
+            if is_named:
+                logprobs["output_token_ids_logprobs"] = await self._candidates(delta.logprobs, _named)
+                logprobs["input_token_ids_logprobs"] = []
         if delta.is_first and spec.work.sampling.num_prompt_logprobs is not None:
             scored_ids = spec.work.prompt_ids[spec.work.sampling.prompt_logprobs_start :]
             logprobs["input_token_logprobs"] = await native_logprobs(
@@ -70,6 +74,8 @@ class NativeRenderer:
             )
             if num_top:
                 logprobs["input_top_logprobs"] = await self._candidates(info.report.logprobs, _likeliest)
+            if is_named:
+                logprobs["input_token_ids_logprobs"] = await self._candidates(info.report.logprobs, _named)
         return NativeOutput(
             text=delta.content,
             output_ids=delta.token_ids,
@@ -104,6 +110,10 @@ class NativeRenderer:
 
 def _likeliest(entry: TokenLogprob) -> TopLogprobs:
     return entry.top
+
+
+def _named(entry: TokenLogprob) -> TopLogprobs:
+    return entry.named
 
 
 def _finish(delta: OutputDelta) -> NativeFinish | None:

@@ -54,6 +54,7 @@ class NativeRequest(msgspec.Struct, kw_only=True):
     return_logprob: bool = False
     logprob_start_len: int = -1  # -1: no logprobs of the prompt
     top_logprobs_num: int = 0
+    token_ids_logprob: list[int | list[int]] | None = None
     return_text_in_logprobs: bool = False
     return_hidden_states: bool = False
     priority: int = 0
@@ -124,6 +125,8 @@ class MetaInfo(msgspec.Struct, frozen=True, kw_only=True):
     output_token_logprobs: list[NativeLogprob] | UnsetType = UNSET
     input_top_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
     output_top_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
+    input_token_ids_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
+    output_token_ids_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
     hidden_states: NativeHiddenStates | UnsetType = UNSET
 
 

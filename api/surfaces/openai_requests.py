@@ -47,6 +47,7 @@ def openai_sampling(
         stop_token_ids=body.stop_token_ids,
         ignore_eos=body.ignore_eos,
         min_tokens=body.min_tokens,
+        logprob_token_ids=body.logprob_token_ids or (),
     )
     return sampling_params(
         fields,

@@ -48,6 +48,7 @@ class OpenAIRequest(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool = False
     no_stop_trim: bool = False  # SGLang's name of the same
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False  # in logprobs: "token_id:5", which no two tokens share
     timeline: bool = False

@@ -14,6 +14,7 @@ from ...messages.node import MAX_PRIORITY
 from ...messages.sampling import (
     MAX_BIAS,
     MAX_LOGIT_BIASES,
+    MAX_LOGPROB_TOKEN_IDS,
     MAX_OUTPUT_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_STOP_TOKEN_IDS,
@@ -129,6 +130,8 @@ class SamplingFields:
     ignore_eos: bool
     min_tokens: int
     min_tokens_name: str = "min_tokens"
+    logprob_token_ids: Sequence[int]
+    logprob_token_ids_name: str = "logprob_token_ids"
 
 
 def sampling_params(
@@ -176,6 +179,7 @@ def sampling_params(
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
         prompt_logprobs_start=prompt_logprobs_start,
+        logprob_token_ids=_logprob_token_ids(wanted, card, are_told=num_logprobs is not None),
         hidden_states=hidden_states,
     )
 
@@ -228,6 +232,18 @@ def _logit_bias(biases: Mapping[str, float], card: ModelCard) -> dict[int, float
             )
         checked[int(key)] = bias
     return checked
+
+
+def _logprob_token_ids(wanted: SamplingFields, card: ModelCard, *, are_told: bool) -> tuple[int, ...]:
+    name, token_ids = wanted.logprob_token_ids_name, wanted.logprob_token_ids
+    if token_ids and not are_told:
+        raise bad_value(name, f"`{name}` tells more logprobs of each token: ask for logprobs, too.")
+    if len(token_ids) > MAX_LOGPROB_TOKEN_IDS:
+        raise bad_value(name, f"`{name}` takes at most {MAX_LOGPROB_TOKEN_IDS} ids, got {len(token_ids)}.")
+    for token_id in token_ids:
+        if not 0 <= token_id < card.vocab_size:
+            raise bad_value(name, f"`{name}`: {token_id} is no token id below {card.vocab_size}.")
+    return tuple(token_ids)
 
 
 def _stop_token_ids(token_ids: Sequence[int], card: ModelCard) -> tuple[int, ...]:

@@ -50,10 +50,11 @@ ENTRY = NodeEntry(
 )
 
 
-def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
-    """The chosen token is the second best; the best is the next id."""
+def logprob_of(token_id: int, num_top: int, named_ids: Sequence[int] = ()) -> TokenLogprob:
+    """The chosen token is the second best; the best is the next id. Of a named one it is the id itself."""
     ranked = [(token_id + 1, -0.5), (token_id, -1.0), (token_id + 2, -2.0)]
-    return TokenLogprob(token_id, -1.0, tuple(ranked[:num_top]))
+    named = tuple((each, -float(each)) for each in named_ids)
+    return TokenLogprob(token_id, -1.0, tuple(ranked[:num_top]), named)
 
 
 class FakeGeneration:
@@ -70,11 +71,12 @@ class FakeGeneration:
         self.is_cancelled = False
         self.has_ended = False
         sampling = spec.work.sampling
+        num_top, named_ids = sampling.num_prompt_logprobs, sampling.logprob_token_ids
         prompt_logprobs: list[TokenLogprob | None] = []
-        if sampling.num_prompt_logprobs is not None:
+        if num_top is not None:
             for position, token_id in enumerate(spec.work.prompt_ids):
                 if position >= sampling.prompt_logprobs_start:
-                    logprob = logprob_of(token_id, sampling.num_prompt_logprobs) if position else None
+                    logprob = logprob_of(token_id, num_top, named_ids) if position else None
                     prompt_logprobs.append(logprob)
         self.info = GenerationInfo(
             report=PromptReport(
@@ -117,12 +119,12 @@ def one_by_one(
     matched: int | None = None,
 ) -> list[ChoiceDelta]:
     """The tokens of a choice, a delta each, with logprobs where the spec asks for them."""
-    num_top = spec.work.sampling.num_logprobs
+    num_top, named_ids = spec.work.sampling.num_logprobs, spec.work.sampling.logprob_token_ids
     return [
         ChoiceDelta(
             choice,
             (token_id,),
-            () if num_top is None else (logprob_of(token_id, num_top),),
+            () if num_top is None else (logprob_of(token_id, num_top, named_ids),),
             finish if position == len(token_ids) - 1 else None,  # type: ignore[arg-type]
             matched if position == len(token_ids) - 1 else None,
         )

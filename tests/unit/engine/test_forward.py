@@ -51,7 +51,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 TOLERANCE = 1e-4
-WITH_LOGPROBS = SamplingParams(temperature=0.0, num_logprobs=3, num_prompt_logprobs=2)
+NAMED = (377, 4)
+WITH_LOGPROBS = SamplingParams(
+    temperature=0.0, num_logprobs=3, num_prompt_logprobs=2, logprob_token_ids=NAMED
+)
 
 
 def transformers_logprobs(folder: Path, token_ids: list[int]) -> torch.Tensor:
@@ -67,7 +70,8 @@ def assert_logprob(actual: TokenLogprob, expected: torch.Tensor, num_top: int) -
     assert len(actual.top) == num_top
     best = expected.topk(num_top).values.tolist()
     assert [logprob for _, logprob in actual.top] == pytest.approx(best, abs=TOLERANCE)
-    for token_id, logprob in actual.top:
+    assert [token_id for token_id, _ in actual.named] == list(NAMED)
+    for token_id, logprob in (*actual.top, *actual.named):
         assert logprob == pytest.approx(expected[token_id].item(), abs=TOLERANCE)
 
 

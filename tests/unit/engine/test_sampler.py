@@ -154,6 +154,24 @@ def test_min_tokens(wishes: dict[str, Any], num_output_tokens: int, expected: in
     assert sampled(logits, [asked]) == [expected]
 
 
+def test_logprobs_of_named_tokens_are_those_of_the_softmax() -> None:
+    """Of the raw logits, in the order in which they are named; another row's wish changes nothing."""
+    logits = logits_of(3)
+    asked = [
+        entry(0, temperature=0.0, num_logprobs=0, logprob_token_ids=(90, 0, 41)),
+        entry(1, temperature=0.0, num_logprobs=2, logprob_token_ids=(5,), logit_bias={5: -100.0}),
+        entry(2, temperature=0.0, num_logprobs=2),
+    ]
+    _, told = sample(logits, SamplingBatch.build(asked, EOS, VOCAB))
+    expected = logits.log_softmax(-1)
+    for row, token_ids in enumerate(((90, 0, 41), (5,), ())):
+        logprob = told[row]
+        assert logprob is not None
+        assert [token_id for token_id, _ in logprob.named] == list(token_ids)
+        for token_id, value in logprob.named:
+            assert value == pytest.approx(expected[row, token_id].item(), abs=1e-6)
+
+
 def test_logit_bias_forces_and_bans() -> None:
     logits = logits_of(2)
     best = logits[1].argmax().item()

@@ -34,6 +34,7 @@ SPLIT = {
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True},
 }
 PAGE_SIZE = 4
+NAMED = (7, 300, 5)
 NUM_PAGES = 64
 
 
@@ -86,7 +87,7 @@ def replica(tmp_path: Path) -> Callable[[Path, int], Replica]:
 
 
 def row(token_ids: Sequence[int], **changes: Unpack[RowFields]) -> ScheduledRow:
-    sampling = SamplingParams(temperature=0.0, num_logprobs=4, num_prompt_logprobs=1)
+    sampling = SamplingParams(temperature=0.0, num_logprobs=4, num_prompt_logprobs=1, logprob_token_ids=NAMED)
     return replace(whole_row(token_ids, sampling, list(range(NUM_PAGES))), **changes)
 
 
@@ -100,6 +101,8 @@ def assert_same(got: RowOutput, expected: RowOutput) -> None:
         assert ours is not None
         assert theirs is not None
         assert math.isclose(ours.logprob, theirs.logprob, abs_tol=1e-4)
+        assert [token_id for token_id, _ in ours.named] == list(NAMED)
+        assert dict(ours.named) == pytest.approx(dict(theirs.named), abs=1e-4)
 
 
 @pytest.mark.parametrize("size", [2, 4])

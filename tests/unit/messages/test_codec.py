@@ -38,7 +38,7 @@ MESSAGES = [
 ]
 TEXTS = ("", "a", "é.b-1", "tcp://host:1", "float32")  # those that a pattern lets through are tried
 # Shown and never computed with: what a model with NaN in its weights says of itself still arrives.
-UNBOUNDED_FLOATS = {"TokenLogprob.logprob", "TokenLogprob.top", "WeightsReply.values"}
+UNBOUNDED_FLOATS = {"TokenLogprob.logprob", "TokenLogprob.top", "TokenLogprob.named", "WeightsReply.values"}
 UNBOUNDED_INTEGERS = {"SamplingParams.seed", "HandoffDone.digests", "WeightsWrittenReply.crc32"}  # of 64 bits
 
 

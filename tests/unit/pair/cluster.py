@@ -329,6 +329,7 @@ class Stream:
     num_cached_tokens: int = 0
     weight_version: str = ""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # by choice
     hidden_states: list[list[float]] = field(default_factory=list)  # of all choices' tokens
     prompt_hidden_states: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -369,6 +370,7 @@ def read_stream(
                 stream.num_cached_tokens = report.num_cached_tokens or stream.num_cached_tokens
                 stream.weight_version = output.weight_version or stream.weight_version
                 stream.prompt_logprobs = report.logprobs or stream.prompt_logprobs
+                stream.logprobs.setdefault(output.choice, []).extend(output.logprobs)
                 stream.hidden_states += [array("f", state).tolist() for state in output.hidden_states]
                 stream.prompt_hidden_states += array("f", report.hidden_states).tolist()
                 stream.spans += output.spans

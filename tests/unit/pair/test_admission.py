@@ -161,6 +161,7 @@ def test_a_request_that_makes_no_sense_ends_alone(options: dict[str, Any], reaso
         ({"prompt": (VOCAB_SIZE,) * 10}, "token ids from 0"),
         ({"num_logprobs": VOCAB_SIZE + 1}, "logprobs"),
         ({"num_prompt_logprobs": VOCAB_SIZE + 1}, "logprobs"),
+        ({"num_logprobs": 0, "logprob_token_ids": (VOCAB_SIZE,)}, "logprobs of token ids"),
     ],
 )
 def test_what_the_model_cannot_compute_is_refused_by_both_nodes(

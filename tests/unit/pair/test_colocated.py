@@ -40,12 +40,16 @@ def test_chunks_ride_along_with_decode_rows(pair: Pair) -> None:
 def test_the_answers_are_those_of_a_hand_off(pair: Pair, num_tokens: int) -> None:
     apart = Pair(chunk_tokens=8)
     options = {"choices": (0, 1), "max_tokens": 7, "num_logprobs": 0, "num_prompt_logprobs": 0}
+    options["logprob_token_ids"] = (9, 3)
     for each in (pair, apart):
         each.start("a", prompt_of(num_tokens), **options)
         each.finish()
     here, there = pair.stream("a"), apart.stream("a")
     assert (here.tokens, here.finishes) == (there.tokens, there.finishes)
     assert here.prompt_logprobs == there.prompt_logprobs
+    assert here.logprobs == there.logprobs
+    told = [*here.prompt_logprobs[1:], *here.logprobs[0], *here.logprobs[1]]
+    assert {logprob and logprob.named for logprob in told} == {((9, -9.0), (3, -3.0))}
     assert pair.decode.report.load(pair.now).num_prompt_tokens_computed == num_tokens
 
 

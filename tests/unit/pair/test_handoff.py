@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import pytest
@@ -144,12 +145,14 @@ def test_a_new_attempt_goes_on_behind_the_kept_tokens() -> None:
     pair = Pair()
     prompt = prompt_of(10)
     tokens = expected_tokens(prompt, 8)
-    pair.start("a", prompt, max_tokens=8, attempt=2, output_ids=tokens[:3], num_prompt_logprobs=0)
+    asked: dict[str, Any] = {"num_logprobs": 0, "num_prompt_logprobs": 0, "logprob_token_ids": (9,)}
+    pair.start("a", prompt, max_tokens=8, attempt=2, output_ids=tokens[:3], **asked)
     pair.finish()
     stream = pair.stream("a", 2, base=3)
     assert stream.tokens == {0: tokens[3:]}
     assert stream.reasons == {0: "length"}
     assert stream.prompt_logprobs == (), "they belong to the first attempt"
+    assert [logprob.named for logprob in stream.logprobs[0]] == [((9, -9.0),)] * 5
     assert all(row.num_prompt_tokens == 10 for row in pair.prefill.engine.rows_of("a"))
 
 

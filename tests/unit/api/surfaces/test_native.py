@@ -102,6 +102,33 @@ async def test_logprobs(api: Api) -> None:
     assert (sampling.num_logprobs, sampling.num_prompt_logprobs, sampling.prompt_logprobs_start) == (2, 2, 1)
 
 
+async def test_logprobs_of_named_tokens(api: Api) -> None:
+    body = {
+        "input_ids": [[10, 11], [12, 13]],
+        "sampling_params": {"max_new_tokens": 2},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "token_ids_logprob": [[7, 5], [3]],
+    }
+    first, second = (answer["meta_info"] for answer in (await api.post(PATH, body))[1])
+    named = [[-7.0, 7, None], [-5.0, 5, None]]
+    assert first["output_token_ids_logprobs"] == [named, named]
+    assert first["input_token_ids_logprobs"] == [None, named]
+    assert second["output_token_ids_logprobs"] == [[[-3.0, 3, None]]] * 2
+    body |= {"token_ids_logprob": [9], "logprob_start_len": -1}
+    for answer in (await api.post(PATH, body))[1]:
+        info = answer["meta_info"]
+        assert info["output_token_ids_logprobs"] == [[[-9.0, 9, None]]] * 2
+        assert info["input_token_ids_logprobs"] == []
+
+
+@pytest.mark.parametrize("ids", [[[1], [2], [3]], [[1], 2]], ids=str)
+async def test_named_tokens_are_one_list_or_one_for_each_prompt(api: Api, ids: list[Any]) -> None:
+    body = {"input_ids": [[10], [11]], "return_logprob": True, "token_ids_logprob": ids}
+    status, answer = await api.post(PATH, body)
+    assert (status, answer["error"]["param"]) == (400, "token_ids_logprob")
+
+
 async def test_logprobs_of_the_output_alone(api: Api) -> None:
     info = (await api.post(PATH, {"text": "The", "return_logprob": True}))[1]["meta_info"]
     assert info["input_token_logprobs"] == []

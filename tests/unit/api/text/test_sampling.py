@@ -47,6 +47,7 @@ def sampling(card: ModelCard, *, top_k: int | None = None, seed: int = 0) -> Sam
         logit_bias={},
         stop_token_ids=(),
         ignore_eos=False,
+        logprob_token_ids=(),
         min_tokens=0,
     )
     return sampling_params(
