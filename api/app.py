@@ -11,24 +11,19 @@ from prometheus_client import CollectorRegistry
 
 from ..runtime.process import NO_KEYS, AccessKeys
 from ..runtime.version import VERSION
-from .control.admin import (
-    AbortRequest,
-    AssertPeerDeathRequest,
-    ClusterRoutes,
-    ModelEntry,
-    ModelList,
-    PauseRequest,
-    RegisterRequest,
-)
-from .control.operations import OperationRoutes, Operator
-from .control.weights import WeightAdmin, WeightRoutes, weight_operations
-from .generation import ClusterAdmin, ClusterView, Generator, ModelCard, Sessions
+from .control.cluster import control_commands, membership_commands
+from .control.commands import mounted
+from .control.facts import ClusterFacts, ModelEntry, ModelList
+from .control.operations import Operator, get_internal_state, operator_commands
+from .control.sessions import close_session, open_session
+from .control.weights import WeightAdmin, WeightCalls, weight_commands, weight_questions
+from .generation import ClusterView, Control, Generator, Membership, ModelCard, Sessions
 from .http.answer_counts import HttpAnswers
 from .http.bodies import BodyLimits
 from .http.in_flight import InFlightRequests
 from .http.membership_guard import MembershipGuard
 from .http.mounting import GET, POST, Operation, make_app
-from .http.openapi import Bodies, reports
+from .http.openapi import Bodies
 from .surfaces.chat import ChatCompletions
 from .surfaces.completions import Completions
 from .surfaces.embeddings import (
@@ -41,18 +36,15 @@ from .surfaces.embeddings import (
 from .surfaces.metrics import HttpMetrics
 from .surfaces.native import Native
 from .surfaces.native_types import (
-    CloseSessionRequest,
     DetokenizeAnswer,
     DetokenizeRequest,
     NativeOutput,
     NativeRequest,
-    OpenSessionRequest,
     TokenizeAnswer,
     TokenizeRequest,
 )
 from .surfaces.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from .surfaces.serving import Serving
-from .surfaces.sessions import SessionRoutes
 from .surfaces.tokens import TokenRoutes
 from .text.pipeline import Pipeline
 from .text.request_log import RequestLog
@@ -68,7 +60,8 @@ def build_router_app(
     generation_defaults: GenerationDefaults,
     generator: Generator,
     view: ClusterView,
-    admin: ClusterAdmin,
+    membership: Membership,
+    control: Control,
     weights: WeightAdmin,
     sessions: Sessions,
     operator: Operator,
@@ -116,19 +109,17 @@ def build_router_app(
     chat = ChatCompletions(serving)
     native = Native(serving)
     embeddings = Embeddings(serving)
-    session_routes = SessionRoutes(sessions, limits)
     tokens = TokenRoutes(card=card, tokenizer=tokenizer, limits=limits)
-    cluster = ClusterRoutes(
+    cluster = ClusterFacts(
         card=card,
         view=view,
-        admin=admin,
         generator=generator,
         in_flight=in_flight,
         timelines=timelines,
-        limits=limits,
         version=VERSION,
     )
 
+    weight_calls = WeightCalls(weights, is_node=False)
     operations = [
         Operation(
             POST,
@@ -169,8 +160,8 @@ def build_router_app(
             generates=True,
         ),
         Operation(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer), generates=True),
-        Operation(POST, ("/open_session",), session_routes.open, Bodies(OpenSessionRequest)),
-        Operation(POST, ("/close_session",), session_routes.close, reports(CloseSessionRequest)),
+        open_session(sessions, limits),
+        *mounted([close_session(sessions.close_session)], limits),
         Operation(GET, ("/v1/models", "/v1/models/"), cluster.models, Bodies(answer=ModelList)),
         Operation(GET, ("/v1/models/{model_id:path}",), cluster.model, Bodies(answer=ModelEntry)),
         Operation(GET, ("/health", "/ping", "/live", "/liveness"), cluster.health),
@@ -186,33 +177,13 @@ def build_router_app(
         Operation(GET, ("/metrics",), cluster.metrics, Bodies(media_type="text/plain")),
         Operation(GET, ("/requests/{request_id:path}",), cluster.request_state),
         Operation(GET, ("/workers",), cluster.workers),
-        Operation(POST, ("/workers",), cluster.register_worker, reports(RegisterRequest), is_membership=True),
-        Operation(
-            ("DELETE",),
-            ("/workers/{worker:path}",),
-            cluster.remove_worker,
-            reports(),
-            is_membership=True,
-        ),
-        Operation(("GET", "POST"), ("/flush_cache",), cluster.flush_cache, reports(), is_admin=True),
-        Operation(POST, ("/reset_prefix_cache",), cluster.flush_cache, reports(), is_admin=True),
-        Operation(
-            POST, ("/pause_generation",), cluster.pause_generation, reports(PauseRequest), is_admin=True
-        ),
-        Operation(POST, ("/continue_generation",), cluster.continue_generation, reports(), is_admin=True),
-        Operation(POST, ("/abort_request",), cluster.abort_request, reports(AbortRequest), is_admin=True),
-        Operation(
-            POST,
-            ("/assert_peer_death",),
-            cluster.assert_peer_death,
-            reports(AssertPeerDeathRequest),
-            is_admin=True,
-        ),
-        *weight_operations(
-            WeightRoutes(weights, limits, is_node=False, allows_pickles=allow_pickled_tensors)
-        ),
+        *mounted(membership_commands(membership, view), limits),
+        *mounted(control_commands(control, in_flight.generations_matching), limits),
+        *mounted(weight_commands(weight_calls, allows_pickles=allow_pickled_tensors), limits),
+        *weight_questions(weight_calls, limits),
+        get_internal_state(operator),
+        *mounted(operator_commands(operator, request_log), limits),
     ]
-    operations += OperationRoutes(operator, limits, request_log).operations()
     answers = HttpAnswers(lambda: (card.name, "router"))
     registry.register(answers)
 

@@ -229,14 +229,18 @@ class ClusterView(Protocol):
     async def metrics_text(self) -> str: ...
 
 
-class ClusterAdmin(Protocol):
-    """The control calls of a whole cluster."""
+class Membership(Protocol):
+    """Which nodes belong to a cluster."""
 
     async def register_worker(self, url: str, entry: NodeEntry | None) -> AdminReply:
         """Add a node or renew its lease. Without ``entry`` it is learned from the URL's /node_entry."""
         ...
 
     async def remove_worker(self, url: str) -> AdminReply: ...
+
+
+class Control(Protocol):
+    """The control calls of a whole cluster, or of one node behind its front."""
 
     async def flush_cache(self, timeout_s: float) -> AdminReply: ...
 

@@ -17,7 +17,6 @@ import msgspec
 import uvloop
 import zmq.asyncio
 
-from ..api.control.weights import WeightRoutes
 from ..api.http.bodies import BodyLimits
 from ..api.http.server import serve
 from ..links.entry_lookup import HttpEntryLookup
@@ -26,11 +25,12 @@ from ..runtime.listen import is_loopback
 from ..runtime.process import NO_KEYS, AccessKeys, Succession
 from ..runtime.timing import UNSCALED, Timing
 from ..runtime.tls import NO_TLS, TlsFiles, Trust
+from .control import NodeControl
 from .operator import NodeOperator
 from .registrar import Registrar
 from .routes import NodeRoutes, build_node_app
 from .scheduler_link import SchedulerLink
-from .weight_routes import NodeWeights
+from .weights import NodeWeights
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +53,13 @@ async def serve_node_front(
     link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret), timing)
     trust = Trust(tls)
     registrar = Registrar(url, router_urls, keys, timing, trust)
-    limits = BodyLimits()
     lookup = HttpEntryLookup(keys.cluster_secret, trust)
-    weights = WeightRoutes(NodeWeights(link, url, lookup, timing), limits, is_node=True)
-    operator = NodeOperator(link, url, timing)
     app = build_node_app(
-        NodeRoutes(link, registrar, url, limits, keys.cluster_secret),
-        operator,
-        weights,
-        limits=limits,
+        NodeRoutes(link, registrar, url, keys.cluster_secret),
+        NodeControl(link),
+        NodeOperator(link, url, timing),
+        NodeWeights(link, url, lookup, timing),
+        limits=BodyLimits(),
         keys=keys,
         is_loopback=is_loopback(listener),
     )

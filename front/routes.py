@@ -11,46 +11,41 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..api.control.admin import (
+from ..api.control.cluster import control_commands
+from ..api.control.commands import mounted
+from ..api.control.facts import (
     METRICS_MEDIA_TYPE,
-    AbortRequest,
-    AssertPeerDeathRequest,
     ModelEntry,
     ModelList,
-    PauseRequest,
-    flush_timeout_s,
     load_body,
     model_answer,
     model_info,
     model_list,
-    read_abort,
-    read_death,
-    read_pause,
     request_not_found,
     wanted_request,
 )
-from ..api.control.operations import OperationRoutes
-from ..api.control.weights import WeightRoutes, weight_operations
+from ..api.control.operations import get_internal_state, operator_commands
+from ..api.control.sessions import close_session
+from ..api.control.weights import WeightCalls, weight_commands, weight_questions
 from ..api.generation import ModelCard
 from ..api.http.answer_counts import HttpAnswers
-from ..api.http.answers import json_response, outcome
+from ..api.http.answers import json_response
 from ..api.http.bodies import BodyLimits
-from ..api.http.mounting import GET, POST, Operation, make_app
-from ..api.http.openapi import Bodies, reports
+from ..api.http.mounting import GET, Operation, make_app
+from ..api.http.openapi import Bodies
 from ..api.refusals import bad_value
-from ..api.surfaces.native_types import CloseSessionRequest
-from ..api.surfaces.sessions import read_close
 from ..links.entry_lookup import proof_info
 from ..messages.kv_layout import KVLayout
 from ..messages.node import ModelInfo, NodeEntry
-from ..messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from ..runtime.cluster_proof import is_nonce
 from ..runtime.errors import RequestError
 from ..runtime.process import AccessKeys
 from ..runtime.version import VERSION
+from .control import NodeControl
 from .operator import NodeOperator
 from .registrar import Registrar
 from .scheduler_link import SchedulerLink
+from .weights import NodeWeights
 
 _STARTED_UNIX_S = int(time.time())
 
@@ -58,13 +53,10 @@ _STARTED_UNIX_S = int(time.time())
 class NodeRoutes:
     """Handlers of a node's own routes. What they answer comes from the scheduler."""
 
-    def __init__(
-        self, link: SchedulerLink, registrar: Registrar, url: str, limits: BodyLimits, cluster_secret: str
-    ) -> None:
+    def __init__(self, link: SchedulerLink, registrar: Registrar, url: str, cluster_secret: str) -> None:
         self._link = link
         self._registrar = registrar
         self._url = url
-        self._limits = limits
         self._cluster_secret = cluster_secret
         self.answers = HttpAnswers(self._metric_labels)
         self._registry = CollectorRegistry()
@@ -176,37 +168,6 @@ class NodeRoutes:
             }
         )
 
-    async def flush_cache(self, http: Request) -> Response:
-        reply = await self._link.client.flush_cache(flush_timeout_s(http))
-        return outcome(reply.success, reply.message)
-
-    async def abort_request(self, http: Request) -> Response:
-        body = await read_abort(http, self._limits)
-        reply = await self._link.client.abort(body.rid or "", all_requests=body.abort_all)
-        return json_response({"success": reply.success, "message": reply.message})
-
-    async def pause_generation(self, http: Request) -> Response:
-        """This node alone: what a router sends meanwhile waits here."""
-        mode, drains = await read_pause(http, self._limits)
-        if drains:
-            return outcome(False, "A node cannot keep requests away: pause with `wait` through the router.")
-        reply = await self._link.client.operate(PauseGeneration(mode=mode))
-        return outcome(reply.success, reply.message)
-
-    async def continue_generation(self, _: Request) -> Response:
-        reply = await self._link.client.operate(ContinueGeneration())
-        return outcome(reply.success, reply.message)
-
-    async def assert_peer_death(self, http: Request) -> Response:
-        reply = await self._link.client.assert_peer_death(await read_death(http, self._limits))
-        return outcome(reply.success, reply.message)
-
-    async def close_session(self, http: Request) -> Response:
-        """What this node holds of it; the router that opened it knows nothing of this."""
-        session_id = await read_close(http, self._limits)
-        reply = await self._link.client.operate(CloseSession(session_id=session_id))
-        return outcome(reply.success, reply.message)
-
     async def _load(self) -> dict[str, Any]:
         pong = await self._link.client.ping()
         return load_body(msgspec.structs.replace(pong.entry, url=self._url), pong.load)
@@ -231,13 +192,15 @@ def _card(model: ModelInfo) -> ModelCard:
 
 def build_node_app(
     routes: NodeRoutes,
+    control: NodeControl,
     operator: NodeOperator,
-    weights: WeightRoutes,
+    weights: NodeWeights,
     *,
     limits: BodyLimits,
     keys: AccessKeys,
     is_loopback: bool,
 ) -> FastAPI:
+    calls = WeightCalls(weights, is_node=True)
     operations = [
         Operation(GET, ("/health", "/ping"), routes.health),
         Operation(GET, ("/live", "/liveness"), routes.live),
@@ -252,24 +215,13 @@ def build_node_app(
         Operation(GET, ("/v1/loads",), routes.loads),
         Operation(GET, ("/metrics",), routes.metrics, Bodies(media_type="text/plain")),
         Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
-        Operation(("GET", "POST"), ("/flush_cache",), routes.flush_cache, reports(), is_admin=True),
-        Operation(POST, ("/reset_prefix_cache",), routes.flush_cache, reports(), is_admin=True),
-        Operation(
-            POST, ("/pause_generation",), routes.pause_generation, reports(PauseRequest), is_admin=True
-        ),
-        Operation(POST, ("/continue_generation",), routes.continue_generation, reports(), is_admin=True),
-        Operation(POST, ("/abort_request",), routes.abort_request, reports(AbortRequest), is_admin=True),
-        Operation(
-            POST,
-            ("/assert_peer_death",),
-            routes.assert_peer_death,
-            reports(AssertPeerDeathRequest),
-            is_admin=True,
-        ),
-        Operation(POST, ("/close_session",), routes.close_session, reports(CloseSessionRequest)),
-        *weight_operations(weights),
+        *mounted(control_commands(control, lambda request_id: (request_id,)), limits),
+        *mounted([close_session(control.close_session)], limits),
+        *mounted(weight_commands(calls), limits),
+        *weight_questions(calls, limits),
+        get_internal_state(operator),
+        *mounted(operator_commands(operator), limits),
     ]
-    operations += OperationRoutes(operator, limits).operations()
     return make_app(operations, keys=keys, is_loopback=is_loopback, answers=routes.answers)
 
 

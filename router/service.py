@@ -87,7 +87,7 @@ STALL_S = 1.0  # a tick later than this says that the router itself stood still
 
 
 class RouterService:
-    """Implements `Generator`, `Sessions` and `ClusterAdmin` of `pdserve.api.generation`.
+    """Implements `Generator`, `Sessions`, `Control` and `Membership` of `pdserve.api.generation`.
 
     Make it in a running loop.
     """
@@ -718,7 +718,7 @@ class RouterService:
             found.append("the queue's count of new requests is wrong")
         return found
 
-    # ---- ClusterAdmin ---------------------------------------------------------------------------
+    # ---- Control and Membership -----------------------------------------------------------------
 
     async def register_worker(self, url: str, entry: NodeEntry | None) -> AdminReply:
         return await self._cluster.register(url, entry)

@@ -1,4 +1,4 @@
-"""The routes by which an operator looks into running processes and sets them: of a cluster, or of one node.
+"""The commands by which an operator looks into running processes and sets them: of a cluster, or of one node.
 
 Names and JSON are SGLang's.
 """
@@ -29,13 +29,13 @@ from ...messages.operation import (
 )
 from ...runtime.logs import LogLevel, set_log_level
 from ..generation import AdminReply
-from ..http.answers import json_response, outcome
+from ..http.answers import json_response
 from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules, Unsupported
-from ..http.mounting import GET, POST, Operation
-from ..http.openapi import reports
+from ..http.mounting import GET, Operation
 from ..refusals import bad_value
 from ..text.request_log import LEVELS, RequestLog
+from .commands import EITHER, NOTHING, Command, Takes, takes
 
 _FILE_SAFE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _DEFAULT_OUTPUT_DIR = "/tmp"
@@ -98,7 +98,6 @@ _LOGGING_RULES = FieldRules(
         Unsupported("requests are told in the log alone", ("",)),
     ),
 )
-_SLOW_RULES = FieldRules()
 _PROFILE_RULES = FieldRules(
     harmless=frozenset({"profile_prefix"}),
     unsupported={
@@ -109,105 +108,103 @@ _PROFILE_RULES = FieldRules(
 )
 
 
-class OperationRoutes:
+def operator_commands(operator: Operator, request_log: RequestLog | None = None) -> list[Command[Any]]:
     """`request_log`: of a process that knows requests; None on a node's front."""
 
-    def __init__(self, operator: Operator, limits: BodyLimits, request_log: RequestLog | None = None) -> None:
-        self._operator = operator
-        self._limits = limits
-        self._request_log = request_log
-
-    def operations(self) -> list[Operation]:
-        either = ("GET", "POST")
-        return [
-            Operation(GET, ("/get_internal_state",), self.get_internal_state),
-            Operation(
-                POST,
-                ("/set_internal_state",),
-                self.set_internal_state,
-                reports(SetInternalStateRequest),
-                is_admin=True,
-            ),
-            Operation(
-                POST,
-                ("/configure_logging",),
-                self.configure_logging,
-                reports(ConfigureLoggingRequest),
-                is_admin=True,
-            ),
-            Operation(POST, ("/slow_down",), self.slow_down, reports(SlowDownRequest), is_admin=True),
-            Operation(either, ("/freeze_gc",), self.freeze_gc, reports(), is_admin=True),
-            Operation(
-                either, ("/start_profile",), self.start_profile, reports(StartProfileRequest), is_admin=True
-            ),
-            Operation(
-                either, ("/stop_profile",), self.stop_profile, reports(answer=ProfileOutcome), is_admin=True
-            ),
-        ]
-
-    async def get_internal_state(self, _: Request) -> Response:
-        return json_response(await self._operator.internal_state())
-
-    async def set_internal_state(self, http: Request) -> Response:
-        raw = await self._object(http)
-        body = parse_request(raw, SetInternalStateRequest, _STATE_RULES)
-        # Null is a value here ("no limit"), which `parse_request` takes for an absent field.
-        nulls = {name: None for name, value in raw["server_args"].items() if value is None}
-        if not (settings := {**body.server_args, **nulls}):
-            raise bad_value("server_args", "`server_args` names no setting.")
-        return await self._operate(SetInternalState(settings=settings))
-
-    async def configure_logging(self, http: Request) -> Response:
-        """Of this process at once; the log level of all nodes too."""
-        body = parse_request(await self._object(http), ConfigureLoggingRequest, _LOGGING_RULES)
-        if body.log_requests_level is not None and body.log_requests_level not in LEVELS:
+    async def configure_logging(asked: ConfigureLoggingRequest) -> AdminReply:
+        if asked.log_requests_level is not None and asked.log_requests_level not in LEVELS:
             raise bad_value("log_requests_level", "`log_requests_level` must be 0 to 3.")
-        if self._request_log is not None:
-            if body.log_requests is not None:
-                self._request_log.is_on = body.log_requests
-            if body.log_requests_level is not None:
-                self._request_log.level = body.log_requests_level
-        if body.log_level is None:
-            return outcome(True, "set")
-        set_log_level(body.log_level)
-        return await self._operate(ConfigureLogging(log_level=body.log_level))
+        if request_log is not None:
+            if asked.log_requests is not None:
+                request_log.is_on = asked.log_requests
+            if asked.log_requests_level is not None:
+                request_log.level = asked.log_requests_level
+        if asked.log_level is None:
+            return AdminReply(True, "set")
+        set_log_level(asked.log_level)
+        return await operator.operate(ConfigureLogging(log_level=asked.log_level))
 
-    async def slow_down(self, http: Request) -> Response:
-        body = parse_request(await self._object(http), SlowDownRequest, _SLOW_RULES)
-        seconds = body.forward_sleep_time or 0.0
+    async def slow_down(asked: SlowDownRequest) -> AdminReply:
+        seconds = asked.forward_sleep_time or 0.0
         if not seconds <= MAX_FORWARD_SLEEP_S:
             raise bad_value(
                 "forward_sleep_time", f"`forward_sleep_time` must be at most {MAX_FORWARD_SLEEP_S:g} s."
             )
-        return await self._operate(SlowDown(forward_sleep_s=max(0.0, seconds)))
+        return await operator.operate(SlowDown(forward_sleep_s=max(0.0, seconds)))
 
-    async def freeze_gc(self, _: Request) -> Response:
+    async def freeze_gc(_: None) -> AdminReply:
         gc.freeze()
-        return await self._operate(FreezeGc())
+        return await operator.operate(FreezeGc())
 
-    async def start_profile(self, http: Request) -> Response:
-        body = parse_request(await self._object(http), StartProfileRequest, _PROFILE_RULES)
-        profile_id = body.profile_id or uuid.uuid4().hex[:8]
+    async def start_profile(asked: StartProfileRequest) -> AdminReply:
+        profile_id = asked.profile_id or uuid.uuid4().hex[:8]
         if not _FILE_SAFE.fullmatch(profile_id):
             raise bad_value("profile_id", "`profile_id` takes letters, digits, dots, dashes and underscores.")
         start = StartProfile(
             profile_id=profile_id,
-            output_dir=body.output_dir or _DEFAULT_OUTPUT_DIR,
-            num_steps=body.num_steps,
-            by_stage=body.profile_by_stage,
-            activities=tuple(body.activities or ("CPU", "GPU")),
-            record_shapes=bool(body.record_shapes),
-            with_stack=bool(body.with_stack),
+            output_dir=asked.output_dir or _DEFAULT_OUTPUT_DIR,
+            num_steps=asked.num_steps,
+            by_stage=asked.profile_by_stage,
+            activities=tuple(asked.activities or ("CPU", "GPU")),
+            record_shapes=bool(asked.record_shapes),
+            with_stack=bool(asked.with_stack),
         )
-        return await self._operate(start)
+        return await operator.operate(start)
 
-    async def stop_profile(self, _: Request) -> Response:
-        done = await self._operator.stop_profile()
-        return json_response(done, 200 if done.success else 400)
+    async def stop_profile(_: None) -> ProfileOutcome:
+        return await operator.stop_profile()
 
-    async def _object(self, http: Request) -> dict[str, Any]:
-        return await read_object(http, self._limits, optional=True)
+    return [
+        Command(
+            name="set_internal_state",
+            paths=("/set_internal_state",),
+            takes=Takes(_wanted_settings, SetInternalStateRequest),
+            does=operator.operate,
+        ),
+        Command(
+            name="configure_logging",
+            paths=("/configure_logging",),
+            takes=takes(ConfigureLoggingRequest, _LOGGING_RULES, optional=True),
+            does=configure_logging,
+            about="Of this process at once; the log level of all nodes too.",
+        ),
+        Command(
+            name="slow_down",
+            paths=("/slow_down",),
+            takes=takes(SlowDownRequest, optional=True),
+            does=slow_down,
+        ),
+        Command(name="freeze_gc", paths=("/freeze_gc",), takes=NOTHING, does=freeze_gc, methods=EITHER),
+        Command(
+            name="start_profile",
+            paths=("/start_profile",),
+            takes=takes(StartProfileRequest, _PROFILE_RULES, optional=True),
+            does=start_profile,
+            methods=EITHER,
+        ),
+        Command(
+            name="stop_profile",
+            paths=("/stop_profile",),
+            takes=NOTHING,
+            does=stop_profile,
+            methods=EITHER,
+            answer=ProfileOutcome,
+        ),
+    ]
 
-    async def _operate(self, operation: ClusterOperation) -> Response:
-        reply = await self._operator.operate(operation)
-        return outcome(reply.success, reply.message)
+
+def get_internal_state(operator: Operator) -> Operation:
+    async def handle(_: Request) -> Response:
+        return json_response(await operator.internal_state())
+
+    return Operation(GET, ("/get_internal_state",), handle, name="get_internal_state")
+
+
+async def _wanted_settings(http: Request, limits: BodyLimits) -> SetInternalState:
+    """Null is a value here ("no limit"), which `parse_request` takes for an absent field."""
+    raw = await read_object(http, limits, optional=True)
+    asked = parse_request(raw, SetInternalStateRequest, _STATE_RULES)
+    nulls = {name: None for name, value in raw["server_args"].items() if value is None}
+    if not (settings := {**asked.server_args, **nulls}):
+        raise bad_value("server_args", "`server_args` names no setting.")
+    return SetInternalState(settings=settings)

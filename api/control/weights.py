@@ -1,4 +1,4 @@
-"""The routes about weights, on routers and nodes: update from disk or from tensors, read one, compare all.
+"""The commands about weights, on routers and nodes: update from disk or from tensors, read one, compare all.
 
 Tensors travel as a safetensors file, which holds numbers and nothing that runs.
 """
@@ -6,8 +6,8 @@ Tensors travel as a safetensors file, which holds numbers and nothing that runs.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Annotated, Literal, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -36,10 +36,11 @@ from ..generation import AdminReply, GroupReply, UpdateMode
 from ..http.answers import Outcome, json_response, outcome
 from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules, Unsupported
-from ..http.mounting import GET, POST, Operation
-from ..http.openapi import Bodies, reports
+from ..http.mounting import GET, Operation
+from ..http.openapi import Bodies
 from ..refusals import bad_value, node_url
-from .tensor_bodies import read_tensor_update
+from .commands import EITHER, Command, Takes, takes
+from .tensor_bodies import TensorUpdate, read_tensor_update
 
 _NO_PICKLE = (
     "What comes over these sockets is pickled, and is not read: give `gpu` with a CUDA memory handle, or put "
@@ -190,6 +191,7 @@ DISTRIBUTED_RULES = FieldRules(harmless=frozenset({"flush_cache", "torch_empty_c
 _NO_RULES = FieldRules()
 _SHARDED_RULES = FieldRules(unsupported={"pattern": Unsupported("files are named as checkpoints are")})
 _MODES: dict[str, UpdateMode] = {"wait": "wait", "abort": "abort", "retract": "retract", "keep": "retract"}
+_ONE_NODE = AdminReply(False, "This is one node of a cluster: update through the router, or say `force`.")
 _NO_MIX = " (`in_place` would go on with a KV cache that other weights computed.)"
 
 
@@ -249,242 +251,313 @@ class WeightAdmin(Protocol):
     async def check_weights(self) -> Mapping[str, WeightChecksReply]: ...
 
 
-class WeightRoutes:
-    """`is_node`: one node alone, whose update leaves the pairs of its cluster unlike: only with ``force``.
-    `allows_pickles`: updates from tensors may come as SGLang's JSON."""
+class _Update(Protocol):
+    """What all updates may say."""
 
-    def __init__(
-        self, admin: WeightAdmin, limits: BodyLimits, *, is_node: bool, allows_pickles: bool = False
-    ) -> None:
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def abort_all_requests(self) -> bool: ...
+
+    @property
+    def force(self) -> bool: ...
+
+
+class WeightCalls:
+    """What the commands about weights do. `is_node`: one node alone, whose update leaves the pairs of its
+    cluster unlike: only with ``force``."""
+
+    def __init__(self, admin: WeightAdmin, *, is_node: bool) -> None:
         self._admin = admin
-        self._limits = limits
         self._is_node = is_node
-        self._allows_pickles = allows_pickles
         self._snapshot: WeightChecksReply | None = None
 
-    async def update_from_disk(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits)
-        body = parse_request(raw, UpdateWeightsRequest, WEIGHT_RULES)
-        if not self._may_update(force=body.force):
-            return _one_node()
-        reply = await self._admin.update_weights_from_disk(
-            body.model_path, body.weight_version, _mode(body.mode, aborts=body.abort_all_requests)
+    async def update_from_disk(self, asked: UpdateWeightsRequest) -> AdminReply:
+        return await self._updated(
+            asked,
+            lambda mode: self._admin.update_weights_from_disk(asked.model_path, asked.weight_version, mode),
         )
-        return outcome(reply.success, reply.message)
 
-    async def update_from_tensor(self, http: Request) -> Response:
-        update = await read_tensor_update(
-            http, self._limits, WEIGHT_RULES, allows_pickles=self._allows_pickles
+    async def update_from_tensor(self, asked: TensorUpdate) -> AdminReply:
+        return await self._updated(
+            asked, lambda mode: self._admin.update_weights_from_tensor(asked.body, asked.weight_version, mode)
         )
-        mode = _mode(update.mode, aborts=update.abort_all_requests)
-        if not self._may_update(force=update.force):
-            return _one_node()
-        reply = await self._admin.update_weights_from_tensor(update.body, update.weight_version, mode)
-        return outcome(reply.success, reply.message)
 
-    async def init_group(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits)
-        body = parse_request(raw, InitGroupRequest, _NO_RULES)
-        if not 0 < body.master_port < 2**16:
+    async def update_from_distributed(self, asked: DistributedRequest) -> AdminReply:
+        source = FromGroup(
+            group_name=asked.group_name,
+            tensors=_specs(asked),
+            is_one_bucket=asked.load_format is not None,
+            timeout_s=_timeout_s(asked.timeout),
+        )
+        return await self._updated(
+            asked,
+            lambda mode: self._admin.update_weights_from_distributed(source, asked.weight_version, mode),
+        )
+
+    async def update_from_ipc(self, asked: IpcRequest) -> AdminReply:
+        source = _ipc_source(asked)
+        return await self._updated(
+            asked, lambda mode: self._admin.update_weights_from_ipc(source, asked.weight_version, mode)
+        )
+
+    async def update_from_peer(self, asked: PeerRequest) -> AdminReply:
+        peer = node_url("peer", asked.peer)
+        return await self._updated(
+            asked, lambda mode: self._admin.update_weights_from_peer(peer, asked.weight_version, mode)
+        )
+
+    async def update_version(self, asked: UpdateVersionRequest) -> AdminReply | UpdateVersionAnswer:
+        given = "abort" if asked.abort_all_requests else "wait"
+        mode = _mode(given if asked.mode is None else asked.mode, aborts=False)
+        if not self._may_update(force=asked.force):
+            return _ONE_NODE
+        reply = await self._admin.update_weight_version(asked.new_version, mode)
+        return UpdateVersionAnswer(
+            success=reply.success, message=reply.message, new_version=asked.new_version
+        )
+
+    async def init_group(self, asked: InitGroupRequest) -> InitGroupAnswer:
+        if not 0 < asked.master_port < 2**16:
             raise bad_value("master_port", "`master_port` must be 1 to 65535.")
-        if not 1 <= body.rank_offset < body.world_size:
+        if not 1 <= asked.rank_offset < asked.world_size:
             raise bad_value("rank_offset", "`rank_offset` must be at least 1 and less than `world_size`.")
         group = UpdateGroupSpec(
-            name=body.group_name,
-            backend=body.backend,
-            master_address=body.master_address,
-            master_port=body.master_port,
-            world_size=body.world_size,
-            timeout_s=_timeout_s(body.timeout),
+            name=asked.group_name,
+            backend=asked.backend,
+            master_address=asked.master_address,
+            master_port=asked.master_port,
+            world_size=asked.world_size,
+            timeout_s=_timeout_s(asked.timeout),
         )
-        reply = await self._admin.init_weights_update_group(group, body.rank_offset)
-        answer = InitGroupAnswer(success=reply.success, message=reply.message, ranks=dict(reply.ranks))
-        return json_response(answer, 200 if reply.success else 400)
+        reply = await self._admin.init_weights_update_group(group, asked.rank_offset)
+        return InitGroupAnswer(success=reply.success, message=reply.message, ranks=dict(reply.ranks))
 
-    async def destroy_group(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits, optional=True)
-        body = parse_request(raw, DestroyGroupRequest, _NO_RULES)
-        reply = await self._admin.destroy_weights_update_group(body.group_name)
-        return outcome(reply.success, reply.message)
+    async def destroy_group(self, asked: DestroyGroupRequest) -> AdminReply:
+        return await self._admin.destroy_weights_update_group(asked.group_name)
 
-    async def update_from_distributed(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits)
-        body = parse_request(raw, DistributedRequest, DISTRIBUTED_RULES)
-        source = FromGroup(
-            group_name=body.group_name,
-            tensors=_specs(body),
-            is_one_bucket=body.load_format is not None,
-            timeout_s=_timeout_s(body.timeout),
-        )
-        if not self._may_update(force=body.force):
-            return _one_node()
-        reply = await self._admin.update_weights_from_distributed(
-            source, body.weight_version, _mode(body.mode, aborts=body.abort_all_requests)
-        )
-        return outcome(reply.success, reply.message)
-
-    async def update_from_ipc(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits)
-        if "zmq_handles" in raw:
-            raise bad_value("zmq_handles", _NO_PICKLE)
-        body = parse_request(raw, IpcRequest, DISTRIBUTED_RULES)
-        source = _ipc_source(body)
-        if not self._may_update(force=body.force):
-            return _one_node()
-        reply = await self._admin.update_weights_from_ipc(
-            source, body.weight_version, _mode(body.mode, aborts=body.abort_all_requests)
-        )
-        return outcome(reply.success, reply.message)
-
-    async def update_from_peer(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits)
-        body = parse_request(raw, PeerRequest, _NO_RULES)
-        peer = node_url("peer", body.peer)
-        mode = _mode(body.mode, aborts=body.abort_all_requests)
-        if not self._may_update(force=body.force):
-            return _one_node()
-        reply = await self._admin.update_weights_from_peer(peer, body.weight_version, mode)
-        return outcome(reply.success, reply.message)
-
-    async def update_version(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits)
-        body = parse_request(raw, UpdateVersionRequest, _NO_RULES)
-        given = "abort" if body.abort_all_requests else "wait"
-        mode = _mode(given if body.mode is None else body.mode, aborts=False)
-        if not self._may_update(force=body.force):
-            return _one_node()
-        reply = await self._admin.update_weight_version(body.new_version, mode)
-        answer = UpdateVersionAnswer(
-            success=reply.success, message=reply.message, new_version=body.new_version
-        )
-        return json_response(answer, 200 if reply.success else 400)
-
-    async def save_sharded(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits)
-        body = parse_request(raw, SaveShardedRequest, _SHARDED_RULES)
-        if not body.path.startswith("/"):
+    async def save_sharded(self, asked: SaveShardedRequest) -> AdminReply:
+        if not asked.path.startswith("/"):
             raise bad_value("path", "`path` must be an absolute path of the node's host.")
-        reply = await self._admin.save_model(body.path, is_remote=False, max_shard_bytes=body.max_size)
-        return outcome(reply.success, reply.message)
+        return await self._admin.save_model(asked.path, is_remote=False, max_shard_bytes=asked.max_size)
 
-    async def save_remote(self, http: Request) -> Response:
-        raw = await read_object(http, self._limits)
-        body = parse_request(raw, SaveRemoteRequest, _NO_RULES)
-        if "://" not in body.url:
+    async def save_remote(self, asked: SaveRemoteRequest) -> AdminReply:
+        if "://" not in asked.url:
             raise bad_value("url", "`url` must have a scheme, such as s3://bucket/folder.")
-        reply = await self._admin.save_model(body.url, is_remote=True, max_shard_bytes=DEFAULT_SHARD_BYTES)
-        return outcome(reply.success, reply.message)
+        return await self._admin.save_model(asked.url, is_remote=True, max_shard_bytes=DEFAULT_SHARD_BYTES)
 
-    async def release_memory(self, http: Request) -> Response:
-        reply = await self._admin.release_memory_occupation(await self._tags(http))
-        return outcome(reply.success, reply.message)
+    async def release_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        return await self._admin.release_memory_occupation(tags)
 
-    async def resume_memory(self, http: Request) -> Response:
-        reply = await self._admin.resume_memory_occupation(await self._tags(http))
-        return outcome(reply.success, reply.message)
-
-    async def sleep(self, http: Request) -> Response:
-        """vLLM's name of a release. Both of its levels: nothing stays in the node's memory, and the weights
-        come back as they were."""
-        if (level := http.query_params.get("level", "1")) not in ("1", "2"):
-            raise bad_value("level", f"`level` must be 1 or 2, got {level!r}.")
-        reply = await self._admin.release_memory_occupation(MEMORY_TAGS)
-        return outcome(reply.success, reply.message)
-
-    async def wake_up(self, http: Request) -> Response:
-        """vLLM's name of a resume: of all, or of what each ``tags`` in the query names."""
-        wanted = http.query_params.getlist("tags")
-        if unknown := [tag for tag in wanted if tag not in MEMORY_TAGS]:
-            raise bad_value("tags", f"`tags` must be of {', '.join(MEMORY_TAGS)}, got {unknown[0]!r}.")
-        tags = tuple(tag for tag in MEMORY_TAGS if tag in wanted) or MEMORY_TAGS
-        reply = await self._admin.resume_memory_occupation(tags)
-        return outcome(reply.success, reply.message)
+    async def resume_memory(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
+        return await self._admin.resume_memory_occupation(tags)
 
     async def is_sleeping(self, _: Request) -> Response:
         return json_response({"is_sleeping": bool(await self._admin.released_memory())})
 
-    async def _tags(self, http: Request) -> tuple[MemoryTag, ...]:
-        raw = await read_object(http, self._limits, optional=True)
-        tags = parse_request(raw, MemoryRequest, _NO_RULES).tags
-        if not tags:
-            return MEMORY_TAGS
-        return tuple(dict.fromkeys("graphs" if tag == "cuda_graph" else tag for tag in tags))
-
-    async def get_by_name(self, http: Request) -> Response:
+    async def by_name(self, asked: GetWeightsRequest) -> Response:
         """A list of numbers, or of rows, that all nodes agree on."""
-        if http.method == "POST":
-            raw = await read_object(http, self._limits)
-        else:
-            raw = dict(http.query_params)
-            if re.fullmatch("[0-9]{1,9}", raw.get("truncate_size", "")):
-                raw["truncate_size"] = int(raw["truncate_size"])
-        body = parse_request(raw, GetWeightsRequest, _NO_RULES)
-        if not 0 < body.truncate_size <= MAX_TRUNCATE:
+        if not 0 < asked.truncate_size <= MAX_TRUNCATE:
             raise bad_value("truncate_size", f"`truncate_size` must be 1 to {MAX_TRUNCATE}.")
-        replies = await self._admin.weights_by_name(body.name, body.truncate_size)
+        replies = await self._admin.weights_by_name(asked.name, asked.truncate_size)
         failed = [f"{url}: {reply.message}" for url, reply in replies.items() if not reply.success]
         if failed or not replies:
             return outcome(False, "; ".join(failed) or "no node is connected")
         first, *others = replies.values()
         if any((other.values, other.dtype) != (first.values, first.dtype) for other in others):
-            return outcome(False, f"the nodes differ: {', '.join(replies)} hold other values of {body.name}")
+            return outcome(False, f"the nodes differ: {', '.join(replies)} hold other values of {asked.name}")
         return json_response(first.values)
 
-    async def check(self, http: Request) -> Response:
-        """Every node's checksums; whether they are all the same, and which tensors are not."""
-        raw = await read_object(http, self._limits, optional=True)
-        action = parse_request(raw, CheckWeightsRequest, _NO_RULES).action
+    async def check(self, asked: CheckWeightsRequest) -> CheckWeightsAnswer:
         replies = dict(await self._admin.check_weights())
         success, message = compare(replies)
-        if action == "snapshot" and success:
+        if asked.action == "snapshot" and success:
             self._snapshot = next(iter(replies.values()))
-        elif action == "compare" and success:
+        elif asked.action == "compare" and success:
             if self._snapshot is None:
                 raise RequestError("There is no snapshot to compare with.", code="no_snapshot")
             success, message = _since(self._snapshot, next(iter(replies.values())))
-        answer = CheckWeightsAnswer(success=success, message=message, nodes=replies)
-        return json_response(answer, 200 if success else 400)
+        return CheckWeightsAnswer(success=success, message=message, nodes=replies)
+
+    async def _updated(
+        self, asked: _Update, update: Callable[[UpdateMode], Awaitable[AdminReply]]
+    ) -> AdminReply:
+        mode = _mode(asked.mode, aborts=asked.abort_all_requests)
+        return await update(mode) if self._may_update(force=asked.force) else _ONE_NODE
 
     def _may_update(self, *, force: bool) -> bool:
         return force or not self._is_node
 
 
-def weight_operations(routes: WeightRoutes) -> list[Operation]:
-    """Under the names that SGLang gave them, and vLLM."""
-    changes = [
-        ("/update_weights_from_disk", routes.update_from_disk, reports(UpdateWeightsRequest)),
-        ("/update_weights_from_tensor", routes.update_from_tensor, reports()),
-        ("/update_weights_from_distributed", routes.update_from_distributed, reports(DistributedRequest)),
-        ("/update_weights_from_ipc", routes.update_from_ipc, reports(IpcRequest)),
-        ("/update_weights_from_peer", routes.update_from_peer, reports(PeerRequest)),
-        ("/update_weight_version", routes.update_version, reports(UpdateVersionRequest, UpdateVersionAnswer)),
-        ("/init_weights_update_group", routes.init_group, reports(InitGroupRequest, InitGroupAnswer)),
-        ("/destroy_weights_update_group", routes.destroy_group, reports(DestroyGroupRequest)),
-        ("/save_sharded_model", routes.save_sharded, reports(SaveShardedRequest)),
-        ("/save_remote_model", routes.save_remote, reports(SaveRemoteRequest)),
-        ("/release_memory_occupation", routes.release_memory, reports(MemoryRequest)),
-        ("/sleep", routes.sleep, reports()),
-        ("/wake_up", routes.wake_up, reports()),
-        ("/resume_memory_occupation", routes.resume_memory, reports(MemoryRequest)),
-    ]
+def weight_commands(calls: WeightCalls, *, allows_pickles: bool = False) -> list[Command[Any]]:
+    """Under the names that SGLang gave them, and vLLM. `allows_pickles`: updates from tensors may come as
+    SGLang's JSON."""
+
+    async def tensor_update(http: Request, limits: BodyLimits) -> TensorUpdate:
+        return await read_tensor_update(http, limits, WEIGHT_RULES, allows_pickles=allows_pickles)
+
     return [
-        *(Operation(POST, (path,), handler, bodies, is_admin=True) for path, handler, bodies in changes),
-        Operation(GET, ("/is_sleeping",), routes.is_sleeping),
-        Operation(
-            ("GET", "POST"),
-            ("/get_weights_by_name",),
-            routes.get_by_name,
-            Bodies(GetWeightsRequest, refusal=Outcome),
-            is_admin=True,
+        Command(
+            name="update_from_disk",
+            paths=("/update_weights_from_disk",),
+            takes=takes(UpdateWeightsRequest, WEIGHT_RULES),
+            does=calls.update_from_disk,
         ),
-        Operation(
-            POST,
-            ("/check_weights", "/weights_checker"),
-            routes.check,
-            reports(CheckWeightsRequest, CheckWeightsAnswer),
-            is_admin=True,
+        Command(
+            name="update_from_tensor",
+            paths=("/update_weights_from_tensor",),
+            takes=Takes(tensor_update),
+            does=calls.update_from_tensor,
+        ),
+        Command(
+            name="update_from_distributed",
+            paths=("/update_weights_from_distributed",),
+            takes=takes(DistributedRequest, DISTRIBUTED_RULES),
+            does=calls.update_from_distributed,
+        ),
+        Command(
+            name="update_from_ipc",
+            paths=("/update_weights_from_ipc",),
+            takes=Takes(_ipc_request, IpcRequest),
+            does=calls.update_from_ipc,
+        ),
+        Command(
+            name="update_from_peer",
+            paths=("/update_weights_from_peer",),
+            takes=takes(PeerRequest),
+            does=calls.update_from_peer,
+        ),
+        Command(
+            name="update_version",
+            paths=("/update_weight_version",),
+            takes=takes(UpdateVersionRequest),
+            does=calls.update_version,
+            answer=UpdateVersionAnswer,
+        ),
+        Command(
+            name="init_group",
+            paths=("/init_weights_update_group",),
+            takes=takes(InitGroupRequest),
+            does=calls.init_group,
+            answer=InitGroupAnswer,
+        ),
+        Command(
+            name="destroy_group",
+            paths=("/destroy_weights_update_group",),
+            takes=takes(DestroyGroupRequest, optional=True),
+            does=calls.destroy_group,
+        ),
+        Command(
+            name="save_sharded",
+            paths=("/save_sharded_model",),
+            takes=takes(SaveShardedRequest, _SHARDED_RULES),
+            does=calls.save_sharded,
+        ),
+        Command(
+            name="save_remote",
+            paths=("/save_remote_model",),
+            takes=takes(SaveRemoteRequest),
+            does=calls.save_remote,
+        ),
+        Command(
+            name="release_memory",
+            paths=("/release_memory_occupation",),
+            takes=Takes(_tags, MemoryRequest),
+            does=calls.release_memory,
+        ),
+        Command(
+            name="sleep",
+            paths=("/sleep",),
+            takes=Takes(_sleep_tags),
+            does=calls.release_memory,
+            about="vLLM's name of a release. Both of its levels: nothing stays in the node's memory, and the "
+            "weights come back as they were.",
+        ),
+        Command(
+            name="wake_up",
+            paths=("/wake_up",),
+            takes=Takes(_wake_up_tags),
+            does=calls.resume_memory,
+            about="vLLM's name of a resume: of all, or of what each ``tags`` in the query names.",
+        ),
+        Command(
+            name="resume_memory",
+            paths=("/resume_memory_occupation",),
+            takes=Takes(_tags, MemoryRequest),
+            does=calls.resume_memory,
+        ),
+        Command(
+            name="check",
+            paths=("/check_weights", "/weights_checker"),
+            takes=takes(CheckWeightsRequest, optional=True),
+            does=calls.check,
+            answer=CheckWeightsAnswer,
+            about="Every node's checksums; whether they are all the same, and which tensors are not.",
         ),
     ]
+
+
+def weight_questions(calls: WeightCalls, limits: BodyLimits) -> list[Operation]:
+    async def by_name(http: Request) -> Response:
+        return await calls.by_name(await _named(http, limits))
+
+    return [
+        Operation(GET, ("/is_sleeping",), calls.is_sleeping),
+        Operation(
+            EITHER,
+            ("/get_weights_by_name",),
+            by_name,
+            Bodies(GetWeightsRequest, refusal=Outcome),
+            who="admin",
+            name="get_by_name",
+            about="A list of numbers, or of rows, that all nodes agree on.",
+        ),
+    ]
+
+
+# ---- how they are read ------------------------------------------------------------------------------
+
+
+async def _ipc_request(http: Request, limits: BodyLimits) -> IpcRequest:
+    raw = await read_object(http, limits)
+    if "zmq_handles" in raw:
+        raise bad_value("zmq_handles", _NO_PICKLE)
+    return parse_request(raw, IpcRequest, DISTRIBUTED_RULES)
+
+
+async def _tags(http: Request, limits: BodyLimits) -> tuple[MemoryTag, ...]:
+    raw = await read_object(http, limits, optional=True)
+    tags = parse_request(raw, MemoryRequest, _NO_RULES).tags
+    if not tags:
+        return MEMORY_TAGS
+    return tuple(dict.fromkeys("graphs" if tag == "cuda_graph" else tag for tag in tags))
+
+
+async def _sleep_tags(http: Request, _: BodyLimits) -> tuple[MemoryTag, ...]:
+    if (level := http.query_params.get("level", "1")) not in ("1", "2"):
+        raise bad_value("level", f"`level` must be 1 or 2, got {level!r}.")
+    return MEMORY_TAGS
+
+
+async def _wake_up_tags(http: Request, _: BodyLimits) -> tuple[MemoryTag, ...]:
+    wanted = http.query_params.getlist("tags")
+    if unknown := [tag for tag in wanted if tag not in MEMORY_TAGS]:
+        raise bad_value("tags", f"`tags` must be of {', '.join(MEMORY_TAGS)}, got {unknown[0]!r}.")
+    return tuple(tag for tag in MEMORY_TAGS if tag in wanted) or MEMORY_TAGS
+
+
+async def _named(http: Request, limits: BodyLimits) -> GetWeightsRequest:
+    if http.method == "POST":
+        raw = await read_object(http, limits)
+    else:
+        raw = dict(http.query_params)
+        if re.fullmatch("[0-9]{1,9}", raw.get("truncate_size", "")):
+            raw["truncate_size"] = int(raw["truncate_size"])
+    return parse_request(raw, GetWeightsRequest, _NO_RULES)
+
+
+# ---- what they mean ---------------------------------------------------------------------------------
 
 
 def compare(replies: Mapping[str, WeightChecksReply]) -> tuple[bool, str]:
@@ -549,10 +622,6 @@ def _timeout_s(seconds: float) -> float:
             "timeout", f"`timeout` must be more than 0 and at most {MAX_GROUP_TIMEOUT_S:g} seconds."
         )
     return seconds
-
-
-def _one_node() -> Response:
-    return outcome(False, "This is one node of a cluster: update through the router, or say `force`.")
 
 
 def _mode(name: str, *, aborts: bool) -> UpdateMode:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal, TypeAlias
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -23,6 +24,11 @@ GET = ("GET", "HEAD")
 POST = ("POST",)
 
 
+# Who may: with a key, where keys are set; the admin, for what changes or ends what others do; or who may say
+# which nodes belong to the cluster.
+Who: TypeAlias = Literal["client", "admin", "member"]
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One handler under one or more paths."""
@@ -31,16 +37,21 @@ class Operation:
     paths: tuple[str, ...]
     handler: Handler
     bodies: Bodies = NO_BODIES
-    is_admin: bool = False  # changes or ends what others do
+    who: Who = "client"
     generates: bool = False  # asks for tokens
-    is_membership: bool = False  # changes which nodes belong to the cluster
+    name: str = ""  # on the interface's page; empty: the handler's
+    about: str = ""  # likewise
 
     @property
     def tags(self) -> list[str | Enum] | None:
         """Of the interface's page."""
-        if self.is_membership:
-            return ["membership"]
-        return ["admin"] if self.is_admin else None
+        match self.who:
+            case "client":
+                return None
+            case "admin":
+                return ["admin"]
+            case "member":
+                return ["membership"]
 
 
 def make_app(
@@ -77,7 +88,7 @@ def make_app(
     guarded: list[tuple[str, str]] = []
     for operation in operations:
         handler = operation.handler
-        if operation.is_membership and membership is not None:
+        if operation.who == "member" and membership is not None:
             handler = membership.guard(handler)
             guarded += itertools.product(operation.methods, operation.paths)
         for path in operation.paths:
@@ -91,6 +102,8 @@ def make_app(
                     openapi_extra=operation.bodies.takes(path),
                     include_in_schema=method != "HEAD",
                     tags=operation.tags,
+                    name=operation.name or None,
+                    description=operation.about or None,
                 )
     install_schemas(app, [operation.bodies for operation in operations])
     install_error_handlers(app)
@@ -98,7 +111,7 @@ def make_app(
         Door,
         keys=keys,
         is_loopback=is_loopback,
-        admin_paths=_paths(operation for operation in operations if operation.is_admin),
+        admin_paths=_paths(operation for operation in operations if operation.who == "admin"),
         guarded=guarded,
         admit=admit,
         generating_paths=_paths(operation for operation in operations if operation.generates),

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from ...messages.bounds import Count, Name
 from ..generation import TurnParams, WeightSpan
 from ..http.fields import GivenSalt
 from .openai_types import CachedTokensDetails
@@ -61,16 +60,6 @@ class NativeRequest(msgspec.Struct, kw_only=True):
     extra_key: GivenSalt | list[GivenSalt] | None = None
     cache_salt: GivenSalt | None = None  # vLLM's name of the same
     session_params: TurnParams | list[TurnParams] | None = None
-
-
-class OpenSessionRequest(msgspec.Struct, kw_only=True):
-    capacity_of_str_len: Count = 0  # the most tokens that it keeps; 0: as many as any
-    session_id: Name = ""  # default: a new one
-    timeout: float | None = None  # seconds that it may be idle; default: --session-timeout
-
-
-class CloseSessionRequest(msgspec.Struct, kw_only=True):
-    session_id: Name
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

@@ -1,4 +1,4 @@
-"""A Generator and a ClusterAdmin that do as they are told."""
+"""A Generator and an administration that do as they are told."""
 
 from __future__ import annotations
 

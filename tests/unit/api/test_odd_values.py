@@ -21,7 +21,6 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from pdserve.api.app import build_router_app
-from pdserve.api.control.weights import WeightRoutes
 from pdserve.api.generation import ModelCard
 from pdserve.api.http.bodies import BodyLimits
 from pdserve.api.http.in_flight import InFlightRequests
@@ -30,11 +29,12 @@ from pdserve.api.text.request_log import RequestLog
 from pdserve.api.text.sampling import GenerationDefaults
 from pdserve.api.text.timelines import Timelines
 from pdserve.api.text.tokenization import Tokenizer
+from pdserve.front.control import NodeControl
 from pdserve.front.operator import NodeOperator
 from pdserve.front.registrar import Registrar
 from pdserve.front.routes import NodeRoutes, build_node_app
 from pdserve.front.scheduler_link import SchedulerLink
-from pdserve.front.weight_routes import NodeWeights
+from pdserve.front.weights import NodeWeights
 from pdserve.links.entry_lookup import NoNodeError
 from pdserve.messages.node import (
     ClientToNode,
@@ -311,7 +311,8 @@ async def test_a_router_answers_whatever_a_field_holds(
         generation_defaults=GenerationDefaults(),
         generator=service,
         view=service.view,
-        admin=service,
+        membership=service,
+        control=service,
         weights=service.weights,
         sessions=service,
         operator=service.operator,
@@ -339,9 +340,10 @@ async def test_a_node_answers_whatever_a_field_holds(scheduler: Scheduler) -> No
     link = SchedulerLink(context, scheduler.address, None, UNSCALED)
     registrar = Registrar(url, [], NO_KEYS, UNSCALED)
     app = build_node_app(
-        NodeRoutes(link, registrar, url, BodyLimits(), ""),
+        NodeRoutes(link, registrar, url, ""),
+        NodeControl(link),
         NodeOperator(link, url, UNSCALED),
-        WeightRoutes(NodeWeights(link, url, lookup, UNSCALED), BodyLimits(), is_node=True),
+        NodeWeights(link, url, lookup, UNSCALED),
         limits=BodyLimits(),
         keys=NO_KEYS,
         is_loopback=True,

@@ -30,7 +30,7 @@ from .scheduler_link import SchedulerLink
 
 
 class NodeWeights:
-    """The weights of the one node behind this front, for `WeightRoutes`."""
+    """The weights of the one node behind this front, for `WeightCalls`."""
 
     def __init__(self, link: SchedulerLink, url: str, lookup: EntryLookup, timing: Timing) -> None:
         self._link = link

@@ -1,54 +1,28 @@
-"""The control routes: health, facts, load, cache, weights, workers. For a cluster, or for one node."""
+"""What is asked of a cluster, or of one node: health, the model, load, where a request is."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...messages.bounds import Name
 from ...messages.node import NodeEntry, NodeLoad
 from ...messages.sampling import SamplingParams
 from ...messages.work import Work
 from ...runtime.errors import RequestError
-from ...runtime.pause_gate import PauseMode
-from ..generation import ClusterAdmin, ClusterView, GenerateSpec, Generator, ModelCard, WorkerStatus
-from ..http.answers import json_response, outcome
-from ..http.bodies import BodyLimits, parse_request, read_object
-from ..http.fields import FieldRules, Unsupported
+from ..generation import ClusterView, GenerateSpec, Generator, ModelCard, WorkerStatus
+from ..http.answers import json_response
 from ..http.in_flight import InFlightRequests
-from ..refusals import bad_value, model_not_found, node_url
+from ..refusals import model_not_found
 from ..request_ids import is_safe_id, new_request_id
 from ..text.timelines import Timelines, timeline_body
 
 PROBE_TIMEOUT_S = 20.0
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-class RegisterRequest(msgspec.Struct, kw_only=True):
-    """A node's registration. Without ``entry`` it is learned from the URL's /node_entry."""
-
-    url: str
-    entry: NodeEntry | None = None
-
-
-class AbortRequest(msgspec.Struct, kw_only=True):
-    rid: Name | None = None
-    abort_all: bool = False
-
-
-class AssertPeerDeathRequest(msgspec.Struct, kw_only=True):
-    incarnation: Name
-
-
-class PauseRequest(msgspec.Struct, kw_only=True):
-    """What becomes of running requests: SGLang's names, and vLLM's ("keep" is "in_place")."""
-
-    mode: Literal["abort", "retract", "in_place", "keep", "wait"] = "abort"
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,15 +40,6 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[ModelEntry]
 
 
-# Fields that SGLang's clients send along and that have no bearing here.
-REGISTER_RULES = FieldRules(
-    harmless=frozenset({"worker_type", "bootstrap_port", "api_key", "labels", "priority", "model_id"})
-)
-ABORT_RULES = FieldRules(harmless=frozenset({"abort_message", "finished_reason"}))
-DEATH_RULES = FieldRules()
-PAUSE_RULES = FieldRules(unsupported={"clear_cache": Unsupported("`/flush_cache` does it")})
-
-
 def wanted_request(http: Request) -> str:
     """The id that the path names. Raises RequestError for what is no request's."""
     request_id: str = http.path_params["request_id"]
@@ -90,30 +55,6 @@ def request_not_found(request_id: str) -> RequestError:
         code="request_not_found",
         error_type="not_found_error",
     )
-
-
-async def read_abort(http: Request, limits: BodyLimits) -> AbortRequest:
-    body = parse_request(await read_object(http, limits), AbortRequest, ABORT_RULES)
-    if not body.abort_all and not body.rid:
-        raise RequestError("Give `rid` or `abort_all`.", param="rid", code="missing_parameter")
-    return body
-
-
-async def read_pause(http: Request, limits: BodyLimits) -> tuple[PauseMode, bool]:
-    """The mode, and whether running requests end before."""
-    raw = await read_object(http, limits, optional=True)
-    body = parse_request(raw, PauseRequest, PAUSE_RULES)
-    match body.mode:
-        case "keep" | "wait":
-            return "in_place", body.mode == "wait"
-        case mode:
-            return mode, False
-
-
-async def read_death(http: Request, limits: BodyLimits) -> str:
-    """The incarnation that is said to be dead."""
-    body = parse_request(await read_object(http, limits), AssertPeerDeathRequest, DEATH_RULES)
-    return body.incarnation
 
 
 def model_entry(card: ModelCard, name: str) -> ModelEntry:
@@ -148,17 +89,6 @@ def model_info(card: ModelCard, weight_version: str) -> dict[str, Any]:
     }
 
 
-def flush_timeout_s(http: Request) -> float:
-    text = http.query_params.get("timeout", "0")
-    try:
-        timeout_s = float(text)
-    except ValueError:
-        timeout_s = -1.0
-    if not 0 <= timeout_s <= 3600:
-        raise bad_value("timeout", f"`timeout` must be 0 to 3600 seconds, got {text!r}.")
-    return timeout_s
-
-
 def load_body(entry: NodeEntry, load: NodeLoad) -> dict[str, Any]:
     """One node in /v1/loads and /get_load, with SGLang's names beside ours."""
     return {
@@ -187,16 +117,14 @@ def _worker_body(status: WorkerStatus) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterRoutes:
-    """Handlers of a router's control routes."""
+class ClusterFacts:
+    """Handlers of the routes that ask a router."""
 
     card: ModelCard
     view: ClusterView
-    admin: ClusterAdmin
     generator: Generator
     in_flight: InFlightRequests
     timelines: Timelines
-    limits: BodyLimits
     version: str
 
     # ---- health ---------------------------------------------------------------------------------
@@ -293,53 +221,6 @@ class ClusterRoutes:
             raise request_not_found(request_id)
         return json_response(known[0] if len(generation_ids) == 1 else {"requests": known})
 
-    # ---- control --------------------------------------------------------------------------------
-
     async def workers(self, _: Request) -> Response:
         workers = [_worker_body(status) for status in self.view.workers()]
         return json_response({"workers": workers, "total": len(workers)})
-
-    async def register_worker(self, http: Request) -> Response:
-        raw = await read_object(http, self.limits)
-        body = parse_request(raw, RegisterRequest, REGISTER_RULES)
-        url = node_url("url", body.url)
-        if body.entry is not None and body.entry.url != url:
-            raise bad_value("entry.url", "`entry.url` must be the same as `url`.")
-        reply = await self.admin.register_worker(url, body.entry)
-        return outcome(reply.success, reply.message)
-
-    async def remove_worker(self, http: Request) -> Response:
-        wanted = http.path_params["worker"].rstrip("/")
-        urls = {status.entry.incarnation: status.entry.url for status in self.view.workers()}
-        reply = await self.admin.remove_worker(urls.get(wanted, wanted))
-        return outcome(reply.success, reply.message, failure_status=404)
-
-    async def flush_cache(self, http: Request) -> Response:
-        reply = await self.admin.flush_cache(flush_timeout_s(http))
-        return outcome(reply.success, reply.message)
-
-    async def abort_request(self, http: Request) -> Response:
-        """Idempotent: a request that is not there (any more) is no error."""
-        body = await read_abort(http, self.limits)
-        if body.abort_all:
-            replies = [await self.admin.abort_requests("", True)]
-        else:
-            generation_ids = self.in_flight.generations_matching(body.rid or "")
-            replies = [
-                await self.admin.abort_requests(generation_id, False) for generation_id in generation_ids
-            ]
-        message = "; ".join(reply.message for reply in replies if reply.message)
-        return json_response({"success": all(reply.success for reply in replies), "message": message})
-
-    async def pause_generation(self, http: Request) -> Response:
-        mode, drains = await read_pause(http, self.limits)
-        reply = await self.admin.pause_generation(mode, drains=drains)
-        return outcome(reply.success, reply.message)
-
-    async def continue_generation(self, _: Request) -> Response:
-        reply = await self.admin.continue_generation()
-        return outcome(reply.success, reply.message)
-
-    async def assert_peer_death(self, http: Request) -> Response:
-        reply = await self.admin.assert_peer_death(await read_death(http, self.limits))
-        return outcome(reply.success, reply.message)
