@@ -36,7 +36,12 @@ def make_control(
             GpuWeights(read_gpu_memory, available_memory_bytes).stage,
             node.puller.pull,
         ),
-        images=WeightImages(node.image, node.served_update, node.image_jobs),
+        images=WeightImages(
+            node.image,
+            node.served_update,
+            node.image_jobs,
+            idle_s=node.config.timing.weight_image_idle_s,
+        ),
         outbox=node.outbox,
         memory=MemoryOccupation(node, node.jobs.submit),
         operations=NodeOperations(

@@ -406,8 +406,9 @@ def start_node(
         available_memory_bytes,
         metrics.count_pull,
         LinkKeys.of(config.cluster_secret),
+        config.timing,
     )
-    outbox = WeightOutbox(kind, make_backend)
+    outbox = WeightOutbox(kind, make_backend, config.timing)
     waiter = Waiter()
     waiter.add(server)
     waiter.add(engine.fileno())

@@ -103,6 +103,11 @@ class Timing:
     weight_rejoin_s: float = 1.0  # that a node serves other weights, before it is brought to the cluster's
     weight_rejoin_retry_s: float = 5.0  # before the same node is brought once more
     weight_ready_s: float = 30.0  # for nodes that have swapped to be pairs again
+    weight_image_s: float = 120.0  # for a peer to have its weights ready, which it may put together first
+    weight_peer_silence_s: float = 30.0  # of a peer that is asked for parts of them
+    weight_image_idle_s: float = 60.0  # an image that nobody reads is let go of
+    weight_puller_idle_s: float = 60.0  # as is a puller that asks for nothing
+    weight_write_stall_s: float = 5.0  # a write that takes longer goes to a node that takes nothing
 
     def __post_init__(self) -> None:
         """Raises ValueError."""

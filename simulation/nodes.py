@@ -316,7 +316,7 @@ class _Base(Generic[T]):
             status=self.status,
             flush=FlushWrapper(),
             weights=self.weights,
-            images=WeightImages(_no_image, lambda: "", NoImageJobs()),
+            images=WeightImages(_no_image, lambda: "", NoImageJobs(), idle_s=UNSCALED.weight_image_idle_s),
             outbox=cast(WeightOutbox, NoOutbox()),
             memory=MemoryOccupation(self, self.engine.jobs.submit),
             operations=NodeOperations(

@@ -34,8 +34,6 @@ from ..messages.weights import (
 from ..runtime.errors import StartupError
 from .staged import safetensors_header
 
-IDLE_S = 60.0  # an image that nobody reads is let go of
-
 
 class WeightImage:
     """A safetensors file of tensors by name, that is nowhere but in them; and whose weights they are."""
@@ -109,13 +107,19 @@ class WeightImages:
     """Of the weights that served when each was asked for.
 
     `make` returns a job that makes one of what serves now, and raises StartupError. `served` is the id of
-    the update that serves.
+    the update that serves. An image that nobody reads for `idle_s` is let go of.
     """
 
     def __init__(
-        self, make: Callable[[], Callable[[], WeightImage]], served: Callable[[], str], jobs: ImageJobs
+        self,
+        make: Callable[[], Callable[[], WeightImage]],
+        served: Callable[[], str],
+        jobs: ImageJobs,
+        *,
+        idle_s: float,
     ) -> None:
         self._make = make
+        self._idle_s = idle_s
         self._served = served
         self._jobs = jobs
         self._numbers = itertools.count(1)
@@ -172,7 +176,7 @@ class WeightImages:
             replies += [(link, self._made(call_id, making, job)) for link, call_id in making.asked]
         for number, held in list(self._held.items()):
             if held.idle_until is None:
-                held.idle_until = now + IDLE_S
+                held.idle_until = now + self._idle_s
             elif now >= held.idle_until:
                 del self._held[number]
         return replies

@@ -47,6 +47,7 @@ from ..messages.weights import (
 from ..runtime.completions import Completions
 from ..runtime.containment import Containment
 from ..runtime.errors import StartupError
+from ..runtime.timing import Timing
 from ..transfer.backends.base import TransferBackend, WriteResult, WriteState
 from ..transfer.copy_plan import Run
 from .images import WeightImage
@@ -55,8 +56,6 @@ _log = logging.getLogger(__name__)
 
 NUM_SLOTS = 8
 SLOTS_PER_PULLER = 2  # one is filled while the other travels
-STALLED_AFTER_S = 5.0  # a write that takes longer goes to a node that takes nothing
-IDLE_S = 60.0  # a puller that asks for nothing is let go of
 
 Reply: TypeAlias = CallReply | WeightsWrittenReply
 
@@ -95,7 +94,10 @@ class _Puller:
 class OutboxWriter:
     """What the outbox does, without its thread. Methods return what is to be sent to whom."""
 
-    def __init__(self, kind: TransferKind, make_backend: Callable[[], TransferBackend]) -> None:
+    def __init__(
+        self, kind: TransferKind, make_backend: Callable[[], TransferBackend], timing: Timing
+    ) -> None:
+        self._timing = timing
         self._kind = kind
         self._make_backend = make_backend
         self._backend: TransferBackend | None = None
@@ -131,11 +133,12 @@ class OutboxWriter:
             return []
         replies, self._unsent = self._unsent, []
         replies += [self._ended(result) for result in self._backend.poll()]
+        idle_s = self._timing.weight_puller_idle_s
         for session, puller in list(self._pullers.items()):
-            if now - puller.used <= IDLE_S:
+            if now - puller.used <= idle_s:
                 continue
             for link, part in puller.waiting:
-                replies.append((link, _not_written(part.message, f"no slot was free for {IDLE_S:g} s")))
+                replies.append((link, _not_written(part.message, f"no slot was free for {idle_s:g} s")))
             puller.waiting.clear()  # and with it their hold on the weights
             if not puller.num_outstanding:
                 self._backend.disconnect(puller.region)
@@ -173,7 +176,8 @@ class OutboxWriter:
                 return str(error)
         if self._backend.stuck_s(now) > 1.0:
             return "its transfer engine hangs in a call"
-        num_stalled = sum(now - written.started > STALLED_AFTER_S for written in self._written.values())
+        stall_s = self._timing.weight_write_stall_s
+        num_stalled = sum(now - written.started > stall_s for written in self._written.values())
         if NUM_SLOTS - num_stalled < SLOTS_PER_PULLER:
             return f"{num_stalled} writes of weights wait for nodes that take nothing"
         return ""
@@ -250,8 +254,11 @@ class OutboxWriter:
 class WeightOutbox:
     """An OutboxWriter on its thread. All methods belong to the loop, and none of them blocks but `close`."""
 
-    def __init__(self, kind: TransferKind, make_backend: Callable[[], TransferBackend]) -> None:
-        self._writer = OutboxWriter(kind, make_backend)  # the thread's own
+    def __init__(
+        self, kind: TransferKind, make_backend: Callable[[], TransferBackend], timing: Timing
+    ) -> None:
+        self._idle_s = timing.weight_puller_idle_s
+        self._writer = OutboxWriter(kind, make_backend, timing)  # the thread's own
         self._asked: queue.SimpleQueue[tuple[bytes, Asked]] = queue.SimpleQueue()
         self._replies = Completions[tuple[bytes, Reply]]()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -304,7 +311,7 @@ class WeightOutbox:
                 readable.register(writer.backend.fileno(), select.POLLIN)
                 is_watched = True
             if not writer.start_next(time.monotonic()):
-                readable.poll(1000 * IDLE_S if writer.has_pullers else None)
+                readable.poll(1000 * self._idle_s if writer.has_pullers else None)
         writer.close()
 
     def _handle_asked(self) -> list[tuple[bytes, Reply]]:

@@ -38,6 +38,7 @@ from ..messages.weights import (
     WriteWeights,
 )
 from ..runtime.errors import StartupError
+from ..runtime.timing import Timing
 from .inbox import Inbox, Inboxes
 from .staged import StagedFile, require_room, staged_file
 
@@ -45,8 +46,6 @@ _log = logging.getLogger(__name__)
 
 OVER_LINK = "link"  # where a transfer's kind would stand
 _MAX_READS = 4  # asked for at once: the connection is never idle, and the peer's loop never long at it
-_SILENCE_S = 30.0
-_OPEN_S = 120.0  # a peer of several ranks puts whole tensors together first
 _T = TypeVar("_T", WeightImageReply, WeightBytesReply, WeightsWrittenReply)
 
 
@@ -61,8 +60,10 @@ class WeightPuller:
         available_bytes: Callable[[], int],
         count: Callable[[str, int, float], None],
         link_keys: LinkKeys | None,
+        timing: Timing,
     ) -> None:
         self._kind = kind
+        self._timing = timing
         self._link_keys = link_keys
         self._inboxes = inboxes
         self._available_bytes = available_bytes
@@ -72,9 +73,9 @@ class WeightPuller:
         """The weights that the peer serves now, as a safetensors file. Blocks. Raises StartupError, also when
         they are those of another update than the one that `source` names."""
         started = time.monotonic()
-        with _peer_link(source.zmq_address, self._link_keys) as link:
+        with _peer_link(source.zmq_address, self._link_keys, self._timing.weight_peer_silence_s) as link:
             link.send(OpenWeights(call_id=0))
-            image = link.wait(WeightImageReply, _OPEN_S)
+            image = link.wait(WeightImageReply, self._timing.weight_image_s)
             wanted = (source.update_id, source.fingerprint)
             if source.update_id and (image.update_id, image.fingerprint) != wanted:
                 raise StartupError(f"{source.zmq_address} serves other weights by now")
@@ -127,7 +128,7 @@ def _read(file: StagedFile, image: WeightImageReply, link: _PeerLink) -> None:
             )
             link.send(read)
             num_asked += 1
-        part = link.wait(WeightBytesReply, _SILENCE_S)  # answered in order
+        part = link.wait(WeightBytesReply)  # answered in order
         num_asked -= 1
         file.append(part.data)
 
@@ -160,7 +161,7 @@ def _take_written(file: StagedFile, image: WeightImageReply, inbox: Inbox, link:
             )
             link.send(write)
             asked.append(part)
-        reply = link.wait(WeightsWrittenReply, _SILENCE_S)
+        reply = link.wait(WeightsWrittenReply)
         written[reply.call_id] = reply
         while asked and asked[0].call_id in written:
             part = asked.popleft()
@@ -173,10 +174,10 @@ def _take_written(file: StagedFile, image: WeightImageReply, inbox: Inbox, link:
 
 
 @contextmanager
-def _peer_link(address: str, keys: LinkKeys | None) -> Iterator[_PeerLink]:
+def _peer_link(address: str, keys: LinkKeys | None, silence_s: float) -> Iterator[_PeerLink]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        link = _PeerLink(context, address, keys)
+        link = _PeerLink(context, address, keys, silence_s)
     except zmq.ZMQError as error:
         context.term()
         raise StartupError(f"{address} is no address of a node: {error}") from error
@@ -188,7 +189,16 @@ def _peer_link(address: str, keys: LinkKeys | None) -> Iterator[_PeerLink]:
 
 
 class _PeerLink:
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: LinkKeys | None) -> None:
+    """`silence_s`: so long it may be silent, where not otherwise said."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        keys: LinkKeys | None,
+        silence_s: float,
+    ) -> None:
+        self._silence_s = silence_s
         self._channel: ClientChannel[NodeToClient] = ClientChannel(context, address, NodeToClient, keys=keys)
         self._arrived: deque[NodeToClient | MalformedMessage] = deque()
         self._poller = zmq.Poller()
@@ -205,14 +215,14 @@ class _PeerLink:
     def ask(self, message: msgspec.Struct) -> CallReply:
         """Yes or no. Raises StartupError when there is no answer."""
         self.send(message)
-        reply = self._next(_SILENCE_S)
+        reply = self._next(self._silence_s)
         if isinstance(reply, CallReply):
             return reply
         raise StartupError(f"{self.address}: it answers with {type(reply).__name__}")
 
-    def wait(self, kind: type[_T], silence_s: float) -> _T:
+    def wait(self, kind: type[_T], silence_s: float | None = None) -> _T:
         """The next reply, which must be a good one of this kind. Raises StartupError."""
-        reply = self._next(silence_s)
+        reply = self._next(self._silence_s if silence_s is None else silence_s)
         if isinstance(reply, kind) and reply.success:
             return reply
         match reply:

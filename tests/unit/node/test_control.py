@@ -48,9 +48,10 @@ from pdserve.node.operations import NodeOperations
 from pdserve.node.status import NodeStatus
 from pdserve.runtime.command_line import node_config
 from pdserve.runtime.errors import StartupError
+from pdserve.runtime.timing import UNSCALED
 from pdserve.simulation.side_work import NoProfiler
 from pdserve.transfer.backends.shm import ShmBackend
-from pdserve.weights.images import IDLE_S, WeightImage, WeightImages
+from pdserve.weights.images import WeightImage, WeightImages
 from pdserve.weights.outbox import WeightOutbox
 from pdserve.weights.staged import StagedFile
 from pdserve.weights.update_groups import Group, UpdateGroups
@@ -151,8 +152,10 @@ class Bench:
             status=make_status(),
             flush=FlushWrapper(),
             weights=self.weights,
-            images=WeightImages(lambda: lambda: WeightImage({"t": torch.arange(4.0)}), lambda: "", self),
-            outbox=WeightOutbox(TransferKind("shm", "shm"), ShmBackend),
+            images=WeightImages(
+                lambda: lambda: WeightImage({"t": torch.arange(4.0)}), lambda: "", self, idle_s=60.0
+            ),
+            outbox=WeightOutbox(TransferKind("shm", "shm"), ShmBackend, UNSCALED),
             memory=MemoryOccupation(FakeMemory(), self.submit_job),
             operations=NodeOperations(
                 settings=LiveSettings([]),
@@ -279,7 +282,7 @@ def test_weights_for_others_to_read_are_there_in_another_turn_of_the_loop(bench:
     again = reply(bench.handle(OpenWeights(call_id=8)))
     assert isinstance(again, WeightImageReply)
     assert again.success, "the same weights are there already"
-    assert bench.control.deadline == 1.0 + IDLE_S
+    assert bench.control.deadline == 61.0
 
 
 def test_an_operation_is_answered_at_once_or_with_its_job(bench: Bench) -> None:

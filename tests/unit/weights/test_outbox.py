@@ -20,14 +20,13 @@ from pdserve.messages.weights import (
     WeightsWrittenReply,
     WriteWeights,
 )
+from pdserve.runtime.timing import UNSCALED
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.copy_plan import Run
 from pdserve.weights.images import WeightImage
 from pdserve.weights.outbox import (
-    IDLE_S,
     NUM_SLOTS,
     SLOTS_PER_PULLER,
-    STALLED_AFTER_S,
     OutboxPart,
     OutboxWriter,
     Reply,
@@ -110,7 +109,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.backend = FakeBackend()
-        self.writer = OutboxWriter(KIND, lambda: self.backend)
+        self.writer = OutboxWriter(KIND, lambda: self.backend, UNSCALED)
         self.now = 0.0
 
     def offer(self, kind: TransferKind = KIND) -> str:
@@ -224,7 +223,7 @@ def test_a_question_that_raises_is_answered_and_the_thread_goes_on(
 
     monkeypatch.setattr(FakeBackend, "first_contact", first_contact)
     monkeypatch.setattr(FakeBackend, "fileno", lambda _: os.eventfd(0))
-    outbox = WeightOutbox(KIND, FakeBackend)
+    outbox = WeightOutbox(KIND, FakeBackend, UNSCALED)
     replies: list[CallReply] = []
     asked: list[OfferInbox | MeetInbox] = [
         OfferInbox(call_id=0, kind=KIND),
@@ -258,11 +257,11 @@ def test_frozen_pullers_hold_up_nobody_until_all_slots_are_theirs(desk: Desk) ->
     for number in range(num_frozen):
         desk.meet(f"frozen {number}")
         desk.ask(f"frozen {number}", 0, 1, 2)
-    desk.now += STALLED_AFTER_S + 1
+    desk.now += UNSCALED.weight_write_stall_s + 1
     assert desk.offer() == ""
     desk.ask("a", 0, 1)
     assert ("a", 0) in desk.on_the_wire, "these slots are the others'"
-    desk.now += STALLED_AFTER_S + 1
+    desk.now += UNSCALED.weight_write_stall_s + 1
     assert desk.offer() == f"{NUM_SLOTS} writes of weights wait for nodes that take nothing"
     while desk.on_the_wire:
         desk.end()
@@ -280,7 +279,7 @@ def test_an_engine_that_hangs_or_is_of_another_kind_is_not_offered(desk: Desk) -
 def test_a_frozen_puller_does_not_hold_on_to_weights(desk: Desk) -> None:
     """Those that serve may be replaced meanwhile, and want their memory back."""
     desk.ask("a", 0, 1, 2, 3)
-    desk.now += IDLE_S + 1
+    desk.now += UNSCALED.weight_puller_idle_s + 1
     refused = [(link, reply.success) for link, reply in desk.writer.poll(desk.now)]
     assert refused == [(b"a", False)] * 2
     desk.end()
@@ -303,7 +302,7 @@ def test_no_memory_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_asks_for_nothing_is_let_go_of(desk: Desk) -> None:
     desk.ask("a", 0)
-    desk.now += IDLE_S + 1
+    desk.now += UNSCALED.weight_puller_idle_s + 1
     assert desk.writer.poll(desk.now) == []
     assert desk.backend.left == [], "a write to it is outstanding"
     desk.end()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from pdserve.messages.weights import (
     WriteWeights,
 )
 from pdserve.runtime.errors import StartupError
+from pdserve.runtime.timing import UNSCALED, Timing
 from pdserve.tests.unit.weights.weights_peer import ImageJobs, WeightsServer, images_of, weights
 from pdserve.transfer.backends import create_backend, devices
 from pdserve.transfer.backends.base import TransferBackend
@@ -44,8 +45,7 @@ from pdserve.transfer.backends.faulty import FaultPlan, FaultyBackend
 from pdserve.transfer.backends.shm import ShmBackend
 from pdserve.weights import inbox as weight_inbox
 from pdserve.weights import outbox
-from pdserve.weights import peer as peer_weights
-from pdserve.weights.images import IDLE_S, WeightImage, WeightImages
+from pdserve.weights.images import WeightImage, WeightImages
 from pdserve.weights.inbox import MAX_SET_ASIDE, Inbox, Inboxes
 from pdserve.weights.outbox import WeightOutbox
 from pdserve.weights.peer import OVER_LINK, WeightPuller
@@ -107,7 +107,7 @@ def peer(
     make_backend: Callable[[], TransferBackend] | None = None,
 ) -> Iterator[FromPeer]:
     """A scheduler that answers `serves` messages, and then no more."""
-    server = WeightsServer(images, WeightOutbox(kind, make_backend or engine(kind)), serves=serves)
+    server = WeightsServer(images, WeightOutbox(kind, make_backend or engine(kind), UNSCALED), serves=serves)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -125,6 +125,7 @@ class Node:
     make_backend: Callable[[], TransferBackend] | None = None
     available_bytes: int = PLENTY
     counted: list[tuple[str, int]] = field(default_factory=list)
+    timing: Timing = UNSCALED
 
     def __post_init__(self) -> None:
         self.puller = WeightPuller(
@@ -133,6 +134,7 @@ class Node:
             lambda: self.available_bytes,
             lambda over, num_bytes, duration_s: self.counted.append((over, num_bytes)),
             link_keys=None,
+            timing=self.timing,
         )
 
     def pull(self, source: FromPeer) -> StagedFile:
@@ -387,9 +389,8 @@ def test_a_peer_frozen_in_mid_pull(
     kind: TransferKind, peer_process: PeerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another serves meanwhile; and when it is back, it is pulled from again."""
-    node = Node(kind)
+    node = Node(kind, timing=replace(UNSCALED, weight_peer_silence_s=0.5))
     with monkeypatch.context() as patch:
-        patch.setattr(peer_weights, "_SILENCE_S", 0.5)
         peer_process.signal_at_part(signal.SIGSTOP, 2, patch)
         with pytest.raises(StartupError, match="was silent"):
             node.pull(peer_process.source)
@@ -455,7 +456,7 @@ def test_the_weights_are_those_of_the_moment_that_the_pull_began() -> None:
         given = dict(served)
         return lambda: WeightImage(given)
 
-    images = WeightImages(make, lambda: "u1", ImageJobs())
+    images = WeightImages(make, lambda: "u1", ImageJobs(), idle_s=60.0)
     images.open(b"puller", OpenWeights(call_id=1))
     served["t"] = torch.ones(4)  # an update replaces tensors, and writes into none
     ((_, image),) = images.poll(0.0)
@@ -471,7 +472,7 @@ def test_who_reads_the_same_weights_shares_what_was_made_of_them() -> None:
         update_id = served[0]
         return lambda: WeightImage({"a": torch.arange(9.0)}, update_id)
 
-    images = WeightImages(make, lambda: served[0], jobs)
+    images = WeightImages(make, lambda: served[0], jobs, idle_s=60.0)
     for call_id in (1, 2):
         assert images.open(b"one", OpenWeights(call_id=call_id)) is None
     first, second = (reply for _, reply in images.poll(0.0))
@@ -512,12 +513,12 @@ def test_an_image_that_nobody_reads_is_let_go_of() -> None:
     for call_id in (1, 2):
         images.open(b"puller", OpenWeights(call_id=call_id))
     one, two = (reply.image for _, reply in images.poll(100.0))
-    assert images.deadline == 100.0 + IDLE_S
+    assert images.deadline == 160.0
     images.poll(130.0)
     read = ReadWeights(call_id=3, image=two, offset=0, num_bytes=4)
     assert images.read(read).success
     images.poll(131.0)
-    images.poll(100.0 + IDLE_S)
+    images.poll(160.0)
     assert not images.read(ReadWeights(call_id=4, image=one, offset=0, num_bytes=4)).success
     assert images.read(read).success
     images.drop()
@@ -559,7 +560,7 @@ def test_a_peer_that_says_no_is_quoted(node: Node) -> None:
     def released() -> WeightImage:
         raise StartupError("the memory of the weights is released: resume it first")
 
-    images = WeightImages(lambda: released, lambda: "u1", ImageJobs())
+    images = WeightImages(lambda: released, lambda: "u1", ImageJobs(), idle_s=60.0)
     with peer(images) as source, pytest.raises(StartupError, match="memory of the weights"):
         node.pull(source)
 
@@ -573,15 +574,13 @@ def test_what_does_not_fit_is_not_pulled(node: Node) -> None:
 
 @pytest.mark.parametrize("kind", [SHM, TCP], ids=["over shm", "over the link"])
 @pytest.mark.parametrize("serves", [0, 1, 2, 3, 4])
-def test_a_peer_that_falls_silent_is_given_up(
-    node: Node, serves: int, kind: TransferKind, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_that_falls_silent_is_given_up(serves: int, kind: TransferKind) -> None:
     """Whichever message it answers last: of the engines' meeting, or of the weights."""
-    for limit in ("_OPEN_S", "_SILENCE_S"):
-        monkeypatch.setattr(peer_weights, limit, 0.2)
+    node = Node(timing=replace(UNSCALED, weight_image_s=0.2, weight_peer_silence_s=0.2))
     images = images_of({"t": torch.zeros(10 * STAGE_PART_BYTES, dtype=torch.uint8)})
     with peer(images, kind=kind, serves=serves) as source, pytest.raises(StartupError, match="was silent"):
         node.pull(source)
+    node.puller.close()
 
 
 def test_nobody_there_and_no_address(node: Node) -> None:

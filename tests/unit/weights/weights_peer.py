@@ -29,6 +29,7 @@ from pdserve.messages.weights import (
     WriteWeights,
 )
 from pdserve.runtime.errors import StartupError
+from pdserve.runtime.timing import UNSCALED
 from pdserve.runtime.waiting import Waiter
 from pdserve.transfer.backends import create_backend
 from pdserve.weights.images import WeightImage, WeightImages
@@ -67,7 +68,9 @@ class ImageJobs:
 
 def images_of(given: Mapping[str, torch.Tensor], fingerprint: str = "") -> WeightImages:
     """Of tensors that update "u" brought."""
-    return WeightImages(lambda: lambda: WeightImage(given, "u", fingerprint), lambda: "u", ImageJobs())
+    return WeightImages(
+        lambda: lambda: WeightImage(given, "u", fingerprint), lambda: "u", ImageJobs(), idle_s=60.0
+    )
 
 
 class WeightsServer:
@@ -124,7 +127,7 @@ class WeightsServer:
 
 
 def serve(kind: TransferKind) -> None:
-    outbox = WeightOutbox(kind, lambda: create_backend(kind.backend, kind.transport, "127.0.0.1"))
+    outbox = WeightOutbox(kind, lambda: create_backend(kind.backend, kind.transport, "127.0.0.1"), UNSCALED)
     server = WeightsServer(images_of(weights()), outbox)
     print(server.address.zmq_address, flush=True)
     server.run()
@@ -142,7 +145,12 @@ def pull(kind: TransferKind, address: str) -> None:
     Inbox.slot = frozen  # type: ignore[method-assign]
     inboxes = Inboxes(lambda: create_backend(kind.backend, kind.transport, "127.0.0.1"), slot_bytes=1 << 20)
     puller = WeightPuller(
-        kind, inboxes, lambda: 1 << 40, lambda over, num_bytes, duration_s: None, link_keys=None
+        kind,
+        inboxes,
+        lambda: 1 << 40,
+        lambda over, num_bytes, duration_s: None,
+        link_keys=None,
+        timing=UNSCALED,
     )
     puller.pull(FromPeer(zmq_address=address)).close()
     print("pulled", flush=True)
