@@ -154,11 +154,11 @@ def _sticky_blacklist(original: Method) -> Method:
 
 
 def _busy_believed(original: Method) -> Method:
-    return lambda peer: max(original(peer), peer.busy_until)
+    return lambda self, peer: max(original(self, peer), peer.busy_until)
 
 
 def _no_silence_before_ready(original: Method) -> Method:
-    return lambda peer: original(peer) if peer.state is PeerState.READY else float("inf")
+    return lambda self, peer: original(self, peer) if peer.state is PeerState.READY else float("inf")
 
 
 def _refusal_ignored(original: Method) -> Method:
@@ -530,13 +530,13 @@ MUTANTS = (
     Mutant(
         "busy-believed",
         "a peer that announced to be busy may be silent for as long as it said, cut off or not",
-        (Patch(decode_rooms, "_silent_at", _busy_believed),),
+        (Patch(DecodeRooms, "_silent_at", _busy_believed),),
         flavour="updated",
     ),
     Mutant(
         "no-silence-before-ready",
         "a handshake waits for its answer without a deadline",
-        (Patch(decode_rooms, "_silent_at", _no_silence_before_ready),),
+        (Patch(DecodeRooms, "_silent_at", _no_silence_before_ready),),
     ),
     Mutant(
         "refusal-ignored",
