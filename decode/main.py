@@ -36,7 +36,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     digests, death_probe = DigestWorker(node.memory, node.layout), DeathProbe(config.timing)
     node.waiter.add(digests.fileno())
     node.waiter.add(death_probe.fileno())
-    clock = SpanClock(time.monotonic, node.unix_minus_monotonic_s)
+    clock = SpanClock(node.unix_minus_monotonic_s, time.monotonic)
     # A colocated node has nobody else to prefill: its chunks are as long as those of a prefill node.
     default_chunk = config.chunked_prefill_size if config.colocated else None
     decode = assemble(

@@ -76,24 +76,30 @@ Spans: TypeAlias = Annotated[tuple[Span, ...], Meta(max_length=2**20)]
 
 
 @dataclass(frozen=True, slots=True)
-class SpanClock:
-    """Dates this process's spans. ``now`` is monotonic seconds."""
+class SpanDates:
+    """Dates this process's spans, which are measured in monotonic seconds."""
 
-    now: Callable[[], float]
     unix_minus_monotonic_s: float
-
-    @classmethod
-    def start(cls) -> SpanClock:
-        return cls(time.monotonic, time.time() - time.monotonic())
 
     def unix_s(self, at: float) -> float:
         return at + self.unix_minus_monotonic_s
 
-    def unix_now(self) -> float:
-        return self.unix_s(self.now())
-
     def span(self, name: str, start: float, end: float, *, num_bytes: int = 0, num_tokens: int = 0) -> Span:
         return Span(name, self.unix_s(start), end - start, num_bytes, num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanClock(SpanDates):
+    """Dates spans, and tells the time: ``now`` is monotonic seconds."""
+
+    now: Callable[[], float]
+
+    @classmethod
+    def start(cls) -> SpanClock:
+        return cls(time.time() - time.monotonic(), time.monotonic)
+
+    def unix_now(self) -> float:
+        return self.unix_s(self.now())
 
 
 def moved(spans: Iterable[Span], seconds: float) -> tuple[Span, ...]:

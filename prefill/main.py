@@ -40,7 +40,7 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
     node = start_node(config, listener, server.socket, server.port, incarnation)
     digests = DigestWorker(node.memory, node.layout)
     node.waiter.add(digests.fileno())
-    clock = SpanClock(time.monotonic, node.unix_minus_monotonic_s)
+    clock = SpanClock(node.unix_minus_monotonic_s, time.monotonic)
     prefill = assemble(
         PrefillEdges(
             send=server.send,

@@ -2,7 +2,7 @@
 
 The life of a choice: *idle* (queued, no attempt) → *tried* (one current attempt) → idle again when the
 attempt fails, or *finished*: ended by decode, closed from its kept ids, or stopped by whoever reads it.
-Values and ``now`` in, decisions out; the service acts on them.
+Values and ``now`` in, decisions out; `Requests` acts on them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..messages.node import (
     ResendFrom,
     TokenOutput,
 )
-from ..messages.timeline import Span, SpanClock, moved, span_between
+from ..messages.timeline import Span, SpanDates, moved, span_between
 from ..runtime.errors import RequestError
 from .ledger import Attempt
 from .pairing import Chosen, Pair
@@ -73,6 +73,7 @@ class RequestRecord:
     def __init__(
         self,
         spec: GenerateSpec,
+        info: GenerationInfo,
         *,
         arrived_at: float,
         deadline: float,
@@ -80,15 +81,15 @@ class RequestRecord:
         resend_interval_s: float,
         eos_token_ids: Collection[int],
         max_model_len: int,
-        clock: SpanClock,
+        dates: SpanDates,
         clock_lead_s: Callable[[str], float],  # of a decode node's clock ahead of ours, by incarnation
         attempt_numbers: Iterator[int] | None = None,
     ) -> None:
         self.spec = spec
         self.arrived_at = arrived_at
         self.deadline = deadline
-        self.info = GenerationInfo(num_attempts=0)
-        self._clock = clock
+        self.info = info
+        self._dates = dates
         self._clock_lead_s = clock_lead_s
         self.choices = [ChoiceState(index) for index in spec.work.choices]
         self._max_attempts = max_attempts
@@ -262,7 +263,7 @@ class RequestRecord:
         if output.spans:
             self._take_spans(attempt, output.spans, now)
         if not self.info.arrived_unix_s:
-            self.info.arrived_unix_s = self._clock.unix_s(now)
+            self.info.arrived_unix_s = self._dates.unix_s(now)
         finish = output.finish
         if finish is None:
             return ChoiceDelta(
@@ -291,10 +292,10 @@ class RequestRecord:
         self.info.spans.extend(new)
         for span in new:
             if span.name == "decode_queue":
-                sent_unix_s = self._clock.unix_s(attempt.sent_s)
+                sent_unix_s = self._dates.unix_s(attempt.sent_s)
                 self.info.spans.append(span_between("to_decode", sent_unix_s, span.start_unix_s))
             elif span.name == "relay":
-                arrived = self._clock.unix_s(now)
+                arrived = self._dates.unix_s(now)
                 self.info.spans.append(span_between("to_router", span.end_unix_s, arrived))
 
     def _on_opening(self, output: TokenOutput) -> None:

@@ -7,29 +7,25 @@ from collections.abc import AsyncGenerator, Callable
 
 from ..api.generation import ChoiceDelta, GenerationInfo
 from ..runtime.errors import RequestError
-from .attempts import RequestRecord
+from .events import ChoiceStopped, ReaderLeft
 
 
 class RoutedGeneration:
-    """Implements `pdserve.api.generation.Generation`. The service pushes, one reader iterates."""
+    """Implements `pdserve.api.generation.Generation`. The service pushes, one reader iterates.
+
+    `tell` hears what the reader says, while the request runs.
+    """
 
     def __init__(
-        self,
-        record: RequestRecord,
-        *,
-        on_stop_choice: Callable[[RoutedGeneration, int], None],
-        on_cancel: Callable[[RoutedGeneration], None],
+        self, request_id: str, info: GenerationInfo, tell: Callable[[ChoiceStopped | ReaderLeft], None]
     ) -> None:
-        self.record = record
+        self.info = info
         self.dispatched: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._on_stop_choice = on_stop_choice
-        self._on_cancel = on_cancel
+        self._request_id = request_id
+        self._tell = tell
         self._events: asyncio.Queue[ChoiceDelta | RequestError | None] = asyncio.Queue()
         self._stopped: set[int] = set()
-
-    @property
-    def info(self) -> GenerationInfo:
-        return self.record.info
+        self._is_over = False  # the router knows it no more; its id may be another request's
 
     async def __aiter__(self) -> AsyncGenerator[ChoiceDelta, None]:
         try:
@@ -43,10 +39,12 @@ class RoutedGeneration:
 
     def stop_choice(self, choice: int) -> None:
         self._stopped.add(choice)
-        self._on_stop_choice(self, choice)
+        if not self._is_over:
+            self._tell(ChoiceStopped(self._request_id, choice))
 
     def cancel(self) -> None:
-        self._on_cancel(self)
+        if not self._is_over:
+            self._tell(ReaderLeft(self._request_id))
 
     # ---- for the service ------------------------------------------------------------------------
 
@@ -54,12 +52,14 @@ class RoutedGeneration:
         self._events.put_nowait(delta)
 
     def end(self) -> None:
-        """Every choice has finished."""
+        """Nothing more comes."""
+        self._is_over = True
         self.mark_dispatched()
         self._events.put_nowait(None)
 
     def fail(self, error: RequestError) -> None:
         """Raised by ``generate`` while the request has not been dispatched, by the iterator later."""
+        self._is_over = True
         if not self.dispatched.done():
             self.dispatched.set_exception(error)
         else:

@@ -7,7 +7,7 @@ shares are in the reported one. Errors do not accumulate, the next pong corrects
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from ..messages.node import NodeLoad
@@ -76,6 +76,10 @@ class Ledger:
         return iter(self._attempts.values())
 
     # ---- nodes ----------------------------------------------------------------------------------
+
+    def nodes(self) -> Collection[str]:
+        """Of which there are estimates."""
+        return self._nodes.keys()
 
     def add_node(self, incarnation: str) -> None:
         self._nodes.setdefault(incarnation, _NodeLedger())

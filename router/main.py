@@ -33,9 +33,9 @@ from ..runtime.listen import bind_unix, http_url, is_loopback
 from ..runtime.process import Succession
 from ..runtime.returned_memory import return_memory
 from ..runtime.tls import Trust
+from .assembly import build_router
 from .connector import ZmqConnector
 from .options import RouterOptions
-from .service import RouterService
 from .trace_export import TraceExporter
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ async def _serve(
     ProcessCollector(registry=registry)
     clock = SpanClock.start()
     context = zmq.asyncio.Context()
-    service = RouterService(
+    router = build_router(
         RouterOptions(
             max_attempts=config.max_attempts,
             max_queued_requests=config.max_queued_requests,
@@ -103,13 +103,13 @@ async def _serve(
         card=card,
         tokenizer=tokenizer,
         generation_defaults=defaults,
-        generator=service,
-        view=service.view,
-        membership=service,
-        control=service,
-        weights=service.weights,
-        sessions=service,
-        operator=service.operator,
+        generator=router.service,
+        view=router.view,
+        membership=router.administration,
+        control=router.administration,
+        weights=router.weights,
+        sessions=router.sessions,
+        operator=router.operator,
         request_log=RequestLog(is_on=config.log_requests, level=config.log_requests_level),
         registry=registry,
         in_flight=in_flight,
@@ -123,7 +123,7 @@ async def _serve(
         allow_pickled_tensors=config.allow_pickled_tensors,
         limits=BodyLimits(strict_fields=config.strict_fields),
     )
-    await service.start()
+    router.start()
     only_young()  # what lives now lives on, and a look at all that is in flight holds every stream
     _log.info("%s serves %s", http_url(config.host, listeners[0], config.tls.scheme), card.name)
     serving = asyncio.create_task(
@@ -140,16 +140,17 @@ async def _serve(
         asyncio.create_task(return_memory()),
         asyncio.create_task(collect_when_idle(lambda: len(in_flight) == 0)),
     ]
+    crashed = router.service.crashed
     try:
-        await asyncio.wait({serving, *housekeeping, service.crashed}, return_when=asyncio.FIRST_COMPLETED)
-        for background in (*housekeeping, service.crashed):
+        await asyncio.wait({serving, *housekeeping, crashed}, return_when=asyncio.FIRST_COMPLETED)
+        for background in (*housekeeping, crashed):
             if background.done():
                 background.result()  # raises what ended it
         await serving
     finally:
         for task in (*housekeeping, serving):
             task.cancel()
-        await service.close()
+        await router.close()
         context.destroy(linger=0)
 
 

@@ -17,23 +17,23 @@ from ..messages.operation import SETTINGS, ClusterOperation, ProfileReply, SetIn
 from ..runtime.chrome_trace import NodeTrace, merge_traces
 from ..runtime.errors import RequestError
 from ..runtime.timing import Timing
-from .cluster import Cluster
 from .registry import NodeRecord
+from .service import RouterService
 from .updates.rollout import ask_all
 
 
 class ClusterOperator:
-    """`lead_s`: how far a node's clock, by its incarnation, is ahead of ours."""
+    """Implements `Operator` of `pdserve.api.control.operations`."""
 
-    def __init__(self, cluster: Cluster, lead_s: Callable[[str], float], timing: Timing) -> None:
-        self._cluster = cluster
+    def __init__(self, timing: Timing, service: RouterService) -> None:
         self._timing = timing
-        self._lead_s = lead_s
+        self._service = service
+        self._state = service.state
         self._profile: StartProfile | None = None  # the last one that began
 
     async def operate(self, operation: ClusterOperation) -> AdminReply:
         """On every node, or for settings on those that have them; no is who does not answer."""
-        links = self._cluster.links()
+        links = self._service.links()
         if not links:
             return AdminReply(False, "no node is connected")
         if isinstance(operation, SetInternalState):
@@ -67,7 +67,7 @@ class ClusterOperator:
 
         async def one(url: str, node: NodeRecord) -> dict[str, Any]:
             row = {"url": url, "role": node.entry.role, "load": msgspec.to_builtins(node.load)}
-            link = self._cluster.links().get(url)
+            link = self._service.links().get(url)
             try:
                 if link is None:
                     return {**row, "error": "it is not connected"}
@@ -81,7 +81,7 @@ class ClusterOperator:
     async def stop_profile(self) -> ProfileOutcome:
         """Ends it everywhere, and puts the traces that this host can read together on one clock."""
         nodes = self._nodes()
-        links = self._cluster.links()
+        links = self._service.links()
 
         async def one(link: NodeCalls) -> ProfileReply:
             try:
@@ -91,7 +91,7 @@ class ClusterOperator:
 
         replies = dict(zip(links, await asyncio.gather(*map(one, links.values())), strict=True))
         traces = [
-            NodeTrace(Path(path), label, self._lead_s(node.incarnation))
+            NodeTrace(Path(path), label, self._state.lead_s(node.incarnation))
             for url, node in nodes.items()
             if url in replies
             for path, label in _labelled(f"{node.entry.role} {url}", replies[url])
@@ -117,7 +117,7 @@ class ClusterOperator:
         return str(path), ""
 
     def _nodes(self) -> dict[str, NodeRecord]:
-        return {node.entry.url: node for node in self._cluster.registry}
+        return {node.entry.url: node for node in self._state.nodes}
 
 
 def _labelled(node: str, reply: ProfileReply) -> list[tuple[str, str]]:

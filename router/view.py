@@ -7,7 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -15,30 +15,11 @@ from prometheus_client import CollectorRegistry
 from ..api.generation import ModelCard, WorkerStatus
 from ..links.node_calls import NodeCalls, NodeUnavailableError
 from ..runtime.metric_aliases import exposition
-from .cluster import Cluster
-from .metrics import RouterCollector, RouterCounters, RouterGauges
+from .attempts import ChoiceState
+from .metrics import RouterCollector, RouterGauges
 from .options import RouterOptions
 from .registry import NodeRecord
-
-
-class RouterRequests(Protocol):
-    """What is told of those who run requests."""
-
-    is_draining: bool
-
-    @property
-    def num_queued(self) -> int: ...
-
-    @property
-    def num_running(self) -> int: ...
-
-    @property
-    def num_sessions(self) -> int: ...
-
-    @property
-    def pause_mode(self) -> str: ...
-
-    def own_state(self, request_id: str) -> dict[str, Any] | None: ...
+from .service import RouterService
 
 
 class RouterView:
@@ -49,25 +30,22 @@ class RouterView:
         options: RouterOptions,
         *,
         model: ModelCard,
-        router_id: str,
-        cluster: Cluster,
-        requests: RouterRequests,
-        counters: RouterCounters,
+        service: RouterService,
         metrics_registry: CollectorRegistry,
         clock: Callable[[], float],
     ) -> None:
         self._options = options
         self._model = model
-        self._router_id = router_id
-        self._cluster = cluster
-        self._nodes = cluster.registry
-        self._requests = requests
+        self._service = service
+        self._state = service.state
+        self._nodes = service.state.nodes
+        self._requests = service.state.requests
         self._metrics_registry = metrics_registry
         self._clock = clock
-        metrics_registry.register(RouterCollector(model.name, counters, self._gauges))
+        metrics_registry.register(RouterCollector(model.name, service.state.counters, self._gauges))
 
     def readiness(self) -> tuple[bool, str]:
-        if self._requests.is_draining:
+        if self._requests.is_shut_down:
             return False, "the router is shutting down"
         if not self._nodes.ready_pairs():
             return False, self._nodes.explain_no_pair()
@@ -97,7 +75,7 @@ class RouterView:
         return next((node.entry.weight_version for node in self._nodes), "")
 
     async def request_state(self, request_id: str) -> dict[str, Any] | None:
-        own = self._requests.own_state(request_id)
+        own = self.own_state(request_id)
         nodes: dict[str, Any] = {}
 
         async def ask(url: str, link: NodeCalls) -> None:
@@ -111,13 +89,52 @@ class RouterView:
                         "details": reply.details,
                     }
 
-        await asyncio.gather(*(ask(url, link) for url, link in self._cluster.links().items()))
+        await asyncio.gather(*(ask(url, link) for url, link in self._service.links().items()))
         if own is None and not nodes:
             return None
         return {"request_id": request_id, **(own or {"state": "not of this router"}), "nodes": nodes}
 
+    def own_state(self, request_id: str) -> dict[str, Any] | None:
+        """Where a request of this router is, in words; None: it has none of this id."""
+        record = self._requests.get(request_id)
+        if record is None:
+            return None
+        now = self._clock()
+        tickets = self._requests.queue.of_request(request_id)
+        state, since, waits_for = "streaming", record.arrived_at, ""
+        if attempts := record.live_attempts():
+            waiting = [attempt for attempt in attempts if attempt.awaits_first_token]
+            since = (waiting or attempts)[0].since
+            if waiting:
+                state = "dispatched"
+                waits_for = f"the first token from {self._nodes.url_of(waiting[0].pair.decode)}"
+        elif tickets:
+            state, since, waits_for = "queued", tickets[0].queued_at, tickets[0].waits_for or "its turn"
+        return {
+            "state": state,
+            "age_s": now - since,
+            "waits_for": waits_for,
+            "total_age_s": now - record.arrived_at,
+            "remaining_s": record.deadline - now,
+            "num_attempts": record.info.num_attempts,
+            "choices": [self._choice_state(choice) for choice in record.choices],
+        }
+
+    def _choice_state(self, choice: ChoiceState) -> dict[str, Any]:
+        attempt = choice.attempt
+        pair = attempt.pair if attempt is not None else None
+        return {
+            "index": choice.index,
+            "num_tokens": len(choice.kept_ids),
+            "finished": choice.finished,
+            "num_failures": choice.num_failures,
+            "attempt": attempt.number if attempt is not None else None,
+            "prefill": self._nodes.url_of(pair.prefill) if pair is not None and pair.prefill else None,
+            "decode": self._nodes.url_of(pair.decode) if pair is not None else None,
+        }
+
     async def server_info(self) -> dict[str, Any]:
-        links = self._cluster.links()
+        links = self._service.links()
         nodes = list(self._nodes)
         infos = await asyncio.gather(*(self._node_info(node, links.get(node.entry.url)) for node in nodes))
         by_role: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
@@ -128,12 +145,12 @@ class RouterView:
             "served_model_name": self._model.name,
             "weight_version": self.weight_version(),
             "router": {
-                "router_id": self._router_id,
+                "router_id": self._state.router_id,
                 **asdict(self._options),
-                "pause": self._requests.pause_mode,
-                "num_queued": self._requests.num_queued,
+                "pause": self._state.pause_mode,
+                "num_queued": len(self._requests.queue),
                 "num_running": self._requests.num_running,
-                "num_sessions": self._requests.num_sessions,
+                "num_sessions": len(self._state.sessions),
             },
             **by_role,
         }
@@ -163,7 +180,7 @@ class RouterView:
         for node in self._nodes:
             workers[node.entry.role, self._worker_state(node, node.incarnation in ready)] += 1
         return RouterGauges(
-            num_queued=self._requests.num_queued, num_running=self._requests.num_running, workers=workers
+            num_queued=len(self._requests.queue), num_running=self._requests.num_running, workers=workers
         )
 
     def _worker_state(self, node: NodeRecord, is_ready: bool) -> str:

@@ -10,7 +10,9 @@ Faked are the edges only: the clock, the sockets, the engine, the transfer backe
     network.py   control connections: in order within one, late, cut, silent
     wire.py      one-sided writes: late, partly, after a reported failure, after a freeze
     plan.py      what happens in a seed: nodes, requests, faults
-    cluster.py   the processes of a seed, their clients, and what is checked
+    router.py    a router: its real state, without a loop or a socket
+    client.py    one client: its request, and what it got
+    cluster.py   the processes of a seed, the faults that befall them, and what is checked
     runner.py    runs seeds, shrinks those that fail, plants mutants
     mutants.py   known bugs, planted one by one
 """

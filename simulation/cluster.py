@@ -13,35 +13,43 @@ import contextlib
 import math
 import random
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
-from prometheus_client import CollectorRegistry
 
-from ..api.generation import GenerateSpec, ModelCard
+from ..api.generation import ModelCard
 from ..components.metrics_reporter import MetricsReporter
 from ..components.output_streamer import StreamKey
-from ..links.entry_lookup import NoNodeError
 from ..links.node_calls import NodeUnavailableError, StreamMessage
 from ..messages.node import CancelRequest, GenerateRequest, NodeEntry, Role, Roster
 from ..messages.operation import ContinueGeneration, PauseGeneration
 from ..messages.peer import AbortRoom, PeerHello, RoomId
-from ..messages.sampling import SamplingParams
 from ..messages.weights import MEMORY_TAGS, FromDisk, of_one_node
-from ..messages.work import Work
 from ..prefill.job import JobState
+from ..router.events import (
+    Abort,
+    Event,
+    Hold,
+    Listen,
+    NodesMove,
+    NodesStandStill,
+    Pause,
+    Release,
+    Resume,
+    ShutDown,
+)
 from ..router.options import RouterOptions
-from ..router.service import RouterService
-from ..runtime.errors import RequestError
 from ..runtime.pause_gate import PauseMode
 from ..runtime.timing import Timing
 from ..transfer.prefill_rooms import LinkState
+from .client import Client, Outcome
 from .clock import EventQueue
 from .network import Connection, Host, Network, PeerConnections, Process
 from .nodes import INITIAL_VERSION, DecodeNode, Place, PrefillNode
-from .plan import FAULTS_UNTIL_S, Fault, FaultKind, Plan, RequestPlan, is_calm
+from .plan import FAULTS_UNTIL_S, Fault, FaultKind, Order, OrderKind, Plan, RequestPlan, is_calm
+from .router import SimulatedRouter
 from .router_link import SimulatedLink
 from .situations import Statistics
 from .tokens import EOS, PAGE_SIZE, VOCAB_SIZE, expected_tokens
@@ -53,7 +61,7 @@ ROUTER_TIMING = Timing(no_pair_timeout_s=4.0, drain_s=3.0, gate_patience_s=0.5, 
 REST_S = 20.0  # after the last fault and the last request, the cluster is at rest within this
 OVERDUE_S = 0.4
 LONGEST_SILENCE_S = 10.0  # nobody waits longer for a peer that says nothing
-LOOKUP_S = 0.002
+LATE_S = 5.0  # a request has ended so long after its deadline
 NOWHERE = "tcp://nowhere:1"
 MODES: tuple[PauseMode, ...] = ("retract", "in_place")  # not "abort": it is a request's end
 MODEL = ModelCard(
@@ -90,21 +98,6 @@ class Life:
     num_steps_at_once: int = 0
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What a client got."""
-
-    request: RequestPlan
-    tokens: list[list[int]]
-    finishes: dict[int, str] = field(default_factory=dict)
-    error: RequestError | None = None
-    has_left: bool = False
-    is_over: bool = False
-    num_attempts: int = 0
-    num_cached_tokens: int = 0
-    ended_at: float = 0.0
-
-
 class SimulatedCluster:
     """Make it in a running `SimulationLoop`, then await `run`."""
 
@@ -120,8 +113,8 @@ class SimulatedCluster:
         self.num_lives: dict[int, int] = {}
         self.replaced: list[Life] = []  # alive, but no longer at their address
         self.dead: list[str] = []  # incarnations of prefill nodes
-        self.outcomes: list[Outcome] = []
-        self.routers: list[RouterService] = []
+        self.clients: list[Client] = []
+        self.routers: list[SimulatedRouter] = []
         self.weights = "weights-1"  # the newest
         self.is_healed = False
         self._engine_random = self._random("engine")
@@ -138,18 +131,21 @@ class SimulatedCluster:
         for node in self.plan.roles:
             self.start(node)
         for number in range(self.plan.num_routers):
-            await self._start_router(number)
+            self._start_router(number)
         for fault in self.plan.faults:
             self.events.after(fault.at_s, partial(self.befall, fault))
-        clients = [asyncio.create_task(self._client(request)) for request in self.plan.requests]
-        heals = asyncio.create_task(self._heal())
-        await asyncio.gather(heals, *clients)
+        for order in self.plan.orders:
+            self.events.after(order.at_s, partial(self._order_router, order))
+        for request in self.plan.requests:
+            self.events.after(request.at_s, partial(self._send, request))
+        await self._heal()
+        await self._clients_have_ended()
         await self._come_to_rest()
         self._check_outcomes()
         await self._flush()
         for router in self.routers:
-            await router.close()
-            _require(not router.crashed.done(), "a task of the router failed")
+            router.tell(ShutDown())
+            self._check_router(router)
 
     def _now(self) -> float:
         return self.events.now
@@ -332,90 +328,66 @@ class SimulatedCluster:
 
     # ---- routers and clients ------------------------------------------------------------------------
 
-    async def _start_router(self, number: int) -> None:
-        name = f"router-{number}"
-
-        def connect(
-            address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
-        ) -> SimulatedLink:
-            return SimulatedLink(
-                self.network, address, client_name=name, on_stream=on_stream, on_lost=on_lost
-            )
-
-        async def lookup(url: str) -> NodeEntry:
-            await asyncio.sleep(LOOKUP_S)
-            for life in self.lives.values():
-                if life.node.place.url == url and life.process.is_alive and not life.process.is_frozen:
-                    return life.node.status.entry
-            raise NoNodeError(f"{url} does not answer as a node")
-
-        router = RouterService(
+    def _start_router(self, number: int) -> None:
+        router = SimulatedRouter(
+            f"router-{number}",
             RouterOptions(timing=ROUTER_TIMING),
             model=MODEL,
-            connect=connect,
-            lookup=lookup,
             static_urls=[life.node.place.url for life in self.lives.values()],
-            metrics_registry=CollectorRegistry(),
-            clock=self._now,
-            unix_minus_monotonic_s=0.0,
+            entry_at=self._entry_at,
+            wires=self.network,
+            events=self.events,
         )
         self.routers.append(router)
-        await router.start()
+        router.start()
 
-    async def _client(self, request: RequestPlan) -> None:
-        await asyncio.sleep(request.at_s)
-        outcome = Outcome(request, [[] for _ in range(request.num_choices)])
-        self.outcomes.append(outcome)
-        reader = asyncio.create_task(self._read(request, outcome))
-        if request.leaves_after_s is not None:
-            self.events.after(request.leaves_after_s, lambda: self._leave(reader, outcome))
-        await asyncio.wait([reader])
-        outcome.is_over = True
-        outcome.ended_at = self.events.now
-        self.note(f"client {request.name}: {_summary(outcome)}")
-        if not outcome.has_left:
-            reader.result()
+    def _entry_at(self, url: str) -> NodeEntry | None:
+        for life in self.lives.values():
+            if life.node.place.url == url and life.process.is_alive and not life.process.is_frozen:
+                return life.node.status.entry
+        return None
 
-    def _leave(self, reader: asyncio.Task[None], outcome: Outcome) -> None:
-        if reader.done():
-            return
-        self.note(f"client {outcome.request.name} leaves")
-        if outcome.num_attempts == 0:
-            self.statistics.count("cancels of a queued request")
-        outcome.has_left = True
-        reader.cancel()
+    def _send(self, request: RequestPlan) -> None:
+        client = Client(request, self.routers[request.router], self.events, self.statistics)
+        self.clients.append(client)
+        client.arrive()
 
-    async def _read(self, request: RequestPlan, outcome: Outcome) -> None:
-        spec = GenerateSpec(
-            request_id=f"r{request.name}",
-            work=Work(
-                prompt_ids=request.prompt,
-                choices=tuple(range(request.num_choices)),
-                sampling=SamplingParams(max_tokens=request.max_tokens, stop_token_ids=request.stop_token_ids),
-            ),
-            stream=request.streams,
-            timeout_s=request.timeout_s,
-        )
-        try:
-            generation = await self.routers[request.router].generate(spec)
-            outcome.num_attempts = 1
-            async for delta in generation:
-                tokens = outcome.tokens[delta.choice]
-                _require(
-                    delta.choice not in outcome.finishes, f"r{request.name}: a choice goes on after its end"
-                )
-                tokens += delta.token_ids
-                if delta.finish_reason is not None:
-                    outcome.finishes[delta.choice] = delta.finish_reason
-                stop_at = request.stops_choice_at
-                is_enough = delta.choice == 0 and stop_at is not None and len(tokens) >= stop_at
-                if is_enough and 0 not in outcome.finishes:
-                    outcome.finishes[0] = "stopped by its reader"
-                    generation.stop_choice(0)
-                outcome.num_attempts = generation.info.num_attempts
-                outcome.num_cached_tokens = generation.info.report.num_cached_tokens
-        except RequestError as error:
-            outcome.error = error
+    async def _clients_have_ended(self) -> None:
+        """Or should have."""
+        last = max((each.at_s + each.timeout_s for each in self.plan.requests), default=0.0)
+        until = self.events.start_s + last + sum(order.length_s for order in self.plan.orders) + LATE_S
+        while self.events.now < until:
+            if len(self.clients) == len(self.plan.requests) and all(c.outcome.is_over for c in self.clients):
+                return
+            await asyncio.sleep(0.05)
+
+    # ---- orders to a router -------------------------------------------------------------------------
+
+    def _order_router(self, order: Order) -> None:
+        """What its operators do: an abort, or something that lasts a while."""
+        router = self.routers[order.router]
+        self.note(f"order {order.name}: {order.kind.value}")
+        self.statistics.count(f"orders to a router: {order.kind.value}")
+        match order.kind:
+            case OrderKind.ABORT:
+                running = [record.request_id for record in router.state.requests]
+                router.tell(Abort(tuple(running[: order.num_requests])))
+                return
+            case OrderKind.PAUSE:
+                router.tell(Pause("in_place"))
+                end: Event = Resume()
+            case OrderKind.HOLD_WAIT | OrderKind.HOLD_ABORT | OrderKind.HOLD_RETRACT:
+                router.tell(Hold(order.kind.mode))
+                end = Release()
+            case OrderKind.LISTEN:
+                router.tell(Listen(is_on=True))
+                end = Listen(is_on=False)
+            case OrderKind.STAND_STILL:
+                router.tell(NodesStandStill())
+                end = NodesMove()
+        if order.kind is OrderKind.HOLD_RETRACT:
+            _require(not len(router.state.requests.ledger), f"{router.name}: what was retracted runs on")
+        self.events.after(order.length_s, partial(router.tell, end))
 
     # ---- faults -------------------------------------------------------------------------------------
 
@@ -670,9 +642,15 @@ class SimulatedCluster:
             if life.process.has_run:
                 self._check_overdue(life)
         for router in self.routers:
-            violations = router.violations()
-            _require(not violations, "; ".join(violations))
-            _require(not router.crashed.done(), "a task of the router failed")
+            self._check_router(router)
+
+    def _check_router(self, router: SimulatedRouter) -> None:
+        violations = router.state.violations()
+        _require(not violations, f"{router.name}: {'; '.join(violations)}")
+        requests = router.state.requests
+        _require(not requests.containment.num_faults, f"{router.name}: a handler has raised")
+        overdue = [each.request_id for each in requests if each.deadline < self.events.now - OVERDUE_S]
+        _require(not overdue, f"{router.name} works beyond a deadline: {overdue}")
 
     def _check_overdue(self, life: Life) -> None:
         """Whatever has a deadline ends by it, give and take a turn of a loop that is awake."""
@@ -729,20 +707,24 @@ class SimulatedCluster:
                 }
                 if ready != decodes:
                     found.append(f"{life.process.name} is ready for {sorted(ready)} only")
-        found += [
-            f"a router runs {router.num_running} requests" for router in self.routers if router.num_running
-        ]
+        alive = {life.node.status.entry.incarnation for life in self.lives.values()}
+        for router in self.routers:
+            requests, nodes = router.state.requests, router.state.nodes
+            if len(requests) or requests.queue.num_waiting:
+                found.append(f"{router.name} has {len(requests)} requests")
+            if {node.incarnation: nodes.healthy(node) for node in nodes} != dict.fromkeys(alive, True):
+                found.append(f"{router.name} knows {sorted(node.incarnation for node in nodes)}")
         return found
 
     def _check_outcomes(self) -> None:
-        _require(len(self.outcomes) == len(self.plan.requests), "a request was never sent")
-        for outcome in self.outcomes:
-            self._check_outcome(outcome)
+        _require(len(self.clients) == len(self.plan.requests), "a request was never sent")
+        for client in self.clients:
+            self._check_outcome(client.outcome)
 
     def _check_outcome(self, outcome: Outcome) -> None:
         request, name = outcome.request, f"r{outcome.request.name}"
         _require(outcome.is_over, f"{name} has not ended")
-        if outcome.num_attempts > 1 and any(outcome.tokens):
+        if outcome.info.num_attempts > 1 and any(outcome.tokens):
             self.statistics.count("new attempts from kept tokens")
         for choice, tokens in enumerate(outcome.tokens):
             expected = _expected(request, choice)
@@ -758,12 +740,14 @@ class SimulatedCluster:
             return
         if outcome.error is None:
             _require(len(outcome.finishes) == request.num_choices, f"{name}: a choice has no end")
+            if "abort" in outcome.finishes.values():
+                return
             self.statistics.count("requests that ended with every token")
             if not _fits(request, self.plan.settings.decode_pages, request.num_choices):
                 self.statistics.count("choices that ran in turns")
-            if outcome.num_cached_tokens:
+            if outcome.info.report.num_cached_tokens:
                 self.statistics.count("prompts found in the prefix cache")
-            if any(len(tokens) == 1 for tokens in outcome.tokens) and outcome.num_attempts == 1:
+            if any(len(tokens) == 1 for tokens in outcome.tokens) and outcome.info.num_attempts == 1:
                 self.statistics.count("first tokens that ended the request")
             return
         self.statistics.count("requests that failed for good")
@@ -772,13 +756,11 @@ class SimulatedCluster:
             self.statistics.count("requests that can never fit")
             return
         _require(error.status in LEGITIMATE_STATUS, f"{name} failed with {error.status}: {error}")
-        is_late = outcome.ended_at >= self._started_at(request) + request.timeout_s
+        assert outcome.ended_at is not None
+        is_late = outcome.ended_at >= self.events.start_s + request.at_s + request.timeout_s
         _require(error.code != "deadline_exceeded" or is_late, f"{name}: {error}, before its deadline")
         if is_calm(self.plan) and not is_late:
             raise Violation(f"{name} failed though nothing else did: {error}")
-
-    def _started_at(self, request: RequestPlan) -> float:
-        return self.events.start_s + request.at_s
 
     async def _flush(self) -> None:
         """Nothing is held: what a cache has can be dropped, and then every page is free."""
@@ -837,11 +819,6 @@ def _describe(message: msgspec.Struct) -> str:
 
 
 _SHOWN = ("request_id", "attempt", "room", "epoch", "clean", "code", "reason", "seq", "choices", "dest_pages")
-
-
-def _summary(outcome: Outcome) -> str:
-    ends = "left" if outcome.has_left else str(outcome.error or outcome.finishes)
-    return f"{ends}, {[len(tokens) for tokens in outcome.tokens]} tokens, {outcome.num_attempts} attempts"
 
 
 def _ignore_stream(message: StreamMessage) -> None:

@@ -27,7 +27,10 @@ from ..prefill.scheduler import PrefillScheduler
 from ..router import registry
 from ..router.admission import AdmissionQueue
 from ..router.attempts import RequestRecord
-from ..router.service import RouterService
+from ..router.ledger import Ledger
+from ..router.members import Members
+from ..router.registry import NodeRestarted
+from ..router.requests import Requests
 from ..transfer import decode_rooms, prefill_rooms
 from ..transfer.actions import FirstTokenArrived, PagesReleased, RoomEnded, SendToDecode
 from ..transfer.backends.base import WriteResult, WriteState
@@ -472,6 +475,54 @@ def _one_retry_only(original: Method) -> Method:
     return on_failed
 
 
+def _nothing(_: Method) -> Method:
+    return lambda self, *args, **options: None
+
+
+def _no_events(_: Method) -> Method:
+    return lambda self, *args: []
+
+
+def _deadlines_forgotten(_: Method) -> Method:
+    return lambda self, now: None
+
+
+def _old_link_stays(original: Method) -> Method:
+    def follow(self: Members, event: Any, now: float) -> None:  # noqa: ANN401
+        link = self._links.get(event.old.incarnation) if isinstance(event, NodeRestarted) else None
+        original(self, event, now)
+        if link is not None:
+            self._links[event.old.incarnation] = link
+
+    return follow
+
+
+def _not_connected_again(original: Method) -> Method:
+    def open_link(self: Members, entry: Any, now: float) -> None:  # noqa: ANN401
+        if entry.incarnation not in self._connect_not_before:
+            original(self, entry, now)
+
+    return open_link
+
+
+def _aborted_goes_on(original: Method) -> Method:
+    def abort(self: Requests, request_ids: Any, now: float) -> None:  # noqa: ANN401
+        tickets = [ticket for each in request_ids for ticket in self.queue.of_request(each)]
+        original(self, request_ids, now)
+        for ticket in tickets:
+            self.queue._insert(ticket)
+
+    return abort
+
+
+def _told_and_not_tried_again(original: Method) -> Method:
+    def fail_attempt(self: Requests, failure: Any, now: float) -> None:  # noqa: ANN401
+        if failure.reason != "weights change":
+            original(self, failure, now)
+
+    return fail_attempt
+
+
 MUTANTS = (
     Mutant(
         "quarantine-timeout",
@@ -705,7 +756,7 @@ MUTANTS = (
     Mutant(
         "cancelled-counts-on",
         "a client that left is load on its nodes for good",
-        (Patch(RouterService, "_close_attempt", _cancelled_counts_on),),
+        (Patch(Requests, "_close_attempt", _cancelled_counts_on),),
     ),
     Mutant(
         "sent-and-queued",
@@ -721,6 +772,48 @@ MUTANTS = (
         "one-retry-only",
         "of choices that failed together only the first is tried again",
         (Patch(RequestRecord, "on_failed", _one_retry_only),),
+    ),
+    Mutant(
+        "silence-is-waited-out",
+        "what runs on a decode node that fell silent or died is not tried elsewhere",
+        (Patch(Requests, "decode_suspected", _nothing),),
+    ),
+    Mutant(
+        "deadlines-forgotten",
+        "requests run, and wait, beyond their deadlines",
+        (Patch(Requests, "expire", _deadlines_forgotten),),
+    ),
+    Mutant(
+        "dead-nodes-remembered",
+        "estimates of a node's load outlive the node",
+        (Patch(Ledger, "forget_node", _nothing),),
+    ),
+    Mutant(
+        "old-link-stays",
+        "a node that was started again is connected under its old name too",
+        (Patch(Members, "follow", _old_link_stays),),
+    ),
+    Mutant(
+        "not-connected-again",
+        "a node whose connection was lost is never connected again",
+        (Patch(Members, "_open", _not_connected_again),),
+    ),
+    Mutant(
+        "dead-connection-kept",
+        "a connection on which no ping is answered is kept for good",
+        (Patch(Members, "ping_unanswered", _no_events),),
+    ),
+    Mutant(
+        "aborted-goes-on",
+        "choices of an aborted request that wait for their turn are sent",
+        (Patch(Requests, "abort", _aborted_goes_on),),
+        flavour="ordered",
+    ),
+    Mutant(
+        "retracted-runs-on",
+        "what is retracted for new weights is told to stop and stays with its node",
+        (Patch(Requests, "fail_attempt", _told_and_not_tried_again),),
+        flavour="ordered",
     ),
     Mutant(
         "released-twice",

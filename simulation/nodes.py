@@ -289,7 +289,7 @@ class _Base(Generic[T]):
         self.digests = FakeDigests(self.pool, on_digest)
         self.load_inquirer = LoadInquirer(page_size=PAGE_SIZE, max_running_requests=settings.max_running)
         self.loop_times = LoopTimes()
-        self.span_clock = SpanClock(clock, 0.0)
+        self.span_clock = SpanClock(0.0, clock)
         self.memory_journal: list[str] = []
         self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", server))
 

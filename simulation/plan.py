@@ -1,7 +1,7 @@
 """What happens in one seed: which nodes, which requests, which faults and when. All of it can be dropped.
 
 A plan is drawn from its seed alone. Parts of it have short names (`n1` a node, `r3` a request, `f0` a fault,
-`slow` a rate), by which a failing seed is shrunk and its smaller form replayed.
+`o0` an order, `slow` a rate), by which a failing seed is shrunk and its smaller form replayed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from ..api.generation import UpdateMode
 from ..messages.node import Role
 from .network import Latency
 from .nodes import Settings
@@ -23,6 +24,7 @@ MAX_PAGES = 32  # of a decode node's pool
 OVERSIZED_RATE = 0.04  # of the seeds: one of its requests fits into no pool
 MAX_PROMPT_TOKENS = 36
 STORM_RATE = 0.1  # of the seeds: control messages storm in on a node
+ORDER_RATE = 0.2  # of the seeds: operators give a router orders
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,40 @@ class Fault:
     proof_after_s: float | None  # a crash: its death is proven after so long, while the cluster runs
 
 
+class OrderKind(Enum):
+    """What a router's operators do to it. Nodes are not told: each router has its own."""
+
+    ABORT = "abort"
+    PAUSE = "pause"
+    HOLD_WAIT = "hold, wait"
+    HOLD_ABORT = "hold, abort"
+    HOLD_RETRACT = "hold, retract"
+    LISTEN = "listen"
+    STAND_STILL = "stand still"
+
+    @property
+    def mode(self) -> UpdateMode:
+        """Of a hold."""
+        return _MODES[self]
+
+
+_MODES: dict[OrderKind, UpdateMode] = {
+    OrderKind.HOLD_WAIT: "wait",
+    OrderKind.HOLD_ABORT: "abort",
+    OrderKind.HOLD_RETRACT: "retract",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    name: str
+    kind: OrderKind
+    at_s: float
+    router: int
+    length_s: float  # 0 of an abort
+    num_requests: int  # that an abort ends
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     seed: int
@@ -69,6 +105,7 @@ class Plan:
     num_routers: int
     requests: tuple[RequestPlan, ...]
     faults: tuple[Fault, ...]
+    orders: tuple[Order, ...]
     settings: Settings
     latency: Latency
     quality: WireQuality
@@ -79,6 +116,7 @@ class Plan:
         rates = [name for name in RATES if _rate(self, name)]
         return [
             *(f"f{fault.name}" for fault in self.faults),
+            *(f"o{order.name}" for order in self.orders),
             *(f"r{request.name}" for request in self.requests),
             *rates,
             *(f"n{node}" for node in self.roles),
@@ -99,7 +137,7 @@ FLAVOURS = (
     "early",
     "updated",
 )
-STORMY = "stormy"  # beside any of them
+STORMY, ORDERED = "stormy", "ordered"  # beside any of them
 _FIELDS = {
     "slow": "slow_rate",
     "fail": "fail_rate",
@@ -119,8 +157,8 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
 
     Raises ValueError for a part or a flavour that is none.
     """
-    if flavour not in ("", STORMY, *FLAVOURS):
-        names = ", ".join(sorted({STORMY, *FLAVOURS}))
+    if flavour not in ("", STORMY, ORDERED, *FLAVOURS):
+        names = ", ".join(sorted({STORMY, ORDERED, *FLAVOURS}))
         raise ValueError(f"there is no flavour {flavour!r}; there are {names}")
     draw = random.Random(f"plan/{seed}")
     roles: dict[int, Role] = {0: "prefill", 1: "decode"}
@@ -191,12 +229,16 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
     storms = random.Random(f"storms/{seed}")
     if flavour == STORMY or (not is_calm and storms.random() < STORM_RATE):
         faults.append(_storm(storms, len(faults), roles))
+    given, orders = random.Random(f"orders/{seed}"), []
+    if flavour == ORDERED or (not is_calm and given.random() < ORDER_RATE):
+        orders = [_order(given, index, num_routers) for index in range(given.randint(1, 3))]
     plan = Plan(
         seed=seed,
         roles=roles,
         num_routers=num_routers,
         requests=tuple(requests),
         faults=tuple(faults),
+        orders=tuple(orders),
         settings=settings,
         latency=latency,
         quality=quality,
@@ -306,6 +348,18 @@ def _storm(draw: random.Random, index: int, roles: dict[int, Role]) -> Fault:
     return _plain_fault(index, FaultKind.STORM, draw.choice(list(roles)), at_s, length_s)
 
 
+def _order(draw: random.Random, index: int, num_routers: int) -> Order:
+    kind = draw.choice((OrderKind.ABORT, *OrderKind))
+    return Order(
+        name=str(index),
+        kind=kind,
+        at_s=READY_S * 0.5 + draw.random() * draw.choice((0.6, 4.0)),
+        router=draw.randrange(num_routers),
+        length_s=0.0 if kind is OrderKind.ABORT else draw.choice((0.05, 0.4, 1.5)) * (0.5 + draw.random()),
+        num_requests=draw.choice((1, 8)),
+    )
+
+
 def _early_freeze(draw: random.Random, index: int, roles: dict[int, Role]) -> Fault:
     """A node stands still while pairs are made."""
     at_s, length_s = 0.004 * draw.random(), 0.1 + 2.0 * draw.random()
@@ -342,6 +396,7 @@ def _without(plan: Plan, dropped: Collection[str]) -> Plan:
         num_routers=plan.num_routers,
         requests=tuple(each for each in plan.requests if f"r{each.name}" not in dropped),
         faults=tuple(each for each in plan.faults if f"f{each.name}" not in dropped and each.node in roles),
+        orders=tuple(each for each in plan.orders if f"o{each.name}" not in dropped),
         settings=plan.settings,
         latency=replace(plan.latency, late_rate=0.0) if "late" in dropped else plan.latency,
         quality=replace(plan.quality, **rates),
@@ -351,4 +406,4 @@ def _without(plan: Plan, dropped: Collection[str]) -> Plan:
 
 def is_calm(plan: Plan) -> bool:
     """Nothing fails in it: every request must end well, unless its client leaves."""
-    return not plan.faults and not any(_rate(plan, name) for name in RATES)
+    return not plan.faults and not plan.orders and not any(_rate(plan, name) for name in RATES)

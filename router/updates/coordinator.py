@@ -12,11 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
-from typing import Any
 
 from ...api.control.tensor_bodies import in_parts
 from ...api.generation import AdminReply, GroupReply, UpdateMode
@@ -40,14 +39,14 @@ from ...messages.weights import (
     WeightsReply,
     is_of_cluster,
 )
-from ..options import RouterOptions
-from ..registry import NodeRecord, NodeRegistry
-from ..waiting import Hears, until
+from ...runtime.timing import Timing
+from ..events import CachesDropped, Hold, NodesMove, NodesStandStill, Release
+from ..registry import NodeRecord
+from ..service import RouterService
 from .memory_releases import MemoryReleases
 from .rejoin import WeightRejoin
 from .rollout import (
     NodeAnswer,
-    Traffic,
     ask_all,
     ask_one,
     commit_all,
@@ -56,6 +55,8 @@ from .rollout import (
     is_not_prepared,
     prepare_all,
 )
+
+LOOK_AGAIN_S = 0.2  # for nodes that were started again
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +78,24 @@ class WeightUpdates:
 
     def __init__(
         self,
-        options: RouterOptions,
+        timing: Timing,
         *,
-        registry: NodeRegistry,
-        links: Callable[[], Mapping[str, NodeCalls]],
+        service: RouterService,
         lookup: EntryLookup,
-        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
-        traffic: Traffic,
-        hears: Hears,
         clock: Callable[[], float],
     ) -> None:
-        self._options = options
-        self._registry = registry
-        self._links = links
+        self._timing = timing
+        self._service = service
+        self._requests = service.state.requests
+        self._registry = service.state.nodes
+        self._links = service.links
         self._lookup = lookup
-        self._traffic = traffic
-        self._hears = hears
         self._clock = clock
-        self._memory = MemoryReleases(options, registry=registry, traffic=traffic, hears=hears, clock=clock)
-        self._rejoin = WeightRejoin(options, registry=registry, links=links, spawn=spawn)
+        self._memory = MemoryReleases(timing, service)
+        self._rejoin = WeightRejoin(timing, service)
         self._num_alone = 0  # calls that bear no other update beside them
         self._is_committed = False  # the update that runs: it waits for nodes, and needs nothing of them
         self._running: asyncio.Task[AdminReply] | None = None
-        self.is_rolling_out = False  # nodes may stand still to load and swap: their leases do not end
 
     async def update_weights_from_disk(
         self, model_path: str, weight_version: str | None, mode: UpdateMode
@@ -157,7 +153,7 @@ class WeightUpdates:
                     await ask_all(
                         links,
                         lambda link, offset=offset, part=part: link.stage_weights(  # type: ignore[misc]
-                            update_id, offset, part, self._options.timing.weight_part_s
+                            update_id, offset, part, self._timing.weight_part_s
                         ),
                     )
                 )
@@ -173,14 +169,14 @@ class WeightUpdates:
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         """What every node (by URL) answers; one that does not answer is a reply without success."""
-        timeout_s = self._options.timing.weight_update_s
+        timeout_s = self._timing.weight_update_s
         answers = await ask_all(self._links(), lambda link: link.get_weights(name, truncate_size, timeout_s))
         silent = partial(WeightsReply, call_id=0, success=False)
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
     async def check_weights(self) -> dict[str, WeightChecksReply]:
         """Checksums from every node (by URL); one that does not answer is a reply without success."""
-        timeout_s = self._options.timing.weight_update_s
+        timeout_s = self._timing.weight_update_s
         answers = await ask_all(self._links(), lambda link: link.check_weights(timeout_s))
         silent = partial(WeightChecksReply, call_id=0, success=False)
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
@@ -197,7 +193,7 @@ class WeightUpdates:
                     target,
                     is_remote=is_remote,
                     max_shard_bytes=max_shard_bytes,
-                    timeout_s=self._options.timing.weight_update_s,
+                    timeout_s=self._timing.weight_update_s,
                 ),
             )
             return AdminReply(answer.success, f"{url} has saved {target}" if answer.success else str(answer))
@@ -230,7 +226,7 @@ class WeightUpdates:
         return AdminReply(not failures(answers), failures(answers) or f"group {name!r} is gone")
 
     async def _leave(self, links: Mapping[str, NodeCalls], name: str) -> list[NodeAnswer[CallReply]]:
-        timeout_s = self._options.timing.weight_update_s
+        timeout_s = self._timing.weight_update_s
         return await ask_all(links, lambda link: link.leave_update_group(name, timeout_s))
 
     async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
@@ -248,10 +244,13 @@ class WeightUpdates:
     async def released_memory(self) -> frozenset[MemoryTag]:
         return await self._memory.released(self._links())
 
-    def tick(self, now: float) -> None:
-        """Nodes that were started again come to the weights of the others, unless an update needs them."""
-        if self._num_alone == int(self._is_committed) and not self._memory.is_released:
-            self._rejoin.tick(now)
+    async def keep_together(self) -> None:
+        """For ever: nodes that were started again come to the weights of the others, unless an update needs
+        them."""
+        while True:
+            if self._num_alone == int(self._is_committed) and not self._memory.is_released:
+                self._rejoin.tick(self._clock())
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     # ---- inside -------------------------------------------------------------------------------------
 
@@ -294,8 +293,7 @@ class WeightUpdates:
         return await asyncio.shield(self._running)
 
     async def _roll_out(self, update: _Update) -> AdminReply:
-        started = self._clock()
-        self.is_rolling_out = True
+        self._service.tell(NodesStandStill())
         keeper = asyncio.create_task(self._keep(update))
         try:
             if reason := self._why_not(update.links):
@@ -305,8 +303,8 @@ class WeightUpdates:
                 update.update_id,
                 update.source,
                 update.weight_version,
-                timeout_s=self._options.timing.weight_update_s,
-                lease_s=self._options.timing.weight_lease_s,
+                timeout_s=self._timing.weight_update_s,
+                lease_s=self._timing.weight_lease_s,
             )
             if reasons := failures(prepared):
                 await discard_all(update.links, update.update_id)
@@ -316,14 +314,14 @@ class WeightUpdates:
                 prints = "; ".join(map(str, prepared))
                 reason = f"nodes would serve different weights ({prints}): update every tensor"
                 return AdminReply(False, f"the old weights serve on; {reason}")
-            return await self._swap(update, started)
+            return await self._swap(update)
         finally:
             keeper.cancel()
-            self._expire_again(started)
+            self._service.tell(NodesMove())
 
     async def _keep(self, update: _Update) -> None:
         """Nodes roll back what they prepared when nobody says for a while that the update goes on."""
-        lease_s = self._options.timing.weight_lease_s
+        lease_s = self._timing.weight_lease_s
         message = KeepWeights(update_id=update.update_id, lease_s=lease_s)
         while True:
             for link in update.links.values():
@@ -331,36 +329,29 @@ class WeightUpdates:
                     link.send(message)
             await asyncio.sleep(lease_s / 6)
 
-    def _expire_again(self, started: float) -> None:
-        """No node stands still for the update any more: one that is silent from here on is lost."""
-        if self.is_rolling_out:
-            self.is_rolling_out = False
-            now = self._clock()
-            self._registry.excuse(now - started, now)
-
-    async def _swap(self, update: _Update, started: float) -> AdminReply:
-        self._traffic.hold(update.mode)
+    async def _swap(self, update: _Update) -> AdminReply:
+        self._service.tell(Hold(update.mode))
         try:
-            drain_s = self._options.timing.weight_drain_s
-            if not await until(lambda: self._traffic.num_running() == 0, drain_s, self._clock):
+            drain_s = self._timing.weight_drain_s
+            if not await self._service.until(lambda: self._requests.num_working == 0, drain_s):
                 await discard_all(update.links, update.update_id)
-                num_running = self._traffic.num_running()
+                num_running = self._requests.num_working
                 return AdminReply(False, f"{num_running} requests were still running; nothing was changed")
             committed = await commit_all(
                 update.links,
                 update.update_id,
-                timeout_s=self._options.timing.weight_update_s,
-                patience_s=self._options.timing.weight_commit_s,
+                timeout_s=self._timing.weight_update_s,
+                patience_s=self._timing.weight_commit_s,
             )
             if all(map(is_not_prepared, committed)):  # another router's came between on every node
                 return AdminReply(False, f"this update changed nothing; {failures(committed)}")
             self._rejoin.committed(update.update_id)
-            self._traffic.forget_prefixes()
+            self._service.tell(CachesDropped())
             self._is_committed = True
-            self._expire_again(started)
+            self._service.tell(NodesMove())  # one that is silent from here on is lost
             # A node that was not idle in time swaps by itself when it is.
-            await self._hears(
-                lambda: self._serve(update) or self._is_replaced(update), self._options.timing.weight_ready_s
+            await self._service.hears(
+                lambda: self._serve(update) or self._is_replaced(update), self._timing.weight_ready_s
             )
             if self._serve(update):
                 return AdminReply(True, self._outcome(update))
@@ -375,7 +366,7 @@ class WeightUpdates:
         finally:
             self._is_committed = False
             if not self._memory.is_released:
-                self._traffic.release()
+                self._service.tell(Release())
 
     def _why_not(self, links: Mapping[str, NodeCalls]) -> str:
         if not len(self._registry):

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from ...api.generation import AdminReply
 from ...links.node_calls import NodeCalls
 from ...messages.weights import MemoryReply, MemoryTag
-from ..options import RouterOptions
-from ..registry import NodeRegistry
-from ..waiting import Hears, until
-from .rollout import NodeAnswer, Traffic, ask_all, failures
+from ...runtime.timing import Timing
+from ..events import CachesDropped, Hold, Release
+from ..service import RouterService
+from .rollout import NodeAnswer, ask_all, failures
 
 
 class MemoryReleases:
     """One call at a time, and no update of weights beside it."""
 
-    def __init__(
-        self,
-        options: RouterOptions,
-        *,
-        registry: NodeRegistry,
-        traffic: Traffic,
-        hears: Hears,
-        clock: Callable[[], float],
-    ) -> None:
-        self._options = options
-        self._registry = registry
-        self._traffic = traffic
-        self._hears = hears
-        self._clock = clock
+    def __init__(self, timing: Timing, service: RouterService) -> None:
+        self._timing = timing
+        self._service = service
+        self._requests = service.state.requests
+        self._registry = service.state.nodes
         self._released: set[MemoryTag] = set()  # by this router, which holds requests meanwhile
         self.is_moving = False
 
@@ -40,12 +31,12 @@ class MemoryReleases:
 
     async def release(self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]) -> AdminReply:
         """By all of `links` (url -> link) or by none, when running requests have ended."""
-        wait_s, timeout_s = self._options.timing.weight_commit_s, self._options.timing.weight_update_s
+        wait_s, timeout_s = self._timing.weight_commit_s, self._timing.weight_update_s
         with self._moving():
-            self._traffic.hold("wait")
+            self._service.tell(Hold("wait"))
             try:
-                drain_s = self._options.timing.weight_drain_s
-                if not await until(lambda: self._traffic.num_running() == 0, drain_s, self._clock):
+                drain_s = self._timing.weight_drain_s
+                if not await self._service.until(lambda: self._requests.num_working == 0, drain_s):
                     return AdminReply(False, "requests were still running")
                 answers = await ask_all(links, lambda link: link.release_memory(tags, wait_s, timeout_s))
                 if reasons := failures(answers):
@@ -54,11 +45,11 @@ class MemoryReleases:
                     stuck = await self._take_back(tags, {url: links[url] for url in urls})
                     return AdminReply(False, f"{reasons}; to be resumed: {stuck}" if stuck else reasons)
                 self._released |= set(tags)
-                self._traffic.forget_prefixes()
+                self._service.tell(CachesDropped())
                 return AdminReply(True, f"{len(links)} nodes have released {', '.join(tags)}")
             finally:
                 if not self._released:
-                    self._traffic.release()
+                    self._service.tell(Release())
 
     async def resume(self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]) -> AdminReply:
         """By those of `links` that have released it. A node that was started again meanwhile has its
@@ -80,18 +71,18 @@ class MemoryReleases:
             self._released &= _still_released(answers)
             if _still_released(answers):
                 return AdminReply(True, text)
-            is_ready = await self._hears(
+            is_ready = await self._service.hears(
                 lambda: self._are_known(answers, before) and bool(self._registry.ready_pairs()),
-                self._options.timing.weight_ready_s,
+                self._timing.weight_ready_s,
             )
-            self._traffic.release()
+            self._service.tell(Release())
             if not is_ready:
                 return AdminReply(False, f"memory is resumed, but {self._registry.explain_no_pair()}")
             return AdminReply(True, text)
 
     async def released(self, links: Mapping[str, NodeCalls]) -> frozenset[MemoryTag]:
         """What any of `links` has released, whichever router asked for it."""
-        wait_s = self._options.timing.weight_commit_s
+        wait_s = self._timing.weight_commit_s
         return _still_released(
             await ask_all(links, lambda link: link.resume_memory((), wait_s, if_released=True))
         )
@@ -108,13 +99,13 @@ class MemoryReleases:
         """Who may have released it and not resumed."""
         before = self._incarnations()
         answers = await self._ask_to_resume(tags, links)
-        await self._hears(lambda: self._are_known(answers, before), self._options.timing.weight_ready_s)
+        await self._service.hears(lambda: self._are_known(answers, before), self._timing.weight_ready_s)
         return failures(answers)
 
     async def _ask_to_resume(
         self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]
     ) -> list[NodeAnswer[MemoryReply]]:
-        timeout_s = self._options.timing.weight_update_s
+        timeout_s = self._timing.weight_update_s
         return await ask_all(links, lambda link: link.resume_memory(tags, timeout_s, if_released=True))
 
     def _incarnations(self) -> frozenset[str]:
@@ -129,9 +120,6 @@ class MemoryReleases:
         }
         nodes = [node for node in self._registry if node.entry.url in renewed]
         return all(self._registry.healthy(node) and node.incarnation not in before for node in nodes)
-
-    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        return await until(condition, timeout_s, self._clock)
 
 
 def _still_released(answers: Collection[NodeAnswer[MemoryReply]]) -> frozenset[MemoryTag]:

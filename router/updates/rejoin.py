@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
 
 from ...links.node_calls import NodeCalls
 from ...messages.node import NodeEntry
 from ...messages.weights import FromPeer, is_of_cluster
-from ..options import RouterOptions
-from ..registry import NodeRecord, NodeRegistry
+from ...runtime.timing import Timing
+from ..registry import NodeRecord
+from ..service import RouterService
 from .rollout import commit_all, failures, prepare_all
 
 log = logging.getLogger(__name__)
@@ -25,18 +24,11 @@ log = logging.getLogger(__name__)
 class WeightRejoin:
     """One node at a time. Two routers may try the same one: the node refuses the second."""
 
-    def __init__(
-        self,
-        options: RouterOptions,
-        *,
-        registry: NodeRegistry,
-        links: Callable[[], Mapping[str, NodeCalls]],
-        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
-    ) -> None:
-        self._options = options
-        self._registry = registry
-        self._links = links
-        self._spawn = spawn
+    def __init__(self, timing: Timing, service: RouterService) -> None:
+        self._timing = timing
+        self._service = service
+        self._registry = service.state.nodes
+        self._links = service.links
         self._task: asyncio.Task[None] | None = None
         self._not_before: dict[str, float] = {}  # by incarnation, of nodes that serve other weights
         self._last_update = ""
@@ -64,15 +56,13 @@ class WeightRejoin:
         if self._task is not None and not self._task.done():
             return
         late = self._late(self._served())
-        wait_s = (
-            self._options.timing.weight_rejoin_s
-        )  # an update that is being committed reaches it by itself
+        wait_s = self._timing.weight_rejoin_s  # an update that is being committed reaches it by itself
         self._not_before = {
             node.incarnation: self._not_before.get(node.incarnation, now + wait_s) for node in late
         }
         due = [node for node in late if now >= self._not_before[node.incarnation]]
         if due and self._begin(due[0]):
-            self._not_before[due[0].incarnation] = now + self._options.timing.weight_rejoin_retry_s
+            self._not_before[due[0].incarnation] = now + self._timing.weight_rejoin_retry_s
 
     def _begin(self, late: NodeRecord) -> bool:
         """False: it is not connected, or no node that takes work serves them."""
@@ -82,7 +72,7 @@ class WeightRejoin:
             return False
         # A prefill node's loop has less to do with the tokens of others than a decode node's.
         source = min(sources, key=lambda node: (node.entry.role != "prefill", node.entry.url))
-        self._task = self._spawn(self._bring(late.entry, links[late.entry.url], source.entry))
+        self._task = self._service.spawn(self._bring(late.entry, links[late.entry.url], source.entry))
         return True
 
     def _late(self, served: str) -> list[NodeRecord]:
@@ -110,15 +100,15 @@ class WeightRejoin:
                 fingerprint=source.model_fingerprint,
             ),
             source.weight_version,
-            timeout_s=self._options.timing.weight_update_s,
-            lease_s=self._options.timing.weight_lease_s,
+            timeout_s=self._timing.weight_update_s,
+            lease_s=self._timing.weight_lease_s,
         )
         if not failures(answers):
             answers = await commit_all(
                 links,
                 source.update_id,
-                timeout_s=self._options.timing.weight_update_s,
-                patience_s=self._options.timing.weight_commit_s,
+                timeout_s=self._timing.weight_update_s,
+                patience_s=self._timing.weight_commit_s,
             )
         # Nothing is discarded: it may be another router's, and what nobody commits ends with its lease.
         if reasons := failures(answers):

@@ -7,23 +7,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from ...api.generation import UpdateMode
 from ...links.node_calls import NodeCalls, NodeUnavailableError
 from ...messages.node import CallReply
 from ...messages.weights import WeightSource
 
 DISCARD_TIMEOUT_S = 10.0
 COMMIT_AGAIN_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What an update needs of those who run requests."""
-
-    hold: Callable[[UpdateMode], None]  # new requests wait, running ones do as the mode says
-    release: Callable[[], None]
-    num_running: Callable[[], int]  # that a held cluster still works on
-    forget_prefixes: Callable[[], None]  # what nodes cached is worth nothing under other weights
 
 
 class Reply(Protocol):

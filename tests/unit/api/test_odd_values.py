@@ -48,9 +48,9 @@ from pdserve.messages.node import (
 from pdserve.messages.report import PromptReport
 from pdserve.messages.sampling import TokenLogprob
 from pdserve.messages.timeline import SpanClock
+from pdserve.router.assembly import build_router
 from pdserve.router.connector import ZmqConnector
 from pdserve.router.options import RouterOptions
-from pdserve.router.service import RouterService
 from pdserve.runtime.process import NO_KEYS
 from pdserve.runtime.timing import UNSCALED
 from pdserve.tests.unit.api.conftest import eventually
@@ -298,7 +298,7 @@ async def test_a_router_answers_whatever_a_field_holds(
     async def lookup(url: str) -> NodeEntry:
         raise NoNodeError(f"{url} does not answer as a node")
 
-    service = RouterService(
+    router = build_router(
         RouterOptions(request_timeout_s=5.0, max_queue_wait_s=0),
         model=card,
         connect=ZmqConnector(context, None),
@@ -309,24 +309,24 @@ async def test_a_router_answers_whatever_a_field_holds(
         card=card,
         tokenizer=tokenizer,
         generation_defaults=GenerationDefaults(),
-        generator=service,
-        view=service.view,
-        membership=service,
-        control=service,
-        weights=service.weights,
-        sessions=service,
-        operator=service.operator,
+        generator=router.service,
+        view=router.view,
+        membership=router.administration,
+        control=router.administration,
+        weights=router.weights,
+        sessions=router.sessions,
+        operator=router.operator,
         request_log=RequestLog(),
         registry=registry,
         in_flight=InFlightRequests(),
         timelines=Timelines(SpanClock.start(), registry, card.name),
         limits=BodyLimits(max_bytes=100_000),
     )
-    await service.start()
-    await service.register_worker(scheduler.entry.url, scheduler.entry)
-    await eventually(lambda: service.view.readiness()[0])
+    router.start()
+    await router.administration.register_worker(scheduler.entry.url, scheduler.entry)
+    await eventually(lambda: router.view.readiness()[0])
     assert await problems_of(app) == []
-    await service.close()
+    await router.close()
     context.destroy(linger=0)
 
 

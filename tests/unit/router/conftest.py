@@ -58,8 +58,15 @@ from pdserve.messages.weights import (
     WeightsReply,
 )
 from pdserve.messages.work import Work
+from pdserve.router.administration import Administration, SessionCalls
+from pdserve.router.assembly import Router, build_router
+from pdserve.router.operator import ClusterOperator
 from pdserve.router.options import RouterOptions
+from pdserve.router.requests import Requests
 from pdserve.router.service import RouterService
+from pdserve.router.state import RouterState
+from pdserve.router.updates.coordinator import WeightUpdates
+from pdserve.router.view import RouterView
 from pdserve.runtime.timing import Timing
 from pdserve.simulation.clock import EventQueue, SimulationLoop
 
@@ -498,7 +505,7 @@ class Bench:
 
     def __init__(self, net: FakeNet) -> None:
         self.net = net
-        self.service: RouterService
+        self.router: Router
         self.model = MODEL
         self.static_urls: tuple[str, ...] = ()
         self.options: dict[str, Any] = {
@@ -510,12 +517,44 @@ class Bench:
             "retry_delay_s": 0.001,
         }
 
-    async def start(self, **options: object) -> RouterService:
+    @property
+    def service(self) -> RouterService:
+        return self.router.service
+
+    @property
+    def state(self) -> RouterState:
+        return self.router.service.state
+
+    @property
+    def requests(self) -> Requests:
+        return self.router.service.state.requests
+
+    @property
+    def weights(self) -> WeightUpdates:
+        return self.router.weights
+
+    @property
+    def admin(self) -> Administration:
+        return self.router.administration
+
+    @property
+    def sessions(self) -> SessionCalls:
+        return self.router.sessions
+
+    @property
+    def operator(self) -> ClusterOperator:
+        return self.router.operator
+
+    @property
+    def view(self) -> RouterView:
+        return self.router.view
+
+    async def start(self, **options: object) -> None:
         """`options`: fields of RouterOptions and of Timing."""
         given: dict[str, Any] = {**self.options, **options}
         durations = {field.name for field in fields(Timing)} & given.keys()
         timing = Timing(**{name: given.pop(name) for name in durations})
-        self.service = RouterService(
+        self.router = build_router(
             RouterOptions(**given, timing=timing),
             model=self.model,
             connect=self.net.connect,
@@ -523,11 +562,10 @@ class Bench:
             static_urls=self.static_urls,
             clock=asyncio.get_running_loop().time,
         )
-        await self.service.start()
+        self.router.start()
         for node in self.net.nodes.values():
             if node.entry.url not in self.static_urls:
-                await self.service.register_worker(node.entry.url, node.entry)
-        return self.service
+                await self.admin.register_worker(node.entry.url, node.entry)
 
     def prefill(self, name: str = "p") -> FakeNode:
         return self.net.add(FakeNode(make_entry("prefill", name)))
@@ -536,7 +574,7 @@ class Bench:
         return self.net.add(FakeNode(make_entry("decode", name), peers=peers))
 
     async def ready(self, num_ready: int = 2) -> None:
-        await self.until(lambda: sum(worker.ready for worker in self.service.view.workers()) == num_ready)
+        await self.until(lambda: sum(worker.ready for worker in self.view.workers()) == num_ready)
 
     @staticmethod
     async def until(condition: Callable[[], bool]) -> None:
@@ -576,10 +614,10 @@ async def bench() -> AsyncIterator[Bench]:
     """Ends with the router's invariants."""
     bench = Bench(FakeNet())
     yield bench
-    if hasattr(bench, "service"):
-        assert bench.service.violations() == []
+    if hasattr(bench, "router"):
+        assert bench.requests.violations() == []
         await bench.service.close()
-        assert bench.service.violations() == []
+        assert bench.requests.violations() == []
         assert not bench.service.crashed.done()
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pdserve.api.generation import ChoiceDelta, GenerateSpec
+from pdserve.api.generation import ChoiceDelta, GenerateSpec, GenerationInfo
 from pdserve.messages.node import AttemptFailed, FailureCode, Finish, FinishReason, ResendFrom, TokenOutput
 from pdserve.messages.report import PromptReport
 from pdserve.messages.sampling import TokenLogprob
-from pdserve.messages.timeline import Span, SpanClock
+from pdserve.messages.timeline import Span, SpanDates
 from pdserve.router.attempts import AttemptEnded, RequestRecord
 from pdserve.router.ledger import Attempt
 from pdserve.router.pairing import Chosen, Pair
@@ -29,13 +29,14 @@ def make(spec: Callable[..., GenerateSpec]) -> MakeRecord:
     def make(clock_lead_s: Callable[[str], float] = lambda node: 0.0, **changes: object) -> RequestRecord:
         return RequestRecord(
             spec(**changes),
+            GenerationInfo(num_attempts=0),
             arrived_at=0.0,
             deadline=100.0,
             max_attempts=3,
             resend_interval_s=0.5,
             eos_token_ids=(EOS,),
             max_model_len=50,
-            clock=SpanClock(lambda: 0.0, 1000.0),
+            dates=SpanDates(1000.0),
             clock_lead_s=clock_lead_s,
         )
 

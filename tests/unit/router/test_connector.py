@@ -27,9 +27,9 @@ from pdserve.messages.node import (
     TokenOutput,
     TokenOutputs,
 )
+from pdserve.router.assembly import build_router
 from pdserve.router.connector import ZmqConnector
 from pdserve.router.options import RouterOptions
-from pdserve.router.service import RouterService
 from pdserve.runtime.cluster_proof import is_nonce
 from pdserve.runtime.timing import Timing
 
@@ -160,24 +160,24 @@ async def test_a_request_over_real_sockets(
                     await node.send_multipart([who, codec.encode(TokenOutputs(outputs=(output,)))])
 
     task = asyncio.create_task(decode())
-    service = RouterService(
+    router = build_router(
         RouterOptions(timing=Timing(ping_interval_s=0.01)),
         model=model,
         connect=ZmqConnector(context, keys=None),
         lookup=HttpEntryLookup(),
     )
-    await service.start()
-    await service.register_worker(known.url, known)
+    router.start()
+    await router.administration.register_worker(known.url, known)
     async with asyncio.timeout(10):
-        generation = await service.generate(spec())
+        generation = await router.service.generate(spec())
         deltas = [delta async for delta in generation]
         assert [(delta.token_ids, delta.finish_reason, delta.matched) for delta in deltas] == [
             ((5, 6), "stop", 6)
         ]
         task.cancel()
         node.close(linger=0)
-        while service.view.readiness()[0]:  # noqa: ASYNC110 (any condition)
+        while router.view.readiness()[0]:  # noqa: ASYNC110 (any condition)
             await asyncio.sleep(0.001)
-    await service.close()
-    assert not service.crashed.done()
+    await router.close()
+    assert not router.service.crashed.done()
     context.term()

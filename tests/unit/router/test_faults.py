@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import msgspec
 import pytest
 
-from pdserve.api.generation import GenerateSpec
-from pdserve.runtime.errors import RequestError
+from pdserve.api.generation import ChoiceDelta, GenerateSpec
 
-Bench = Any  # of conftest.py, which pytest's importlib mode does not let tests import
+from .lab import Answer, Lab, ScriptedNode
+
 FAULTS = ("kill", "restart", "freeze", "busy", "fail", "reset", "stop short")
 
 
-def hurt(rng: random.Random, nodes: list[Any]) -> None:
+def hurt(rng: random.Random, nodes: list[ScriptedNode]) -> None:
     """One fault at one node, and another node is well again."""
     node = rng.choice(nodes)
     match rng.choice(FAULTS):
         case "kill":
             node.die()
         case "restart":
-            node.die()
-            incarnation = f"{node.entry.incarnation}+"
-            node.entry = msgspec.structs.replace(node.entry, incarnation=incarnation)
-            node.alive = True
+            node.start_again(f"{node.entry.incarnation}+")
         case "freeze":
             node.answers_pings = False
         case "busy":
@@ -36,80 +31,72 @@ def hurt(rng: random.Random, nodes: list[Any]) -> None:
         case "fail":
             node.fail_with += [rng.choice(["transfer_failed", "peer_lost"])]
         case "reset":
-            for link in list(node.links):
-                link.reset("connection lost")
+            node.reset()
         case "stop short":
             node.tokens_per_attempt = rng.randrange(4)
     heal(rng.choice(nodes))
 
 
-def heal(node: Any) -> None:  # noqa: ANN401 (a FakeNode)
+def heal(node: ScriptedNode) -> None:
     node.answers_pings, node.alive, node.tokens_per_attempt = True, True, None
 
 
-@pytest.mark.parametrize("seed", range(6))
-async def test_every_stream_is_right_under_faults(
-    bench: Bench,
+@pytest.mark.parametrize("seed", range(12))
+def test_every_stream_is_right_under_faults(
     spec: Callable[..., GenerateSpec],
     expected: Callable[[tuple[int, ...], int, int], list[int]],
     seed: int,
 ) -> None:
-    rng = random.Random(seed)
+    rng, lab = random.Random(seed), Lab()
     for name in "pq":
-        bench.prefill(name)
-    decodes = [bench.decode(name, peers=("p-1", "q-1")) for name in "def"]
+        lab.prefill(name)
+    decodes = [lab.decode(name, peers=("p-1", "q-1")) for name in "def"]
     for node in decodes:
         node.pace_s = 0.002
-    bench.static_urls = tuple(bench.net.nodes)
-    await bench.start(
-        max_attempts=8, pong_timeout_s=0.05, lease_s=0.2, busy_delay_s=0.001, request_timeout_s=20.0
-    )
-    await bench.ready(5)
-    outcomes: Counter[str] = Counter()
+    lab.static_urls = tuple(lab.nodes)
+    lab.start(max_attempts=8, pong_timeout_s=0.05, lease_s=0.2, busy_delay_s=0.001, request_timeout_s=20.0)
+    lab.ready(5)
+    answers: list[Answer] = []
+    num_left = 0
 
-    async def one(i: int) -> None:
-        prompt, num_choices = (i, seed), 1 + i % 3
-        leaves_after = i % 7 if i % 5 == 0 else None
-        ids: dict[int, list[int]] = {choice: [] for choice in range(num_choices)}
-        try:
-            generation = await bench.service.generate(spec(f"r{i}", prompt, 25, num_choices))
-            async for delta in generation:
-                ids[delta.choice].extend(delta.token_ids)
-                if leaves_after is not None and len(ids[0]) > leaves_after:
-                    generation.cancel()
-                    outcomes["left"] += 1
-                    break
-            else:
-                outcomes["ended"] += 1
-                assert all(len(tokens) == 25 for tokens in ids.values())
-        except RequestError as error:
-            outcomes[f"failed {error.status}"] += 1
-        for choice, tokens in ids.items():
-            assert tokens == expected(prompt, choice, len(tokens))
+    def leave(answer: Answer, after: int, delta: ChoiceDelta) -> None:
+        nonlocal num_left
+        if len(answer.ids.get(0, [])) > after and not answer.is_over:
+            num_left += 1
+            answer.cancel()
+            answer.is_over = True
 
-    async def torment() -> None:
-        while True:
-            hurt(rng, decodes)
-            await asyncio.sleep(0.01)
-
-    tormentor = asyncio.create_task(torment())
-    pending = []
     for i in range(60):
-        pending.append(asyncio.create_task(one(i)))
-        await asyncio.sleep(0.002)
-    for _ in range(100):
-        assert bench.service.violations() == []
-        await asyncio.sleep(0.005)
-    tormentor.cancel()
+        answer = lab.generate(spec(f"r{i}", (i, seed), 25, 1 + i % 3))
+        if i % 5 == 0:
+            answer.on_delta = partial(leave, answer, i % 7)
+        answers.append(answer)
+        if i % 5 == 0:
+            hurt(rng, decodes)
+        lab.run(0.002)
+    for number in range(100):
+        assert lab.state.violations() == []
+        if number % 2 == 0:
+            hurt(rng, decodes)
+        lab.run(0.005)
     for node in decodes:
         heal(node)
-    # What hangs on a node that stopped short would wait for its deadline: lose those links.
+    # What hangs on a node that stopped short would wait for its deadline: lose those connections.
     for node in decodes:
-        for link in list(node.links):
-            link.reset("connection lost")
-    async with asyncio.timeout(30):
-        await asyncio.gather(*pending)
-    assert set(outcomes) <= {"ended", "left", "failed 503"}
-    assert (outcomes.total(), outcomes["ended"] > 30) == (60, True)
-    assert bench.service.counters.attempts["peer_lost"] > 10
-    assert bench.service.num_running == 0
+        node.reset()
+    lab.until(lambda: all(answer.is_over for answer in answers))
+    failed = Counter(answer.error.status for answer in answers if answer.error is not None)
+    assert set(failed) <= {503}
+    num_ended = 0
+    for i, answer in enumerate(answers):
+        for choice, tokens in answer.ids.items():
+            assert tokens == expected((i, seed), choice, len(tokens))
+        finishes = [delta for delta in answer.deltas if delta.finish_reason is not None]
+        if answer.error is None and len(finishes) == 1 + i % 3:
+            num_ended += 1
+            assert all(len(tokens) == 25 for tokens in answer.ids.values())
+    assert num_ended + failed.total() + num_left >= 60
+    assert num_ended > 30
+    assert lab.state.counters.attempts["peer_lost"] > 10
+    assert lab.requests.num_running == 0
+    assert lab.state.violations() == []

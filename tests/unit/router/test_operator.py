@@ -27,10 +27,10 @@ def names_in(path: Path) -> set[str]:
 async def test_every_node_is_asked_and_one_no_is_a_no(bench: Bench) -> None:
     nodes = await small_cluster(bench)
     slow = SlowDown(forward_sleep_s=1.0)
-    assert (await bench.service.operator.operate(slow)).success
+    assert (await bench.operator.operate(slow)).success
     assert all(node.operations == [slow] for node in nodes)
     nodes[1].operation_reply = "not now"
-    reply = await bench.service.operator.operate(slow)
+    reply = await bench.operator.operate(slow)
     assert not reply.success
     assert "http://d: not now" in reply.message
 
@@ -38,20 +38,18 @@ async def test_every_node_is_asked_and_one_no_is_a_no(bench: Bench) -> None:
 async def test_a_setting_goes_to_the_nodes_that_have_it(bench: Bench) -> None:
     prefill, decode = await small_cluster(bench)
     both = SetInternalState(settings={"max_queued_prefills": 2, "local_prefill_threshold": None})
-    assert (await bench.service.operator.operate(both)).success
+    assert (await bench.operator.operate(both)).success
     assert prefill.operations == [SetInternalState(settings={"max_queued_prefills": 2})]
     assert decode.operations == [SetInternalState(settings={"local_prefill_threshold": None})]
     with pytest.raises(RequestError, match="page_size") as caught:
-        await bench.service.operator.operate(
-            SetInternalState(settings={"max_queued_prefills": 9, "page_size": 1})
-        )
+        await bench.operator.operate(SetInternalState(settings={"max_queued_prefills": 9, "page_size": 1}))
     assert caught.value.param == "server_args.page_size"
     assert len(prefill.operations) == 1, "none was asked when one is wrong"
 
 
 async def test_without_nodes_nothing_succeeds(bench: Bench) -> None:
     await bench.start()
-    operator = bench.service.operator
+    operator = bench.operator
     assert not (await operator.operate(SlowDown(forward_sleep_s=1.0))).success
     assert not (await operator.stop_profile()).success
     assert await operator.internal_state() == {"internal_states": []}
@@ -60,7 +58,7 @@ async def test_without_nodes_nothing_succeeds(bench: Bench) -> None:
 async def test_the_state_of_each_node_is_told(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
     decode.die()
-    rows = (await bench.service.operator.internal_state())["internal_states"]
+    rows = (await bench.operator.internal_state())["internal_states"]
     by_role = {row["role"]: row for row in rows}
     assert by_role["prefill"]["memory_rss_bytes"] == 5
     assert by_role["decode"]["error"] == "it is not connected"
@@ -70,7 +68,7 @@ async def test_traces_are_put_together_where_they_can_be_read(bench: Bench, tmp_
     prefill, decode = await small_cluster(bench)
     prefill.traces = (trace(tmp_path / "p", "chunk"),)
     decode.traces = (trace(tmp_path / "d", "step"),)
-    operator = bench.service.operator
+    operator = bench.operator
     start = StartProfile(profile_id="x", output_dir=str(tmp_path))
     assert (await operator.operate(start)).success
     done = await operator.stop_profile()
@@ -92,6 +90,6 @@ async def test_traces_are_put_together_where_they_can_be_read(bench: Bench, tmp_
 async def test_a_node_without_a_profile_makes_the_end_a_no(bench: Bench) -> None:
     nodes: list[FakeNode] = list(await small_cluster(bench))
     nodes[0].operation_reply = "no profile is running"
-    done = await bench.service.operator.stop_profile()
+    done = await bench.operator.stop_profile()
     assert not done.success
     assert "http://p: no profile is running" in done.message

@@ -75,7 +75,7 @@ async def test_an_update_waits_for_it(bench: Bench) -> None:
     late.commit_reply = "the node is not idle"
     await bench.start(weight_rejoin_s=0.02)
     await bench.until(lambda: "commit" in changes(late))
-    update = asyncio.create_task(bench.service.weights.update_weights_from_disk("/new", "v3", "wait"))
+    update = asyncio.create_task(bench.weights.update_weights_from_disk("/new", "v3", "wait"))
     await turns(late, 40)
     assert not any(call.startswith("prepare") for node in nodes[:2] for call in node.calls)
     late.commit_reply = ""
@@ -90,14 +90,14 @@ async def test_an_update_brings_who_is_late_before_it_begins(bench: Bench) -> No
     first, second = nodes[2:]
     first.prepare_reply = "this host has 3 MiB left"
     await bench.start(weight_rejoin_s=1000.0)
-    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
+    await bench.until(lambda: all(worker.healthy for worker in bench.view.workers()))
     assert changes(first) == changes(second) == []
-    refused = await bench.service.weights.update_weights_from_disk("/new", "v3", "wait")
+    refused = await bench.weights.update_weights_from_disk("/new", "v3", "wait")
     assert not refused.success
     assert changes(second)[:3] == ["prepare tcp://p v2", "commit", "prepare /new v3"]
     assert second.entry.weight_version == "v2"
     first.prepare_reply = ""
-    reply = await bench.service.weights.update_weights_from_disk("/new", "v3", "wait")
+    reply = await bench.weights.update_weights_from_disk("/new", "v3", "wait")
     assert reply.success, reply.message
     assert changes(first)[-4:] == ["prepare tcp://p v2", "commit", "prepare /new v3", "commit"]
     assert {node.entry.weight_version for node in nodes} == {"v3"}
@@ -105,8 +105,8 @@ async def test_an_update_brings_who_is_late_before_it_begins(bench: Bench) -> No
 
 async def test_updates_that_arrive_at_once_are_one_and_refusals(bench: Bench) -> None:
     nodes = await started(bench)
-    weights = bench.service.weights
-    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
+    weights = bench.weights
+    await bench.until(lambda: all(worker.healthy for worker in bench.view.workers()))
     replies = await asyncio.gather(
         *(weights.update_weights_from_disk(f"/{name}", name, "wait") for name in ("a", "b", "c"))
     )
@@ -134,11 +134,11 @@ async def test_of_two_updates_the_one_that_this_router_rolled_out_counts(bench: 
         node.prepared_fingerprint = "newest"
     late.answers_pings = False  # and is lost, so the update goes without it
     late.die()
-    await bench.until(lambda: len(bench.service.view.workers()) == 2)
-    reply = await bench.service.weights.update_weights_from_disk("/new", "v3", "wait")
+    await bench.until(lambda: len(bench.view.workers()) == 2)
+    reply = await bench.weights.update_weights_from_disk("/new", "v3", "wait")
     assert reply.success, reply.message
     late.answers_pings = late.alive = True
-    await bench.service.register_worker(late.entry.url, late.entry)
+    await bench.admin.register_worker(late.entry.url, late.entry)
     await bench.ready(3)
     assert late.entry.weight_version == "v3"
 
@@ -147,14 +147,14 @@ async def test_nobody_is_brought_while_memory_is_released(bench: Bench) -> None:
     prefill, decode = serve(bench.prefill()), serve(bench.decode())
     await bench.start(weight_rejoin_s=0.02)
     await bench.ready()
-    assert (await bench.service.weights.release_memory_occupation(("weights",))).success
+    assert (await bench.weights.release_memory_occupation(("weights",))).success
     late = bench.decode("e")
-    await bench.service.register_worker(late.entry.url, late.entry)
+    await bench.admin.register_worker(late.entry.url, late.entry)
     await turns(late, 40)
     assert changes(late) == []
     late.released |= {"weights"}
     decode.peers = (renewed("p-1"),)
-    assert (await bench.service.weights.resume_memory_occupation(("weights",))).success
+    assert (await bench.weights.resume_memory_occupation(("weights",))).success
     await bench.until(lambda: late.entry.weight_version == "v2")
     assert prefill.entry.update_id == decode.entry.update_id == "u"
 
@@ -164,7 +164,7 @@ async def test_a_node_that_waits_for_a_source_is_brought_as_soon_as_there_is_one
     prefill, decode, late = serve(bench.prefill()), serve(bench.decode()), bench.decode("e")
     prefill.draining = decode.draining = True
     await bench.start(weight_rejoin_s=0.02, weight_rejoin_retry_s=3600.0)
-    await bench.until(lambda: all(worker.healthy for worker in bench.service.view.workers()))
+    await bench.until(lambda: all(worker.healthy for worker in bench.view.workers()))
     await turns(late, 40)
     assert changes(late) == []
     prefill.draining = False
