@@ -121,6 +121,29 @@ def test_prompt_logprobs_in_vllms_form(cluster: LocalCluster, reference: Referen
             )
 
 
+def test_logprobs_of_named_tokens_on_both_nodes(cluster: LocalCluster, reference: Reference) -> None:
+    """The prompt's and the first token's are prefill's, the others decode's."""
+    prompt, named = random_ids(12, 40), [17, 3, 250]
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"max_new_tokens": 3, "temperature": 0, "ignore_eos": True},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "token_ids_logprob": named,
+    }
+    answer = cluster.post("/generate", body)
+    told = answer["meta_info"]
+    rows = [*told["input_token_ids_logprobs"], *told["output_token_ids_logprobs"]]
+    expected = reference.logprobs([*prompt, *answer["output_ids"]])
+    assert rows[0] is None, "nothing precedes the first token"
+    assert len(rows) == 43
+    for position, row in enumerate(rows[1:]):
+        assert [token_id for _, token_id, _ in row] == named
+        assert [logprob for logprob, _, _ in row] == pytest.approx(
+            expected[position, named].tolist(), abs=TOLERANCE
+        )
+
+
 def test_streamed_echo_says_the_same(cluster: LocalCluster) -> None:
     prompt = random_ids(11, 40)
     (whole,) = score(cluster, [prompt], 3, ignore_eos=True)
