@@ -16,8 +16,8 @@ from ..messages.node import ClientToNode
 from ..messages.timeline import SpanClock
 from ..node.control_assembly import make_control
 from ..node.crash_hook import CrashHook, kill_this_process
-from ..node.process import start_node
 from ..node.run import run
+from ..node.start import start_node
 from ..runtime.config import NodeConfig
 from ..transfer.decode_rooms import DecodeRooms
 from ..transfer.page_digests import DigestWorker
@@ -45,7 +45,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
             sent_output=CrashHook(config.crash_after_outputs, kill_this_process).sent,
             links=PeerLinks(context, node.waiter, link_keys),
             death_probe=death_probe,
-            rooms=DecodeRooms(node.identity, node.regions, node.num_pages, config.timing),
+            rooms=DecodeRooms(node.served.identity, node.served.regions, node.num_pages, config.timing),
             allocator=PageAllocator(node.num_pages),
             copy_page=node.copy_page,
             poison=node.poison if config.poison_reserved_pages else None,
@@ -69,7 +69,7 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
                 max_model_len=node.max_model_len,
                 returns_hidden_states=config.enable_return_hidden_states,
             ),
-            eos_token_ids=node.model.config.eos_token_ids,
+            eos_token_ids=node.served.model.config.eos_token_ids,
             max_pinned_pages=int(node.num_pages * config.session_cache_fraction),
             keeps_prefixes=not config.disable_prefix_cache,
             conservativeness=config.schedule_conservativeness,

@@ -17,7 +17,7 @@ from .control import NodeControl
 from .live_settings import LiveSettings
 from .memory_occupation import MemoryOccupation
 from .operations import NodeOperations
-from .process import Node
+from .start import Node
 
 
 def make_control(
@@ -28,7 +28,7 @@ def make_control(
         status=node.status,
         flush=FlushWrapper(),
         weights=WeightUpdater(
-            node,
+            node.served,
             node.jobs.submit,
             lambda: node.status.weight_version,
             available_memory_bytes,
@@ -37,13 +37,13 @@ def make_control(
             node.puller.pull,
         ),
         images=WeightImages(
-            node.image,
-            node.served_update,
+            node.served.image,
+            node.served.served_update,
             node.image_jobs,
             idle_s=node.config.timing.weight_image_idle_s,
         ),
         outbox=node.outbox,
-        memory=MemoryOccupation(node, node.jobs.submit),
+        memory=MemoryOccupation(node.served, node.jobs.submit),
         operations=NodeOperations(
             settings=settings,
             engine=node.engine,

@@ -22,7 +22,7 @@ from ..weights.loaded import LoadedModel
 from .control import NodeControl
 from .loop import Report, Role, RoleLoop
 from .loop_times import TURN
-from .process import Node
+from .start import Node
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run(
         engine=node.engine,
         side_jobs=node.jobs,
         control=control,
-        swap=node.swap,
+        swap=node.served.swap,
         status=node.status,
         metrics=node.metrics,
         loop_times=node.loop_times,

@@ -16,8 +16,8 @@ from ..messages.link_guard import LinkKeys
 from ..messages.memory_region import MemoryRegion
 from ..messages.timeline import SpanClock
 from ..node.control_assembly import make_control
-from ..node.process import start_node
 from ..node.run import run
+from ..node.start import start_node
 from ..runtime.config import NodeConfig
 from ..transfer.page_digests import DigestWorker
 from ..transfer.prefill_rooms import PrefillRooms
@@ -46,12 +46,12 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
             send=server.send,
             movers=node.movers,
             rooms=PrefillRooms(
-                node.identity,
+                node.served.identity,
                 config.timing,
                 settle_s=max(
                     node.backend.settle_s, config.timing.rank_outlives_s if node.ranks is not None else 0.0
                 ),
-                transfer_addresses=_transfer_addresses(node.regions),
+                transfer_addresses=_transfer_addresses(node.served.regions),
                 unix_minus_monotonic_s=node.unix_minus_monotonic_s,
             ),
             allocator=PageAllocator(node.num_pages),

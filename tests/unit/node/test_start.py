@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.models.paths import ModelPaths
-from pdserve.node import process
+from pdserve.node import start
 from pdserve.runtime.command_line import node_config
 from pdserve.runtime.config import SHIPPED_MODEL
 from pdserve.runtime.errors import StartupError
@@ -29,16 +29,16 @@ def test_f4_the_default_pool_holds_a_context_where_there_is_room(
     layout = kv_layout(model, 16, "float32")
     num_context = layout.pages_for(512)
     free_bytes = int(free_contexts * num_context * layout.stride_bytes)
-    monkeypatch.setattr(process, "_weight_bytes", lambda *_: 0)
-    monkeypatch.setattr(process, "available_memory_bytes", lambda: free_bytes)
+    monkeypatch.setattr(start, "_weight_bytes", lambda *_: 0)
+    monkeypatch.setattr(start, "available_memory_bytes", lambda: free_bytes)
     config = node_config("decode", {})
-    assert process._num_pages(config, model, layout, 512) == int(expected * num_context)
+    assert start._num_pages(config, model, layout, 512) == int(expected * num_context)
 
 
 def test_f4_the_weights_need_room_beside_the_pool() -> None:
     tensors = load_file(SHIPPED_MODEL / "model.safetensors")
     num_values = sum(tensor.numel() for tensor in tensors.values())
-    assert process._weight_bytes(ModelConfig.from_dir(SHIPPED_MODEL), "float32") == 4 * num_values
+    assert start._weight_bytes(ModelConfig.from_dir(SHIPPED_MODEL), "float32") == 4 * num_values
 
 
 def test_another_model_is_refused_before_its_tensors_are_read(tmp_path: Path) -> None:

@@ -14,16 +14,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import assert_never
 
-import msgspec
 import torch
 import zmq
-from torch import Tensor
 
 from ..components.metrics_reporter import MetricsReporter
 from ..engine.engine_thread import EngineThread
@@ -32,49 +29,41 @@ from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_runner import ModelRunner
 from ..engine.model_weights import tensor_shapes
-from ..engine.named_weights import merge_checksums, part_checksums, whole_checksum
 from ..engine.operators import EAGER, deterministic, survey_with_threads
 from ..engine.schedule_batch import ScheduleBatch
 from ..engine.step_profiler import StepProfiler
 from ..engine.tensor_parallel import Shard, check_divides
-from ..engine.weight_file import require_memory
 from ..messages.kv_layout import KVLayout
 from ..messages.link_guard import LinkKeys
-from ..messages.memory_region import MemoryRegion
 from ..messages.node import ModelInfo, NodeEntry, RankInfo
 from ..messages.peer import PROTOCOL_VERSION, PeerIdentity
-from ..messages.ranks import RankChecked, RankStart
-from ..messages.weights import MemoryTag, TransferKind
+from ..messages.ranks import RankStart
+from ..messages.weights import TransferKind
 from ..models.config import ModelConfig, kv_layout, read_vocabulary_digest, resolve_dtype
 from ..models.paths import ModelPaths
-from ..ranks.group import RankGroup, alongside
-from ..ranks.memory import RankMemory, move_together
-from ..ranks.whole_tensors import gather_tensors
+from ..ranks.group import RankGroup
+from ..ranks.memory import RankMemory
 from ..runtime.config import NodeConfig
 from ..runtime.cpu_features import native_dtypes
 from ..runtime.errors import StartupError
 from ..runtime.listen import http_url, resolves
 from ..runtime.process import (
     available_memory_bytes,
-    return_free_memory,
     routable_host,
     spawn,
 )
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
-from ..weights.images import WeightImage
 from ..weights.inbox import Inboxes
-from ..weights.loaded import LoadedModel, dummy_model, load_model, load_replacement, updated_model
+from ..weights.loaded import LoadedModel, dummy_model, load_model
 from ..weights.outbox import WeightOutbox
 from ..weights.peer import WeightPuller
-from ..weights.saved import save_model, upload_model
-from ..weights.updater import LoadFolder, LoadOrder, LoadServed, LoadTensors, Prepared, Sums, TensorHead
 from .front_process import FrontProcess
 from .loop_times import LoopTimes
-from .memory_occupation import Announced
 from .profiler import NodeProfiler
-from .status import NodeStatus, announce
+from .served_model import ServedModel
+from .status import NodeStatus
 
 _log = logging.getLogger(__name__)
 
@@ -90,22 +79,18 @@ class Node:
     """The parts that a prefill and a decode scheduler have in common."""
 
     config: NodeConfig
-    paths: ModelPaths  # at the start
-    model: LoadedModel
+    served: ServedModel
     max_model_len: int
     layout: KVLayout  # of all heads
     num_pages: int
     memory: memoryview  # of the pool
     pool: KVPool
-    runner: ModelRunner
     engine: EngineThread
     jobs: JobThread
     image_jobs: JobThread  # of weights for others to read: `jobs` may itself wait for another node's
     profiler: NodeProfiler
     backend: TransferBackend
-    rank_memory: RankMemory  # this rank's
     ranks: RankGroup | None  # the further ones; None: this one is alone
-    identity: PeerIdentity
     status: NodeStatus
     metrics: MetricsReporter
     puller: WeightPuller
@@ -118,21 +103,14 @@ class Node:
 
     def build(self, batch: ScheduleBatch) -> ForwardBatch:
         self.num_steps += 1
-        return ForwardBatch.build(batch, step=self.num_steps, config=self.model.config, layout=self.layout)
-
-    @property
-    def shard(self) -> Shard:
-        return Shard(0, self.config.tensor_parallel_size)
+        return ForwardBatch.build(
+            batch, step=self.num_steps, config=self.served.model.config, layout=self.layout
+        )
 
     @property
     def movers(self) -> tuple[Mover, ...]:
         """Of each rank."""
         return (self.backend,) if self.ranks is None else (self.backend, *self.ranks.movers)
-
-    @property
-    def regions(self) -> tuple[MemoryRegion, ...]:
-        """The pool of each rank, as it was registered last."""
-        return (self.rank_memory.region, *(() if self.ranks is None else self.ranks.regions))
 
     def copy_page(self, source: int, dest: int) -> None:
         self.pool.copy_pages([source], [dest])
@@ -143,132 +121,6 @@ class Node:
         self.pool.poison(pages)
         if self.ranks is not None:
             self.ranks.poison(pages)
-
-    # ---- weights: the jobs that weights/updater.py asks for ----
-
-    def load(self, order: LoadOrder) -> Callable[[], LoadedModel]:
-        """Weights that can serve instead of the current ones, on every rank."""
-        model = self.model
-        others = None if self.ranks is None else self.ranks.load_shards(order)
-
-        def own() -> LoadedModel:
-            require_memory(model.weights)
-            return self._load_share(order, model)
-
-        return lambda: alongside(others, own)[0]
-
-    def drop(self) -> None:
-        if self.ranks is not None:
-            self.ranks.drop_shards()
-
-    def check(self) -> Callable[[], Sums]:
-        model = self.model
-        others = None if self.ranks is None else self.ranks.check_shards()
-
-        def own() -> dict[str, int]:
-            require_memory(model.weights)
-            return part_checksums(model.weights, model.config, self.shard)
-
-        def job() -> Sums:
-            sums, answers = alongside(others, own)
-            of_others = [answer.sums for answer in answers if isinstance(answer, RankChecked)]
-            tensors = merge_checksums(
-                [sums, *({name: int(x, 16) for name, x in other.items()} for other in of_others)]
-            )
-            return Sums(tensors, whole_checksum(tensors))
-
-        return job
-
-    def head(self, name: str, num_rows: int) -> Callable[[], TensorHead]:
-        model = self.model
-        gather = self._gather(head=(name, num_rows))
-
-        def job() -> TensorHead:
-            rows = gather()[name][:num_rows]
-            shape = tensor_shapes(model.config)[name]
-            return TensorHead(str(rows.dtype).removeprefix("torch."), shape, rows.float().tolist())
-
-        return job
-
-    def save(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> Callable[[], None]:
-        model = self.model
-        gather = self._gather(spare_bytes=max_shard_bytes)  # a file's tensors are copied on their way out
-
-        def job() -> None:
-            if is_remote:
-                upload_model(model, gather(), target, max_shard_bytes)
-            else:
-                save_model(model, gather(), Path(target), max_shard_bytes)
-
-        return job
-
-    def image(self) -> Callable[[], WeightImage]:
-        """A job, for others to read the weights that serve now. It raises StartupError."""
-        update_id, fingerprint, gather = self.identity.update_id, self.model.fingerprint, self._gather()
-        return lambda: WeightImage(gather(), update_id, fingerprint)
-
-    def served_update(self) -> str:
-        """Its id, the same as long as the same weights serve."""
-        return self.identity.update_id
-
-    def _gather(
-        self, *, spare_bytes: int = 0, head: tuple[str, int] | None = None
-    ) -> Callable[[], Mapping[str, Tensor]]:
-        return gather_tensors(
-            self.model.weights,
-            self.model.config,
-            self.shard,
-            self.ranks,
-            available_memory_bytes,
-            spare_bytes=spare_bytes,
-            head=head,
-        )
-
-    def _load_share(self, order: LoadOrder, model: LoadedModel) -> LoadedModel:
-        match order:
-            case LoadFolder(path):
-                paths = self.paths.with_model(path)
-                return load_replacement(paths, model.config, self.layout.dtype, self.shard)
-            case LoadTensors(file, source, fingerprint):
-                return updated_model(file, model, source, self.shard, fingerprint)
-            case LoadServed():
-                return model
-            case _:
-                assert_never(order)
-
-    def swap(self, prepared: Prepared[LoadedModel]) -> PeerIdentity:
-        """Serve with these weights from the next forward on; returns the identity to shake hands with."""
-        model, weight_version = prepared.checkpoint, prepared.weight_version
-        self.model = model
-        self.runner.swap_weights(model.weights)
-        if self.ranks is not None:
-            self.ranks.swap_shards()
-        self.status.renew(str(model.path), model.fingerprint, weight_version, prepared.update_id)
-        self.identity = msgspec.structs.replace(
-            self.identity,
-            model_fingerprint=model.fingerprint,
-            weight_version=weight_version,
-            update_id=prepared.update_id,
-        )
-        return self.status.shown(self.identity)
-
-    # ---- memory, see node/memory_occupation.py ----
-
-    def move(self, before: frozenset[MemoryTag], after: frozenset[MemoryTag]) -> Callable[[], None]:
-        return move_together(self._move, self.ranks, before, after)
-
-    def announce(self, *, is_released: bool) -> Announced:
-        self.identity = announce(self.status, self.identity, is_released=is_released)
-        self.status.set_regions(self.regions)
-        return Announced(self.status.shown(self.identity), self.regions)
-
-    def _move(self, released: frozenset[MemoryTag]) -> None:
-        """Nothing runs, so nobody reads the weights."""
-        weights = self.rank_memory.move(released, self.model.weights)
-        self.model = replace(self.model, weights=weights)
-        self.runner.swap_weights(weights)
-        del weights
-        return_free_memory()
 
     def close(self) -> None:
         self.front.close()
@@ -435,22 +287,28 @@ def start_node(
     )
     return Node(
         config=config,
-        paths=paths,
-        model=model,
+        served=ServedModel(
+            model,
+            identity,
+            paths=paths,
+            dtype=dtype,
+            shard=shard,
+            runner=runner,
+            rank_memory=rank_memory,
+            ranks=ranks,
+            status=status,
+        ),
         max_model_len=max_model_len,
         layout=layout,
         num_pages=num_pages,
         memory=memory,
         pool=pool,
-        runner=runner,
         engine=engine,
         jobs=jobs,
         image_jobs=image_jobs,
         profiler=NodeProfiler(own_profiler, ranks),
         backend=backend,
-        rank_memory=rank_memory,
         ranks=ranks,
-        identity=identity,
         status=status,
         metrics=metrics,
         puller=puller,
