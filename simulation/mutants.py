@@ -55,6 +55,7 @@ class Mutant:
     bug: str
     patches: tuple[Patch, ...]
     flavour: str = ""  # of the seeds that find it soonest; each seed's own if none is named
+    found_by: int = 0  # the seed that found it last, where it took many: the search begins there
 
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
@@ -544,6 +545,7 @@ MUTANTS = (
             Patch(DecodeRooms, "_forgive", _never_starts_again),
         ),
         flavour="settling",
+        found_by=11,
     ),
     Mutant(
         "free-on-socket-close",
@@ -599,6 +601,7 @@ MUTANTS = (
         "failed-contact-not-told",
         "decode is not told that the first contact failed, and pings keep the link as it is",
         (Patch(PrefillRooms, "_on_met", _failed_contact_not_told),),
+        found_by=12,
     ),
     Mutant(
         "drained-too-early",
@@ -639,6 +642,7 @@ MUTANTS = (
         "a process whose memory came back is not asked what it wrote before (6.4)",
         (Patch(decode_rooms, "is_same_process", _only_equal_incarnations),),
         flavour="stormy",
+        found_by=44,
     ),
     Mutant(
         "weights-not-compared",
@@ -651,6 +655,7 @@ MUTANTS = (
             Patch(registry, "may_pair", _any_may_pair),
         ),
         flavour="updated",
+        found_by=12,
     ),
     Mutant(
         "sources-stay-locked",
@@ -662,6 +667,7 @@ MUTANTS = (
         "source pages may be evicted while the last ones travel (6.1.1)",
         (Patch(PrefillJobs, "_insert_into_cache", _sources_unlocked_early),),
         flavour="crowded",
+        found_by=11,
     ),
     Mutant(
         "freed-under-a-prefill",
@@ -708,16 +714,19 @@ MUTANTS = (
         "last-token-cached",
         "the last token's page is kept in decode's cache though its KV was never computed",
         (Patch(RequestPages, "free", _last_token_cached),),
+        found_by=14,
     ),
     Mutant(
         "promises-forgotten",
         "pages that were promised to running choices are given to others",
         (Patch(RequestPages, "num_available", _promises_forgotten),),
+        found_by=34,
     ),
     Mutant(
         "choices-tried-together",
         "choices that have tokens already share one new attempt",
         (Patch(RequestRecord, "has_tokens", _choices_tried_together),),
+        found_by=9,
     ),
     Mutant(
         "pages-free-at-once",
@@ -744,6 +753,7 @@ MUTANTS = (
         "who is retracted takes its pages along",
         (Patch(Running, "_retract", _retracted_keeps_pages),),
         flavour="crowded",
+        found_by=36,
     ),
     Mutant(
         "sent-before-computed",

@@ -114,7 +114,7 @@ def try_mutant(mutant: Mutant, max_seeds: int) -> Caught:
     """Run seeds, of the flavour in which the bug shows soonest, until one fails."""
     with mutant.planted():
         for number in range(max_seeds):
-            result = run_seed(number, flavour=mutant.flavour)
+            result = run_seed((mutant.found_by + number) % max_seeds, flavour=mutant.flavour)
             if result.violation:
                 return Caught(result.seed, number + 1, result.violation)
     return Caught(None, max_seeds, "")

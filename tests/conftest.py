@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -30,6 +31,20 @@ FIRST_SEED_OF_TODAY = 1000 * datetime.datetime.now(datetime.UTC).date().toordina
 
 def pytest_report_header() -> str:
     return f"simulation: today's seeds begin at {FIRST_SEED_OF_TODAY}"
+
+
+# All that the tests import is a million objects: a full collection would look at them for a second or two.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
+
+
+def pytest_runtest_teardown() -> None:
+    if gc.get_freeze_count() == 0:  # a test has thawed what it froze, and the rest with it
+        gc.freeze()
 
 
 @pytest.fixture
