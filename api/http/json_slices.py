@@ -8,6 +8,7 @@ longer than a slice is read in the same way by itself. What is not JSON is so in
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ def decode_slices(document: bytes | bytearray, bounds: JsonBounds = JSON_BOUNDS)
 
     Raises msgspec.DecodeError, UnicodeDecodeError, RecursionError and JsonTooLargeError.
     """
+    if len(document) <= min(
+        SLICE_BYTES, bounds.max_parts, bounds.max_text_bytes
+    ):  # within bounds, and a slice
+        with contextlib.suppress(msgspec.DecodeError):  # which the reader tells in its own words
+            return msgspec.json.decode(document)
     reader = _Reader(document, bounds)
     value = yield from reader.value(0)
     yield from reader.blanks()
