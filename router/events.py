@@ -1,12 +1,13 @@
 """What happens to a router, and what it then does: the values that `RouterState` takes and gives.
 
-A node is named by its incarnation, a request by its id.
+A node is named by its incarnation, a request by its id. They are structs because one is made for every token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from ..api.generation import ChoiceDelta, GenerateSpec, GenerationInfo, UpdateMode
 from ..messages.node import (
@@ -24,8 +25,7 @@ from .ledger import Attempt
 # ---- events: of requests --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True):
     """A new request. `info` is its reader's, and fills up while it runs; clients (API keys) take turns."""
 
     spec: GenerateSpec
@@ -33,29 +33,25 @@ class Arrival:
     client: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(msgspec.Struct, frozen=True):
     """The message that opens this attempt has been sent just now."""
 
     request_id: str
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceStopped:
+class ChoiceStopped(msgspec.Struct, frozen=True):
     """Its reader wants no more of this choice."""
 
     request_id: str
     choice: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderLeft:
+class ReaderLeft(msgspec.Struct, frozen=True):
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(msgspec.Struct, frozen=True):
     """Each ends with finish reason "abort", behind all tokens that nodes have of it."""
 
     request_ids: tuple[str, ...]
@@ -64,66 +60,57 @@ class Abort:
 # ---- events: of nodes -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Registered:
+class Registered(msgspec.Struct, frozen=True):
     """A node says that it is there, or a person says so (`by_hand`)."""
 
     entry: NodeEntry
     by_hand: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TakenOut:
+class TakenOut(msgspec.Struct, frozen=True):
     """The node at this URL is to get no new work, and to be forgotten once what it works on has ended."""
 
     url: str
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """A `LookUp` was answered."""
 
     url: str
     entry: NodeEntry
 
 
-@dataclass(frozen=True, slots=True)
-class NotFound:
+class NotFound(msgspec.Struct, frozen=True):
     url: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class LinkRefused:
+class LinkRefused(msgspec.Struct, frozen=True):
     """`OpenLink` failed at once: the address is none."""
 
     incarnation: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class LinkLost:
+class LinkLost(msgspec.Struct, frozen=True):
     """It ended by itself."""
 
     incarnation: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Pinged:
+class Pinged(msgspec.Struct, frozen=True):
     """A ping leaves just now."""
 
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ponged:
+class Ponged(msgspec.Struct, frozen=True):
     incarnation: str  # who was asked
     pong: Pong
 
 
-@dataclass(frozen=True, slots=True)
-class PingUnanswered:
+class PingUnanswered(msgspec.Struct, frozen=True):
     """For a whole lease."""
 
     incarnation: str
@@ -133,64 +120,53 @@ class PingUnanswered:
 # ---- events: of operators, and of time ------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(msgspec.Struct, frozen=True):
     """Nothing goes, retries included, and no deadline runs out."""
 
     mode: PauseMode
 
 
-@dataclass(frozen=True, slots=True)
-class PauseArrivals:
+class PauseArrivals(msgspec.Struct, frozen=True):
     """New requests wait; those that were dispatched before go on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(msgspec.Struct, frozen=True):
     """The end of both."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(msgspec.Struct, frozen=True):
     """New requests wait for other weights, and running ones do as the mode says."""
 
     mode: UpdateMode
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     """The end of a `Hold`."""
 
 
-@dataclass(frozen=True, slots=True)
-class CachesDropped:
+class CachesDropped(msgspec.Struct, frozen=True):
     """What nodes cached is gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodesStandStill:
+class NodesStandStill(msgspec.Struct, frozen=True):
     """They may be silent for as long as they load and swap weights: nobody is suspected until `NodesMove`."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodesMove:
+class NodesMove(msgspec.Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class Listen:
+class Listen(msgspec.Struct, frozen=True):
     """Something waits for what nodes will say of themselves, or (`is_on` False) nothing does any more."""
 
     is_on: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ShutDown:
+class ShutDown(msgspec.Struct, frozen=True):
     """No request is accepted any more, and those that run fail."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """Time has passed: `RouterState.due_at` is reached."""
 
 
@@ -223,21 +199,18 @@ Event: TypeAlias = FrequentEvent | RareEvent
 # ---- actions: for readers -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):
     request_id: str
     delta: ChoiceDelta
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(msgspec.Struct, frozen=True):
     """The last of this request: every choice has finished, or its reader has left."""
 
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(msgspec.Struct, frozen=True):
     """The last of this request."""
 
     request_id: str
@@ -247,51 +220,44 @@ class Fail:
 # ---- actions: for nodes ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(msgspec.Struct, frozen=True):
     """Send it to the attempt's decode node, and say `Sent`. Whoever waits for the request's begin goes on."""
 
     attempt: Attempt
     message: GenerateRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     incarnation: str
     message: ClientToNode
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(msgspec.Struct, frozen=True):
     """Say `Pinged` as it leaves. `Ponged` follows, or after a lease `PingUnanswered`, if the link lasts."""
 
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class OpenLink:
+class OpenLink(msgspec.Struct, frozen=True):
     """`LinkRefused` follows when this cannot be, or `LinkLost` once it ends."""
 
     incarnation: str
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class CloseLink:
+class CloseLink(msgspec.Struct, frozen=True):
     """Nothing is heard of it any more."""
 
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class LookUp:
+class LookUp(msgspec.Struct, frozen=True):
     """Ask this URL for its /node_entry: `Found` or `NotFound` follows."""
 
     url: str
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
+class Log(msgspec.Struct, frozen=True):
     level: int  # of `logging`
     text: str
 
