@@ -225,10 +225,11 @@ def main() -> NoReturn:
     channel = socket.socket(fileno=int(sys.argv[1]))
     while True:
         order, fds = _serve(channel)
-        own = None
+        own, pid = None, 0
         if order.arguments[0] in _STARTS_OTHERS:
             ours, theirs = (end.detach() for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            if os.fork() == 0:
+            pid = os.fork()
+            if pid == 0:
                 _close_all_but((*_STDIO, theirs))
                 channel = socket.socket(fileno=theirs)
                 continue
@@ -241,6 +242,9 @@ def main() -> NoReturn:
                 code = run(order.arguments)
             except SystemExit as error:  # argparse's
                 code = int(error.code or 0)
+        if pid:  # who looks at what we left behind must not find our nursery on its way out
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         end_now(code)  # the interpreter's own end would take torch apart in processes that never asked for it
 
 

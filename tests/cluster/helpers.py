@@ -279,6 +279,11 @@ def scheduler_process(cluster: LocalCluster, url: str) -> psutil.Process:
     raise AssertionError(f"no process of this cluster serves {url}")
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """A zombie is not: a nursery (tests/nursery.py) that outlived who had it is nobody's to wait for."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def fronts_of(scheduler: psutil.Process) -> list[psutil.Process]:
     """One, or none between two."""
     return [child for child in scheduler.children() if "node-front" in child.cmdline()]
@@ -307,9 +312,8 @@ def kill_nodes(cluster: LocalCluster, urls: Sequence[str], *, with_fronts: bool 
     fronts = [front for scheduler in schedulers for front in fronts_of(scheduler)]
     for process in (*(fronts if with_fronts else ()), *schedulers):
         process.kill()
-    gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     wait_until(
-        lambda: all(not p.is_running() or p.status() in gone for p in (*schedulers, *fronts)),
+        lambda: not any(is_alive(process) for process in (*schedulers, *fronts)),
         20.0,
         "the end of killed nodes and of their fronts",
     )

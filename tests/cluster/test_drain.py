@@ -14,6 +14,7 @@ from pdserve.tests.cluster.helpers import (
     GREEDY,
     Body,
     Stream,
+    is_alive,
     random_ids,
     request,
     stream_all,
@@ -63,4 +64,4 @@ def test_sigterm_with_requests_in_every_stage(log_path: Path) -> None:
     log = log_path.read_text()
     assert exit_code == 0, log
     assert "Traceback" not in log, log
-    assert not [process for process in processes if process.is_running()]
+    assert not [process for process in processes if is_alive(process)]

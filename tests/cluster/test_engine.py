@@ -18,7 +18,7 @@ import pytest
 from pdserve import Engine
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.errors import RequestError, StartupError, UnreachableError
-from pdserve.tests.cluster.helpers import GREEDY, greedy_ids, random_ids, wait_until
+from pdserve.tests.cluster.helpers import GREEDY, greedy_ids, is_alive, random_ids, wait_until
 from pdserve.tests.cluster.reference import Reference
 
 SAMPLING = {"max_new_tokens": 12, **GREEDY}
@@ -232,7 +232,3 @@ def test_the_cluster_ends_with_the_program(number: signal.Signals | None, num_ra
 
 def own_processes() -> set[int]:
     return {process.pid for process in psutil.Process().children(recursive=True) if is_alive(process)}
-
-
-def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
