@@ -126,7 +126,11 @@ class NodeWeights:
         """Busy, it says no: what runs here belongs to routers, which alone can let it end or go on later."""
         client = self._link.client
         prepared = await client.prepare_weights(
-            update_id, source, weight_version or update_id, self._timing.weight_update_s
+            update_id,
+            source,
+            weight_version or update_id,
+            self._timing.weight_update_s,
+            self._timing.weight_lease_s,
         )
         if not prepared.success:
             return AdminReply(False, prepared.message)

@@ -159,10 +159,10 @@ class WeightUpdates:
                 )
             offset += len(part)
         if reasons:
-            await discard_all(links, update_id)
+            await discard_all(links, update_id, self._timing.weight_discard_s)
             return AdminReply(False, f"the old weights serve on; {reasons}")
         if refusal := self._busy():  # it has begun while this body came, and wins
-            await discard_all(links, update_id)
+            await discard_all(links, update_id, self._timing.weight_discard_s)
             return refusal
         source = FromTensors(num_bytes=offset)
         return await self._run(update_id, source, weight_version, mode, links)
@@ -307,10 +307,10 @@ class WeightUpdates:
                 lease_s=self._timing.weight_lease_s,
             )
             if reasons := failures(prepared):
-                await discard_all(update.links, update.update_id)
+                await self._discard(update)
                 return AdminReply(False, f"the old weights serve on; {reasons}")
             if len({answer.message for answer in prepared}) > 1:  # some tensors, and nodes began with others
-                await discard_all(update.links, update.update_id)
+                await self._discard(update)
                 prints = "; ".join(map(str, prepared))
                 reason = f"nodes would serve different weights ({prints}): update every tensor"
                 return AdminReply(False, f"the old weights serve on; {reason}")
@@ -329,12 +329,15 @@ class WeightUpdates:
                     link.send(message)
             await asyncio.sleep(lease_s / 6)
 
+    async def _discard(self, update: _Update) -> None:
+        await discard_all(update.links, update.update_id, self._timing.weight_discard_s)
+
     async def _swap(self, update: _Update) -> AdminReply:
         self._service.tell(Hold(update.mode))
         try:
             drain_s = self._timing.weight_drain_s
             if not await self._service.until(lambda: self._requests.num_working == 0, drain_s):
-                await discard_all(update.links, update.update_id)
+                await self._discard(update)
                 num_running = self._requests.num_working
                 return AdminReply(False, f"{num_running} requests were still running; nothing was changed")
             committed = await commit_all(

@@ -11,7 +11,6 @@ from ...links.node_calls import NodeCalls, NodeUnavailableError
 from ...messages.node import CallReply
 from ...messages.weights import WeightSource
 
-DISCARD_TIMEOUT_S = 10.0
 COMMIT_AGAIN_S = 0.1
 
 
@@ -69,9 +68,9 @@ async def prepare_all(
     )
 
 
-async def discard_all(links: Mapping[str, NodeCalls], update_id: str) -> None:
+async def discard_all(links: Mapping[str, NodeCalls], update_id: str, timeout_s: float) -> None:
     """A node that does not hear it rolls back when its lease ends."""
-    await ask_all(links, lambda link: link.discard_weights(update_id, DISCARD_TIMEOUT_S))
+    await ask_all(links, lambda link: link.discard_weights(update_id, timeout_s))
 
 
 async def commit_all(
