@@ -90,6 +90,8 @@ class Administration:
         if self._weights.is_running():
             return AdminReply(False, "a weight update is running, which needs the nodes at work")
         requests = self._state.requests
+        if drains and self._state.pause_mode and requests.num_running:
+            return AdminReply(False, "it is paused already, so nothing that runs can end: continue it first")
         if drains:
             self._service.tell(PauseArrivals())
             if not await self._service.until(lambda: requests.num_running == 0, self._timing.weight_drain_s):

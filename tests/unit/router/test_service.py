@@ -259,6 +259,19 @@ async def test_a_pause_that_aborts_or_drains(bench: Bench, spec: Spec) -> None:
     await bench.admin.continue_generation()
 
 
+async def test_a_pause_that_drains_waits_for_nothing_that_is_paused(bench: Bench, spec: Spec) -> None:
+    _, decode = await small_cluster(bench)
+    decode.tokens_per_attempt = 1
+    generation = await bench.service.generate(spec("r"))
+    await bench.admin.pause_generation("in_place", drains=False)
+    reply = await bench.admin.pause_generation("in_place", drains=True)
+    assert (reply.success, "continue it first" in reply.message) == (False, True)
+    assert bench.service.state.pause_mode == "in_place"
+    generation.cancel()
+    assert (await bench.admin.pause_generation("in_place", drains=True)).success
+    await bench.admin.continue_generation()
+
+
 async def test_a_node_that_is_not_reached_is_named_by_a_pause(bench: Bench) -> None:
     _, decode = await small_cluster(bench)
     decode.operation_reply = "no"
