@@ -389,7 +389,7 @@ def test_a_peer_frozen_in_mid_pull(
     kind: TransferKind, peer_process: PeerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another serves meanwhile; and when it is back, it is pulled from again."""
-    node = Node(kind, timing=replace(UNSCALED, weight_peer_silence_s=0.5))
+    node = Node(kind, timing=replace(UNSCALED, weight_peer_silence_s=2.0))
     with monkeypatch.context() as patch:
         peer_process.signal_at_part(signal.SIGSTOP, 2, patch)
         with pytest.raises(StartupError, match="was silent"):
