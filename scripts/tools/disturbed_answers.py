@@ -38,7 +38,18 @@ import aiohttp
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
 
-FLAGS = ("--dtype", "float32", "--poison-reserved-pages", "--num-threads", "1", "--max-attempts", "8")
+FLAGS = (
+    "--dtype",
+    "float32",
+    "--poison-reserved-pages",
+    "--num-threads",
+    "1",
+    "--max-attempts",
+    "8",
+    # Who waits is answered, however slow the machine is.
+    "--max-queue-wait",
+    "0",
+)
 NUM_BODIES = 64  # distinct requests; every one is asked by many clients
 VOCAB_SIZE = 4096  # of the shipped model
 REQUEST_TIMEOUT_S = 600.0  # an answer may meet every loss
