@@ -33,18 +33,14 @@ def pytest_report_header() -> str:
     return f"simulation: today's seeds begin at {FIRST_SEED_OF_TODAY}"
 
 
-# All that the tests import is a million objects: a full collection would look at them for a second or two.
+# All that the tests import is a million objects: a full collection would look at them for a second or two,
+# and to count them takes a tenth. So no test thaws what is frozen, and none counts it but to see it grow.
 gc.disable()
 
 
 def pytest_collection_finish() -> None:
     gc.enable()
     gc.freeze()
-
-
-def pytest_runtest_teardown() -> None:
-    if gc.get_freeze_count() == 0:  # a test has thawed what it froze, and the rest with it
-        gc.freeze()
 
 
 @pytest.fixture

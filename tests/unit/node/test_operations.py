@@ -157,15 +157,13 @@ def test_a_sleep_that_would_look_like_a_hang_is_refused(bench: Bench, seconds: f
 
 def test_what_lives_is_frozen(bench: Bench) -> None:
     assert not bench.state().is_gc_frozen
-    try:
-        reply = bench.ask(FreezeGc(call_id=1))
-        assert isinstance(reply, CallReply)
-        assert reply.success
-        assert bench.state().is_gc_frozen
-        assert gc.get_freeze_count() > 1000
-        assert bench.ranks.told == ["freeze"]
-    finally:
-        gc.unfreeze()
+    num_frozen = gc.get_freeze_count()
+    reply = bench.ask(FreezeGc(call_id=1))
+    assert isinstance(reply, CallReply)
+    assert reply.success
+    assert bench.state().is_gc_frozen
+    assert gc.get_freeze_count() > num_frozen
+    assert bench.ranks.told == ["freeze"]
 
 
 def test_a_profile_begins_and_ends_on_the_engine(bench: Bench) -> None:

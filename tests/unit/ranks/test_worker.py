@@ -247,13 +247,12 @@ def test_a_rank_computes_copies_moves_and_swaps(
     trace = tmp_path / "p-test-rank1-all.trace.json.gz"
     assert rank0.next() == RankTraced(call_id=21, rank=1, traces=(str(trace),))
     assert trace.stat().st_size > 1000
-    level = log_level()
+    level, num_frozen = log_level(), gc.get_freeze_count()
     rank0.pipe.send(SetRankLogLevel(level="error"))
     rank0.pipe.send(FreezeRankGc())
     assert call(PoisonPages(call_id=22, pages=(5,))) == RankDone(call_id=22)
-    assert (log_level(), gc.get_freeze_count() > 1000) == ("error", True)
+    assert (log_level(), gc.get_freeze_count() > num_frozen) == ("error", True)
     set_log_level(level)
-    gc.unfreeze()
 
     # Its memory goes and comes back; what it computed is gone, what it computes with is the same.
     rank0.pipe.send(MoveMemory(call_id=11, released=("kv_cache", "weights")))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +11,7 @@ from pdserve.api.generation import AdminReply
 from pdserve.messages.operation import ConfigureLogging, FreezeGc, SetInternalState, SlowDown, StartProfile
 from pdserve.tests.unit.api.conftest import Api
 
-
-@pytest.fixture(autouse=True)
-def process_as_it_was(logging_as_it_was: None) -> Iterator[None]:
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 
 @pytest.mark.parametrize(
