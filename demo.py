@@ -7,6 +7,7 @@ Exits non-zero unless both answers ended properly: a finish reason, then [DONE].
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import signal
@@ -172,6 +173,13 @@ def wait_ready(up: subprocess.Popen[str]) -> str | None:
     return None
 
 
+def wait_for_end(up: subprocess.Popen[str]) -> int:
+    """Its exit code. A signal that comes just before a wait without an end would be heard when that ends."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return up.wait(timeout=1.0)
+
+
 def run_demo(arguments: Sequence[str], *, once: bool, api_key: str, tls: TlsFiles) -> int:
     """Around `pdserve up ARGUMENTS…`, which ends with it: after the answers when `once`, else at Ctrl-C.
     Returns the exit code. `api_key`: one that the cluster takes, if it asks for any. `tls`: its files."""
@@ -196,7 +204,7 @@ def run_demo(arguments: Sequence[str], *, once: bool, api_key: str, tls: TlsFile
         ca = f"--cacert {tls.ca_certs or tls.certfile} " if tls.certfile else ""
         json_type = "-H 'Content-Type: application/json'"
         print(f"  curl -N {ca}{url}/v1/completions {authorization}{json_type} -d '{body}'")
-        return up.wait()
+        return wait_for_end(up)
     except KeyboardInterrupt:
         return 0
     finally:
