@@ -28,7 +28,7 @@ HANDLE = Function("api/http/server.py", "handle")
 CHECK = Function("api/http/server.py", "check")
 STEP = Function("decode/scheduler.py", "DecodeScheduler.step")
 TAKE = Function("decode/batching.py", "take")
-BEAT = Function("router/cluster.py", "Cluster._heartbeat")
+BEAT = Function("router/members.py", "Members._ping_who_is_due")
 
 
 def events(*moves: tuple[str, Function | None]) -> list[Event]:
