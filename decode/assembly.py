@@ -5,27 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
-
-from ..components.load_inquirer import LoadInquirer
-from ..components.metrics_reporter import MetricsReporter
 from ..components.output_streamer import OutputStreamer
-from ..components.page_allocator import PageAllocator
 from ..components.prefix_cache import PrefixCache
-from ..engine.engine_thread import EngineThread
-from ..engine.forward_batch import ForwardBatch
-from ..engine.schedule_batch import ScheduleBatch
 from ..messages.kv_layout import KVLayout
 from ..messages.node import AttemptFailed, TokenOutputs
-from ..messages.timeline import SpanClock
 from ..node.control import NodeControl
-from ..node.live_settings import LiveSettings
-from ..node.status import NodeStatus
+from ..node.edges import NodeEdges
 from ..runtime.config import VerifyPages
 from ..runtime.peer_clock import PeerClocks
-from ..runtime.timing import Timing
 from ..transfer.decode_rooms import DecodeRooms
-from ..transfer.page_digests import DigestWorker
 from ..weights.loaded import LoadedModel
 from .death_probe import DeathProbe
 from .growth_estimate import GrowthEstimate
@@ -47,25 +35,14 @@ from .waiting import Waiting
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeEdges:
-    """What the parts stand on: sockets, memory, engine. Fakes have these places in tests."""
+    """What this role stands on beside `NodeEdges`."""
 
-    send: Callable[[bytes, msgspec.Struct], bool]  # False: that client is gone
     sent_output: Callable[[TokenOutputs | AttemptFailed], None]  # told of every output
     links: PeerLinks
     death_probe: DeathProbe
     rooms: DecodeRooms
-    allocator: PageAllocator
     copy_page: Callable[[int, int], None]
     poison: Callable[[list[int]], None] | None
-    digests: DigestWorker
-    engine: EngineThread
-    build: Callable[[ScheduleBatch], ForwardBatch]
-    make_control: Callable[[LiveSettings, Callable[[], bool]], NodeControl[LoadedModel]]
-    status: NodeStatus
-    metrics: MetricsReporter
-    load_inquirer: LoadInquirer
-    clock: SpanClock
-    timing: Timing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,12 +75,12 @@ class DecodeAssembly:
     streamer: OutputStreamer
 
 
-def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
+def assemble(node: NodeEdges, edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
     page_size = options.layout.page_size
-    cache = PrefixCache(edges.allocator, page_size)
+    cache = PrefixCache(node.allocator, page_size)
     pins = SessionPins(cache, max_pages=options.max_pinned_pages)
     pages = RequestPages(
-        edges.allocator,
+        node.allocator,
         cache,
         edges.copy_page,
         edges.poison,
@@ -117,21 +94,21 @@ def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
         page_size=page_size,
         page_bytes=options.layout.page_bytes,
     )
-    control = edges.make_control(decode_settings(growth, local_prefill), pages.drop_cache)
+    control = node.make_control(decode_settings(growth, local_prefill), pages.drop_cache)
     gone_clients: set[bytes] = set()
 
     def send_output(client: bytes, message: TokenOutputs | AttemptFailed) -> None:
-        if not edges.send(client, message):
+        if not node.send(client, message):
             gone_clients.add(client)
         edges.sent_output(message)
 
-    streamer = OutputStreamer(send_output, grace_s=edges.timing.closed_attempt_s)
+    streamer = OutputStreamer(send_output, grace_s=node.timing.closed_attempt_s)
     peer_clocks = PeerClocks()
-    timeline = Timeline(edges.clock, streamer, peer_clocks)
+    timeline = Timeline(node.clock, streamer, peer_clocks)
     outputs = Outputs(
         streamer,
         timeline,
-        edges.send,
+        node.send,
         gone_clients,
         eos_token_ids=options.eos_token_ids,
         max_model_len=options.limits.max_model_len,
@@ -141,24 +118,24 @@ def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
         growth=growth,
         outputs=outputs,
         control=control,
-        status=edges.status,
-        metrics=edges.metrics,
+        status=node.status,
+        metrics=node.metrics,
         limits=options.limits,
-        clock=edges.clock,
-        overtaking_s=edges.timing.overtaking_s,
+        clock=node.clock,
+        overtaking_s=node.timing.overtaking_s,
     )
     handoffs = Handoffs(
         rooms=edges.rooms,
-        peers=PrefillPeers(edges.links, edges.death_probe, peer_clocks, edges.clock, control.heard),
-        allocator=edges.allocator,
+        peers=PrefillPeers(edges.links, edges.death_probe, peer_clocks, node.clock, control.heard),
+        allocator=node.allocator,
         pages=pages,
-        digests=edges.digests,
+        digests=node.digests,
         verify_pages=options.verify_pages,
         outputs=outputs,
         timeline=timeline,
         local_prefill=local_prefill,
-        load_inquirer=edges.load_inquirer,
-        metrics=edges.metrics,
+        load_inquirer=node.load_inquirer,
+        metrics=node.metrics,
     )
     running = Running(
         pages=pages,
@@ -166,10 +143,10 @@ def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
         outputs=outputs,
         timeline=timeline,
         local_prefill=local_prefill,
-        engine=edges.engine,
-        build=edges.build,
-        load_inquirer=edges.load_inquirer,
-        metrics=edges.metrics,
+        engine=node.engine,
+        build=node.build,
+        load_inquirer=node.load_inquirer,
+        metrics=node.metrics,
         limits=options.limits,
     )
     scheduler = DecodeScheduler(
@@ -181,9 +158,9 @@ def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
         pins=pins,
         local_prefill=local_prefill,
         control=control,
-        status=edges.status,
-        send=edges.send,
-        timing=edges.timing,
+        status=node.status,
+        send=node.send,
+        timing=node.timing,
     )
     report = DecodeReport(
         waiting=waiting,
@@ -191,8 +168,8 @@ def assemble(edges: DecodeEdges, options: DecodeOptions) -> DecodeAssembly:
         running=running,
         pages=pages,
         pins=pins,
-        load_inquirer=edges.load_inquirer,
-        metrics=edges.metrics,
+        load_inquirer=node.load_inquirer,
+        metrics=node.metrics,
     )
     return DecodeAssembly(
         control=control,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import socket
 import time
-from functools import partial
 
 import zmq
 
-from ..components.load_inquirer import LoadInquirer
-from ..components.page_allocator import PageAllocator
 from ..messages.channel import ServerChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.node import ClientToNode
 from ..messages.timeline import SpanClock
-from ..node.control_assembly import make_control
 from ..node.crash_hook import CrashHook, kill_this_process
+from ..node.edges import edges_of
 from ..node.run import run
 from ..node.start import start_node
 from ..runtime.config import NodeConfig
@@ -40,26 +37,14 @@ def run_decode(config: NodeConfig, listener: socket.socket, incarnation: str = "
     # A colocated node has nobody else to prefill: its chunks are as long as those of a prefill node.
     default_chunk = config.chunked_prefill_size if config.colocated else None
     decode = assemble(
+        edges_of(node, server.send, digests, clock),
         DecodeEdges(
-            send=server.send,
             sent_output=CrashHook(config.crash_after_outputs, kill_this_process).sent,
             links=PeerLinks(context, node.waiter, link_keys),
             death_probe=death_probe,
             rooms=DecodeRooms(node.served.identity, node.served.regions, node.num_pages, config.timing),
-            allocator=PageAllocator(node.num_pages),
             copy_page=node.copy_page,
             poison=node.poison if config.poison_reserved_pages else None,
-            digests=digests,
-            engine=node.engine,
-            build=node.build,
-            make_control=partial(make_control, node),
-            status=node.status,
-            metrics=node.metrics,
-            load_inquirer=LoadInquirer(
-                page_size=config.page_size, max_running_requests=config.max_running_requests
-            ),
-            clock=clock,
-            timing=config.timing,
         ),
         DecodeOptions(
             layout=node.layout,

@@ -5,17 +5,14 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import zmq
 
-from ..components.load_inquirer import LoadInquirer
-from ..components.page_allocator import PageAllocator
 from ..messages.channel import ServerChannel
 from ..messages.link_guard import LinkKeys
 from ..messages.memory_region import MemoryRegion
 from ..messages.timeline import SpanClock
-from ..node.control_assembly import make_control
+from ..node.edges import edges_of
 from ..node.run import run
 from ..node.start import start_node
 from ..runtime.config import NodeConfig
@@ -42,8 +39,8 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
     node.waiter.add(digests.fileno())
     clock = SpanClock(node.unix_minus_monotonic_s, time.monotonic)
     prefill = assemble(
+        edges_of(node, server.send, digests, clock),
         PrefillEdges(
-            send=server.send,
             movers=node.movers,
             rooms=PrefillRooms(
                 node.served.identity,
@@ -54,18 +51,6 @@ def run_prefill(config: NodeConfig, listener: socket.socket, incarnation: str = 
                 transfer_addresses=_transfer_addresses(node.served.regions),
                 unix_minus_monotonic_s=node.unix_minus_monotonic_s,
             ),
-            allocator=PageAllocator(node.num_pages),
-            digests=digests,
-            engine=node.engine,
-            build=node.build,
-            make_control=partial(make_control, node),
-            status=node.status,
-            metrics=node.metrics,
-            load_inquirer=LoadInquirer(
-                page_size=config.page_size, max_running_requests=config.max_running_requests
-            ),
-            clock=clock,
-            timing=config.timing,
         ),
         node.layout,
         PrefillLimits(

@@ -35,6 +35,7 @@ from ..messages.peer import PROTOCOL_VERSION, PeerIdentity, PeerToDecode, PeerTo
 from ..messages.timeline import SpanClock
 from ..messages.weights import FromGpuMemory, FromPeer, JoinUpdateGroup, MemoryTag
 from ..node.control import NodeControl
+from ..node.edges import NodeEdges
 from ..node.live_settings import LiveSettings
 from ..node.loop import Report, RoleLoop
 from ..node.loop_times import LoopTimes
@@ -293,21 +294,20 @@ class _Base(Generic[T]):
         self.memory_journal: list[str] = []
         self.receiver: RequestReceiver[T] = RequestReceiver(cast("ServerChannel[T]", server))
 
-    def _edges(self) -> dict[str, Any]:
-        """Those that both nodes have alike."""
-        return {
-            "send": self.server.send,
-            "allocator": self.allocator,
-            "digests": cast(DigestWorker, self.digests),
-            "engine": cast(EngineThread, self.engine),
-            "build": cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
-            "make_control": self._make_control,
-            "status": self.status,
-            "metrics": self.metrics,
-            "load_inquirer": self.load_inquirer,
-            "clock": self.span_clock,
-            "timing": UNSCALED,
-        }
+    def _edges(self) -> NodeEdges:
+        return NodeEdges(
+            send=self.server.send,
+            allocator=self.allocator,
+            digests=cast(DigestWorker, self.digests),
+            engine=cast(EngineThread, self.engine),
+            build=cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
+            make_control=self._make_control,
+            status=self.status,
+            metrics=self.metrics,
+            load_inquirer=self.load_inquirer,
+            clock=self.span_clock,
+            timing=UNSCALED,
+        )
 
     def _make_control(
         self, settings: LiveSettings, drop_cache: Callable[[], bool]
@@ -420,8 +420,13 @@ class PrefillNode(_Base[ToPrefill]):
             overlaps_transfer=settings.overlaps_transfer,
             returns_hidden_states=settings.returns_hidden_states,
         )
-        edges = PrefillEdges(**self._edges(), movers=(backend,), rooms=self.rooms)
-        parts = prefill_assembly.assemble(edges, LAYOUT, self.limits, keeps_prefixes=settings.has_cache)
+        parts = prefill_assembly.assemble(
+            self._edges(),
+            PrefillEdges(movers=(backend,), rooms=self.rooms),
+            LAYOUT,
+            self.limits,
+            keeps_prefixes=settings.has_cache,
+        )
         self.cache, self.jobs, self.scheduler = parts.cache, parts.jobs, parts.scheduler
         self.report = parts.report
         self.loop = self._loop(self.scheduler, self.report)
@@ -478,8 +483,8 @@ class DecodeNode(_Base[ClientToNode]):
         self.rooms = DecodeRooms(self.identity, self.regions, settings.decode_pages, UNSCALED)
         self.death_probe = FakeDeathProbe()
         parts = decode_assembly.assemble(
+            self._edges(),
             DecodeEdges(
-                **self._edges(),
                 sent_output=lambda _: None,
                 links=cast(PeerLinks, links),
                 death_probe=cast(DeathProbe, self.death_probe),
