@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
-import msgspec
-from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...messages.bounds import Count, Name, Path, Positive, Rank, WorldSize
 from ...messages.weights import (
-    CUDA_HANDLE_BYTES,
-    MAX_GROUP_TIMEOUT_S,
     MAX_TRUNCATE,
     MEMORY_TAGS,
-    TENSOR_DTYPES,
     FromGpuMemory,
     FromGroup,
     FromSharedMemory,
-    GroupBackend,
     MemoryTag,
-    TensorSpec,
     UpdateGroupSpec,
     WeightChecksReply,
     WeightsReply,
@@ -35,164 +27,45 @@ from ...runtime.errors import RequestError
 from ..generation import AdminReply, GroupReply, UpdateMode
 from ..http.answers import Outcome, json_response, outcome
 from ..http.bodies import BodyLimits, parse_request, read_object
-from ..http.fields import FieldRules, Unsupported
+from ..http.fields import FieldRules
 from ..http.mounting import GET, Operation
 from ..http.openapi import Bodies
 from ..refusals import bad_value, node_url
 from .commands import EITHER, Command, Takes, takes
 from .tensor_bodies import TensorUpdate, read_tensor_update
+from .weight_bodies import (
+    DEFAULT_SHARD_BYTES,
+    DISTRIBUTED_RULES,
+    SHARDED_RULES,
+    WEIGHT_RULES,
+    CheckWeightsAnswer,
+    CheckWeightsRequest,
+    DestroyGroupRequest,
+    DistributedRequest,
+    GetWeightsRequest,
+    InitGroupAnswer,
+    InitGroupRequest,
+    IpcRequest,
+    MemoryRequest,
+    PeerRequest,
+    SaveRemoteRequest,
+    SaveShardedRequest,
+    UpdateVersionAnswer,
+    UpdateVersionRequest,
+    UpdateWeightsRequest,
+    group_timeout_s,
+    ipc_source,
+    tensor_specs,
+    update_mode,
+)
 
 _NO_PICKLE = (
     "What comes over these sockets is pickled, and is not read: give `gpu` with a CUDA memory handle, or put "
     "a safetensors file into /dev/shm and give its `name`."
 )
-DEFAULT_SHARD_BYTES = 5 << 30
 _MAX_NAMED = 8  # tensors that one message names
-
-
-class UpdateWeightsRequest(msgspec.Struct, kw_only=True):
-    model_path: Path
-    weight_version: Name | None = None
-    mode: str = "wait"  # what running requests do
-    abort_all_requests: bool = False  # the same as mode "abort"
-    force: bool = False  # one node alone, against the rest of its cluster
-
-
-class DistributedRequest(msgspec.Struct, kw_only=True):
-    """What a trainer's rank 0 broadcasts next. ``flattened_bucket``: all tensors as one row of bytes."""
-
-    names: list[Name]
-    dtypes: list[str]
-    shapes: list[Annotated[list[Count], Meta(max_length=8)]]
-    group_name: Name = "weight_update_group"
-    load_format: Literal["flattened_bucket"] | None = None
-    weight_version: Name | None = None
-    mode: str = "wait"  # what running requests do
-    abort_all_requests: bool = False  # the same as mode "abort"
-    timeout: float = 300.0
-    force: bool = False
-
-
-class GpuMemory(msgspec.Struct, kw_only=True):
-    """Memory of a GPU that the caller holds. ``device_uuid`` as `nvidia-smi -L` tells it."""
-
-    device_uuid: Name
-    handle: bytes  # base64 of the cudaIpcMemHandle_t of the allocation
-    offset: Count = 0  # bytes, where the first tensor begins in it
-
-
-class IpcRequest(msgspec.Struct, kw_only=True):
-    """``name``: of a safetensors file in /dev/shm of a host that all nodes share. Or ``gpu``, in memory of a
-    GPU of that host, with what lies there, one tensor behind the other."""
-
-    name: str | None = None
-    gpu: GpuMemory | None = None
-    names: list[Name] = []
-    dtypes: list[str] = []
-    shapes: list[Annotated[list[Count], Meta(max_length=8)]] = []
-    weight_version: Name | None = None
-    mode: str = "wait"
-    abort_all_requests: bool = False  # the same as mode "abort"
-    force: bool = False
-
-
-class PeerRequest(msgspec.Struct, kw_only=True):
-    """``peer``: URL of a node, of this cluster or of another one, that serves the weights wanted."""
-
-    peer: str
-    weight_version: Name | None = None  # default: the peer's
-    mode: str = "wait"
-    abort_all_requests: bool = False  # the same as mode "abort"
-    force: bool = False
-
-
-class UpdateVersionRequest(msgspec.Struct, kw_only=True):
-    """The weights that serve get another name. Running requests end at once, as with SGLang, unless
-    ``abort_all_requests`` is false or ``mode`` says otherwise."""
-
-    new_version: Annotated[Name, Meta(min_length=1)]
-    abort_all_requests: bool = True
-    mode: str | None = None
-    force: bool = False
-
-
-class UpdateVersionAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    success: bool
-    message: str
-    new_version: str
-
-
-class InitGroupRequest(msgspec.Struct, kw_only=True):
-    """Nodes become ranks from ``rank_offset`` on of a process group whose rank 0 listens at the master's."""
-
-    master_address: Name
-    master_port: int
-    rank_offset: Rank
-    world_size: WorldSize
-    group_name: Name = "weight_update_group"
-    backend: GroupBackend = "gloo"
-    timeout: float = 120.0
-
-
-class InitGroupAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    success: bool
-    message: str
-    ranks: dict[str, int]  # of each node, by URL
-
-
-class DestroyGroupRequest(msgspec.Struct, kw_only=True):
-    group_name: Name = "weight_update_group"
-
-
-class MemoryRequest(msgspec.Struct, kw_only=True):
-    """``cuda_graph``: SGLang's name of ``graphs``."""
-
-    tags: list[Literal["weights", "kv_cache", "graphs", "cuda_graph"]] | None = None  # all
-
-
-class SaveShardedRequest(msgspec.Struct, kw_only=True):
-    path: Path  # a new folder, on the host of the node that writes it
-    max_size: Positive = DEFAULT_SHARD_BYTES  # of a file
-
-
-class SaveRemoteRequest(msgspec.Struct, kw_only=True):
-    url: Path  # as fsspec takes it: s3://bucket/folder
-
-
-class GetWeightsRequest(msgspec.Struct, kw_only=True):
-    name: Name
-    truncate_size: int = 100
-
-
-class CheckWeightsRequest(msgspec.Struct, kw_only=True):
-    """``snapshot`` keeps the nodes' checksums here, ``compare`` tells what has changed since then."""
-
-    action: Literal["checksum", "snapshot", "compare"] = "checksum"
-
-
-class CheckWeightsAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """``success``: every node answered, and all hold the same bits."""
-
-    success: bool
-    message: str
-    nodes: dict[str, WeightChecksReply]  # by URL
-
-
-# Fields that SGLang's clients send along and that have no bearing here.
-WEIGHT_RULES = FieldRules(
-    harmless=frozenset({"load_format", "flush_cache", "is_async", "torch_empty_cache", "token_step"}),
-    unsupported={
-        "keep_pause": Unsupported("a pause is ended by who began it"),
-        "recapture_cuda_graph": Unsupported("there are no graphs"),
-        "manifest": Unsupported("the folder says what it holds"),
-    },
-)
-DISTRIBUTED_RULES = FieldRules(harmless=frozenset({"flush_cache", "torch_empty_cache"}))
-_NO_RULES = FieldRules()
-_SHARDED_RULES = FieldRules(unsupported={"pattern": Unsupported("files are named as checkpoints are")})
-_MODES: dict[str, UpdateMode] = {"wait": "wait", "abort": "abort", "retract": "retract", "keep": "retract"}
 _ONE_NODE = AdminReply(False, "This is one node of a cluster: update through the router, or say `force`.")
-_NO_MIX = " (`in_place` would go on with a KV cache that other weights computed.)"
+_NO_RULES = FieldRules()
 
 
 class WeightAdmin(Protocol):
@@ -287,9 +160,9 @@ class WeightCalls:
     async def update_from_distributed(self, asked: DistributedRequest) -> AdminReply:
         source = FromGroup(
             group_name=asked.group_name,
-            tensors=_specs(asked),
+            tensors=tensor_specs(asked),
             is_one_bucket=asked.load_format is not None,
-            timeout_s=_timeout_s(asked.timeout),
+            timeout_s=group_timeout_s(asked.timeout),
         )
         return await self._updated(
             asked,
@@ -297,7 +170,7 @@ class WeightCalls:
         )
 
     async def update_from_ipc(self, asked: IpcRequest) -> AdminReply:
-        source = _ipc_source(asked)
+        source = ipc_source(asked)
         return await self._updated(
             asked, lambda mode: self._admin.update_weights_from_ipc(source, asked.weight_version, mode)
         )
@@ -310,7 +183,7 @@ class WeightCalls:
 
     async def update_version(self, asked: UpdateVersionRequest) -> AdminReply | UpdateVersionAnswer:
         given = "abort" if asked.abort_all_requests else "wait"
-        mode = _mode(given if asked.mode is None else asked.mode, aborts=False)
+        mode = update_mode(given if asked.mode is None else asked.mode, aborts=False)
         if not self._may_update(force=asked.force):
             return _ONE_NODE
         reply = await self._admin.update_weight_version(asked.new_version, mode)
@@ -329,7 +202,7 @@ class WeightCalls:
             master_address=asked.master_address,
             master_port=asked.master_port,
             world_size=asked.world_size,
-            timeout_s=_timeout_s(asked.timeout),
+            timeout_s=group_timeout_s(asked.timeout),
         )
         reply = await self._admin.init_weights_update_group(group, asked.rank_offset)
         return InitGroupAnswer(success=reply.success, message=reply.message, ranks=dict(reply.ranks))
@@ -383,7 +256,7 @@ class WeightCalls:
     async def _updated(
         self, asked: _Update, update: Callable[[UpdateMode], Awaitable[AdminReply]]
     ) -> AdminReply:
-        mode = _mode(asked.mode, aborts=asked.abort_all_requests)
+        mode = update_mode(asked.mode, aborts=asked.abort_all_requests)
         return await update(mode) if self._may_update(force=asked.force) else _ONE_NODE
 
     def _may_update(self, *, force: bool) -> bool:
@@ -451,7 +324,7 @@ def weight_commands(calls: WeightCalls, *, allows_pickles: bool = False) -> list
         Command(
             name="save_sharded",
             paths=("/save_sharded_model",),
-            takes=takes(SaveShardedRequest, _SHARDED_RULES),
+            takes=takes(SaveShardedRequest, SHARDED_RULES),
             does=calls.save_sharded,
         ),
         Command(
@@ -584,48 +457,3 @@ def _unlike(replies: Sequence[WeightChecksReply]) -> str:
     unlike = [name for name in names if len({reply.tensors.get(name) for reply in replies}) > 1]
     more = f" and {len(unlike) - _MAX_NAMED} more" if len(unlike) > _MAX_NAMED else ""
     return f"{', '.join(unlike[:_MAX_NAMED])}{more}"
-
-
-def _ipc_source(body: IpcRequest) -> FromSharedMemory | FromGpuMemory:
-    if (body.name is None) == (body.gpu is None):
-        raise bad_value("name", "Give either `name` or `gpu`.")
-    if (gpu := body.gpu) is not None:
-        if len(gpu.handle) != CUDA_HANDLE_BYTES:
-            text = f"`gpu.handle` must be {CUDA_HANDLE_BYTES} bytes in base64, a cudaIpcMemHandle_t."
-            raise bad_value("gpu", text)
-        return FromGpuMemory(
-            device_uuid=gpu.device_uuid, handle=gpu.handle, offset=gpu.offset, tensors=_specs(body)
-        )
-    name = body.name or ""
-    if not re.fullmatch(r"[^./\x00][^/\x00]{0,254}", name):
-        raise bad_value("name", "`name` must be the plain name of a file in /dev/shm.")
-    return FromSharedMemory(name=name)
-
-
-def _specs(body: DistributedRequest | IpcRequest) -> tuple[TensorSpec, ...]:
-    if not body.names or not len(body.names) == len(body.dtypes) == len(body.shapes):
-        raise bad_value("names", "`names`, `dtypes` and `shapes` must be of one length, and not empty.")
-    if len(set(body.names)) < len(body.names):
-        raise bad_value("names", "`names` holds a name twice.")
-    specs = []
-    for name, dtype, shape in zip(body.names, body.dtypes, body.shapes, strict=True):
-        plain = dtype.removeprefix("torch.")
-        if plain not in TENSOR_DTYPES:
-            raise bad_value("dtypes", f"{dtype!r} of {name} is none of {', '.join(TENSOR_DTYPES)}.")
-        specs.append(TensorSpec(name, plain, tuple(shape)))
-    return tuple(specs)
-
-
-def _timeout_s(seconds: float) -> float:
-    if not 0 < seconds <= MAX_GROUP_TIMEOUT_S:
-        raise bad_value(
-            "timeout", f"`timeout` must be more than 0 and at most {MAX_GROUP_TIMEOUT_S:g} seconds."
-        )
-    return seconds
-
-
-def _mode(name: str, *, aborts: bool) -> UpdateMode:
-    """By vLLM's and by SGLang's names."""
-    if name not in _MODES:
-        raise bad_value("mode", f"`mode` must be one of {', '.join(_MODES)}, got {name!r}.{_NO_MIX}")
-    return "abort" if aborts else _MODES[name]
