@@ -140,6 +140,13 @@ def usual(walks: Sequence[Walk]) -> Usual:
     )
 
 
+def idle(events: Sequence[Event], times: Iterable[Sequence[int]]) -> list[Function]:
+    """What is passed while there is no request: in the half of the pause before each that is nearer to it."""
+    pause_ns = round(SETTLED_S / 2 * 1e9)
+    walks = [walk(events, each[0] - pause_ns, each[0]) for each in times]
+    return list(dict.fromkeys(function for each in walks for function in each.first_visits))
+
+
 def read_events(folder: Path) -> list[Event]:
     events: list[Event] = []
     for path in folder.glob("*.tsv"):
@@ -215,7 +222,11 @@ def main() -> None:
     )
     parser.add_argument("model", nargs="?", default=str(SHIPPED_MODEL), help="[the shipped one]")
     parser.add_argument("--requests", type=int, default=9, metavar="N", help="[9]")
-    parser.add_argument("--list", action="store_true", help="every function, in the order of the first visit")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="every function, in the order of the first visit; then those of the time without a request",
+    )
     options = parser.parse_args()
     events, times = traced(options.model, options.requests)
     columns = {
@@ -227,9 +238,10 @@ def main() -> None:
     }
     print(*table(columns), "", *files(columns["to the second"]), sep="\n")
     if options.list:
-        for title, column in columns.items():
+        lists = {title: column.functions for title, column in columns.items()}
+        for title, functions in {**lists, "without a request": idle(events, times)}.items():
             print(f"\n{title}:")
-            print(*(f"{function.file}: {function.name}" for function in column.functions), sep="\n")
+            print(*(f"{function.file}: {function.name}" for function in functions), sep="\n")
 
 
 if __name__ == "__main__":

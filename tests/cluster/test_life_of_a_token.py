@@ -22,6 +22,7 @@ class Trace:
         str
     ]  # "FILE: FUNCTION" that most requests pass to their second token, in order of the first visit
     later: list[str]  # the same, for each token after that
+    idle: list[str]  # what is passed without a request
 
     @property
     def files(self) -> set[str]:
@@ -34,9 +35,12 @@ def trace() -> Trace:
     command = [sys.executable, "-P", "scripts/tools/trace.py", "--requests", "5", "--list"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    sections = re.split(r"\n(to the first token|to the second|a later token):\n", done.stdout)
+    sections = re.split(
+        r"\n(to the first token|to the second|a later token|without a request):\n", done.stdout
+    )
     lists = dict(zip(sections[1::2], sections[2::2], strict=True))
-    return Trace(lists["to the second"].splitlines(), lists["a later token"].splitlines())
+    titles = ("to the second", "a later token", "without a request")
+    return Trace(*(lists[title].splitlines() for title in titles))
 
 
 def named(text: str) -> list[str]:
@@ -58,6 +62,8 @@ def test_the_steps_are_in_the_order_of_the_way(trace: Trace) -> None:
         for section in page.partition(BESIDE)[0].split("\n## ")[1:]
     ]
     assert sum(map(len, sections)) == page.count("\n### ")
+    # What is passed without a request may be come to before its step. Only the first has none before it.
+    assert {step for steps in sections for step in steps} & set(trace.idle) <= {sections[0][0]}
     assert sections == [sorted(steps, key=trace.usual.index) for steps in sections]
     assert sections == sorted(sections, key=lambda steps: trace.usual.index(steps[0]))
 
