@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from ..runtime.process import NO_KEYS, AccessKeys
 from ..runtime.version import VERSION
 from .control.cluster import control_commands, membership_commands
-from .control.commands import mounted
+from .control.commands import routes_of
 from .control.facts import ClusterFacts, ModelEntry, ModelList
 from .control.operations import Operator, get_internal_state, operator_commands
 from .control.sessions import close_session, open_session
@@ -22,7 +22,7 @@ from .http.answer_counts import HttpAnswers
 from .http.bodies import BodyLimits
 from .http.in_flight import InFlightRequests
 from .http.membership_guard import MembershipGuard
-from .http.mounting import GET, POST, Operation, make_app
+from .http.mounting import GET, POST, Route, make_app
 from .http.openapi import Bodies
 from .surfaces.chat import ChatCompletions
 from .surfaces.completions import Completions
@@ -45,7 +45,7 @@ from .surfaces.native_types import (
 )
 from .surfaces.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from .surfaces.serving import Serving
-from .surfaces.tokens import TokenRoutes
+from .surfaces.tokens import TokenCalls
 from .text.pipeline import Pipeline
 from .text.request_log import RequestLog
 from .text.sampling import GenerationDefaults
@@ -109,7 +109,7 @@ def build_router_app(
     chat = ChatCompletions(serving)
     native = Native(serving)
     embeddings = Embeddings(serving)
-    tokens = TokenRoutes(card=card, tokenizer=tokenizer, limits=limits)
+    tokens = TokenCalls(card=card, tokenizer=tokenizer, limits=limits)
     cluster = ClusterFacts(
         card=card,
         view=view,
@@ -120,69 +120,67 @@ def build_router_app(
     )
 
     weight_calls = WeightCalls(weights, is_node=False)
-    operations = [
-        Operation(
+    routes = [
+        Route(
             POST,
             ("/v1/completions",),
             completions.handle,
             Bodies(CompletionRequest, Completion, streams=True),
             generates=True,
         ),
-        Operation(
+        Route(
             POST,
             ("/v1/chat/completions",),
             chat.handle,
             Bodies(ChatRequest, ChatCompletion, streams=True),
             generates=True,
         ),
-        Operation(
+        Route(
             ("POST", "PUT"),
             ("/generate",),
             native.handle,
             Bodies(NativeRequest, NativeOutput, streams=True, batches=True),
             generates=True,
         ),
-        Operation(
-            POST, ("/tokenize", "/v1/tokenize"), tokens.tokenize, Bodies(TokenizeRequest, TokenizeAnswer)
-        ),
-        Operation(
+        Route(POST, ("/tokenize", "/v1/tokenize"), tokens.tokenize, Bodies(TokenizeRequest, TokenizeAnswer)),
+        Route(
             POST,
             ("/detokenize", "/v1/detokenize"),
             tokens.detokenize,
             Bodies(DetokenizeRequest, DetokenizeAnswer),
         ),
-        Operation(GET, ("/tokenizer_info",), tokens.tokenizer_info),
-        Operation(
+        Route(GET, ("/tokenizer_info",), tokens.tokenizer_info),
+        Route(
             POST,
             ("/v1/embeddings",),
             embeddings.embeddings,
             Bodies(EmbeddingRequest, EmbeddingAnswer),
             generates=True,
         ),
-        Operation(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer), generates=True),
+        Route(POST, ("/encode",), embeddings.encode, Bodies(EncodeRequest, EncodeAnswer), generates=True),
         open_session(sessions, limits),
-        *mounted([close_session(sessions.close_session)], limits),
-        Operation(GET, ("/v1/models", "/v1/models/"), cluster.models, Bodies(answer=ModelList)),
-        Operation(GET, ("/v1/models/{model_id:path}",), cluster.model, Bodies(answer=ModelEntry)),
-        Operation(GET, ("/health", "/ping", "/live", "/liveness"), cluster.health),
-        Operation(GET, ("/ready", "/readiness"), cluster.ready),
-        Operation(GET, ("/health_generate",), cluster.health_generate),
-        Operation(GET, ("/version",), cluster.version_info),
-        Operation(GET, ("/server_info", "/get_server_info"), cluster.server_info),
-        Operation(GET, ("/model_info", "/get_model_info"), cluster.model_info),
-        Operation(GET, ("/get_weight_version",), cluster.weight_version),
-        Operation(GET, ("/get_load",), cluster.load),
-        Operation(GET, ("/v1/loads",), cluster.loads),
-        Operation(GET, ("/load",), cluster.server_load),
-        Operation(GET, ("/metrics",), cluster.metrics, Bodies(media_type="text/plain")),
-        Operation(GET, ("/requests/{request_id:path}",), cluster.request_state),
-        Operation(GET, ("/workers",), cluster.workers),
-        *mounted(membership_commands(membership, view), limits),
-        *mounted(control_commands(control, in_flight.generations_matching), limits),
-        *mounted(weight_commands(weight_calls, allows_pickles=allow_pickled_tensors), limits),
+        *routes_of([close_session(sessions.close_session)], limits),
+        Route(GET, ("/v1/models", "/v1/models/"), cluster.models, Bodies(answer=ModelList)),
+        Route(GET, ("/v1/models/{model_id:path}",), cluster.model, Bodies(answer=ModelEntry)),
+        Route(GET, ("/health", "/ping", "/live", "/liveness"), cluster.health),
+        Route(GET, ("/ready", "/readiness"), cluster.ready),
+        Route(GET, ("/health_generate",), cluster.health_generate),
+        Route(GET, ("/version",), cluster.version_info),
+        Route(GET, ("/server_info", "/get_server_info"), cluster.server_info),
+        Route(GET, ("/model_info", "/get_model_info"), cluster.model_info),
+        Route(GET, ("/get_weight_version",), cluster.weight_version),
+        Route(GET, ("/get_load",), cluster.load),
+        Route(GET, ("/v1/loads",), cluster.loads),
+        Route(GET, ("/load",), cluster.server_load),
+        Route(GET, ("/metrics",), cluster.metrics, Bodies(media_type="text/plain")),
+        Route(GET, ("/requests/{request_id:path}",), cluster.request_state),
+        Route(GET, ("/workers",), cluster.workers),
+        *routes_of(membership_commands(membership, view), limits),
+        *routes_of(control_commands(control, in_flight.generations_matching), limits),
+        *routes_of(weight_commands(weight_calls, allows_pickles=allow_pickled_tensors), limits),
         *weight_questions(weight_calls, limits),
         get_internal_state(operator),
-        *mounted(operator_commands(operator, request_log), limits),
+        *routes_of(operator_commands(operator, request_log), limits),
     ]
     answers = HttpAnswers(lambda: (card.name, "router"))
     registry.register(answers)
@@ -192,7 +190,7 @@ def build_router_app(
         generator.check_wait(client)
 
     return make_app(
-        operations,
+        routes,
         keys=keys,
         answers=answers,
         admit=admit,

@@ -15,7 +15,7 @@ from ..runtime.errors import StartupError
 from .connections import Connections, Exchange
 from .datasets import Sample
 from .load import Release
-from .records import Outcome, RequestRecord
+from .records import MeasuredRequest, Outcome
 from .stream import Expectation, StreamReader, error_message
 
 INFO_TIMEOUT_S = 10.0
@@ -118,7 +118,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._connections.close()
 
-    async def send(self, request: PreparedRequest, release: Release) -> RequestRecord:
+    async def send(self, request: PreparedRequest, release: Release) -> MeasuredRequest:
         """Never raises for what a server does: every end is an outcome in the record."""
         reader = StreamReader()
         no_stream: list[bytes] = []
@@ -144,7 +144,7 @@ class Client:
             reader.fail(_http_outcome(status), f"HTTP {status}: {error_message(b''.join(no_stream))}")
         ended_s = self._clock()
         answer = reader.judge(request.expected)
-        return RequestRecord(
+        return MeasuredRequest(
             index=release.index,
             outcome=answer.outcome,
             status=status,

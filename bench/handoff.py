@@ -39,7 +39,7 @@ _COVERAGE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class Case:
     """One row of the table."""
 
     name: str
@@ -60,15 +60,15 @@ class Setting:
 
 
 # In an order in which rows that can share their clusters are neighbours.
-SETTINGS = (
-    Setting(name="1k"),
-    Setting(name="128", prompt_tokens=128),
-    Setting(name="4k", prompt_tokens=4096),
-    Setting(name="16k", prompt_tokens=16384),
-    Setting(name="overlap-off", overlaps=False),
-    Setting(name="shm", backend="shm"),
-    Setting(name="page-32", page_size=32),
-    Setting(name="page-64", page_size=64),
+CASES = (
+    Case(name="1k"),
+    Case(name="128", prompt_tokens=128),
+    Case(name="4k", prompt_tokens=4096),
+    Case(name="16k", prompt_tokens=16384),
+    Case(name="overlap-off", overlaps=False),
+    Case(name="shm", backend="shm"),
+    Case(name="page-32", page_size=32),
+    Case(name="page-64", page_size=64),
 )
 
 
@@ -200,12 +200,12 @@ def ask(url: str, prompt: Sequence[int], max_tokens: int) -> Measured:
     return Measured(times[0], times[1], times[-1], len(times), tuple(spans), started, tuple(times))
 
 
-def measure(two_nodes: str, colocated: str, setting: Setting, repeats: int, vocab_size: int) -> list[Pair]:
+def measure(two_nodes: str, colocated: str, case: Case, repeats: int, vocab_size: int) -> list[Pair]:
     """Alternates the two clusters, A B then B A, after one warm-up each."""
-    rng = np.random.default_rng(setting.prompt_tokens)
+    rng = np.random.default_rng(case.prompt_tokens)
     pairs: list[Pair] = []
     for repeat in range(repeats + 1):
-        prompt = [int(token) for token in rng.integers(_VOCAB_FLOOR, vocab_size, setting.prompt_tokens)]
+        prompt = [int(token) for token in rng.integers(_VOCAB_FLOOR, vocab_size, case.prompt_tokens)]
         order = (two_nodes, colocated) if repeat % 2 else (colocated, two_nodes)
         by_url = {url: ask(url, prompt, _DECODE_TOKENS) for url in order}
         if repeat:
@@ -248,9 +248,9 @@ def _coverage(count: int, dropped: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one setting showed. Times in milliseconds, medians."""
+    """What one case showed. Times in milliseconds, medians."""
 
-    setting: Setting
+    case: Case
     first: float
     first_colocated: float
     first_adds: Interval
@@ -278,7 +278,7 @@ class Row:
         # What the engine takes varies by more than the bars; what is left without it is told apart.
         second_bar_left = self.second_bar - self.last_wire
         return (
-            self.setting.name,
+            self.case.name,
             f"{self.first:.1f}",
             f"{self.first_colocated:.1f}",
             str(self.first_adds),
@@ -308,7 +308,7 @@ COLUMNS = (
 )
 
 
-def summarize(setting: Setting, pairs: Sequence[Pair]) -> Row:
+def summarize(case: Case, pairs: Sequence[Pair]) -> Row:
     def median_ms(of: Callable[[Measured], float], *, joined: bool = False) -> float:
         return 1000 * statistics.median(of(pair.joined if joined else pair.split) for pair in pairs)
 
@@ -316,7 +316,7 @@ def summarize(setting: Setting, pairs: Sequence[Pair]) -> Row:
         return Interval.of([1000 * (of(pair.split) - of(pair.joined)) for pair in pairs])
 
     return Row(
-        setting=setting,
+        case=case,
         first=median_ms(lambda m: m.first_token_s),
         first_colocated=median_ms(lambda m: m.first_token_s, joined=True),
         first_adds=adds_ms(lambda m: m.first_token_s),
@@ -350,7 +350,7 @@ def stages_of(pairs: Sequence[Pair]) -> Iterator[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, such as one of scripts/dev make_checkpoint small-llama")
-    names = [setting.name for setting in SETTINGS]
+    names = [case.name for case in CASES]
     parser.add_argument("--rows", nargs="+", default=names, choices=names, help="of the table (default: all)")
     parser.add_argument(
         "--prompt-tokens", type=int, nargs="+", metavar="N", help="these lengths instead of the rows"
@@ -361,11 +361,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", action="store_true", help="print the median of every stage below a row")
 
 
-def settings_of(options: argparse.Namespace) -> list[Setting]:
+def cases_of(options: argparse.Namespace) -> list[Case]:
     """The rows that are asked for. Raises StartupError for what cannot be run."""
     if options.prompt_tokens:
-        return [Setting(name=str(length), prompt_tokens=length) for length in options.prompt_tokens]
-    return [setting for setting in SETTINGS if setting.name in options.rows]
+        return [Case(name=str(length), prompt_tokens=length) for length in options.prompt_tokens]
+    return [case for case in CASES if case.name in options.rows]
 
 
 def main(options: argparse.Namespace) -> int:
@@ -376,15 +376,15 @@ def main(options: argparse.Namespace) -> int:
     config = ModelConfig.from_dir(path)
     if options.repeats < 1:
         raise StartupError(f"--repeats {options.repeats}: 1 or more is expected")
-    settings = settings_of(options)
+    cases = cases_of(options)
     longest = config.max_model_len - _DECODE_TOKENS
-    for setting in settings:
-        if not 1 <= setting.prompt_tokens <= longest:
+    for case in cases:
+        if not 1 <= case.prompt_tokens <= longest:
             raise StartupError(
-                f"a prompt of {setting.prompt_tokens} tokens: 1 to {longest} are expected of this model, "
+                f"a prompt of {case.prompt_tokens} tokens: 1 to {longest} are expected of this model, "
                 f"{_DECODE_TOKENS} more are generated"
             )
-    needed = max(setting.prompt_tokens for setting in settings) + _DECODE_TOKENS
+    needed = max(case.prompt_tokens for case in cases) + _DECODE_TOKENS
     flags = [options.model, "--disable-prefix-cache", "--log-level", "warning"]
     flags += ["--num-threads", str(options.num_threads), "--max-model-len", str(needed)]
     flags += ["--chunked-prefill-size", str(options.chunked_prefill_size)]
@@ -393,16 +393,16 @@ def main(options: argparse.Namespace) -> int:
         f"{options.chunked_prefill_size}, {options.num_threads} thread(s) a node"
     )
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    for _, group in groupby(settings, key=lambda s: (s.cluster_flags, s.transfer_flags)):
+    for _, group in groupby(cases, key=lambda s: (s.cluster_flags, s.transfer_flags)):
         rows = list(group)
         common = [*flags, *rows[0].cluster_flags]
         with (
             LocalCluster([*common, *rows[0].transfer_flags]) as two_nodes,
             LocalCluster([*common, "--colocated"]) as colocated,
         ):
-            for setting in rows:
-                pairs = measure(two_nodes.url, colocated.url, setting, options.repeats, config.vocab_size)
-                print(f"| {' | '.join(summarize(setting, pairs).cells)} |", flush=True)
+            for case in rows:
+                pairs = measure(two_nodes.url, colocated.url, case, options.repeats, config.vocab_size)
+                print(f"| {' | '.join(summarize(case, pairs).cells)} |", flush=True)
                 if options.stages:
                     print("\n".join(stages_of(pairs)), flush=True)
     return 0

@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from ..runtime.errors import StartupError
-from .records import CountSource, Outcome, RequestRecord
+from .records import CountSource, MeasuredRequest, Outcome
 
 MS = 1e3
 
@@ -155,12 +155,12 @@ def parse_goodput(pairs: Sequence[str]) -> dict[Metric, float]:
     return limits
 
 
-def meets(record: RequestRecord, slos_ms: Mapping[Metric, float]) -> bool:
+def meets(record: MeasuredRequest, slos_ms: Mapping[Metric, float]) -> bool:
     """Whether a request is good and within every limit."""
     return record.ok and all(_slo_value_ms(record, metric) <= limit for metric, limit in slos_ms.items())
 
 
-def _slo_value_ms(record: RequestRecord, metric: Metric) -> float:
+def _slo_value_ms(record: MeasuredRequest, metric: Metric) -> float:
     values_s = {
         Metric.TTFT: record.ttft_s,
         Metric.ITL: record.mean_itl_s,
@@ -171,7 +171,7 @@ def _slo_value_ms(record: RequestRecord, metric: Metric) -> float:
 
 
 def summarize(
-    records: Sequence[RequestRecord],
+    records: Sequence[MeasuredRequest],
     duration_s: float,
     loop_lags_s: Sequence[float],
     options: SummaryOptions,
@@ -212,7 +212,7 @@ def summarize(
     )
 
 
-def samples_of(records: Sequence[RequestRecord], open_loop: bool) -> dict[Metric, list[float]]:
+def samples_of(records: Sequence[MeasuredRequest], open_loop: bool) -> dict[Metric, list[float]]:
     """Samples in seconds of every metric, in the order of the requests: of good ones, but time to refusal."""
     good = [record for record in records if record.ok]
     samples: dict[Metric, list[float]] = {
@@ -248,7 +248,7 @@ def stat_ms(samples_s: Sequence[float], percentiles: Sequence[float]) -> Stat:
     )
 
 
-def peak_tokens_per_s(good: Sequence[RequestRecord]) -> float:
+def peak_tokens_per_s(good: Sequence[MeasuredRequest]) -> float:
     """Most tokens in one second, seconds counted from the first request's sending."""
     if not good:
         return 0.0
@@ -260,7 +260,7 @@ def peak_tokens_per_s(good: Sequence[RequestRecord]) -> float:
     return float(max(per_second.values()))
 
 
-def peak_concurrency(good: Sequence[RequestRecord]) -> int:
+def peak_concurrency(good: Sequence[MeasuredRequest]) -> int:
     """Most requests between sending and last token at one instant; one that ends as another starts is out."""
     edges = [(record.sent_s, 1) for record in good]
     edges += [(at_s, -1) for record in good if (at_s := record.last_token_s) is not None]
@@ -271,7 +271,7 @@ def peak_concurrency(good: Sequence[RequestRecord]) -> int:
     return peak
 
 
-def span_stats(good: Sequence[RequestRecord]) -> tuple[SpanStat, ...]:
+def span_stats(good: Sequence[MeasuredRequest]) -> tuple[SpanStat, ...]:
     """In the order in which the names first appear."""
     per_name: dict[str, list[float]] = {}
     for record in good:

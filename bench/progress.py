@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from .records import RequestRecord
+from .records import MeasuredRequest
 
 
 class Progress:
@@ -33,7 +33,7 @@ class Progress:
         self._num_running += 1
         self._bar.set_postfix_str(self.text(), refresh=False)
 
-    def finished(self, record: RequestRecord) -> None:
+    def finished(self, record: MeasuredRequest) -> None:
         self._num_running -= 1
         if record.ok:
             self._num_ok += 1

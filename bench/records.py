@@ -59,7 +59,7 @@ class SpanTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRecord:
+class MeasuredRequest:
     """One request. Times are seconds on the client's monotonic clock.
 
     due_s <= released_s <= sent_s: the arrival process asks for the request at `due_s`, `--max-concurrency`

@@ -9,7 +9,7 @@ from typing import Any
 
 from .metrics import DEFINITIONS, Metric, Summary, SummaryOptions
 from .paired import median_ratios, ratios
-from .records import CountSource, Outcome, RequestRecord
+from .records import CountSource, MeasuredRequest, Outcome
 
 TITLE = " Serving Benchmark Result "
 LABEL_WIDTH = 40
@@ -117,7 +117,7 @@ def render_definitions(sources: Mapping[CountSource, int]) -> str:
     return "\n".join(["Definitions", *paragraphs])
 
 
-def render_errors(records: Sequence[RequestRecord]) -> str:
+def render_errors(records: Sequence[MeasuredRequest]) -> str:
     """The first errors, one a line."""
     failed = [record for record in records if not record.ok]
     lines = [
@@ -167,7 +167,7 @@ def result_fields(summary: Summary, options: SummaryOptions) -> dict[str, Any]:
     }
 
 
-def detailed_fields(records: Sequence[RequestRecord]) -> dict[str, list[Any]]:
+def detailed_fields(records: Sequence[MeasuredRequest]) -> dict[str, list[Any]]:
     """Lists with one entry a request, in seconds; times on the client's monotonic clock.
 
     As in vLLM's result, what a failed request lacks is 0, an empty list or an empty string.

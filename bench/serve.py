@@ -27,7 +27,7 @@ from .metrics import DEFINITIONS, Summary, SummaryOptions, summarize
 from .options import Options, Target, add_arguments, parse_options
 from .paired import blocks, median_ratios, ratios, turns
 from .progress import Progress
-from .records import CountSource, RequestRecord
+from .records import CountSource, MeasuredRequest
 from .tokenizer import as_text, load_tokenizer, vocabulary_of
 
 __all__ = ["add_arguments", "main", "bench"]
@@ -55,11 +55,11 @@ class Measurement:
     client: Client
     model: str
     requests: Sequence[PreparedRequest]
-    warmups: list[RequestRecord]
-    rounds: list[LoadRun[RequestRecord]]
+    warmups: list[MeasuredRequest]
+    rounds: list[LoadRun[MeasuredRequest]]
 
     @property
-    def records(self) -> list[RequestRecord]:
+    def records(self) -> list[MeasuredRequest]:
         return [record for run in self.rounds for record in run.results]
 
     def summary(self, options: SummaryOptions) -> Summary:
@@ -177,7 +177,7 @@ async def warm_up(measurement: Measurement, workload: Workload, options: Options
     body = body_options(options, measurement.model)
     requests = [prepare(sample, body) for sample in workload.warmups]
 
-    async def send(release: Release) -> RequestRecord:
+    async def send(release: Release) -> MeasuredRequest:
         return await measurement.client.send(requests[release.index], release)
 
     run = await run_load([0.0] * len(requests), send, options.max_concurrency or 1)
@@ -207,8 +207,8 @@ async def _run_block(
     offsets_s: Sequence[float],
     options: Options,
     progress: Progress,
-) -> LoadRun[RequestRecord]:
-    async def send(release: Release) -> RequestRecord:
+) -> LoadRun[MeasuredRequest]:
+    async def send(release: Release) -> MeasuredRequest:
         progress.sent()
         index = block[release.index]
         in_run = Release(index, release.due_s, release.released_s)

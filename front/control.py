@@ -8,7 +8,7 @@ from ..runtime.pause_gate import PauseMode
 from .scheduler_link import SchedulerLink
 
 
-class NodeControl:
+class FrontControl:
     """`Control` of the one node behind this front, and what it holds of sessions."""
 
     def __init__(self, link: SchedulerLink) -> None:

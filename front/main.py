@@ -25,12 +25,13 @@ from ..runtime.listen import is_loopback
 from ..runtime.process import NO_KEYS, AccessKeys, Succession
 from ..runtime.timing import UNSCALED, Timing
 from ..runtime.tls import NO_TLS, TlsFiles, Trust
-from .control import NodeControl
-from .operator import NodeOperator
+from .app import build_node_app
+from .control import FrontControl
+from .facts import NodeFacts
+from .operator import FrontOperator
 from .registrar import Registrar
-from .routes import NodeRoutes, build_node_app
 from .scheduler_link import SchedulerLink
-from .weights import NodeWeights
+from .weights import FrontWeights
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,10 @@ async def serve_node_front(
     registrar = Registrar(url, router_urls, keys, timing, trust)
     lookup = HttpEntryLookup(keys.cluster_secret, trust)
     app = build_node_app(
-        NodeRoutes(link, registrar, url, keys.cluster_secret),
-        NodeControl(link),
-        NodeOperator(link, url, timing),
-        NodeWeights(link, url, lookup, timing),
+        NodeFacts(link, registrar, url, keys.cluster_secret),
+        FrontControl(link),
+        FrontOperator(link, url, timing),
+        FrontWeights(link, url, lookup, timing),
         limits=BodyLimits(),
         keys=keys,
         is_loopback=is_loopback(listener),

@@ -13,7 +13,7 @@ from ..runtime.timing import Timing
 from .scheduler_link import SchedulerLink
 
 
-class NodeOperator:
+class FrontOperator:
     """The `Operator` of one node."""
 
     def __init__(self, link: SchedulerLink, url: str, timing: Timing) -> None:

@@ -29,7 +29,7 @@ from ..runtime.timing import Timing
 from .scheduler_link import SchedulerLink
 
 
-class NodeWeights:
+class FrontWeights:
     """The weights of the one node behind this front, for `WeightCalls`."""
 
     def __init__(self, link: SchedulerLink, url: str, lookup: EntryLookup, timing: Timing) -> None:

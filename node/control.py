@@ -40,7 +40,7 @@ from ..messages.weights import (
 )
 from ..weights.images import WeightImage, WeightImages
 from ..weights.outbox import WeightOutbox
-from ..weights.updater import Answer, C, Prepared, WeightUpdater
+from ..weights.updater import AddressedReply, C, Prepared, WeightUpdater
 from .memory_occupation import MEMORY_JOB, Announced, Done, MemoryOccupation
 from .operations import NodeOperations, OperationReply, ToNodeOperations
 from .status import NodeStatus
@@ -222,6 +222,6 @@ class NodeControl(Generic[C]):
             result.replies.append((operated.link, operated.reply))
 
     @staticmethod
-    def _answer(answer: Answer | None, result: ControlResult[C]) -> None:
+    def _answer(answer: AddressedReply | None, result: ControlResult[C]) -> None:
         if answer is not None:
             result.replies.append((answer.link, answer.reply))

@@ -43,8 +43,8 @@ from .staged import StagedFile
 from .update_groups import UpdateGroups
 
 
-class Checkpoint(Protocol):
-    """Loaded weights that could be served."""
+class LoadedWeights(Protocol):
+    """What an update has made ready to be served."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -52,8 +52,8 @@ class Checkpoint(Protocol):
 
 _log = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
-C = TypeVar("C", bound=Checkpoint)
-C_co = TypeVar("C_co", bound=Checkpoint, covariant=True)
+C = TypeVar("C", bound=LoadedWeights)
+C_co = TypeVar("C_co", bound=LoadedWeights, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ Reply: TypeAlias = CallReply | WeightsReply | WeightChecksReply
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AddressedReply:
     """A reply, and the link of the caller that waits for it."""
 
     link: bytes
@@ -197,7 +197,7 @@ class WeightUpdater(Generic[C]):
 
     # ---- an update ----------------------------------------------------------------------------------
 
-    def stage(self, link: bytes, message: StageWeights) -> Answer:
+    def stage(self, link: bytes, message: StageWeights) -> AddressedReply:
         """Keep a part of an update. Another update's first part takes the place of what was staged."""
         if self._loading is not None:
             return _no(link, message, f"update {self._loading.update_id} is being prepared")
@@ -214,7 +214,7 @@ class WeightUpdater(Generic[C]):
         staged.file.append(message.data)
         return _yes(link, message)
 
-    def prepare(self, link: bytes, message: PrepareWeights) -> Answer | None:
+    def prepare(self, link: bytes, message: PrepareWeights) -> AddressedReply | None:
         """Start loading; the answer comes from `finish`, or now when it cannot begin."""
         if self._loading is not None:
             return _no(link, message, f"update {self._loading.update_id} is being prepared")
@@ -267,7 +267,9 @@ class WeightUpdater(Generic[C]):
         if waiting is not None and waiting.prepared.update_id == message.update_id:
             waiting.lease_until = now + message.lease_s
 
-    def commit(self, link: bytes, message: CommitWeights, *, idle: bool) -> tuple[Answer, Prepared[C] | None]:
+    def commit(
+        self, link: bytes, message: CommitWeights, *, idle: bool
+    ) -> tuple[AddressedReply, Prepared[C] | None]:
         """The answer, and for a yes what to swap in. A busy node says no, and swaps once it is idle."""
         if message.update_id == self._served_update:
             return _yes(link, message, self._weight_version()), None
@@ -275,7 +277,7 @@ class WeightUpdater(Generic[C]):
         if waiting is None or waiting.prepared.update_id != message.update_id:
             why = f"update {message.update_id} is not prepared here"
             reply = CallReply(call_id=message.call_id, success=False, message=why, code="not_prepared")
-            return Answer(link, reply), None
+            return AddressedReply(link, reply), None
         waiting.is_committed = True
         if not idle:
             return _no(link, message, "the node is not idle"), None
@@ -310,7 +312,7 @@ class WeightUpdater(Generic[C]):
         """When `poll` has something to do by time alone."""
         return None if self._waiting is None or self._waiting.is_committed else self._waiting.lease_until
 
-    def discard(self, link: bytes, message: DiscardWeights) -> Answer:
+    def discard(self, link: bytes, message: DiscardWeights) -> AddressedReply:
         for job in self._jobs:
             if isinstance(job.message, PrepareWeights) and job.message.update_id == message.update_id:
                 job.is_discarded = True  # it cannot be stopped; what it loads is dropped
@@ -361,7 +363,7 @@ class WeightUpdater(Generic[C]):
 
     # ---- jobs ---------------------------------------------------------------------------------------
 
-    def finish(self, value: Any, error: PdserveError | None) -> Answer | None:  # noqa: ANN401
+    def finish(self, value: Any, error: PdserveError | None) -> AddressedReply | None:  # noqa: ANN401
         """The oldest job is done: it returned `value`, or raised `error`. None: another one follows it."""
         if not self._jobs:
             raise BrokenInvariantError("a job is done that nobody asked for")
@@ -377,11 +379,11 @@ class WeightUpdater(Generic[C]):
                 return _yes(job.link, job.message)
             case CheckWeights(call_id=call_id):
                 if error is not None:
-                    return Answer(
+                    return AddressedReply(
                         job.link, WeightChecksReply(call_id=call_id, success=False, message=str(error))
                     )
                 sums: Sums = value
-                return Answer(
+                return AddressedReply(
                     job.link,
                     WeightChecksReply(
                         call_id=call_id,
@@ -393,9 +395,11 @@ class WeightUpdater(Generic[C]):
                 )
             case GetWeights(call_id=call_id):
                 if error is not None:
-                    return Answer(job.link, WeightsReply(call_id=call_id, success=False, message=str(error)))
+                    return AddressedReply(
+                        job.link, WeightsReply(call_id=call_id, success=False, message=str(error))
+                    )
                 head: TensorHead = value
-                return Answer(
+                return AddressedReply(
                     job.link,
                     WeightsReply(
                         call_id=call_id,
@@ -408,7 +412,7 @@ class WeightUpdater(Generic[C]):
             case _:
                 assert_never(job.message)
 
-    def _received(self, job: _Job, message: PrepareWeights, file: StagedFile) -> Answer | None:
+    def _received(self, job: _Job, message: PrepareWeights, file: StagedFile) -> AddressedReply | None:
         if job.is_discarded:
             file.close()
             return _no(job.link, message, f"update {message.update_id} was discarded")
@@ -421,7 +425,7 @@ class WeightUpdater(Generic[C]):
 
     def _loaded(
         self, job: _Job, message: PrepareWeights, checkpoint: C, error: PdserveError | None
-    ) -> Answer:
+    ) -> AddressedReply:
         if self._staged is not None and self._staged.update_id == message.update_id:
             self._drop_staged()
         if error is not None:
@@ -483,9 +487,9 @@ def _told(source: WeightSource) -> str:
             assert_never(source)
 
 
-def _yes(link: bytes, message: _Call, text: str = "") -> Answer:
-    return Answer(link, CallReply(call_id=message.call_id, success=True, message=text))
+def _yes(link: bytes, message: _Call, text: str = "") -> AddressedReply:
+    return AddressedReply(link, CallReply(call_id=message.call_id, success=True, message=text))
 
 
-def _no(link: bytes, message: _Call, why: str) -> Answer:
-    return Answer(link, CallReply(call_id=message.call_id, success=False, message=why))
+def _no(link: bytes, message: _Call, why: str) -> AddressedReply:
+    return AddressedReply(link, CallReply(call_id=message.call_id, success=False, message=why))

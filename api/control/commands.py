@@ -1,7 +1,7 @@
 """Control calls as rows of a table: under which routes each stands, what it takes, who may, what is done.
 
 A command changes something and reports whether that was done. A router and a node's front mount the same
-rows, over what does them: on all nodes, or on the one. What only asks is an `Operation` of its own.
+rows, over what does them: on all nodes, or on the one. What only asks is a `Route` of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..generation import AdminReply
 from ..http.answers import Outcome, json_response
 from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules
-from ..http.mounting import POST, Operation, Who
+from ..http.mounting import POST, Route, Who
 from ..http.openapi import reports
 
 B = TypeVar("B")
@@ -28,7 +28,7 @@ EITHER = ("GET", "POST")
 _NO_RULES = FieldRules()
 
 
-class Report(Protocol):
+class CommandReply(Protocol):
     """The answer's body: a struct or dataclass."""
 
     @property
@@ -60,31 +60,29 @@ NOTHING: Takes[None] = Takes(_read_nothing)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command(Generic[B]):
-    """`does` raises RequestError for what cannot be meant. `failure_status`: of a report of no success."""
+    """`does` raises RequestError for what cannot be meant. `failure_status`: of a reply without success."""
 
     name: str
     paths: tuple[str, ...]
     takes: Takes[B]
-    does: Callable[[B], Awaitable[Report]]
+    does: Callable[[B], Awaitable[CommandReply]]
     who: Who = "admin"
     methods: tuple[str, ...] = POST
     answer: type[msgspec.Struct] = Outcome
     failure_status: int = 400
     about: str = ""
 
-    def mounted(self, limits: BodyLimits) -> Operation:
+    def route(self, limits: BodyLimits) -> Route:
         async def handle(http: Request) -> Response:
-            report = await self.does(await self.takes.read(http, limits))
-            return json_response(report, 200 if report.success else self.failure_status)
+            reply = await self.does(await self.takes.read(http, limits))
+            return json_response(reply, 200 if reply.success else self.failure_status)
 
         bodies = reports(self.takes.body, self.answer)
-        return Operation(
-            self.methods, self.paths, handle, bodies, who=self.who, name=self.name, about=self.about
-        )
+        return Route(self.methods, self.paths, handle, bodies, who=self.who, name=self.name, about=self.about)
 
 
-def mounted(commands: Sequence[Command[Any]], limits: BodyLimits) -> list[Operation]:
-    return [command.mounted(limits) for command in commands]
+def routes_of(commands: Sequence[Command[Any]], limits: BodyLimits) -> list[Route]:
+    return [command.route(limits) for command in commands]
 
 
 def merged(replies: Sequence[AdminReply]) -> AdminReply:

@@ -32,7 +32,7 @@ from ..generation import AdminReply
 from ..http.answers import json_response
 from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules, Unsupported
-from ..http.mounting import GET, Operation
+from ..http.mounting import GET, Route
 from ..refusals import bad_value
 from ..text.request_log import LEVELS, RequestLog
 from .commands import EITHER, NOTHING, Command, Takes, takes
@@ -193,11 +193,11 @@ def operator_commands(operator: Operator, request_log: RequestLog | None = None)
     ]
 
 
-def get_internal_state(operator: Operator) -> Operation:
+def get_internal_state(operator: Operator) -> Route:
     async def handle(_: Request) -> Response:
         return json_response(await operator.internal_state())
 
-    return Operation(GET, ("/get_internal_state",), handle, name="get_internal_state")
+    return Route(GET, ("/get_internal_state",), handle, name="get_internal_state")
 
 
 async def _wanted_settings(http: Request, limits: BodyLimits) -> SetInternalState:

@@ -14,7 +14,7 @@ from ..generation import AdminReply, Sessions
 from ..http.answers import json_response
 from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules, Unsupported
-from ..http.mounting import POST, Operation
+from ..http.mounting import POST, Route
 from ..http.openapi import Bodies
 from ..refusals import bad_value
 from .commands import Command, takes
@@ -33,7 +33,7 @@ class CloseSessionRequest(msgspec.Struct, kw_only=True):
     session_id: Name
 
 
-def open_session(sessions: Sessions, limits: BodyLimits) -> Operation:
+def open_session(sessions: Sessions, limits: BodyLimits) -> Route:
     """Answers with the id, a JSON string, as SGLang does."""
 
     async def handle(http: Request) -> Response:
@@ -51,7 +51,7 @@ def open_session(sessions: Sessions, limits: BodyLimits) -> Operation:
             sessions.open_session(asked.session_id, asked.capacity_of_str_len, asked.timeout)
         )
 
-    return Operation(
+    return Route(
         POST,
         ("/open_session",),
         handle,

@@ -28,7 +28,7 @@ from ..generation import AdminReply, GroupReply, UpdateMode
 from ..http.answers import Outcome, json_response, outcome
 from ..http.bodies import BodyLimits, parse_request, read_object
 from ..http.fields import FieldRules
-from ..http.mounting import GET, Operation
+from ..http.mounting import GET, Route
 from ..http.openapi import Bodies
 from ..refusals import bad_value, node_url
 from .commands import EITHER, Command, Takes, takes
@@ -371,13 +371,13 @@ def weight_commands(calls: WeightCalls, *, allows_pickles: bool = False) -> list
     ]
 
 
-def weight_questions(calls: WeightCalls, limits: BodyLimits) -> list[Operation]:
+def weight_questions(calls: WeightCalls, limits: BodyLimits) -> list[Route]:
     async def by_name(http: Request) -> Response:
         return await calls.by_name(await _named(http, limits))
 
     return [
-        Operation(GET, ("/is_sleeping",), calls.is_sleeping),
-        Operation(
+        Route(GET, ("/is_sleeping",), calls.is_sleeping),
+        Route(
             EITHER,
             ("/get_weights_by_name",),
             by_name,

@@ -30,7 +30,7 @@ Who: TypeAlias = Literal["client", "admin", "member"]
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class Route:
     """One handler under one or more paths."""
 
     methods: tuple[str, ...]
@@ -55,7 +55,7 @@ class Operation:
 
 
 def make_app(
-    operations: Sequence[Operation],
+    routes: Sequence[Route],
     *,
     keys: AccessKeys,
     is_loopback: bool,
@@ -68,12 +68,12 @@ def make_app(
 ) -> FastAPI:
     """`is_loopback`: only this host can reach it, so the admin routes need no key of their own.
 
-    `membership`: who may use membership operations; None: whoever may use the others.
+    `membership`: who may use membership routes; None: whoever may use the others.
 
     `answers`: where each is counted, those of this app's middleware too. `is_draining`: whether each is the
     last one of its connection.
 
-    `admit`: asked before a request that generates is read, see `Door`; None where no operation does.
+    `admit`: asked before a request that generates is read, see `Door`; None where no route does.
 
     `root_path`: where a proxy in front shows it, such as ``/llm``. `allowed_origins`: web pages of these
     origins may ask, ``*`` for any (https://fetch.spec.whatwg.org/#http-cors-protocol).
@@ -86,35 +86,35 @@ def make_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # ours are told by the services
     )
     guarded: list[tuple[str, str]] = []
-    for operation in operations:
-        handler = operation.handler
-        if operation.who == "member" and membership is not None:
+    for route in routes:
+        handler = route.handler
+        if route.who == "member" and membership is not None:
             handler = membership.guard(handler)
-            guarded += itertools.product(operation.methods, operation.paths)
-        for path in operation.paths:
-            for method in operation.methods:
+            guarded += itertools.product(route.methods, route.paths)
+        for path in route.paths:
+            for method in route.methods:
                 app.add_api_route(
                     path,
                     handler,
                     methods=[method],
                     response_model=None,
-                    responses=operation.bodies.responses(),
-                    openapi_extra=operation.bodies.takes(path),
+                    responses=route.bodies.responses(),
+                    openapi_extra=route.bodies.takes(path),
                     include_in_schema=method != "HEAD",
-                    tags=operation.tags,
-                    name=operation.name or None,
-                    description=operation.about or None,
+                    tags=route.tags,
+                    name=route.name or None,
+                    description=route.about or None,
                 )
-    install_schemas(app, [operation.bodies for operation in operations])
+    install_schemas(app, [route.bodies for route in routes])
     install_error_handlers(app)
     app.add_middleware(
         Door,
         keys=keys,
         is_loopback=is_loopback,
-        admin_paths=_paths(operation for operation in operations if operation.who == "admin"),
+        admin_paths=_paths(route for route in routes if route.who == "admin"),
         guarded=guarded,
         admit=admit,
-        generating_paths=_paths(operation for operation in operations if operation.generates),
+        generating_paths=_paths(route for route in routes if route.generates),
     )
     if allowed_origins:  # outside the door: a browser's preflight shows no key, and reads refusals too
         app.add_middleware(
@@ -124,10 +124,10 @@ def make_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    answers.know(_paths(operations))
+    answers.know(_paths(routes))
     app.add_middleware(Gateway, answers=answers, root_path=root_path, is_draining=is_draining)
     return app
 
 
-def _paths(operations: Iterable[Operation]) -> list[str]:
-    return [path for operation in operations for path in operation.paths]
+def _paths(routes: Iterable[Route]) -> list[str]:
+    return [path for route in routes for path in route.paths]

@@ -21,7 +21,7 @@ _PATH_PARAMETER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Bodies:
-    """What an operation takes and gives as JSON; None where it is free-form or nothing.
+    """What a route takes and gives as JSON; None where it is free-form or nothing.
 
     `refusal`: what a call that could not be done may answer in place of an ErrorBody. `batches`: a list of
     requests' inputs gives a list of answers.
@@ -39,7 +39,7 @@ class Bodies:
         return [body for body in (self.request, self.answer, self.refusal) if body is not None]
 
     def takes(self, path: str) -> dict[str, Any]:
-        """What an operation under `path` is given, as OpenAPI says it: the path's parameters and the body."""
+        """What a route under `path` is given, as OpenAPI says it: the path's parameters and the body."""
         given: dict[str, Any] = {}
         if names := _PATH_PARAMETER.findall(path):
             given["parameters"] = [
@@ -80,9 +80,9 @@ def _schema(*bodies: type[msgspec.Struct], as_list_too: bool = False) -> dict[st
     return {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}
 
 
-def install_schemas(app: FastAPI, operations: Sequence[Bodies]) -> None:
+def install_schemas(app: FastAPI, bodies: Sequence[Bodies]) -> None:
     """Make the page that FastAPI derives from the routes hold our types."""
-    types = dict.fromkeys([ErrorBody, *(body for bodies in operations for body in bodies.types)])
+    types = dict.fromkeys([ErrorBody, *(body for each in bodies for body in each.types)])
     _, components = msgspec.json.schema_components(types, ref_template=_REF)
     derive = app.openapi
 

@@ -20,7 +20,7 @@ from .native_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, T
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenRoutes:
+class TokenCalls:
     card: ModelCard
     tokenizer: Tokenizer
     limits: BodyLimits

@@ -29,12 +29,13 @@ from pdserve.api.text.request_log import RequestLog
 from pdserve.api.text.sampling import GenerationDefaults
 from pdserve.api.text.timelines import Timelines
 from pdserve.api.text.tokenization import Tokenizer
-from pdserve.front.control import NodeControl
-from pdserve.front.operator import NodeOperator
+from pdserve.front.app import build_node_app
+from pdserve.front.control import FrontControl
+from pdserve.front.facts import NodeFacts
+from pdserve.front.operator import FrontOperator
 from pdserve.front.registrar import Registrar
-from pdserve.front.routes import NodeRoutes, build_node_app
 from pdserve.front.scheduler_link import SchedulerLink
-from pdserve.front.weights import NodeWeights
+from pdserve.front.weights import FrontWeights
 from pdserve.links.entry_lookup import NoNodeError
 from pdserve.messages.node import (
     ClientToNode,
@@ -340,10 +341,10 @@ async def test_a_node_answers_whatever_a_field_holds(scheduler: Scheduler) -> No
     link = SchedulerLink(context, scheduler.address, None, UNSCALED)
     registrar = Registrar(url, [], NO_KEYS, UNSCALED)
     app = build_node_app(
-        NodeRoutes(link, registrar, url, ""),
-        NodeControl(link),
-        NodeOperator(link, url, UNSCALED),
-        NodeWeights(link, url, lookup, UNSCALED),
+        NodeFacts(link, registrar, url, ""),
+        FrontControl(link),
+        FrontOperator(link, url, UNSCALED),
+        FrontWeights(link, url, lookup, UNSCALED),
         limits=BodyLimits(),
         keys=NO_KEYS,
         is_loopback=True,

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from pdserve.bench.records import CountSource, Outcome, RequestRecord, TokenChunk
+from pdserve.bench.records import CountSource, MeasuredRequest, Outcome, TokenChunk
 
 
 class Fault(StrEnum):
@@ -195,7 +195,7 @@ async def second_server() -> AsyncIterator[FakeServer]:
 
 
 @pytest.fixture
-def make_record() -> Callable[..., RequestRecord]:
+def make_record() -> Callable[..., MeasuredRequest]:
     """A good record; `arrivals` are (seconds after sending, tokens) of each chunk."""
 
     def make(
@@ -205,7 +205,7 @@ def make_record() -> Callable[..., RequestRecord]:
         released_s: float | None = None,
         sent_s: float | None = None,
         **changes: Any,  # noqa: ANN401
-    ) -> RequestRecord:
+    ) -> MeasuredRequest:
         released_s = due_s if released_s is None else released_s
         sent_s = released_s if sent_s is None else sent_s
         chunks = tuple(TokenChunk(sent_s + after_s, num) for after_s, num in arrivals)
@@ -226,6 +226,6 @@ def make_record() -> Callable[..., RequestRecord]:
             "text": "",
             "spans": (),
         }
-        return RequestRecord(**fields | changes)
+        return MeasuredRequest(**fields | changes)
 
     return make

@@ -9,7 +9,7 @@ import pytest
 from pdserve.bench.client import BodyOptions, Client, Endpoint, prepare
 from pdserve.bench.datasets import Sample
 from pdserve.bench.load import Release
-from pdserve.bench.records import CountSource, Outcome, RequestRecord
+from pdserve.bench.records import CountSource, MeasuredRequest, Outcome
 from pdserve.runtime.errors import StartupError
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def body_options(**changes: object) -> BodyOptions:
     return BodyOptions(**fields | changes)  # type: ignore[arg-type]
 
 
-async def send(url: str, sample: Sample = SAMPLE, timeout_s: float = 5.0, **changes: object) -> RequestRecord:
+async def send(
+    url: str, sample: Sample = SAMPLE, timeout_s: float = 5.0, **changes: object
+) -> MeasuredRequest:
     options = body_options(**changes)
     with Client(url, options.endpoint, timeout_s, "secret") as client:
         return await client.send(prepare(sample, options), Release(3, 1.0, 2.0))

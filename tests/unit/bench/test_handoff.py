@@ -123,7 +123,7 @@ def test_a_row_says_what_two_nodes_add_and_what_the_engine_did_not_take() -> Non
         )
         for noise in (0, 1, 2, 3, 4)
     ]
-    row = handoff.summarize(handoff.Setting(name="1k"), pairs)
+    row = handoff.summarize(handoff.Case(name="1k"), pairs)
     assert (row.first, row.first_colocated, row.second) == pytest.approx((106, 102, 142))
     assert (row.wire, row.wire_mib, row.last_wire, row.step) == pytest.approx((10, 1, 10, 20))
     assert row.second_bar == pytest.approx(35)
@@ -162,12 +162,12 @@ def test_a_bar_is_told_by_the_whole_interval(bar: float, verdict: str) -> None:
 
 
 def test_rows_change_one_factor_and_neighbours_share_their_clusters() -> None:
-    base = handoff.Setting(name="1k")
-    for setting in handoff.SETTINGS:
+    base = handoff.Case(name="1k")
+    for case in handoff.CASES:
         fields = ("prompt_tokens", "page_size", "backend", "overlaps")
-        assert sum(getattr(setting, name) != getattr(base, name) for name in fields) <= 1
-    started = [(s.cluster_flags, s.transfer_flags) for s in handoff.SETTINGS]
+        assert sum(getattr(case, name) != getattr(base, name) for name in fields) <= 1
+    started = [(s.cluster_flags, s.transfer_flags) for s in handoff.CASES]
     assert len(list(groupby(started))) == len(set(started))
-    chosen = handoff.settings_of(parse(str(SHIPPED_MODEL), "--rows", "shm", "1k"))
-    assert [setting.name for setting in chosen] == ["1k", "shm"]
+    chosen = handoff.cases_of(parse(str(SHIPPED_MODEL), "--rows", "shm", "1k"))
+    assert [case.name for case in chosen] == ["1k", "shm"]
     assert chosen[1].transfer_flags == ("--transfer-backend", "shm")

@@ -18,10 +18,10 @@ from pdserve.bench.metrics import (
     stat_ms,
     summarize,
 )
-from pdserve.bench.records import CountSource, Outcome, RequestRecord, SpanTime
+from pdserve.bench.records import CountSource, MeasuredRequest, Outcome, SpanTime
 from pdserve.runtime.errors import StartupError
 
-MakeRecord = Callable[..., RequestRecord]
+MakeRecord = Callable[..., MeasuredRequest]
 
 
 def options(**changes: object) -> SummaryOptions:

@@ -18,7 +18,7 @@ from pdserve.bench.client import Client, Endpoint
 from pdserve.bench.load import LoadRun
 from pdserve.bench.metrics import SummaryOptions
 from pdserve.bench.options import Target, add_arguments, parse_options
-from pdserve.bench.records import RequestRecord
+from pdserve.bench.records import MeasuredRequest
 from pdserve.runtime.errors import StartupError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ async def test_the_time_to_a_refusal_is_told(
     assert "Refused requests:                        6         " in capsys.readouterr().out.splitlines()
 
 
-async def test_rounds_are_pooled_but_their_peaks_are_not(make_record: Callable[..., RequestRecord]) -> None:
+async def test_rounds_are_pooled_but_their_peaks_are_not(make_record: Callable[..., MeasuredRequest]) -> None:
     rounds = [
         LoadRun([make_record([(0.1, 1), (0.2, 1)], due_s=start_s, index=number)], 0.5, [0.001])
         for number, start_s in enumerate((10.0, 10.4, 10.7))

@@ -39,7 +39,7 @@ from pdserve.weights.gpu import GpuWeights
 from pdserve.weights.staged import StagedFile
 from pdserve.weights.update_groups import UpdateGroups
 from pdserve.weights.updater import (
-    Answer,
+    AddressedReply,
     LoadFolder,
     LoadOrder,
     LoadServed,
@@ -154,7 +154,7 @@ class Bench:
         self.jobs.append((name, run))
         self.store.told.append("own job")
 
-    def prepare(self, update_id: str, call_id: int = 1, link: bytes = b"router") -> Answer | None:
+    def prepare(self, update_id: str, call_id: int = 1, link: bytes = b"router") -> AddressedReply | None:
         source, version = FromDisk(model_path=f"/models/{update_id}"), f"version of {update_id}"
         return self.updater.prepare(
             link, PrepareWeights(call_id=call_id, update_id=update_id, source=source, weight_version=version)
@@ -166,18 +166,18 @@ class Bench:
         assert isinstance(reply, CallReply)
         return reply
 
-    def prepare_tensors(self, update_id: str, num_bytes: int) -> Answer | None:
+    def prepare_tensors(self, update_id: str, num_bytes: int) -> AddressedReply | None:
         source = FromTensors(num_bytes=num_bytes)
         return self.updater.prepare(
             b"router", PrepareWeights(call_id=5, update_id=update_id, source=source, weight_version="v")
         )
 
-    def finish_loading(self) -> Answer:
+    def finish_loading(self) -> AddressedReply:
         answer = self.run_job()
         assert answer is not None
         return answer
 
-    def run_job(self) -> Answer | None:
+    def run_job(self) -> AddressedReply | None:
         _, run = self.jobs.pop(0)
         try:
             value = run()
@@ -185,7 +185,7 @@ class Bench:
             return self.updater.finish(None, error)
         return self.updater.finish(value, None)
 
-    def fail_loading(self, error: StartupError) -> Answer:
+    def fail_loading(self, error: StartupError) -> AddressedReply:
         self.jobs.pop(0)
         answer = self.updater.finish(None, error)
         assert answer is not None
@@ -214,7 +214,7 @@ def bench() -> Bench:
 def test_prepare_loads_off_the_loop_and_answers_when_it_is_done(bench: Bench) -> None:
     assert bench.prepare("u1", call_id=7) is None
     assert [name for name, _ in bench.jobs] == ["load weights"]
-    expected = Answer(b"router", CallReply(call_id=7, success=True, message="digest of /models/u1"))
+    expected = AddressedReply(b"router", CallReply(call_id=7, success=True, message="digest of /models/u1"))
     assert bench.finish_loading() == expected
     assert not bench.jobs
 
@@ -246,7 +246,7 @@ def test_a_checkpoint_that_cannot_serve_is_refused_with_the_reason(bench: Bench)
     bench.prepare("u1", call_id=7)
     answer = bench.fail_loading(StartupError("its vocab_size is 5, not 4"))
     expected = CallReply(call_id=7, success=False, message="its vocab_size is 5, not 4")
-    assert answer == Answer(b"router", expected)
+    assert answer == AddressedReply(b"router", expected)
     assert not bench.jobs
     assert not bench.commit("u1")[0].success
 
@@ -255,7 +255,7 @@ def test_one_update_loads_at_a_time(bench: Bench) -> None:
     bench.prepare("u1")
     answer = bench.prepare("u2", call_id=8, link=b"other")
     refusal = CallReply(call_id=8, success=False, message="update u1 is being prepared")
-    assert answer == Answer(b"other", refusal)
+    assert answer == AddressedReply(b"other", refusal)
     assert len(bench.jobs) == 1
     assert bench.finish_loading().link == b"router"
     assert bench.commit("u1")[0].success
@@ -381,7 +381,7 @@ def test_what_is_decided_gives_way_to_no_other_update(bench: Bench) -> None:
     bench.finish_loading()
     bench.commit("u2", idle=False)
     refused = bench.prepare("u3")
-    assert refused == Answer(
+    assert refused == AddressedReply(
         b"router", CallReply(call_id=1, success=False, message="update u2 is decided and comes first")
     )
     swap = bench.updater.poll(1e6, idle=True)
@@ -472,7 +472,7 @@ def from_group(*, is_one_bucket: bool = False) -> PrepareWeights:
 def test_what_is_received_is_then_loaded_as_a_file(bench: Bench, is_one_bucket: bool) -> None:
     bench.store.reads_tensors = True
     bench.updater.join(b"trainer", join_message())
-    assert bench.finish_loading() == Answer(b"trainer", CallReply(call_id=6, success=True))
+    assert bench.finish_loading() == AddressedReply(b"trainer", CallReply(call_id=6, success=True))
     assert bench.updater.prepare(b"router", from_group(is_one_bucket=is_one_bucket)) is None
     assert bench.store.told == ["own job", "own job"], "further ranks begin when the tensors are here"
     assert bench.run_job() is None
@@ -491,14 +491,14 @@ def test_what_is_received_is_then_loaded_as_a_file(bench: Bench, is_one_bucket: 
 def test_what_lies_in_memory_of_a_gpu_is_copied_and_then_loaded_as_a_file(bench: Bench) -> None:
     bench.store.reads_tensors = True
 
-    def prepare(device_uuid: str) -> Answer | None:
+    def prepare(device_uuid: str) -> AddressedReply | None:
         tensors = (TensorSpec("a", "uint8", (2, 2)), TensorSpec("b", "bfloat16", (1,)))
         source = FromGpuMemory(device_uuid=device_uuid, handle=b"h" * 64, offset=7, tensors=tensors)
         message = PrepareWeights(call_id=6, update_id=device_uuid, source=source, weight_version="v")
         return bench.updater.prepare(b"router", message)
 
     assert prepare("nowhere") is None
-    assert bench.run_job() == Answer(
+    assert bench.run_job() == AddressedReply(
         b"router",
         CallReply(call_id=6, success=False, message="this node does not see the GPU nowhere, but none"),
     )
@@ -568,7 +568,7 @@ def test_a_check_is_of_the_weights_that_served_when_it_was_asked_for(bench: Benc
     bench.store.served = "new"
     bench.finish_loading()
     answer = bench.finish_loading()
-    assert answer == Answer(
+    assert answer == AddressedReply(
         b"asker",
         WeightChecksReply(
             call_id=9, success=True, weight_version="version of old", tensors={"t": "old"}, whole="all of old"
@@ -581,15 +581,15 @@ def test_questions_are_answered_in_turn_and_failures_are_answers(bench: Bench) -
     bench.updater.check(b"asker", CheckWeights(call_id=10))
     answer = bench.finish_loading()
     expected = WeightsReply(call_id=9, success=True, dtype="float32", shape=(9,), values=[1.0, 1.0])
-    assert answer == Answer(b"asker", expected)
+    assert answer == AddressedReply(b"asker", expected)
     failed = bench.fail_loading(StartupError("why"))
-    assert failed == Answer(b"asker", WeightChecksReply(call_id=10, success=False, message="why"))
+    assert failed == AddressedReply(b"asker", WeightChecksReply(call_id=10, success=False, message="why"))
     bench.updater.get(b"asker", GetWeights(call_id=11, name="t", truncate_size=2))
     assert bench.updater.prepare(b"router", prepare_message()) is None, (
         "a question does not keep an update out"
     )
     failed = bench.fail_loading(StartupError("no tensor"))
-    assert failed == Answer(b"asker", WeightsReply(call_id=11, success=False, message="no tensor"))
+    assert failed == AddressedReply(b"asker", WeightsReply(call_id=11, success=False, message="no tensor"))
     assert succeeds(bench.finish_loading())
 
 
@@ -597,11 +597,11 @@ def prepare_message() -> PrepareWeights:
     return PrepareWeights(call_id=1, update_id="u", source=FromDisk(model_path="/m"), weight_version="v")
 
 
-def succeeds(answer: Answer) -> bool:
+def succeeds(answer: AddressedReply) -> bool:
     return answer.reply.success
 
 
-def reason(answer: Answer) -> str:
+def reason(answer: AddressedReply) -> str:
     assert not answer.reply.success
     return answer.reply.message
 
@@ -626,7 +626,7 @@ def test_saving_is_a_job_whose_end_is_answered(bench: Bench) -> None:
 def test_what_is_prepared_already_is_not_loaded_again(bench: Bench) -> None:
     bench.prepare("u1")
     bench.finish_loading()
-    assert bench.prepare("u1", call_id=9) == Answer(
+    assert bench.prepare("u1", call_id=9) == AddressedReply(
         b"router", CallReply(call_id=9, success=True, message="digest of /models/u1")
     )
     assert not bench.jobs
@@ -638,7 +638,7 @@ def test_what_serves_already_is_not_loaded_again(bench: Bench) -> None:
     bench.prepare("u1")
     bench.finish_loading()
     assert bench.commit("u1")[1] is not None
-    assert bench.prepare("u1", call_id=9) == Answer(
+    assert bench.prepare("u1", call_id=9) == AddressedReply(
         b"router", CallReply(call_id=9, success=True, message="digest of /models/u1")
     )
     assert not bench.jobs
@@ -653,25 +653,25 @@ def test_a_node_that_rejoins_serves_under_the_fingerprint_of_its_peer(bench: Ben
     assert bench.updater.prepare(b"router", message) is None
     assert bench.run_job() is None
     answer = bench.run_job()
-    assert answer == Answer(b"router", CallReply(call_id=6, success=True, message="the peer's"))
+    assert answer == AddressedReply(b"router", CallReply(call_id=6, success=True, message="the peer's"))
 
 
 def test_what_a_peer_serves_is_received_and_then_loaded(bench: Bench) -> None:
     bench.store.reads_tensors = True
 
-    def prepare(update_id: str, address: str) -> Answer | None:
+    def prepare(update_id: str, address: str) -> AddressedReply | None:
         source = FromPeer(zmq_address=address)
         message = PrepareWeights(call_id=6, update_id=update_id, source=source, weight_version="v")
         return bench.updater.prepare(b"router", message)
 
     assert prepare("u1", "tcp://nobody:1") is None
-    assert bench.run_job() == Answer(
+    assert bench.run_job() == AddressedReply(
         b"router", CallReply(call_id=6, success=False, message="the connection is lost")
     )
     assert prepare("u2", "tcp://peer:1") is None
     assert bench.run_job() is None
     assert [name for name, _ in bench.jobs] == ["load weights"]
-    assert bench.run_job() == Answer(
+    assert bench.run_job() == AddressedReply(
         b"router", CallReply(call_id=6, success=True, message="digest of /received")
     )
     assert bench.store.read["t"].tolist() == [1.0, 1.0, 1.0]

@@ -40,7 +40,7 @@ async def test_a_command_is_given_what_it_takes_and_reports(
     command = Command(
         name="grow", paths=("/grow",), takes=takes(Asked), does=grow, failure_status=failure_status
     )
-    answer = await command.mounted(BodyLimits()).handler(request(b'{"size": 3}'))
+    answer = await command.route(BodyLimits()).handler(request(b'{"size": 3}'))
     assert given == [3]
     assert answer.status_code == (200 if success else status)
     assert json.loads(bytes(answer.body)) == {"success": success, "message": "told"}
@@ -51,7 +51,7 @@ async def test_a_body_that_it_does_not_take_is_refused_before_anything_is_done()
         raise AssertionError
 
     handler = (
-        Command(name="grow", paths=("/grow",), takes=takes(Asked), does=grow).mounted(BodyLimits()).handler
+        Command(name="grow", paths=("/grow",), takes=takes(Asked), does=grow).route(BodyLimits()).handler
     )
     for body in (b"", b"[]", b'{"size": "x"}', b'{"unknown": 1}'):
         with pytest.raises(RequestError):
@@ -62,7 +62,7 @@ async def test_a_command_that_takes_nothing_reads_nothing() -> None:
     async def rest(_: None) -> AdminReply:
         return AdminReply(True)
 
-    handler = Command(name="rest", paths=("/rest",), takes=NOTHING, does=rest).mounted(BodyLimits()).handler
+    handler = Command(name="rest", paths=("/rest",), takes=NOTHING, does=rest).route(BodyLimits()).handler
     assert (await handler(request(b"no JSON"))).status_code == 200
 
 

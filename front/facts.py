@@ -1,4 +1,4 @@
-"""A node's own routes: what they answer comes from its scheduler."""
+"""What a node tells of itself by HTTP: what it knows comes from its scheduler."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import time
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..api.control.cluster import control_commands
-from ..api.control.commands import mounted
 from ..api.control.facts import (
     METRICS_MEDIA_TYPE,
-    ModelEntry,
-    ModelList,
     load_body,
     model_answer,
     model_info,
@@ -24,34 +19,24 @@ from ..api.control.facts import (
     request_not_found,
     wanted_request,
 )
-from ..api.control.operations import get_internal_state, operator_commands
-from ..api.control.sessions import close_session
-from ..api.control.weights import WeightCalls, weight_commands, weight_questions
 from ..api.generation import ModelCard
 from ..api.http.answer_counts import HttpAnswers
 from ..api.http.answers import json_response
-from ..api.http.bodies import BodyLimits
-from ..api.http.mounting import GET, Operation, make_app
-from ..api.http.openapi import Bodies
 from ..api.refusals import bad_value
 from ..links.entry_lookup import proof_info
 from ..messages.kv_layout import KVLayout
-from ..messages.node import ModelInfo, NodeEntry
+from ..messages.node import ModelInfo
 from ..runtime.cluster_proof import is_nonce
 from ..runtime.errors import RequestError
-from ..runtime.process import AccessKeys
 from ..runtime.version import VERSION
-from .control import NodeControl
-from .operator import NodeOperator
 from .registrar import Registrar
 from .scheduler_link import SchedulerLink
-from .weights import NodeWeights
 
 _STARTED_UNIX_S = int(time.time())
 
 
-class NodeRoutes:
-    """Handlers of a node's own routes. What they answer comes from the scheduler."""
+class NodeFacts:
+    """Handlers of the routes that only ask."""
 
     def __init__(self, link: SchedulerLink, registrar: Registrar, url: str, cluster_secret: str) -> None:
         self._link = link
@@ -188,41 +173,6 @@ def _card(model: ModelInfo) -> ModelCard:
         eos_token_ids=model.eos_token_ids,
         created=_STARTED_UNIX_S,
     )
-
-
-def build_node_app(
-    routes: NodeRoutes,
-    control: NodeControl,
-    operator: NodeOperator,
-    weights: NodeWeights,
-    *,
-    limits: BodyLimits,
-    keys: AccessKeys,
-    is_loopback: bool,
-) -> FastAPI:
-    calls = WeightCalls(weights, is_node=True)
-    operations = [
-        Operation(GET, ("/health", "/ping"), routes.health),
-        Operation(GET, ("/live", "/liveness"), routes.live),
-        Operation(GET, ("/ready", "/readiness"), routes.ready),
-        Operation(GET, ("/version",), routes.version_info),
-        Operation(GET, ("/node_entry",), routes.node_entry, Bodies(answer=NodeEntry)),
-        Operation(GET, ("/server_info", "/get_server_info"), routes.server_info),
-        Operation(GET, ("/model_info", "/get_model_info"), routes.model_info),
-        Operation(GET, ("/v1/models", "/v1/models/"), routes.models, Bodies(answer=ModelList)),
-        Operation(GET, ("/v1/models/{model_id:path}",), routes.model, Bodies(answer=ModelEntry)),
-        Operation(GET, ("/get_load",), routes.load),
-        Operation(GET, ("/v1/loads",), routes.loads),
-        Operation(GET, ("/metrics",), routes.metrics, Bodies(media_type="text/plain")),
-        Operation(GET, ("/requests/{request_id:path}",), routes.request_state),
-        *mounted(control_commands(control, lambda request_id: (request_id,)), limits),
-        *mounted([close_session(control.close_session)], limits),
-        *mounted(weight_commands(calls), limits),
-        *weight_questions(calls, limits),
-        get_internal_state(operator),
-        *mounted(operator_commands(operator), limits),
-    ]
-    return make_app(operations, keys=keys, is_loopback=is_loopback, answers=routes.answers)
 
 
 def _kv_layout(layout: KVLayout | None) -> dict[str, Any] | None:
