@@ -68,7 +68,8 @@ class PrefillRow:
         """
         if self.start == 0:
             return None
-        mask = torch.full((self.num_tokens, self.end), float("-inf"), dtype=self.dtype)
+        shape = (self.num_tokens, self.end)
+        mask = torch.full(shape, float("-inf"), dtype=self.dtype, device=self.pages.device)
         return mask.triu_(self.start + 1)
 
 
