@@ -51,12 +51,11 @@ from .runtime.process import (
     usable_cores,
 )
 from .runtime.supervisor import Child, Supervisor
-from .runtime.timing import UNSCALED
+from .runtime.timing import UNSCALED, Timing
 from .runtime.tls import TlsFiles, Trust
 from .runtime.version import VERSION
 
 _ANNOUNCEMENTS = 120
-_ANNOUNCEMENT_INTERVAL_S = 0.5
 _Config = TypeVar("_Config", bound=RouterConfig | NodeConfig)
 _log = logging.getLogger(__name__)
 _NODE_ROLES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
@@ -394,10 +393,12 @@ def _up(given: dict[str, Any]) -> int:
     with Supervisor(
         children,
         config.timing,
-        lambda incarnation: _announce_death(url, incarnation, keys, trust),
+        lambda incarnation: _announce_death(url, incarnation, keys, trust, config.timing),
         given.get("owner_pid"),
     ) as supervisor:
-        if not supervisor.wait_ready(lambda: _why_not_ready(url, trust), config.timing.cluster_start_s):
+        if not supervisor.wait_ready(
+            lambda: _why_not_ready(url, trust, config.timing), config.timing.cluster_start_s
+        ):
             return 0
         _say(f"pdserve is ready at {url}")
         supervisor.run()
@@ -469,7 +470,9 @@ def _keys(given: Mapping[str, Any]) -> AccessKeys:
     )
 
 
-def _announce_death(router_url: str, incarnation: str, keys: AccessKeys, trust: Trust) -> None:
+def _announce_death(
+    router_url: str, incarnation: str, keys: AccessKeys, trust: Trust, timing: Timing
+) -> None:
     """Tells the decode nodes, through the router, that no process of a node lives any more.
 
     Tried for a while: a decode node may not have noticed yet, and the router may itself be starting again.
@@ -483,18 +486,18 @@ def _announce_death(router_url: str, incarnation: str, keys: AccessKeys, trust: 
     def announce() -> None:
         for _ in range(_ANNOUNCEMENTS):
             try:
-                open_url(request, timeout_s=10.0, trust=trust).close()
+                open_url(request, timeout_s=timing.router_call_s, trust=trust).close()
                 return
             except OSError:  # URLError and HTTPError are OSErrors
-                time.sleep(_ANNOUNCEMENT_INTERVAL_S)
+                time.sleep(timing.obituary_retry_s)
 
     threading.Thread(target=announce, name="obituary", daemon=True).start()
 
 
-def _why_not_ready(router_url: str, trust: Trust) -> str:
+def _why_not_ready(router_url: str, trust: Trust, timing: Timing) -> str:
     """In the router's words; empty when it is."""
     try:
-        open_url(f"{router_url}/ready", timeout_s=2.0, trust=trust).close()
+        open_url(f"{router_url}/ready", timeout_s=timing.router_call_s, trust=trust).close()
     except urllib.error.HTTPError as error:
         with error:
             return str(json.load(error)["error"]["message"])

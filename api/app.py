@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from ..runtime.process import NO_KEYS, AccessKeys
+from ..runtime.timing import UNSCALED, Timing
 from ..runtime.version import VERSION
 from .control.cluster import control_commands, membership_commands
 from .control.commands import routes_of
@@ -77,6 +78,7 @@ def build_router_app(
     seed: int | None = None,
     allow_pickled_tensors: bool = False,
     limits: BodyLimits | None = None,
+    timing: Timing = UNSCALED,
 ) -> FastAPI:
     """The whole surface of a router.
 
@@ -116,6 +118,7 @@ def build_router_app(
         generator=generator,
         in_flight=in_flight,
         timelines=timelines,
+        timing=timing,
         version=VERSION,
     )
 
@@ -197,6 +200,6 @@ def build_router_app(
         is_loopback=is_loopback,
         root_path=root_path,
         allowed_origins=allowed_origins,
-        membership=None if is_open_cluster else MembershipGuard(keys),
+        membership=None if is_open_cluster else MembershipGuard(keys, timing),
         is_draining=lambda: in_flight.is_draining,
     )

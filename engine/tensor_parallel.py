@@ -24,7 +24,6 @@ from ..messages.kv_layout import heads_divide, kv_heads_of_rank
 from ..models.config import ModelConfig
 from ..runtime.errors import StartupError
 
-_JOIN_S = 120.0
 # No collective ends by a clock of its own: whether a rank hangs is for rank 0's loop to say.
 _FOREVER = timedelta(days=365)
 
@@ -116,11 +115,12 @@ class RankCollective:
     run, and an element's sum depends on no other row.
     """
 
-    def __init__(self, shard: Shard, rendezvous: Path) -> None:
-        """Blocks until every rank has joined. `rendezvous`: a file's path that all agree on, in a folder that
-        exists. Ranks meet on the loopback interface: they are processes of one host."""
+    def __init__(self, shard: Shard, rendezvous: Path, join_s: float) -> None:
+        """Blocks until every rank has joined; raises RuntimeError when one has not after `join_s`.
+        `rendezvous`: a file's path that all agree on, in a folder that exists. Ranks meet on the loopback
+        interface: they are processes of one host."""
         self.shard = shard
-        self._group = _gloo(shard, rendezvous)
+        self._group = _gloo(shard, rendezvous, join_s)
         self._options = AllgatherOptions()
         self._options.timeout = _FOREVER
 
@@ -153,11 +153,11 @@ class RankCollective:
         return parts
 
 
-def _gloo(shard: Shard, rendezvous: Path) -> _Group:
+def _gloo(shard: Shard, rendezvous: Path, join_s: float) -> _Group:
     gloo: Any = ProcessGroupGloo  # torch's own stubs leave out what is used here
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
-    options._timeout = timedelta(seconds=_JOIN_S)
+    options._timeout = timedelta(seconds=join_s)
     options._threads = 1  # one collective runs at a time
     group: _Group = gloo(FileStore(str(rendezvous), shard.size), shard.rank, shard.size, options)
     return group

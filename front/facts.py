@@ -75,7 +75,7 @@ class NodeFacts:
         nonce = http.query_params.get("nonce", "")
         if nonce and not is_nonce(nonce):
             raise bad_value("nonce", "`nonce` must be 16 to 256 letters, digits, `_`, `-` or `=`.")
-        pong = await self._link.client.ping()
+        pong = await self._link.ask()
         content = msgspec.json.encode(msgspec.structs.replace(pong.entry, url=self._url))
         answer = Response(content, media_type="application/json")
         if nonce and self._cluster_secret:
@@ -154,7 +154,7 @@ class NodeFacts:
         )
 
     async def _load(self) -> dict[str, Any]:
-        pong = await self._link.client.ping()
+        pong = await self._link.ask()
         return load_body(msgspec.structs.replace(pong.entry, url=self._url), pong.load)
 
 

@@ -54,12 +54,12 @@ async def serve_node_front(
     link = SchedulerLink(context, zmq_address, LinkKeys.of(keys.cluster_secret), timing)
     trust = Trust(tls)
     registrar = Registrar(url, router_urls, keys, timing, trust)
-    lookup = HttpEntryLookup(keys.cluster_secret, trust)
+    lookup = HttpEntryLookup(timing, keys.cluster_secret, trust)
     app = build_node_app(
         NodeFacts(link, registrar, url, keys.cluster_secret),
         FrontControl(link),
-        FrontOperator(link, url, timing),
-        FrontWeights(link, url, lookup, timing),
+        FrontOperator(link, url),
+        FrontWeights(link, url, lookup),
         limits=BodyLimits(),
         keys=keys,
         is_loopback=is_loopback(listener),

@@ -9,20 +9,18 @@ import msgspec
 from ..api.control.operations import ProfileOutcome
 from ..api.generation import AdminReply
 from ..messages.operation import ClusterOperation
-from ..runtime.timing import Timing
 from .scheduler_link import SchedulerLink
 
 
 class FrontOperator:
     """The `Operator` of one node."""
 
-    def __init__(self, link: SchedulerLink, url: str, timing: Timing) -> None:
+    def __init__(self, link: SchedulerLink, url: str) -> None:
         self._link = link
-        self._timing = timing
         self._url = url
 
     async def operate(self, operation: ClusterOperation) -> AdminReply:
-        reply = await self._link.client.operate(operation, self._timing.operation_s)
+        reply = await self._link.client.operate(operation)
         return AdminReply(reply.success, reply.message)
 
     async def internal_state(self) -> dict[str, Any]:
@@ -30,7 +28,7 @@ class FrontOperator:
         return state
 
     async def stop_profile(self) -> ProfileOutcome:
-        reply = await self._link.client.stop_profile(self._timing.profile_end_s)
+        reply = await self._link.client.stop_profile()
         return ProfileOutcome(
             success=reply.success,
             message=reply.message,

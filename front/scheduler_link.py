@@ -26,7 +26,7 @@ class SchedulerLink:
         self._timing = timing
         self._address = address
         self._keys = keys
-        self._client = NodeClient(context, address, keys=keys)
+        self._client = NodeClient(context, address, keys=keys, timing=timing)
         self._answered_at_s = float("-inf")
         self._lost_at_s: float | None = None
         self.pong: Pong | None = None
@@ -52,9 +52,9 @@ class SchedulerLink:
         """None when the scheduler does not answer; then the link is ready to try again."""
         if self._client.is_lost:
             await self._client.close()
-            self._client = NodeClient(self._context, self._address, keys=self._keys)
+            self._client = NodeClient(self._context, self._address, keys=self._keys, timing=self._timing)
         try:
-            self.pong = await self._client.ping(self._timing.front_ping_timeout_s)
+            self.pong = await self.ask()
         except NodeUnavailableError as error:
             if self._client.is_lost and self.pong is not None and self._lost_at_s is None:
                 log.warning("%s", error)
@@ -63,6 +63,10 @@ class SchedulerLink:
         self._answered_at_s = time.monotonic()
         self._lost_at_s = None
         return self.pong
+
+    async def ask(self) -> Pong:
+        """How the scheduler is now. Raises NodeUnavailableError."""
+        return await self._client.ping(self._timing.front_ping_timeout_s)
 
     async def close(self) -> None:
         await self._client.close()

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from ..api.control.tensor_bodies import in_parts
 from ..api.generation import AdminReply, GroupReply, UpdateMode
 from ..links.entry_lookup import EntryLookup, NoNodeError
-from ..links.node_calls import REPLY_MARGIN_S
 from ..messages.weights import (
     STAGE_PART_BYTES,
     FromDisk,
@@ -25,16 +24,14 @@ from ..messages.weights import (
     WeightsReply,
     of_one_node,
 )
-from ..runtime.timing import Timing
 from .scheduler_link import SchedulerLink
 
 
 class FrontWeights:
     """The weights of the one node behind this front, for `WeightCalls`."""
 
-    def __init__(self, link: SchedulerLink, url: str, lookup: EntryLookup, timing: Timing) -> None:
+    def __init__(self, link: SchedulerLink, url: str, lookup: EntryLookup) -> None:
         self._link = link
-        self._timing = timing
         self._url = url
         self._lookup = lookup
 
@@ -50,7 +47,7 @@ class FrontWeights:
         client = self._link.client
         async for part in in_parts(body, STAGE_PART_BYTES):
             if not refusal:  # otherwise read to its end, so that the caller hears the reason
-                staged = await client.stage_weights(update_id, offset, part, REPLY_MARGIN_S)
+                staged = await client.stage_weights(update_id, offset, part)
                 refusal = "" if staged.success else staged.message
             offset += len(part)
         if refusal:
@@ -83,10 +80,7 @@ class FrontWeights:
 
     async def save_model(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> AdminReply:
         reply = await self._link.client.save_weights(
-            target,
-            is_remote=is_remote,
-            max_shard_bytes=max_shard_bytes,
-            timeout_s=self._timing.weight_update_s,
+            target, is_remote=is_remote, max_shard_bytes=max_shard_bytes
         )
         return AdminReply(reply.success, reply.message or f"{self._url} has saved {target}")
 
@@ -95,48 +89,38 @@ class FrontWeights:
         return GroupReply(reply.success, reply.message, {self._url: rank_offset})
 
     async def destroy_weights_update_group(self, name: str) -> AdminReply:
-        reply = await self._link.client.leave_update_group(name, self._timing.weight_update_s)
+        reply = await self._link.client.leave_update_group(name)
         return AdminReply(reply.success, reply.message)
 
     async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
-        reply = await self._link.client.release_memory(
-            tags, self._timing.weight_commit_s, self._timing.weight_update_s
-        )
+        reply = await self._link.client.release_memory(tags)
         return AdminReply(reply.success, reply.message)
 
     async def resume_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
-        reply = await self._link.client.resume_memory(tags, self._timing.weight_update_s)
+        reply = await self._link.client.resume_memory(tags)
         return AdminReply(reply.success, reply.message)
 
     async def released_memory(self) -> frozenset[MemoryTag]:
-        reply = await self._link.client.resume_memory((), self._timing.weight_update_s, if_released=True)
+        reply = await self._link.client.resume_memory((), if_released=True)
         return frozenset(reply.released)
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
-        return {
-            self._url: await self._link.client.get_weights(name, truncate_size, self._timing.weight_update_s)
-        }
+        return {self._url: await self._link.client.get_weights(name, truncate_size)}
 
     async def check_weights(self) -> dict[str, WeightChecksReply]:
-        return {self._url: await self._link.client.check_weights(self._timing.weight_update_s)}
+        return {self._url: await self._link.client.check_weights()}
 
     async def _update(
         self, update_id: str, source: WeightSource, weight_version: str | None, mode: UpdateMode
     ) -> AdminReply:
         """Busy, it says no: what runs here belongs to routers, which alone can let it end or go on later."""
         client = self._link.client
-        prepared = await client.prepare_weights(
-            update_id,
-            source,
-            weight_version or update_id,
-            self._timing.weight_update_s,
-            self._timing.weight_lease_s,
-        )
+        prepared = await client.prepare_weights(update_id, source, weight_version or update_id)
         if not prepared.success:
             return AdminReply(False, prepared.message)
         if mode == "abort":
             await client.abort(all_requests=True)
-        committed = await client.commit_weights(update_id, self._timing.weight_update_s)
+        committed = await client.commit_weights(update_id)
         if not committed.success:
             await client.discard_weights(update_id)
         return AdminReply(committed.success, committed.message)

@@ -13,6 +13,7 @@ import msgspec
 from ..messages.node import NodeEntry
 from ..runtime.cluster_proof import entry_proof, is_same
 from ..runtime.errors import PdserveError
+from ..runtime.timing import Timing
 from ..runtime.tls import SYSTEM_TRUST, Trust
 
 _MAX_ENTRY_BYTES = 1 << 17
@@ -39,10 +40,10 @@ class HttpEntryLookup:
     and with a cluster secret nothing is believed without a proof of it.
     """
 
-    def __init__(self, cluster_secret: str = "", trust: Trust = SYSTEM_TRUST, timeout_s: float = 2.0) -> None:
+    def __init__(self, timing: Timing, cluster_secret: str = "", trust: Trust = SYSTEM_TRUST) -> None:
         self._secret = cluster_secret
         self._trust = trust
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._timeout = aiohttp.ClientTimeout(total=timing.entry_lookup_s)
 
     async def __call__(self, url: str) -> NodeEntry:
         nonce = secrets.token_hex(16)

@@ -38,10 +38,10 @@ from ..messages.operation import (
     InternalStateReply,
     NodeOperation,
     ProfileReply,
+    StartProfile,
     StopProfile,
 )
 from ..messages.weights import (
-    LEASE_S,
     CheckWeights,
     CommitWeights,
     DiscardWeights,
@@ -64,6 +64,7 @@ from ..messages.weights import (
     WeightsWrittenReply,
 )
 from ..runtime.errors import PdserveError
+from ..runtime.timing import Timing
 
 StreamMessage: TypeAlias = TokenOutputs | AttemptFailed
 Call: TypeAlias = (
@@ -116,9 +117,6 @@ R = TypeVar(
     MemoryReply,
 )
 
-# Flushing waits on the node for its own timeout; the reply needs a little more to travel.
-REPLY_MARGIN_S = 5.0
-
 
 class NodeUnavailableError(PdserveError):
     """A node is not reached: the connection is lost, or a reply did not come in time."""
@@ -127,11 +125,14 @@ class NodeUnavailableError(PdserveError):
 class NodeCalls(abc.ABC):
     """One connection to one scheduler, in a running event loop. When it has ended it is lost for good.
 
+    A call waits as long as `timing` says that its answer may take, then raises NodeUnavailableError.
+
     A subclass sends, hands what arrives to ``_arrive``, and calls ``_end`` when the connection has ended.
     """
 
-    def __init__(self, address: str, on_stream: Callable[[StreamMessage], None]) -> None:
+    def __init__(self, address: str, timing: Timing, on_stream: Callable[[StreamMessage], None]) -> None:
         self.address = address
+        self._timing = timing
         self._on_stream = on_stream
         self._call_ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
@@ -149,76 +150,79 @@ class NodeCalls(abc.ABC):
     async def close(self) -> None:
         """Without a word to anybody."""
 
-    async def ping(self, timeout_s: float = 2.0) -> Pong:
+    async def ping(self, timeout_s: float) -> Pong:
         """The answer comes from the scheduler's own loop, so it proves that the loop turns."""
         return await self._call(Ping(call_id=next(self._call_ids)), Pong, timeout_s)
 
-    async def server_info(self, timeout_s: float = 5.0) -> ServerInfoReply:
-        return await self._call(GetServerInfo(call_id=next(self._call_ids)), ServerInfoReply, timeout_s)
+    async def server_info(self) -> ServerInfoReply:
+        message = GetServerInfo(call_id=next(self._call_ids))
+        return await self._call(message, ServerInfoReply, self._timing.node_call_s)
 
-    async def metrics(self, timeout_s: float = 5.0) -> str:
-        return (await self._call(GetMetrics(call_id=next(self._call_ids)), MetricsReply, timeout_s)).text
+    async def metrics(self) -> str:
+        message = GetMetrics(call_id=next(self._call_ids))
+        return (await self._call(message, MetricsReply, self._timing.node_call_s)).text
 
     async def flush_cache(self, flush_timeout_s: float) -> CallReply:
         """Flush when the node is idle, which it may wait for until ``flush_timeout_s``."""
         message = FlushCache(call_id=next(self._call_ids), timeout_s=flush_timeout_s)
-        return await self._call(message, CallReply, flush_timeout_s + REPLY_MARGIN_S)
+        return await self._call(message, CallReply, flush_timeout_s + self._timing.node_call_s)
 
     async def abort(self, request_id: str = "", *, all_requests: bool = False) -> CallReply:
         message = AbortRequests(
             call_id=next(self._call_ids), request_id=request_id, all_requests=all_requests
         )
-        return await self._call(message, CallReply, REPLY_MARGIN_S)
+        return await self._call(message, CallReply, self._timing.node_call_s)
 
-    async def assert_peer_death(self, incarnation: str, timeout_s: float = 5.0) -> CallReply:
+    async def assert_peer_death(self, incarnation: str) -> CallReply:
         message = AssertPeerDeath(call_id=next(self._call_ids), incarnation=incarnation)
-        return await self._call(message, CallReply, timeout_s)
+        return await self._call(message, CallReply, self._timing.node_call_s)
 
-    async def request_state(self, request_id: str, timeout_s: float = 5.0) -> RequestStateReply:
+    async def request_state(self, request_id: str) -> RequestStateReply:
         message = GetRequestState(call_id=next(self._call_ids), request_id=request_id)
-        return await self._call(message, RequestStateReply, timeout_s)
+        return await self._call(message, RequestStateReply, self._timing.node_call_s)
 
-    async def stage_weights(self, update_id: str, offset: int, data: bytes, timeout_s: float) -> CallReply:
+    async def stage_weights(self, update_id: str, offset: int, data: bytes) -> CallReply:
         """`data`: the next part of the update, at most STAGE_PART_BYTES."""
         message = StageWeights(call_id=next(self._call_ids), update_id=update_id, offset=offset, data=data)
-        return await self._call(message, CallReply, timeout_s)
+        return await self._call(message, CallReply, self._timing.weight_part_s)
 
-    async def operate(self, operation: ClusterOperation, timeout_s: float = 5.0) -> CallReply:
+    async def operate(self, operation: ClusterOperation) -> CallReply:
         message = msgspec.structs.replace(operation, call_id=next(self._call_ids))
+        starts_profile = isinstance(operation, StartProfile)
+        timeout_s = self._timing.profile_start_s if starts_profile else self._timing.node_call_s
         return await self._call(message, CallReply, timeout_s)
 
-    async def internal_state(self, timeout_s: float = 5.0) -> InternalState:
+    async def internal_state(self) -> InternalState:
         message = GetInternalState(call_id=next(self._call_ids))
-        return (await self._call(message, InternalStateReply, timeout_s)).state
+        return (await self._call(message, InternalStateReply, self._timing.node_call_s)).state
 
-    async def stop_profile(self, timeout_s: float) -> ProfileReply:
+    async def stop_profile(self) -> ProfileReply:
         """The node writes its traces before it answers."""
-        return await self._call(StopProfile(call_id=next(self._call_ids)), ProfileReply, timeout_s)
+        message = StopProfile(call_id=next(self._call_ids))
+        return await self._call(message, ProfileReply, self._timing.profile_end_s)
 
     async def prepare_weights(
         self,
         update_id: str,
         source: WeightSource,
         weight_version: str,
-        timeout_s: float,
-        lease_s: float = LEASE_S,
     ) -> CallReply:
         message = PrepareWeights(
             call_id=next(self._call_ids),
             update_id=update_id,
             source=source,
             weight_version=weight_version,
-            lease_s=lease_s,
+            lease_s=self._timing.weight_lease_s,
         )
-        return await self._call(message, CallReply, timeout_s)
+        return await self._call(message, CallReply, self._timing.weight_update_s)
 
-    async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply:
+    async def commit_weights(self, update_id: str) -> CallReply:
         message = CommitWeights(call_id=next(self._call_ids), update_id=update_id)
-        return await self._call(message, CallReply, timeout_s)
+        return await self._call(message, CallReply, self._timing.weight_update_s)
 
-    async def discard_weights(self, update_id: str, timeout_s: float = 5.0) -> CallReply:
+    async def discard_weights(self, update_id: str) -> CallReply:
         message = DiscardWeights(call_id=next(self._call_ids), update_id=update_id)
-        return await self._call(message, CallReply, timeout_s)
+        return await self._call(message, CallReply, self._timing.weight_discard_s)
 
     async def join_update_group(self, group: UpdateGroupSpec, rank: int) -> CallReply:
         """Waits until every rank has joined, or has not in the time given."""
@@ -232,42 +236,40 @@ class NodeCalls(abc.ABC):
             world_size=group.world_size,
             timeout_s=group.timeout_s,
         )
-        return await self._call(message, CallReply, 2 * group.timeout_s + REPLY_MARGIN_S)
+        return await self._call(message, CallReply, 2 * group.timeout_s + self._timing.node_call_s)
 
-    async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply:
+    async def leave_update_group(self, group_name: str) -> CallReply:
         message = LeaveUpdateGroup(call_id=next(self._call_ids), group_name=group_name)
-        return await self._call(message, CallReply, timeout_s)
+        return await self._call(message, CallReply, self._timing.weight_update_s)
 
-    async def release_memory(
-        self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float
-    ) -> MemoryReply:
-        """The node may wait for `wait_s` to be idle."""
+    async def release_memory(self, tags: tuple[MemoryTag, ...]) -> MemoryReply:
+        """The node may wait for a while to be idle."""
+        wait_s = self._timing.weight_commit_s
         message = ReleaseMemory(call_id=next(self._call_ids), tags=tags, timeout_s=wait_s)
-        return await self._call(message, MemoryReply, timeout_s)
+        return await self._call(message, MemoryReply, self._timing.weight_update_s)
 
-    async def resume_memory(
-        self, tags: tuple[MemoryTag, ...], timeout_s: float, *, if_released: bool = False
-    ) -> MemoryReply:
+    async def resume_memory(self, tags: tuple[MemoryTag, ...], *, if_released: bool = False) -> MemoryReply:
+        """Without `tags` it asks what is released, and no more."""
         message = ResumeMemory(call_id=next(self._call_ids), tags=tags, if_released=if_released)
+        timeout_s = self._timing.weight_update_s if tags else self._timing.node_call_s
         return await self._call(message, MemoryReply, timeout_s)
 
-    async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
+    async def get_weights(self, name: str, truncate_size: int) -> WeightsReply:
         message = GetWeights(call_id=next(self._call_ids), name=name, truncate_size=truncate_size)
-        return await self._call(message, WeightsReply, timeout_s)
+        return await self._call(message, WeightsReply, self._timing.weight_update_s)
 
-    async def check_weights(self, timeout_s: float) -> WeightChecksReply:
-        return await self._call(CheckWeights(call_id=next(self._call_ids)), WeightChecksReply, timeout_s)
+    async def check_weights(self) -> WeightChecksReply:
+        message = CheckWeights(call_id=next(self._call_ids))
+        return await self._call(message, WeightChecksReply, self._timing.weight_update_s)
 
-    async def save_weights(
-        self, target: str, *, is_remote: bool, max_shard_bytes: int, timeout_s: float
-    ) -> CallReply:
+    async def save_weights(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> CallReply:
         message = SaveWeights(
             call_id=next(self._call_ids),
             target=target,
             is_remote=is_remote,
             max_shard_bytes=max_shard_bytes,
         )
-        return await self._call(message, CallReply, timeout_s)
+        return await self._call(message, CallReply, self._timing.weight_update_s)
 
     async def _call(self, message: Call, reply_type: type[R], timeout_s: float) -> R:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()

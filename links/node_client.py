@@ -24,6 +24,7 @@ from ..messages.link_guard import HANDSHAKE_FAILED, NOT_OF_THE_CLUSTER, LinkKeys
 from ..messages.node import ClientToNode, NodeToClient
 from ..runtime.containment import Containment, nobody_waits
 from ..runtime.logs import Throttle
+from ..runtime.timing import Timing
 from .node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,11 @@ class NodeClient(NodeCalls):
         address: str,
         *,
         keys: LinkKeys | None,
+        timing: Timing,
         on_stream: Callable[[StreamMessage], None] = _ignore_stream,
         on_lost: Callable[[str], None] = _ignore_loss,
     ) -> None:
-        super().__init__(address, on_stream)
+        super().__init__(address, timing, on_stream)
         self._on_lost = on_lost
         self._containment = Containment()
         self._complaints = Throttle()

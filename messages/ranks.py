@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from ..runtime.logs import LogLevel
-from .bounds import Blob, Count, Handles, Name, Number, Pages, Path, Positive, Rank, Text, WorldSize
+from .bounds import Blob, Count, Handles, Name, Number, Pages, Path, Positive, Rank, Seconds, Text, WorldSize
 from .memory_region import MemoryRegion
 from .operation import StartProfile
 from .weights import MemoryTags
@@ -39,6 +39,7 @@ class RankStart(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     deterministic: bool
     num_threads: Positive
     rendezvous: Path  # path of a file by which the ranks find one another
+    join_s: Seconds  # for all of them to come there
     trace_name: Name  # names the rank in the files of its profiles
 
 

@@ -343,6 +343,7 @@ def _start_ranks(
             deterministic=config.deterministic,
             num_threads=config.rank_threads,
             rendezvous=rendezvous,
+            join_s=config.timing.rank_join_s,
             trace_name=f"{trace_name}-rank{rank}",
         )
 

@@ -189,7 +189,7 @@ class RankGroup:
         """Rank 0 joins the others, who wait for it."""
         path = Path(self._rendezvous.name) / "rendezvous"
         try:
-            return RankCollective(Shard(0, len(self._ranks) + 1), path)
+            return RankCollective(Shard(0, len(self._ranks) + 1), path, self._timing.rank_join_s)
         except RuntimeError as error:
             self._check_alive(StartupError)
             raise StartupError(f"the ranks could not meet: {str(error).splitlines()[0]}") from error

@@ -131,7 +131,7 @@ class RankWorker:
             else self._load(path)
         )
         pipe.send(RankReady(region=self._memory.region))
-        collective = RankCollective(self._shard, Path(start.rendezvous))
+        collective = RankCollective(self._shard, Path(start.rendezvous), start.join_s)
         config = self._shard.config(self._config)
         operators = EAGER
         if start.deterministic:

@@ -116,9 +116,7 @@ class Administration:
             return AdminReply(False, f"{incarnation} is alive: it answers at {node.entry.url}")
         urls = {node.entry.url for node in nodes if node.entry.role == "decode"}
         links = {url: link for url, link in self._service.links().items() if url in urls}
-        answers = await ask_all(
-            links, lambda link: link.assert_peer_death(incarnation, self._timing.node_call_s)
-        )
+        answers = await ask_all(links, lambda link: link.assert_peer_death(incarnation))
         if not urls:
             return AdminReply(False, "no decode node is registered")
         if missing := urls - links.keys():

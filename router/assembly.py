@@ -63,7 +63,7 @@ def build_router(
     service = RouterService(
         state, connect=connect, lookup=lookup, lease_s=options.timing.lease_s, clock=clock
     )
-    operator = ClusterOperator(options.timing, service)
+    operator = ClusterOperator(service)
     weights = WeightUpdates(options.timing, service=service, lookup=lookup, clock=clock)
     return Router(
         service,

@@ -14,6 +14,7 @@ import zmq.asyncio
 from ..links.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..links.node_client import NodeClient
 from ..messages.link_guard import LinkKeys
+from ..runtime.timing import Timing
 
 
 class Connector(Protocol):
@@ -28,14 +29,22 @@ class Connector(Protocol):
 
 
 class ZmqConnector:
-    def __init__(self, context: zmq.asyncio.Context, keys: LinkKeys | None) -> None:
+    def __init__(self, context: zmq.asyncio.Context, keys: LinkKeys | None, timing: Timing) -> None:
         self._context = context
         self._keys = keys
+        self._timing = timing
 
     def __call__(
         self, address: str, *, on_stream: Callable[[StreamMessage], None], on_lost: Callable[[str], None]
     ) -> NodeCalls:
         try:
-            return NodeClient(self._context, address, keys=self._keys, on_stream=on_stream, on_lost=on_lost)
+            return NodeClient(
+                self._context,
+                address,
+                keys=self._keys,
+                timing=self._timing,
+                on_stream=on_stream,
+                on_lost=on_lost,
+            )
         except zmq.ZMQError as error:
             raise NodeUnavailableError(f"cannot connect to {address!r}: {error}") from error

@@ -56,7 +56,7 @@ def run_router(config: RouterConfig, listener: socket.socket, succession: Succes
     card = _model_card(config, paths)
     exporter = None
     if config.otlp_traces_endpoint:
-        exporter = TraceExporter(config.otlp_traces_endpoint, card.name)
+        exporter = TraceExporter(config.otlp_traces_endpoint, card.name, config.timing)
     listeners = [listener, bind_unix(config.uds)] if config.uds else [listener]
     uvloop.run(_serve(config, listeners, card, tokenizer, defaults, exporter, succession))
     if exporter is not None:
@@ -91,8 +91,8 @@ async def _serve(
             timing=config.timing,
         ),
         model=card,
-        connect=ZmqConnector(context, LinkKeys.of(config.cluster_secret)),
-        lookup=HttpEntryLookup(config.cluster_secret, Trust(config.tls)),
+        connect=ZmqConnector(context, LinkKeys.of(config.cluster_secret), config.timing),
+        lookup=HttpEntryLookup(config.timing, config.cluster_secret, Trust(config.tls)),
         static_urls=(*config.prefill, *config.decode),
         metrics_registry=registry,
         clock=clock.now,
@@ -122,6 +122,7 @@ async def _serve(
         seed=config.seed,
         allow_pickled_tensors=config.allow_pickled_tensors,
         limits=BodyLimits(strict_fields=config.strict_fields),
+        timing=config.timing,
     )
     router.start()
     only_young()  # what lives now lives on, and a look at all that is in flight holds every stream

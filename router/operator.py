@@ -16,7 +16,6 @@ from ..messages.node import CallReply
 from ..messages.operation import SETTINGS, ClusterOperation, ProfileReply, SetInternalState, StartProfile
 from ..runtime.chrome_trace import NodeTrace, merge_traces
 from ..runtime.errors import RequestError
-from ..runtime.timing import Timing
 from .registry import NodeRecord
 from .service import RouterService
 from .updates.rollout import ask_all
@@ -25,8 +24,7 @@ from .updates.rollout import ask_all
 class ClusterOperator:
     """Implements `Operator` of `pdserve.api.control.operations`."""
 
-    def __init__(self, timing: Timing, service: RouterService) -> None:
-        self._timing = timing
+    def __init__(self, service: RouterService) -> None:
         self._service = service
         self._state = service.state
         self._profile: StartProfile | None = None  # the last one that began
@@ -38,11 +36,9 @@ class ClusterOperator:
             return AdminReply(False, "no node is connected")
         if isinstance(operation, SetInternalState):
             return await self._set(operation, links)
-        timeout_s = self._timing.node_call_s
         if isinstance(operation, StartProfile):
-            timeout_s = self._timing.operation_s
             self._profile = operation
-        return await _all(links, lambda link: link.operate(operation, timeout_s))
+        return await _all(links, lambda link: link.operate(operation))
 
     async def _set(self, wanted: SetInternalState, links: Mapping[str, NodeCalls]) -> AdminReply:
         for name in wanted.settings:
@@ -60,7 +56,7 @@ class ClusterOperator:
                 calls[links[url]] = SetInternalState(settings=own)
         if not asked:
             return AdminReply(False, "no node that has these settings is connected")
-        return await _all(asked, lambda link: link.operate(calls[link], self._timing.node_call_s))
+        return await _all(asked, lambda link: link.operate(calls[link]))
 
     async def internal_state(self) -> dict[str, Any]:
         """Of each node, as far as it answers."""
@@ -71,7 +67,7 @@ class ClusterOperator:
             try:
                 if link is None:
                     return {**row, "error": "it is not connected"}
-                return {**row, **msgspec.to_builtins(await link.internal_state(self._timing.node_call_s))}
+                return {**row, **msgspec.to_builtins(await link.internal_state())}
             except NodeUnavailableError as error:
                 return {**row, "error": str(error)}
 
@@ -85,7 +81,7 @@ class ClusterOperator:
 
         async def one(link: NodeCalls) -> ProfileReply:
             try:
-                return await link.stop_profile(self._timing.profile_end_s)
+                return await link.stop_profile()
             except NodeUnavailableError as error:
                 return ProfileReply(call_id=0, success=False, message=str(error))
 

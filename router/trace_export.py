@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..api.text.timelines import Timeline
 from ..messages.timeline import OVERLAPPING, Span
 from ..runtime.errors import StartupError
+from ..runtime.timing import Timing
 from ..runtime.version import VERSION
 
 if TYPE_CHECKING:
@@ -26,20 +27,19 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_WAITING = 1000  # timelines
-_CLOSE_S = 5.0
-_EXPORT_TIMEOUT_S = 5.0
 
 
 class TraceExporter:
     """``export`` never waits. ``close`` sends what is left, for a few seconds."""
 
-    def __init__(self, endpoint: str, model_name: str) -> None:
+    def __init__(self, endpoint: str, model_name: str, timing: Timing) -> None:
         """`endpoint` is the whole URL, such as ``http://host:4318/v1/traces``. Raises StartupError."""
         if not endpoint.startswith(("http://", "https://")):
             raise StartupError(
                 f"--otlp-traces-endpoint {endpoint}: a URL is expected, such as http://host:4318/v1/traces"
             )
-        self._provider = _provider(endpoint, model_name)
+        self._provider = _provider(endpoint, model_name, timing)
+        self._timing = timing
         self._tracer = self._provider.get_tracer("pdserve", VERSION)
         self._waiting: queue.Queue[Timeline | None] = queue.Queue(_MAX_WAITING)
         self.num_dropped = 0
@@ -56,10 +56,10 @@ class TraceExporter:
 
     def close(self) -> None:
         try:
-            self._waiting.put(None, timeout=_CLOSE_S)
+            self._waiting.put(None, timeout=self._timing.trace_export_s)
         except queue.Full:
             return
-        self._thread.join(_CLOSE_S)
+        self._thread.join(self._timing.trace_export_s)
         self._provider.shutdown()
 
     def _run(self) -> None:
@@ -112,7 +112,7 @@ def _ns(unix_s: float) -> int:
     return int(unix_s * 1e9)
 
 
-def _provider(endpoint: str, model_name: str) -> TracerProvider:
+def _provider(endpoint: str, model_name: str, timing: Timing) -> TracerProvider:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -125,6 +125,6 @@ def _provider(endpoint: str, model_name: str) -> TracerProvider:
         ) from None
     resource = Resource.create({"service.name": "pdserve", "pdserve.model": model_name})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S)
+    exporter = OTLPSpanExporter(endpoint=endpoint, timeout=timing.trace_export_s)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider

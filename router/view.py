@@ -80,7 +80,7 @@ class RouterView:
 
         async def ask(url: str, link: NodeCalls) -> None:
             with contextlib.suppress(NodeUnavailableError):
-                reply = await link.request_state(request_id, self._options.timing.node_call_s)
+                reply = await link.request_state(request_id)
                 if reply.state:
                     nodes[url] = {
                         "state": reply.state,
@@ -161,7 +161,7 @@ class RouterView:
         if link is None:
             return info
         try:
-            reply = await link.server_info(self._options.timing.node_call_s)
+            reply = await link.server_info()
         except NodeUnavailableError as error:
             return {**info, "error": str(error)}
         return {

@@ -18,7 +18,6 @@ from typing import Literal, TypeAlias
 
 from .cluster_secret import derived_key
 
-NONCE_LIFE_S = 30.0
 _MAX_SPENT = 1 << 15  # nonces that are remembered: those of 30 s of a thousand nodes that renew each second
 _NUM_RANDOM_BYTES = 16
 _NONCE = re.compile(r"[A-Za-z0-9_=-]{16,256}")
@@ -55,7 +54,7 @@ class RequestProofs:
     each carries the time it was made and a MAC of ours.
     """
 
-    def __init__(self, secret: str, *, life_s: float = NONCE_LIFE_S, max_spent: int = _MAX_SPENT) -> None:
+    def __init__(self, secret: str, *, life_s: float, max_spent: int = _MAX_SPENT) -> None:
         self._secret = secret
         self._life_s = life_s
         self._max_spent = max_spent

@@ -4,6 +4,7 @@ In here: leases, pings and the silences that they end, pauses before something i
 and how long a call to another process may take. Not in here: what an operator or a client sets (flags and
 `Limits`), how often one function looks again at what is its own, what is a property of a message (its bounds)
 or of a measurement (buckets, windows), and what clients outside of a cluster wait (`client/`, `bench/`).
+Those are constants where they are used; `tests/unit/runtime/test_timing.py` lists them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Timing:
     front_reconnect_s: float = 0.2  # while the scheduler starts, or has lost its connection
     scheduler_gone_s: float = 10.0  # without a connection, after there was one: the front ends
     register_timeout_s: float = 1.0
+    entry_lookup_s: float = 2.0  # for who answers at a URL to say which node it is
+    nonce_life_s: float = 30.0  # for who asks to join to prove the cluster secret with it
     # That a router which had this node may be out of reach without a word: it is started again, or
     # `pdserve up` ends, which ends it first.
     router_away_s: float = 5.0
@@ -44,6 +47,7 @@ class Timing:
     # A request that finds no pages lets smaller ones pass for so long; then the line waits for it.
     overtaking_s: float = 5.0
     closed_attempt_s: float = 30.0  # that a node can be asked again for the outputs of one that has ended
+    health_probe_s: float = 20.0  # for the one token of /health_generate
 
     # ---- a hand-off, between a decode node and a prefill node
     peer_ping_interval_s: float = 1.0  # decode's
@@ -76,6 +80,7 @@ class Timing:
     node_grace_s: float = 15.0  # for a node to end, before `pdserve up` kills it
     front_restart_s: float = 0.5  # one that dies at each start must not keep the loop busy
     rank_start_s: float = 600.0  # for further ranks to load
+    rank_join_s: float = 120.0  # for all ranks to meet, once they have loaded
     rank_call_s: float = 10.0  # a copy of pages on another rank that takes longer is a hang
     rank_reap_s: float = 1.0  # between the failure of a collective and the death that caused it
     # The kernel kills further ranks once the first one, whose ports peers look at, is gone: until then they
@@ -87,10 +92,13 @@ class Timing:
     max_restart_s: float = 60.0
     steady_s: float = 60.0  # a child that ran for this long does not "keep dying"
     cluster_start_s: float = 600.0  # for `pdserve up` to be ready
+    router_call_s: float = 5.0  # for the router of `pdserve up` to answer it
+    obituary_retry_s: float = 0.5  # before it is told once more that a node is dead
+    trace_export_s: float = 5.0  # for the collector of traces to take them, and what is left at the end
 
     # ---- calls to a node, for its answer
     node_call_s: float = 5.0  # where it has it at hand
-    operation_s: float = 60.0  # what an operator asks of it; the start of a first profile loads a library
+    profile_start_s: float = 60.0  # the first one loads a library
     profile_end_s: float = 600.0  # traces of long profiles are large
     weight_part_s: float = 30.0  # to take one part of an update
     weight_discard_s: float = 10.0

@@ -58,6 +58,7 @@ from .wire import Memory, SimulatedBackend
 CHECK_EVERY = 50
 MAX_EVENTS = 60_000
 ROUTER_TIMING = Timing(no_pair_timeout_s=4.0, drain_s=3.0, gate_patience_s=0.5, weight_drain_s=3.0)
+OPERATOR_TIMING = Timing(weight_update_s=2.0, weight_commit_s=0.3)
 REST_S = 20.0  # after the last fault and the last request, the cluster is at rest within this
 OVERDUE_S = 0.4
 LONGEST_SILENCE_S = 10.0  # nobody waits longer for a peer that says nothing
@@ -516,16 +517,16 @@ class SimulatedCluster:
                 self.network,
                 life.node.place.address,
                 client_name="operator",
+                timing=OPERATOR_TIMING,
                 on_stream=_ignore_stream,
                 on_lost=_ignore_loss,
             )
             try:
                 update_id = of_one_node(f"update of {life.process.name}")
-                prepared = await link.prepare_weights(
-                    update_id, FromDisk(model_path=self.weights), self.weights, 2.0
-                )
+                source = FromDisk(model_path=self.weights)
+                prepared = await link.prepare_weights(update_id, source, self.weights)
                 for _ in range(60 if prepared.success else 0):
-                    if (await link.commit_weights(update_id, 2.0)).success:
+                    if (await link.commit_weights(update_id)).success:
                         self.statistics.count("updates of weights")
                         return
                     await asyncio.sleep(0.05)
@@ -557,7 +558,7 @@ class SimulatedCluster:
                 link.send(Roster(router_id="operator", nodes=tuple(named)))
                 await asyncio.sleep(0.05)
             case 1 if role == "prefill":  # a decode node's memory is known here by its first name
-                reply = await link.release_memory(MEMORY_TAGS, 0.3, 2.0)
+                reply = await link.release_memory(MEMORY_TAGS)
                 self.statistics.count("memory released", times=reply.success)
             case 2:
                 await link.operate(PauseGeneration(mode=draw.choice(MODES)))
@@ -575,6 +576,7 @@ class SimulatedCluster:
             self.network,
             life.node.place.address,
             client_name="operator",
+            timing=OPERATOR_TIMING,
             on_stream=_ignore_stream,
             on_lost=_ignore_loss,
         )
@@ -769,6 +771,7 @@ class SimulatedCluster:
                 self.network,
                 life.node.place.address,
                 client_name="operator",
+                timing=OPERATOR_TIMING,
                 on_stream=_ignore_stream,
                 on_lost=_ignore_loss,
             )
@@ -840,7 +843,7 @@ def _ignore_down() -> None:
 async def _go_on(link: SimulatedLink) -> None:
     """The node computes, and has its memory."""
     await link.operate(ContinueGeneration())
-    await link.resume_memory(MEMORY_TAGS, 2.0, if_released=True)
+    await link.resume_memory(MEMORY_TAGS, if_released=True)
 
 
 def _require(condition: bool, what: str) -> None:

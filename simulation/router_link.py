@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..links.node_calls import NodeCalls, NodeUnavailableError, StreamMessage
 from ..messages.node import ClientToNode
+from ..runtime.timing import Timing
 from .network import Network
 
 
@@ -18,10 +19,11 @@ class SimulatedLink(NodeCalls):
         address: str,
         *,
         client_name: str,
+        timing: Timing,
         on_stream: Callable[[StreamMessage], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        super().__init__(address, on_stream)
+        super().__init__(address, timing, on_stream)
         self._on_lost = on_lost
         self._connection = network.connect(
             address, client_name=client_name, on_message=self._arrive, on_down=self._down

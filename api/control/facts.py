@@ -14,6 +14,7 @@ from ...messages.node import NodeEntry, NodeLoad
 from ...messages.sampling import SamplingParams
 from ...messages.work import Work
 from ...runtime.errors import RequestError
+from ...runtime.timing import Timing
 from ..generation import ClusterView, GenerateSpec, Generator, ModelCard, WorkerStatus
 from ..http.answers import json_response
 from ..http.in_flight import InFlightRequests
@@ -21,7 +22,6 @@ from ..refusals import model_not_found
 from ..request_ids import is_safe_id, new_request_id
 from ..text.timelines import Timelines, timeline_body
 
-PROBE_TIMEOUT_S = 20.0
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -125,6 +125,7 @@ class ClusterFacts:
     generator: Generator
     in_flight: InFlightRequests
     timelines: Timelines
+    timing: Timing
     version: str
 
     # ---- health ---------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ class ClusterFacts:
                 choices=(0,),
                 sampling=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
             ),
-            timeout_s=PROBE_TIMEOUT_S,
+            timeout_s=self.timing.health_probe_s,
         )
         started_s = time.perf_counter()
         try:

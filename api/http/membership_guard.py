@@ -21,6 +21,7 @@ from ...runtime.cluster_proof import RequestProofs, is_same, request_proof
 from ...runtime.errors import RequestError
 from ...runtime.listen import is_loopback_address
 from ...runtime.process import AccessKeys
+from ...runtime.timing import Timing
 from .bodies import BodyLimits, read_body
 from .errors import error_response
 from .gateway import bearer, route_path
@@ -54,10 +55,12 @@ class MembershipGuard:
     """The admin key opens it, or a proof of the cluster secret; where there is neither secret nor key,
     whoever is on this host may pass."""
 
-    def __init__(self, keys: AccessKeys, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, keys: AccessKeys, timing: Timing, clock: Callable[[], float] = time.monotonic) -> None:
         self._keys = keys
         self._clock = clock
-        self._proofs = RequestProofs(keys.cluster_secret) if keys.cluster_secret else None
+        self._proofs = (
+            RequestProofs(keys.cluster_secret, life_s=timing.nonce_life_s) if keys.cluster_secret else None
+        )
 
     def guard(self, handler: Handler) -> Handler:
         @functools.wraps(handler)  # its name is what the interface's page shows

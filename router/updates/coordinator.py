@@ -153,31 +153,29 @@ class WeightUpdates:
                     await ask_all(
                         links,
                         lambda link, offset=offset, part=part: link.stage_weights(  # type: ignore[misc]
-                            update_id, offset, part, self._timing.weight_part_s
+                            update_id, offset, part
                         ),
                     )
                 )
             offset += len(part)
         if reasons:
-            await discard_all(links, update_id, self._timing.weight_discard_s)
+            await discard_all(links, update_id)
             return AdminReply(False, f"the old weights serve on; {reasons}")
         if refusal := self._busy():  # it has begun while this body came, and wins
-            await discard_all(links, update_id, self._timing.weight_discard_s)
+            await discard_all(links, update_id)
             return refusal
         source = FromTensors(num_bytes=offset)
         return await self._run(update_id, source, weight_version, mode, links)
 
     async def weights_by_name(self, name: str, truncate_size: int) -> dict[str, WeightsReply]:
         """What every node (by URL) answers; one that does not answer is a reply without success."""
-        timeout_s = self._timing.weight_update_s
-        answers = await ask_all(self._links(), lambda link: link.get_weights(name, truncate_size, timeout_s))
+        answers = await ask_all(self._links(), lambda link: link.get_weights(name, truncate_size))
         silent = partial(WeightsReply, call_id=0, success=False)
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
     async def check_weights(self) -> dict[str, WeightChecksReply]:
         """Checksums from every node (by URL); one that does not answer is a reply without success."""
-        timeout_s = self._timing.weight_update_s
-        answers = await ask_all(self._links(), lambda link: link.check_weights(timeout_s))
+        answers = await ask_all(self._links(), lambda link: link.check_weights())
         silent = partial(WeightChecksReply, call_id=0, success=False)
         return {answer.url: answer.reply or silent(message=answer.message) for answer in answers}
 
@@ -189,12 +187,7 @@ class WeightUpdates:
             answer = await ask_one(
                 url,
                 links[url],
-                lambda link: link.save_weights(
-                    target,
-                    is_remote=is_remote,
-                    max_shard_bytes=max_shard_bytes,
-                    timeout_s=self._timing.weight_update_s,
-                ),
+                lambda link: link.save_weights(target, is_remote=is_remote, max_shard_bytes=max_shard_bytes),
             )
             return AdminReply(answer.success, f"{url} has saved {target}" if answer.success else str(answer))
         return AdminReply(False, "no node is connected")
@@ -226,8 +219,7 @@ class WeightUpdates:
         return AdminReply(not failures(answers), failures(answers) or f"group {name!r} is gone")
 
     async def _leave(self, links: Mapping[str, NodeCalls], name: str) -> list[NodeAnswer[CallReply]]:
-        timeout_s = self._timing.weight_update_s
-        return await ask_all(links, lambda link: link.leave_update_group(name, timeout_s))
+        return await ask_all(links, lambda link: link.leave_update_group(name))
 
     async def release_memory_occupation(self, tags: tuple[MemoryTag, ...]) -> AdminReply:
         """On all nodes or on none. Running requests end first, and new ones wait until all is resumed."""
@@ -298,14 +290,7 @@ class WeightUpdates:
         try:
             if reason := self._why_not(update.links):
                 return AdminReply(False, reason)
-            prepared = await prepare_all(
-                update.links,
-                update.update_id,
-                update.source,
-                update.weight_version,
-                timeout_s=self._timing.weight_update_s,
-                lease_s=self._timing.weight_lease_s,
-            )
+            prepared = await prepare_all(update.links, update.update_id, update.source, update.weight_version)
             if reasons := failures(prepared):
                 await self._discard(update)
                 return AdminReply(False, f"the old weights serve on; {reasons}")
@@ -330,7 +315,7 @@ class WeightUpdates:
             await asyncio.sleep(lease_s / 6)
 
     async def _discard(self, update: _Update) -> None:
-        await discard_all(update.links, update.update_id, self._timing.weight_discard_s)
+        await discard_all(update.links, update.update_id)
 
     async def _swap(self, update: _Update) -> AdminReply:
         self._service.tell(Hold(update.mode))
@@ -340,12 +325,7 @@ class WeightUpdates:
                 await self._discard(update)
                 num_running = self._requests.num_working
                 return AdminReply(False, f"{num_running} requests were still running; nothing was changed")
-            committed = await commit_all(
-                update.links,
-                update.update_id,
-                timeout_s=self._timing.weight_update_s,
-                patience_s=self._timing.weight_commit_s,
-            )
+            committed = await commit_all(update.links, update.update_id, self._timing.weight_commit_s)
             if all(map(is_not_prepared, committed)):  # another router's came between on every node
                 return AdminReply(False, f"this update changed nothing; {failures(committed)}")
             self._rejoin.committed(update.update_id)

@@ -31,14 +31,13 @@ class MemoryReleases:
 
     async def release(self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]) -> AdminReply:
         """By all of `links` (url -> link) or by none, when running requests have ended."""
-        wait_s, timeout_s = self._timing.weight_commit_s, self._timing.weight_update_s
         with self._moving():
             self._service.tell(Hold("wait"))
             try:
                 drain_s = self._timing.weight_drain_s
                 if not await self._service.until(lambda: self._requests.num_working == 0, drain_s):
                     return AdminReply(False, "requests were still running")
-                answers = await ask_all(links, lambda link: link.release_memory(tags, wait_s, timeout_s))
+                answers = await ask_all(links, lambda link: link.release_memory(tags))
                 if reasons := failures(answers):
                     # Of a node that was not reached nobody knows.
                     urls = [answer.url for answer in answers if answer.success or answer.reply is None]
@@ -82,10 +81,7 @@ class MemoryReleases:
 
     async def released(self, links: Mapping[str, NodeCalls]) -> frozenset[MemoryTag]:
         """What any of `links` has released, whichever router asked for it."""
-        wait_s = self._timing.weight_commit_s
-        return _still_released(
-            await ask_all(links, lambda link: link.resume_memory((), wait_s, if_released=True))
-        )
+        return _still_released(await self._ask_to_resume((), links))
 
     @contextlib.contextmanager
     def _moving(self) -> Iterator[None]:
@@ -105,8 +101,7 @@ class MemoryReleases:
     async def _ask_to_resume(
         self, tags: tuple[MemoryTag, ...], links: Mapping[str, NodeCalls]
     ) -> list[NodeAnswer[MemoryReply]]:
-        timeout_s = self._timing.weight_update_s
-        return await ask_all(links, lambda link: link.resume_memory(tags, timeout_s, if_released=True))
+        return await ask_all(links, lambda link: link.resume_memory(tags, if_released=True))
 
     def _incarnations(self) -> frozenset[str]:
         return frozenset(node.incarnation for node in self._registry)

@@ -100,16 +100,9 @@ class WeightRejoin:
                 fingerprint=source.model_fingerprint,
             ),
             source.weight_version,
-            timeout_s=self._timing.weight_update_s,
-            lease_s=self._timing.weight_lease_s,
         )
         if not failures(answers):
-            answers = await commit_all(
-                links,
-                source.update_id,
-                timeout_s=self._timing.weight_update_s,
-                patience_s=self._timing.weight_commit_s,
-            )
+            answers = await commit_all(links, source.update_id, self._timing.weight_commit_s)
         # Nothing is discarded: it may be another router's, and what nobody commits ends with its lease.
         if reasons := failures(answers):
             log.warning("weights %s: not yet on %s", source.weight_version, reasons)

@@ -55,26 +55,18 @@ def failures(answers: Iterable[NodeAnswer[Any]]) -> str:
 
 
 async def prepare_all(
-    links: Mapping[str, NodeCalls],
-    update_id: str,
-    source: WeightSource,
-    weight_version: str,
-    *,
-    timeout_s: float,
-    lease_s: float,
+    links: Mapping[str, NodeCalls], update_id: str, source: WeightSource, weight_version: str
 ) -> list[NodeAnswer[CallReply]]:
-    return await ask_all(
-        links, lambda link: link.prepare_weights(update_id, source, weight_version, timeout_s, lease_s)
-    )
+    return await ask_all(links, lambda link: link.prepare_weights(update_id, source, weight_version))
 
 
-async def discard_all(links: Mapping[str, NodeCalls], update_id: str, timeout_s: float) -> None:
+async def discard_all(links: Mapping[str, NodeCalls], update_id: str) -> None:
     """A node that does not hear it rolls back when its lease ends."""
-    await ask_all(links, lambda link: link.discard_weights(update_id, timeout_s))
+    await ask_all(links, lambda link: link.discard_weights(update_id))
 
 
 async def commit_all(
-    links: Mapping[str, NodeCalls], update_id: str, *, timeout_s: float, patience_s: float
+    links: Mapping[str, NodeCalls], update_id: str, patience_s: float
 ) -> list[NodeAnswer[CallReply]]:
     """A node that is not idle yet says no and keeps the update: it is asked again for `patience_s`.
 
@@ -86,7 +78,7 @@ async def commit_all(
     answers: dict[str, NodeAnswer[CallReply]] = {}
     pending = dict(links)
     while True:
-        for answer in await ask_all(pending, lambda link: link.commit_weights(update_id, timeout_s)):
+        for answer in await ask_all(pending, lambda link: link.commit_weights(update_id)):
             answers[answer.url] = answer
             if answer.success or answer.reply is None or is_not_prepared(answer):
                 del pending[answer.url]

@@ -302,7 +302,7 @@ async def test_a_router_answers_whatever_a_field_holds(
     router = build_router(
         RouterOptions(request_timeout_s=5.0, max_queue_wait_s=0),
         model=card,
-        connect=ZmqConnector(context, None),
+        connect=ZmqConnector(context, None, UNSCALED),
         lookup=lookup,
         metrics_registry=registry,
     )
@@ -343,8 +343,8 @@ async def test_a_node_answers_whatever_a_field_holds(scheduler: Scheduler) -> No
     app = build_node_app(
         NodeFacts(link, registrar, url, ""),
         FrontControl(link),
-        FrontOperator(link, url, UNSCALED),
-        FrontWeights(link, url, lookup, UNSCALED),
+        FrontOperator(link, url),
+        FrontWeights(link, url, lookup),
         limits=BodyLimits(),
         keys=NO_KEYS,
         is_loopback=True,

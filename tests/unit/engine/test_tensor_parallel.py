@@ -56,7 +56,7 @@ class Replica:
             torch.set_num_threads(1)
             shard = Shard(rank, size)
             weights = load_weights(folder, self.config, TORCH_DTYPES["float32"], CPU, shard)
-            collective = RankCollective(shard, rendezvous)
+            collective = RankCollective(shard, rendezvous, 60.0)
             return ModelRunner(
                 shard.config(self.config), weights, self.pools[rank], CPU, collective=collective
             )

@@ -227,13 +227,13 @@ async def test_a_bug_in_its_own_loop_ends_it_loudly(monkeypatch: pytest.MonkeyPa
 async def test_it_says_who_it_is_and_proves_it(front: Front) -> None:
     """To anybody who asks: without a key, and for a nonce that cannot be read in two ways."""
     assert (await front.get("/node_entry"))[1]["url"] == front.url
-    entry = await HttpEntryLookup()(front.url)
+    entry = await HttpEntryLookup(UNSCALED)(front.url)
     assert (entry.url, entry.incarnation, entry.zmq_address) == (front.url, "d-1", front.scheduler.address)
     for bad in ("short", "n" * 257, "n" * 16 + "%0A"):
         status, answer = await front.get(f"/node_entry?nonce={bad}")
         assert (status, answer["error"]["param"]) == (400, "nonce")
     with pytest.raises(NoNodeError, match="does not prove this cluster's secret"):
-        await HttpEntryLookup("s" * 32)(front.url)
+        await HttpEntryLookup(UNSCALED, "s" * 32)(front.url)
 
 
 async def test_a_node_with_a_secret_proves_it_and_hides_the_rest() -> None:
@@ -249,10 +249,10 @@ async def test_a_node_with_a_secret_proves_it_and_hides_the_rest() -> None:
         )
         task = asyncio.create_task(serving)
         async with asyncio.timeout(10):
-            entry = await HttpEntryLookup(keys.cluster_secret)(url)
+            entry = await HttpEntryLookup(UNSCALED, keys.cluster_secret)(url)
         assert (entry.url, entry.incarnation) == (url, "d-1")
         with pytest.raises(NoNodeError, match="does not prove this cluster's secret"):
-            await HttpEntryLookup("o" * 32)(url)
+            await HttpEntryLookup(UNSCALED, "o" * 32)(url)
         async with aiohttp.ClientSession() as http, http.get(f"{url}/server_info") as answer:
             assert answer.status == 401
         stop.set()

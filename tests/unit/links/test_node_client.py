@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
@@ -10,7 +11,9 @@ import zmq.asyncio
 from pdserve.links.node_calls import NodeUnavailableError, StreamMessage
 from pdserve.links.node_client import NodeClient
 from pdserve.messages.node import AttemptFailed, CancelRequest, TokenOutput, TokenOutputs
+from pdserve.messages.operation import FreezeGc, StartProfile
 from pdserve.messages.weights import FromDisk, PrepareWeights
+from pdserve.runtime.timing import UNSCALED
 from pdserve.tests.unit.api.conftest import eventually
 from pdserve.tests.unit.api.scheduler import MODEL, FakeScheduler
 
@@ -31,14 +34,14 @@ async def scheduler(context: zmq.asyncio.Context) -> AsyncIterator[FakeScheduler
 
 @pytest_asyncio.fixture
 async def client(context: zmq.asyncio.Context, scheduler: FakeScheduler) -> AsyncIterator[NodeClient]:
-    client = NodeClient(context, scheduler.address, keys=None)
+    client = NodeClient(context, scheduler.address, keys=None, timing=UNSCALED)
     yield client
     await client.close()
 
 
 async def test_calls_get_their_own_replies(client: NodeClient) -> None:
     pong, info, metrics, state = await asyncio.gather(
-        client.ping(), client.server_info(), client.metrics(), client.request_state("known")
+        client.ping(5.0), client.server_info(), client.metrics(), client.request_state("known")
     )
     assert (pong.entry.role, info.model, metrics, state.state) == ("decode", MODEL, "pd_x 1\n", "decoding")
     assert (await client.flush_cache(0.0)).success
@@ -47,14 +50,14 @@ async def test_calls_get_their_own_replies(client: NodeClient) -> None:
 
 async def test_weights(client: NodeClient, scheduler: FakeScheduler) -> None:
     scheduler.outcome = lambda message: (not isinstance(message, PrepareWeights), "")
-    assert not (await client.prepare_weights("u", FromDisk(model_path="/new"), "8", 5.0)).success
-    assert (await client.commit_weights("u", 5.0)).success
+    assert not (await client.prepare_weights("u", FromDisk(model_path="/new"), "8")).success
+    assert (await client.commit_weights("u")).success
     assert (await client.discard_weights("u")).success
 
 
 async def test_output_comes_in_order(context: zmq.asyncio.Context, scheduler: FakeScheduler) -> None:
     received: list[StreamMessage] = []
-    client = NodeClient(context, scheduler.address, keys=None, on_stream=received.append)
+    client = NodeClient(context, scheduler.address, keys=None, timing=UNSCALED, on_stream=received.append)
     client.send(CancelRequest(request_id="r", attempt=1))
     await eventually(lambda: len(scheduler.received) == 1)
     sent: list[StreamMessage] = [
@@ -72,25 +75,47 @@ async def test_output_comes_in_order(context: zmq.asyncio.Context, scheduler: Fa
 
 
 async def test_what_is_no_message_is_skipped(client: NodeClient, scheduler: FakeScheduler) -> None:
-    await client.ping()
+    await client.ping(5.0)
     await scheduler.send_raw(b"\x81\xa1x")
-    assert (await client.ping()).entry.incarnation == "d-1"
+    assert (await client.ping(5.0)).entry.incarnation == "d-1"
 
 
 async def test_silence_has_a_deadline(client: NodeClient, scheduler: FakeScheduler) -> None:
-    await client.ping()
+    await client.ping(5.0)
     scheduler.is_silent = True
     with pytest.raises(NodeUnavailableError, match=r"no answer to Ping within 0\.05 s"):
         await client.ping(0.05)
     assert not client.is_lost
 
 
+async def test_the_timing_says_how_long_each_call_may_take(
+    context: zmq.asyncio.Context, scheduler: FakeScheduler
+) -> None:
+    short = replace(
+        UNSCALED, node_call_s=0.01, profile_start_s=0.02, profile_end_s=0.03, weight_update_s=0.04
+    )
+    client = NodeClient(context, scheduler.address, keys=None, timing=short)
+    scheduler.is_silent = True
+    for call, name, seconds in (
+        (client.server_info(), "GetServerInfo", 0.01),
+        (client.operate(FreezeGc()), "FreezeGc", 0.01),
+        (client.operate(StartProfile(profile_id="p", output_dir="/tmp")), "StartProfile", 0.02),
+        (client.stop_profile(), "StopProfile", 0.03),
+        (client.commit_weights("u"), "CommitWeights", 0.04),
+        (client.resume_memory(("weights",)), "ResumeMemory", 0.04),
+        (client.resume_memory(()), "ResumeMemory", 0.01),
+    ):
+        with pytest.raises(NodeUnavailableError, match=f"no answer to {name} within {seconds:g} s$"):
+            await call
+    await client.close()
+
+
 async def test_a_lost_connection_is_told_once_and_ends_calls(
     context: zmq.asyncio.Context, scheduler: FakeScheduler
 ) -> None:
     lost: list[str] = []
-    client = NodeClient(context, scheduler.address, keys=None, on_lost=lost.append)
-    await client.ping()
+    client = NodeClient(context, scheduler.address, keys=None, timing=UNSCALED, on_lost=lost.append)
+    await client.ping(5.0)
     scheduler.is_silent = True
     call = asyncio.create_task(client.ping(30.0))
     await eventually(lambda: len(scheduler.received) == 2)
@@ -107,7 +132,7 @@ async def test_a_lost_connection_is_told_once_and_ends_calls(
 
 async def test_a_node_that_is_not_there_is_lost_at_once(context: zmq.asyncio.Context) -> None:
     lost: list[str] = []
-    client = NodeClient(context, "tcp://127.0.0.1:1", keys=None, on_lost=lost.append)
+    client = NodeClient(context, "tcp://127.0.0.1:1", keys=None, timing=UNSCALED, on_lost=lost.append)
     with pytest.raises(NodeUnavailableError, match="cannot connect"):
         await client.ping(10.0)
     assert lost == ["cannot connect"]
@@ -118,7 +143,7 @@ async def test_closing_ends_calls_without_a_loss(
     context: zmq.asyncio.Context, scheduler: FakeScheduler
 ) -> None:
     lost: list[str] = []
-    client = NodeClient(context, scheduler.address, keys=None, on_lost=lost.append)
+    client = NodeClient(context, scheduler.address, keys=None, timing=UNSCALED, on_lost=lost.append)
     scheduler.is_silent = True
     call = asyncio.create_task(client.ping(30.0))
     await eventually(lambda: len(scheduler.received) == 1)

@@ -100,6 +100,7 @@ class Rank0:
             deterministic=False,
             num_threads=1,
             rendezvous=str(rendezvous),
+            join_s=60.0,
             trace_name="test-rank1",
         )
         self.pipe.send(start)
@@ -115,7 +116,7 @@ class Rank0:
         shard = Shard(0, 2)
         weights = load_weights(SHIPPED_MODEL, CONFIG, torch.float32, CPU, shard)
         pool = KVPool(RANK_LAYOUT, NUM_PAGES, CPU)
-        collective = RankCollective(shard, self.rendezvous)
+        collective = RankCollective(shard, self.rendezvous, 60.0)
         self.runner = ModelRunner(shard.config(CONFIG), weights, pool, CPU, collective=collective)
 
     def forward(self) -> int:

@@ -315,7 +315,7 @@ class FakeLink:
             draining=self.node.draining,
         )
 
-    async def server_info(self, timeout_s: float) -> ServerInfoReply:
+    async def server_info(self) -> ServerInfoReply:
         await self._answer("server_info")
         entry = self.node.entry
         model = ModelInfo(
@@ -332,13 +332,13 @@ class FakeLink:
         )
         return ServerInfoReply(call_id=1, entry=entry, model=model, config={"port": 1}, load=self.node.load)
 
-    async def operate(self, operation: ClusterOperation, timeout_s: float) -> CallReply:
+    async def operate(self, operation: ClusterOperation) -> CallReply:
         await self._answer("operate")
         self.node.operations.append(operation)
         reason = self.node.operation_reply
         return CallReply(call_id=1, success=not reason, message=reason)
 
-    async def internal_state(self, timeout_s: float) -> InternalState:
+    async def internal_state(self) -> InternalState:
         await self._answer("internal_state")
         return InternalState(
             settings={},
@@ -351,7 +351,7 @@ class FakeLink:
             memory_rss_bytes=5,
         )
 
-    async def stop_profile(self, timeout_s: float) -> ProfileReply:
+    async def stop_profile(self) -> ProfileReply:
         await self._answer("stop_profile")
         reason = self.node.operation_reply
         return ProfileReply(
@@ -370,16 +370,16 @@ class FakeLink:
         await self._answer(f"abort {request_id or all_requests}")
         return CallReply(call_id=1, success=False)
 
-    async def assert_peer_death(self, incarnation: str, timeout_s: float) -> CallReply:
+    async def assert_peer_death(self, incarnation: str) -> CallReply:
         await self._answer(f"dead {incarnation}")
         return CallReply(call_id=1, success=not self.node.death_reply, message=self.node.death_reply)
 
-    async def request_state(self, request_id: str, timeout_s: float) -> RequestStateReply:
+    async def request_state(self, request_id: str) -> RequestStateReply:
         await self._answer("request_state")
         known = any(request.request_id == request_id for request in self.node.requests())
         return RequestStateReply(call_id=1, state="running" if known else "")
 
-    async def stage_weights(self, update_id: str, offset: int, data: bytes, timeout_s: float) -> CallReply:
+    async def stage_weights(self, update_id: str, offset: int, data: bytes) -> CallReply:
         await self._answer(f"stage {len(data)} at {offset}")
         self.staged = self.staged[:offset] + data
         return CallReply(call_id=1, success=not self.node.stage_reply, message=self.node.stage_reply)
@@ -389,8 +389,6 @@ class FakeLink:
         update_id: str,
         source: WeightSource,
         weight_version: str,
-        timeout_s: float,
-        lease_s: float,
     ) -> CallReply:
         match source:
             case FromDisk(model_path=path):
@@ -415,21 +413,17 @@ class FakeLink:
         await self._answer(f"join {group.name} as {rank} of {group.world_size}")
         return CallReply(call_id=1, success=not self.node.join_reply, message=self.node.join_reply)
 
-    async def leave_update_group(self, group_name: str, timeout_s: float) -> CallReply:
+    async def leave_update_group(self, group_name: str) -> CallReply:
         await self._answer(f"leave {group_name}")
         return CallReply(call_id=1, success=True)
 
-    async def release_memory(
-        self, tags: tuple[MemoryTag, ...], wait_s: float, timeout_s: float
-    ) -> MemoryReply:
+    async def release_memory(self, tags: tuple[MemoryTag, ...]) -> MemoryReply:
         await self._answer(f"release {' '.join(tags)}")
         if not self.node.release_reply:
             self.node.released |= set(tags)
         return self._memory_reply()
 
-    async def resume_memory(
-        self, tags: tuple[MemoryTag, ...], timeout_s: float, *, if_released: bool = False
-    ) -> MemoryReply:
+    async def resume_memory(self, tags: tuple[MemoryTag, ...], *, if_released: bool = False) -> MemoryReply:
         await self._answer(f"resume {' '.join(tags)}")
         assert if_released, "all are asked alike"
         resumed = self.node.released & set(tags)
@@ -445,21 +439,19 @@ class FakeLink:
         refused, released = self.node.release_reply, tuple(sorted(self.node.released))
         return MemoryReply(call_id=1, success=not refused, message=refused, released=released)
 
-    async def get_weights(self, name: str, truncate_size: int, timeout_s: float) -> WeightsReply:
+    async def get_weights(self, name: str, truncate_size: int) -> WeightsReply:
         await self._answer(f"get {name} {truncate_size}")
         return WeightsReply(call_id=1, success=True, values=[0.5])
 
-    async def save_weights(
-        self, target: str, *, is_remote: bool, max_shard_bytes: int, timeout_s: float
-    ) -> CallReply:
+    async def save_weights(self, target: str, *, is_remote: bool, max_shard_bytes: int) -> CallReply:
         await self._answer(f"save {target} {is_remote} {max_shard_bytes}")
         return CallReply(call_id=1, success=not self.node.stage_reply, message=self.node.stage_reply)
 
-    async def check_weights(self, timeout_s: float) -> WeightChecksReply:
+    async def check_weights(self) -> WeightChecksReply:
         await self._answer("check")
         return WeightChecksReply(call_id=1, success=True, whole="ab", tensors={"t": "ab"})
 
-    async def commit_weights(self, update_id: str, timeout_s: float) -> CallReply:
+    async def commit_weights(self, update_id: str) -> CallReply:
         await self._answer("commit")
         if why := self.node.commit_reply:
             code: Literal["", "not_prepared"] = "not_prepared" if "not prepared" in why else ""
@@ -467,7 +459,7 @@ class FakeLink:
         self.node.entry = msgspec.structs.replace(self.node.entry, **self.prepared)
         return CallReply(call_id=1, success=True)
 
-    async def discard_weights(self, update_id: str, timeout_s: float) -> CallReply:
+    async def discard_weights(self, update_id: str) -> CallReply:
         await self._answer("discard")
         return CallReply(call_id=1, success=True)
 

@@ -31,7 +31,7 @@ from pdserve.router.assembly import build_router
 from pdserve.router.connector import ZmqConnector
 from pdserve.router.options import RouterOptions
 from pdserve.runtime.cluster_proof import is_nonce
-from pdserve.runtime.timing import Timing
+from pdserve.runtime.timing import UNSCALED, Timing
 
 Entry = Callable[..., NodeEntry]
 
@@ -77,14 +77,14 @@ async def front(entry: Entry) -> AsyncIterator[FakeFront]:
 
 
 async def test_a_url_is_asked_for_its_entry_and_shown_no_key(front: FakeFront, entry: Entry) -> None:
-    assert await HttpEntryLookup()(f"{front.url}/") == entry()
+    assert await HttpEntryLookup(UNSCALED)(f"{front.url}/") == entry()
     (request,) = front.requests
     assert "authorization" not in request.headers
     assert "cookie" not in request.headers
 
 
 async def test_with_a_secret_an_entry_must_be_proven(front: FakeFront, entry: Entry) -> None:
-    lookup = HttpEntryLookup(SECRET)
+    lookup = HttpEntryLookup(UNSCALED, SECRET)
     front.secret = SECRET
     assert await lookup(front.url) == entry()
     assert await lookup(front.url) == entry()
@@ -111,20 +111,20 @@ async def test_with_a_secret_an_entry_must_be_proven(front: FakeFront, entry: En
 async def test_what_is_no_node_is_told(front: FakeFront, status: int, body: bytes, reason: str) -> None:
     front.status, front.body = status, body
     with pytest.raises(NoNodeError, match=f"{front.url} does not answer as a node: .*{reason}"):
-        await HttpEntryLookup()(front.url)
+        await HttpEntryLookup(UNSCALED)(front.url)
     assert len(front.requests) == 1, "no redirect is followed"
 
 
 async def test_nobody_there_is_told() -> None:
     for url in ("http://127.0.0.1:1", "no url", "http://[", "http://127.0.0.1:x", f"http://{'a' * 64}.com"):
         with pytest.raises(NoNodeError, match="does not answer as a node"):
-            await HttpEntryLookup()(url)
+            await HttpEntryLookup(UNSCALED)(url)
 
 
 async def test_what_is_no_address_is_unavailable() -> None:
     context = zmq.asyncio.Context()
     with pytest.raises(NodeUnavailableError, match="cannot connect to 'nonsense'"):
-        ZmqConnector(context, keys=None)(
+        ZmqConnector(context, None, UNSCALED)(
             "nonsense", on_stream=lambda message: None, on_lost=lambda reason: None
         )
     context.destroy(linger=0)
@@ -163,8 +163,8 @@ async def test_a_request_over_real_sockets(
     router = build_router(
         RouterOptions(timing=Timing(ping_interval_s=0.01)),
         model=model,
-        connect=ZmqConnector(context, keys=None),
-        lookup=HttpEntryLookup(),
+        connect=ZmqConnector(context, None, UNSCALED),
+        lookup=HttpEntryLookup(UNSCALED),
     )
     router.start()
     await router.administration.register_worker(known.url, known)

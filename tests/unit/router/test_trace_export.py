@@ -13,6 +13,7 @@ from pdserve.messages.timeline import Span
 from pdserve.router import trace_export
 from pdserve.router.trace_export import TraceExporter
 from pdserve.runtime.errors import StartupError
+from pdserve.runtime.timing import UNSCALED
 from pdserve.tests.http_server import serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -62,7 +63,7 @@ def test_a_collector_receives_the_request_and_its_stages(
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     url, bodies = collector
-    exporter = TraceExporter(url, "tiny")
+    exporter = TraceExporter(url, "tiny", UNSCALED)
     exporter.export(timeline(f"00-{TRACE}-{PARENT}-01"))
     exporter.close()
     path, body = bodies.get(timeout=10)
@@ -94,7 +95,7 @@ def test_a_request_without_a_sampled_parent(
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     url, bodies = collector
-    exporter = TraceExporter(url, "tiny")
+    exporter = TraceExporter(url, "tiny", UNSCALED)
     exporter.export(timeline(traceparent))
     exporter.close()
     if traceparent.startswith("00"):
@@ -115,7 +116,7 @@ def test_the_loop_never_waits_for_the_exporter(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(trace_export, "emit", hang)
     monkeypatch.setattr(trace_export, "_MAX_WAITING", 2)
-    exporter = TraceExporter("http://127.0.0.1:1/v1/traces", "tiny")
+    exporter = TraceExporter("http://127.0.0.1:1/v1/traces", "tiny", UNSCALED)
     exporter.export(timeline())
     assert is_stuck.wait(10)
     for _ in range(5):
@@ -127,7 +128,7 @@ def test_the_loop_never_waits_for_the_exporter(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_cannot_be_exported_to_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match="--otlp-traces-endpoint host:4318: a URL is expected"):
-        TraceExporter("host:4318", "tiny")
+        TraceExporter("host:4318", "tiny", UNSCALED)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(StartupError, match=r"pip install 'pdserve\[otel\]'"):
-        TraceExporter("http://127.0.0.1:4318/v1/traces", "tiny")
+        TraceExporter("http://127.0.0.1:4318/v1/traces", "tiny", UNSCALED)

@@ -18,7 +18,7 @@ def judged(proofs: RequestProofs, nonce: str, proof: str, now: float = NOW) -> s
 
 
 def test_a_proof_is_good_once() -> None:
-    proofs = RequestProofs(SECRET)
+    proofs = RequestProofs(SECRET, life_s=30.0)
     nonce = proofs.nonce(NOW)
     proof = request_proof(SECRET, nonce, *REQUEST)
     assert is_nonce(nonce)
@@ -39,7 +39,7 @@ def test_a_proof_is_good_once() -> None:
     ],
 )
 def test_a_proof_is_good_for_its_request_alone(request_: tuple[str, str, bytes]) -> None:
-    proofs = RequestProofs(SECRET)
+    proofs = RequestProofs(SECRET, life_s=30.0)
     nonce = proofs.nonce(NOW)
     assert judged(proofs, nonce, request_proof(SECRET, nonce, *request_)) == "wrong"
     assert judged(proofs, nonce, request_proof(SECRET, nonce, *REQUEST)) == "proven", "the nonce is not lost"
@@ -47,12 +47,12 @@ def test_a_proof_is_good_for_its_request_alone(request_: tuple[str, str, bytes])
 
 @pytest.mark.parametrize("proof", ["", "00", "é" * 64, "A" * 64])
 def test_what_is_no_proof_is_wrong(proof: str) -> None:
-    proofs = RequestProofs(SECRET)
+    proofs = RequestProofs(SECRET, life_s=30.0)
     assert judged(proofs, proofs.nonce(NOW), proof) == "wrong"
 
 
 def test_another_secret_proves_nothing() -> None:
-    proofs = RequestProofs(SECRET)
+    proofs = RequestProofs(SECRET, life_s=30.0)
     nonce = proofs.nonce(NOW)
     assert judged(proofs, nonce, request_proof(OTHER, nonce, *REQUEST)) == "wrong"
     assert judged(proofs, nonce, entry_proof(SECRET, nonce, REQUEST[2])) == "wrong", "for another use"
@@ -68,13 +68,13 @@ def test_a_nonce_ages() -> None:
 
 
 def test_a_nonce_is_of_this_process_and_written_as_it_was_given() -> None:
-    proofs = RequestProofs(SECRET)
+    proofs = RequestProofs(SECRET, life_s=30.0)
     nonce = proofs.nonce(NOW)
     content = base64.urlsafe_b64decode(nonce)
     later = base64.urlsafe_b64encode(b"\x7f" + content[1:]).decode()
     other_bits = nonce[:-2] + chr(ord(nonce[-2]) + 1) + nonce[-1]
     assert base64.urlsafe_b64decode(other_bits) == content, "the last bits of base64 that say nothing"
-    for foreign in (RequestProofs(SECRET).nonce(NOW), later, other_bits, "", "x", "é", "A" * 76):
+    for foreign in (RequestProofs(SECRET, life_s=30.0).nonce(NOW), later, other_bits, "", "x", "é", "A" * 76):
         assert judged(proofs, foreign, request_proof(SECRET, foreign, *REQUEST)) == "stale"
 
 

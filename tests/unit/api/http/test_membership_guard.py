@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from pdserve.api.http.membership_guard import MembershipGuard, offered_nonce, proof_header
 from pdserve.front.member_calls import MemberCalls, RouterAnswer
 from pdserve.runtime.process import NO_KEYS, AccessKeys
+from pdserve.runtime.timing import UNSCALED
 from pdserve.tests.unit.api.conftest import Api
 from pdserve.tests.unit.api.fakes import ENTRY
 
@@ -245,7 +246,7 @@ async def test_with_neither_another_host_may_not(client: tuple[str, int] | None,
         "headers": [],
         "client": client,
     }
-    answer = await MembershipGuard(NO_KEYS).guard(handler)(Request(scope, receive))
+    answer = await MembershipGuard(NO_KEYS, UNSCALED).guard(handler)(Request(scope, receive))
     assert answer.status_code == status
 
 
