@@ -19,6 +19,9 @@ from pdserve.tests.certificates import Certificates
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Read when triton is imported: kernels run on the host, in its interpreter. `scripts/gpu_suite` says 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A deadline for an example is an assertion on the machine's speed. The examples are the same in each run,
 # so that no change is blamed for what it did not do; --hypothesis-profile=explore looks for new ones.
 settings.register_profile("pdserve", deadline=None, derandomize=True)

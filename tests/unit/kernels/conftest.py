@@ -15,9 +15,11 @@ def _repeatable() -> None:
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel forgets to write is NaN, not whatever the allocator left there."""
-    real = torch.empty_like
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
 
-    def poisoned(like: torch.Tensor, **options: Any) -> torch.Tensor:  # noqa: ANN401  those of empty_like
-        return real(like, **options).fill_(float("nan"))
+        def poisoned(*args: Any, real: Any = real, **options: Any) -> torch.Tensor:  # noqa: ANN401  the real one's
+            tensor: torch.Tensor = real(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-1)
 
-    monkeypatch.setattr(torch, "empty_like", poisoned)
+        monkeypatch.setattr(torch, name, poisoned)
