@@ -15,7 +15,7 @@ from ..components.load_inquirer import LoadInquirer
 from ..components.metrics_reporter import MetricsReporter, StepKind
 from ..components.output_streamer import StreamKey
 from ..components.prompt_job import PromptJob
-from ..engine.engine_thread import EngineThread
+from ..engine.engine_thread import Forwards
 from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from ..engine.schedule_batch import ScheduleBatch
 from ..messages.node import FailureCode
@@ -46,7 +46,7 @@ class Running:
         outputs: Outputs,
         timeline: Timeline,
         local_prefill: LocalPrefillPolicy,
-        engine: EngineThread,
+        engine: Forwards,
         build: Callable[[ScheduleBatch], ForwardBatch],
         load_inquirer: LoadInquirer,
         metrics: MetricsReporter,

@@ -6,34 +6,21 @@ is readable while there is something to take. torch releases the GIL in its kern
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Protocol, TypeVar
 
-import torch
-
-from ..runtime.completions import Completions
 from ..runtime.containment import Containment
-from ..runtime.errors import PdserveError, UnexpectedError
 from .forward_batch import ForwardBatch, ForwardOutput
+from .job import AnyJob, FinishedJob
 from .model_runner import ModelRunner
 from .step_profiler import StepProfiler
+from .worker_thread import WorkerThread
 
-_containment = Containment()
-
-
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """What a job returned, or the error that it ended with."""
-
-    name: str
-    value: Any
-    error: PdserveError | None
-    started: float  # monotonic seconds
-    finished: float
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,37 +33,10 @@ class Progress:
     expected_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    name: str
-    run: Callable[[], Any]
-    expected_s: float
+class Forwards(Protocol):
+    """The engine's thread, as far as the stages of a role know it."""
 
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What may not be raised on the thread; `poll` raises it in the loop."""
-
-    error: Exception
-
-
-Finished: TypeAlias = ForwardOutput | JobResult
-
-
-def run_job(name: str, run: Callable[[], Any]) -> JobResult:
-    """Do it, and contain what it raises (see runtime/containment.py): nobody but who asked for it is told.
-
-    What a broken invariant raises is raised on.
-    """
-    started = time.monotonic()
-    value: Any = None
-    failures: list[PdserveError] = []
-    with _containment.around(f"the job {name!r}", lambda why: failures.append(UnexpectedError(why))):
-        try:
-            value = run()
-        except PdserveError as error:
-            failures.append(error)
-    return JobResult(name, value, failures[0] if failures else None, started, time.monotonic())
+    def submit(self, batch: ForwardBatch) -> None: ...
 
 
 class StepTimes:
@@ -102,8 +62,8 @@ class StepTimes:
             self._prefill_token_s += (1 - self._KEPT) * (per_token - self._prefill_token_s)
 
 
-class EngineThread:
-    """Owns the runner from its start on. Every method but the thread's own body belongs to the loop."""
+class EngineThread(WorkerThread[ForwardOutput | FinishedJob[R]]):
+    """Owns the runner from its start on. Its `poll` raises what a forward raised: the engine is lost."""
 
     def __init__(
         self,
@@ -119,76 +79,44 @@ class EngineThread:
         self._share = share
         self._profiler = profiler or StepProfiler(name)
         self.forward_sleep_s = 0.0  # before each forward. Written by the loop, read by the thread
-        self._num_threads = num_threads
-        self._work: SimpleQueue[ForwardBatch | _Job | None] = SimpleQueue()
-        self._finished = Completions[Finished | Failure]()
         self._times = StepTimes()
         self.progress: Progress | None = None  # None: idle. Written by the thread, read by anyone
-        self.num_queued = 0  # submitted and not yet polled
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._containment = Containment()
+        super().__init__(name, num_threads)
 
     def submit(self, batch: ForwardBatch) -> None:
-        self.num_queued += 1
         if self._share is not None:
             self._share(batch)
-        self._work.put(batch)
+        self._put(partial(self._forward, batch))
 
-    def submit_job(self, name: str, run: Callable[[], Any], expected_s: float = 60.0) -> None:
-        """Run something else on the thread, after what was submitted before: loading weights, say."""
-        self.num_queued += 1
-        self._work.put(_Job(name, run, expected_s))
-
-    def fileno(self) -> int:
-        return self._finished.fileno()
-
-    def poll(self) -> list[Finished]:
-        """What has finished since the last call, in order. Raises what a forward raised: the engine
-        is lost."""
-        results: list[Finished] = []
-        for result in self._finished.drain():
-            if isinstance(result, Failure):
-                raise result.error
-            self.num_queued -= 1
-            results.append(result)
-        return results
+    def submit_job(self, job: AnyJob[R], expected_s: float = 60.0) -> None:
+        """Run something else on the thread, after what was submitted before: starting a profile, say."""
+        self._put(partial(self._do, job, expected_s))
 
     def expected_s(self, batch: ForwardBatch) -> float:
         return self._times.expected_s(batch)
 
-    def close(self, timeout_s: float = 30.0) -> bool:
-        """Finish what is queued and end the thread. False if it did not end in time."""
-        self._work.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            return False
-        self._finished.close()
-        return True
+    # ---- on the thread ------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)  # the setting belongs to the calling thread
-        while (work := self._work.get()) is not None:
-            finished: Finished | Failure
-            try:
-                finished = self._do(work)
-            except Exception as error:  # carried to the loop, which poll() raises it in
-                finished = Failure(error)
-            self.progress = None
-            del work  # what it held, weights perhaps, may go
-            self._finished.push(finished)
-            del finished  # likewise
-
-    def _do(self, work: ForwardBatch | _Job) -> Finished:
-        started = time.monotonic()
-        if isinstance(work, ForwardBatch):
-            sleep_s = self.forward_sleep_s
-            expected_s = sleep_s + self._times.expected_s(work) + self._profiler.overhead_s
-            self.progress = Progress(work.step, "forward", started, expected_s)
+    def _forward(self, batch: ForwardBatch) -> ForwardOutput:
+        sleep_s = self.forward_sleep_s
+        expected_s = sleep_s + self._times.expected_s(batch) + self._profiler.overhead_s
+        with self._in_progress(batch.step, "forward", expected_s):
             if sleep_s:
                 time.sleep(sleep_s)
-            with self._profiler.step(work):
-                output = self._runner.forward(work)
-            self._times.measured(work, output.finished - output.started)
+            with self._profiler.step(batch):
+                output = self._runner.forward(batch)
+            self._times.measured(batch, output.finished - output.started)
             return output
-        self.progress = Progress(None, work.name, started, work.expected_s)
-        return run_job(work.name, work.run)
+
+    def _do(self, job: AnyJob[R], expected_s: float) -> FinishedJob[R]:
+        with self._in_progress(None, job.name, expected_s):
+            return job.do(self._containment)
+
+    @contextlib.contextmanager
+    def _in_progress(self, step: int | None, name: str, expected_s: float) -> Iterator[None]:
+        self.progress = Progress(step, name, time.monotonic(), expected_s)
+        try:
+            yield
+        finally:
+            self.progress = None

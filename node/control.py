@@ -10,7 +10,7 @@ import msgspec
 
 from ..components.flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
 from ..components.metrics_reporter import MetricsReporter
-from ..engine.engine_thread import JobResult
+from ..engine.job import FinishedJob
 from ..messages.node import (
     ControlMessage,
     FlushCache,
@@ -41,11 +41,12 @@ from ..messages.weights import (
 from ..weights.images import WeightImage, WeightImages
 from ..weights.outbox import WeightOutbox
 from ..weights.updater import AddressedReply, C, Prepared, WeightUpdater
-from .memory_occupation import MEMORY_JOB, Announced, Done, MemoryOccupation
+from .memory_occupation import Announced, Done, MemoryOccupation
 from .operations import NodeOperations, OperationReply, ToNodeOperations
 from .status import NodeStatus
 
 ControlCall: TypeAlias = ControlMessage | ToNodeOperations
+JobEnd: TypeAlias = AddressedReply | OperationReply | Done | None  # what an owner makes of its job's outcome
 
 
 @dataclass(slots=True)
@@ -146,20 +147,19 @@ class NodeControl(Generic[C]):
                 reply = MetricsReply(call_id=message.call_id, text=self._metrics.render())
                 result.replies.append((link, reply))
             case _ if isinstance(message, ToNodeOperations):
-                self._operate(self._operations.handle(link, message, requests=requests, pause=pause), result)
+                self._answer(self._operations.handle(link, message, requests=requests, pause=pause), result)
             case _:
                 assert_never(message)
         return result
 
-    def finish_job(self, job: JobResult) -> ControlResult[C]:
+    def finish_job(self, job: FinishedJob[JobEnd]) -> ControlResult[C]:
         """Something that a call had done beside the loop is done."""
         result: ControlResult[C] = ControlResult()
-        if job.name == MEMORY_JOB:
-            self._take(self._memory.finish(job.error), result)
-        elif (operated := self._operations.finish_job(job)) is not None:
-            self._operate(operated, result)
+        end = job.deliver()
+        if isinstance(end, Done):
+            self._take(end, result)
         else:
-            self._answer(self._weights.finish(job.value, job.error), result)
+            self._answer(end, result)
         return result
 
     def poll(self, now: float, *, idle: bool, is_drained: bool) -> ControlResult[C]:
@@ -217,11 +217,6 @@ class NodeControl(Generic[C]):
         result.announced = done.announced or result.announced
 
     @staticmethod
-    def _operate(operated: OperationReply | None, result: ControlResult[C]) -> None:
-        if operated is not None:
-            result.replies.append((operated.link, operated.reply))
-
-    @staticmethod
-    def _answer(answer: AddressedReply | None, result: ControlResult[C]) -> None:
+    def _answer(answer: AddressedReply | OperationReply | None, result: ControlResult[C]) -> None:
         if answer is not None:
             result.replies.append((answer.link, answer.reply))

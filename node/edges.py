@@ -11,7 +11,7 @@ import msgspec
 from ..components.load_inquirer import LoadInquirer
 from ..components.metrics_reporter import MetricsReporter
 from ..components.page_allocator import PageAllocator
-from ..engine.engine_thread import EngineThread
+from ..engine.engine_thread import Forwards
 from ..engine.forward_batch import ForwardBatch
 from ..engine.schedule_batch import ScheduleBatch
 from ..messages.timeline import SpanClock
@@ -32,7 +32,7 @@ class NodeEdges:
     send: Callable[[bytes, msgspec.Struct], bool]  # False: that client is gone
     allocator: PageAllocator
     digests: DigestWorker
-    engine: EngineThread
+    engine: Forwards
     build: Callable[[ScheduleBatch], ForwardBatch]
     make_control: Callable[[LiveSettings, Callable[[], bool]], NodeControl[LoadedModel]]
     status: NodeStatus

@@ -25,8 +25,8 @@ import msgspec
 from ..components.invariant_checker import IdleCheck
 from ..components.metrics_reporter import MetricsReporter
 from ..components.request_receiver import RequestReceiver, refusals
-from ..engine.engine_thread import JobResult
 from ..engine.forward_batch import ForwardOutput
+from ..engine.job import FinishedJob
 from ..messages.malformed import head_of
 from ..messages.memory_region import MemoryRegion
 from ..messages.node import AbortRequests, CallReply, GetRequestState, NodeLoad, Ping, RequestStateReply
@@ -37,7 +37,7 @@ from ..runtime.containment import PROCESS_FAULTS, Containment, nobody_waits
 from ..runtime.pause_gate import PauseGate
 from ..runtime.timing import Timing
 from ..weights.updater import C, Prepared
-from .control import ControlCall, ControlResult, NodeControl
+from .control import ControlCall, ControlResult, JobEnd, NodeControl
 from .loop_times import LoopTimes
 from .status import NodeStatus
 
@@ -159,13 +159,13 @@ class Report(Protocol):
 class Computing(Protocol):
     """The engine's thread, as far as the loop reads it."""
 
-    def poll(self) -> Sequence[ForwardOutput | JobResult]: ...
+    def poll(self) -> Sequence[ForwardOutput | FinishedJob[JobEnd]]: ...
 
 
 class SideJobs(Protocol):
     """A thread of jobs, as far as the loop reads it."""
 
-    def poll(self) -> Sequence[JobResult]: ...
+    def poll(self) -> Sequence[FinishedJob[JobEnd]]: ...
 
 
 class RoleLoop(Generic[M, C]):
@@ -216,7 +216,7 @@ class RoleLoop(Generic[M, C]):
                 self._handle(link, message, now)
         self.role.poll(now)
         for finished in self._engine.poll():
-            if isinstance(finished, JobResult):
+            if isinstance(finished, FinishedJob):
                 self._finish_job(finished, now)
             else:
                 self.role.apply(finished, now)
@@ -321,7 +321,7 @@ class RoleLoop(Generic[M, C]):
 
     # ---- what ended ---------------------------------------------------------------------------------
 
-    def _finish_job(self, job: JobResult, now: float) -> None:
+    def _finish_job(self, job: FinishedJob[JobEnd], now: float) -> None:
         with self.containment.around(f"the end of {job.name!r}", nobody_waits):
             self._reply(self._control.finish_job(job), now)
 

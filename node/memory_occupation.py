@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
+from ..engine.job import AnyJob, Job
 from ..messages.memory_region import MemoryRegion
 from ..messages.peer import PeerIdentity
 from ..messages.weights import MEMORY_TAGS, MemoryReply, MemoryTag, ReleaseMemory, ResumeMemory
 from ..runtime.errors import PdserveError
-
-MEMORY_JOB = "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +52,31 @@ class _Pending:
     deadline: float
 
 
-_Running: TypeAlias = tuple[bytes, ReleaseMemory | ResumeMemory]
-
-
 class MemoryOccupation:
     """One call at a time; another one meanwhile is refused."""
 
-    def __init__(self, port: MemoryPort, start_job: Callable[[str, Callable[[], Any]], None]) -> None:
+    def __init__(self, port: MemoryPort, start_job: Callable[[AnyJob[Done]], None]) -> None:
         self._port = port
         self._start_job = start_job
         self._pending: _Pending | None = None  # waits for the node to be idle
-        self._running: _Running | None = None
+        self._is_moving = False  # in a job
         self._released: frozenset[MemoryTag] = frozenset()
 
     @property
     def takes_work(self) -> bool:
-        return self._pending is None and self._running is None and not self._released
+        return self._pending is None and not self._is_moving and not self._released
 
     @property
     def is_released(self) -> bool:
         """Or on the way there or back."""
-        return self._running is not None or bool(self._released)
+        return self._is_moving or bool(self._released)
 
     @property
     def deadline(self) -> float | None:
         return None if self._pending is None else self._pending.deadline
 
     def release(self, link: bytes, message: ReleaseMemory, now: float) -> Done:
-        """The answer comes from `poll` or `finish`, or now when it is a no."""
+        """The answer comes from `poll` or with a job, or now when it is a no."""
         tags = frozenset(message.tags)
         if refusal := self._busy():
             return self._no(link, message, refusal)
@@ -90,7 +86,7 @@ class MemoryOccupation:
         return Done()
 
     def resume(self, link: bytes, message: ResumeMemory) -> Done:
-        """The answer comes from `finish`, or now when it is a no or there is nothing to do."""
+        """The answer comes with a job, or now when it is a no or there is nothing to do."""
         tags = frozenset(message.tags)
         if refusal := self._busy():
             return self._no(link, message, refusal)
@@ -100,8 +96,7 @@ class MemoryOccupation:
             return self._no(link, message, f"not released: {', '.join(_listed(missing))}")
         if not tags:
             return Done(link, self._reply(message, success=True, text="nothing of it was released"))
-        self._running = (link, message)
-        self._start_job(MEMORY_JOB, self._port.move(self._released, self._released - tags))
+        self._move(link, message, self._released - tags)
         return Done()
 
     def poll(self, now: float, *, idle: bool) -> Done:
@@ -113,25 +108,35 @@ class MemoryOccupation:
         if not idle:
             return self._no(pending.link, pending.message, "the node was not idle in time")
         tags = frozenset(pending.message.tags)
-        self._running = (pending.link, pending.message)
         announced = self._port.announce(is_released=True)
-        self._start_job(MEMORY_JOB, self._port.move(self._released, self._released | tags))
+        self._move(pending.link, pending.message, self._released | tags)
         return Done(announced=announced)
 
-    def finish(self, error: PdserveError | None) -> Done:
-        """The job is done."""
-        assert self._running is not None, "a job was begun"
-        link, message = self._running
-        self._running = None
-        before, tags = self._released, frozenset(message.tags)
+    def _move(
+        self, link: bytes, message: ReleaseMemory | ResumeMemory, released: frozenset[MemoryTag]
+    ) -> None:
+        """`released`: what is so afterwards."""
+        run = self._port.move(self._released, released)
+        self._is_moving = True
+        self._start_job(Job("memory", run, lambda error: self._moved(link, message, released, error)))
+
+    def _moved(
+        self,
+        link: bytes,
+        message: ReleaseMemory | ResumeMemory,
+        released: frozenset[MemoryTag],
+        error: PdserveError | None,
+    ) -> Done:
+        self._is_moving = False
+        before = self._released
         if error is None:
-            self._released = before | tags if isinstance(message, ReleaseMemory) else before - tags
+            self._released = released
         text = ", ".join(_listed(before ^ self._released)) if error is None else str(error)
         reply = self._reply(message, success=error is None, text=text, resumed=before - self._released)
         return Done(link, reply, None if self._released else self._port.announce(is_released=False))
 
     def _busy(self) -> str:
-        in_progress = self._pending is not None or self._running is not None
+        in_progress = self._pending is not None or self._is_moving
         return "another release or resume is in progress" if in_progress else ""
 
     def _no(self, link: bytes, message: ReleaseMemory | ResumeMemory, why: str) -> Done:

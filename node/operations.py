@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, assert_never
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, assert_never
 
 import psutil
 
-from ..engine.engine_thread import JobResult
+from ..engine.job import AnyJob, Job
 from ..messages.node import CallReply
 from ..messages.operation import (
     DEFAULT_PROFILE_STEPS,
@@ -26,13 +26,11 @@ from ..messages.operation import (
     StartProfile,
     StopProfile,
 )
+from ..runtime.errors import PdserveError
 from ..runtime.logs import LogLevel, log_level, set_log_level
 from .live_settings import LiveSettings
 from .loop_times import LoopTimes
 from .profiler import Traces
-
-START_JOB = "start profile"
-STOP_JOB = "stop profile"
 
 
 class SlowEngine(Protocol):
@@ -40,7 +38,7 @@ class SlowEngine(Protocol):
 
     forward_sleep_s: float
 
-    def submit_job(self, name: str, run: Callable[[], Any]) -> None: ...
+    def submit_job(self, job: AnyJob[OperationReply]) -> None: ...
 
 
 class Profiler(Protocol):
@@ -81,8 +79,7 @@ class _Profile:
     """What is known of the profiler, which the engine's thread owns."""
 
     is_running: bool = False
-    told: str = ""  # to who began it
-    waiting: dict[str, tuple[bytes, int]] = field(default_factory=dict)  # job -> link, call
+    is_changing: bool = False  # a job of its start or its end is on its way
 
 
 class NodeOperations:
@@ -132,47 +129,50 @@ class NodeOperations:
                 self._is_gc_frozen = True
                 return _answer(link, message.call_id, True, "frozen")
             case StartProfile():
-                if self._profile.is_running or self._profile.waiting:
+                if self._profile.is_running or self._profile.is_changing:
                     return _answer(link, message.call_id, False, "a profile is running")
-                num_steps = message.num_steps or DEFAULT_PROFILE_STEPS
-                self._profile.told = f"profiling: {num_steps} forwards at most"
-                self._submit(START_JOB, link, message.call_id, self._profiler.start(message))
+                self._start_profile(link, message)
                 return None
             case StopProfile():
-                if not self._profile.is_running or self._profile.waiting:
+                if not self._profile.is_running or self._profile.is_changing:
                     text = "no profile is running"
                     return OperationReply(
                         link, ProfileReply(call_id=message.call_id, success=False, message=text)
                     )
-                self._submit(STOP_JOB, link, message.call_id, self._profiler.stop())
+                self._stop_profile(link, message)
                 return None
             case _:
                 assert_never(message)
 
-    def finish_job(self, job: JobResult) -> OperationReply | None:
-        """The reply that waited for this job; None: the job is another part's."""
-        if job.name not in self._profile.waiting:
-            return None
-        link, call_id = self._profile.waiting.pop(job.name)
-        error = "" if job.error is None else str(job.error)
-        if job.name == START_JOB:
-            self._profile.is_running = not error
-            return _answer(link, call_id, not error, error or self._profile.told)
-        self._profile.is_running = False
-        if error:
-            return OperationReply(link, ProfileReply(call_id=call_id, success=False, message=error))
-        traces: Traces = job.value
-        reply = ProfileReply(
-            call_id=call_id,
-            success=True,
-            traces=tuple(map(str, traces.own)),
-            rank_traces=traces.of_ranks,
-        )
-        return OperationReply(link, reply)
+    def _start_profile(self, link: bytes, message: StartProfile) -> None:
+        num_steps = message.num_steps or DEFAULT_PROFILE_STEPS
 
-    def _submit(self, job: str, link: bytes, call_id: int, run: Callable[[], Any]) -> None:
-        self._profile.waiting[job] = (link, call_id)
-        self._engine.submit_job(job, run)
+        def finish(error: PdserveError | None) -> OperationReply:
+            self._profile = _Profile(is_running=error is None)
+            text = f"profiling: {num_steps} forwards at most" if error is None else str(error)
+            return _answer(link, message.call_id, error is None, text)
+
+        run = self._profiler.start(message)
+        self._profile.is_changing = True
+        self._engine.submit_job(Job("start profile", run, finish))
+
+    def _stop_profile(self, link: bytes, message: StopProfile) -> None:
+        def finish(traces: Traces | PdserveError) -> OperationReply:
+            self._profile = _Profile()
+            if isinstance(traces, PdserveError):
+                reply = ProfileReply(call_id=message.call_id, success=False, message=str(traces))
+            else:
+                reply = ProfileReply(
+                    call_id=message.call_id,
+                    success=True,
+                    traces=tuple(map(str, traces.own)),
+                    rank_traces=traces.of_ranks,
+                )
+            return OperationReply(link, reply)
+
+        run = self._profiler.stop()
+        self._profile.is_changing = True
+        self._engine.submit_job(Job("stop profile", run, finish))
 
     def _slow_down(self, link: bytes, message: SlowDown) -> OperationReply:
         seconds = message.forward_sleep_s

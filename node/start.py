@@ -55,10 +55,12 @@ from ..runtime.process import (
 from ..runtime.waiting import Waiter
 from ..transfer.backends import create_backend
 from ..transfer.backends.base import Mover, TransferBackend
+from ..weights.images import ImageReplies
 from ..weights.inbox import Inboxes
 from ..weights.loaded import LoadedModel, dummy_model, load_model
 from ..weights.outbox import WeightOutbox
 from ..weights.peer import WeightPuller
+from .control import JobEnd
 from .front_process import FrontProcess
 from .loop_times import LoopTimes
 from .profiler import NodeProfiler
@@ -85,9 +87,9 @@ class Node:
     num_pages: int
     memory: memoryview  # of the pool
     pool: KVPool
-    engine: EngineThread
-    jobs: JobThread
-    image_jobs: JobThread  # of weights for others to read: `jobs` may itself wait for another node's
+    engine: EngineThread[JobEnd]
+    jobs: JobThread[JobEnd]
+    image_jobs: JobThread[ImageReplies]  # of weights that others read: `jobs` may wait for another node's
     profiler: NodeProfiler
     backend: TransferBackend
     ranks: RankGroup | None  # the further ones; None: this one is alone
@@ -209,8 +211,8 @@ def start_node(
         )
         own_profiler = StepProfiler(trace_name)
         share = None if ranks is None else ranks.forward
-        engine = EngineThread(runner, config.rank_threads, share=share, profiler=own_profiler)
-        jobs, image_jobs = JobThread(), JobThread("image jobs")
+        engine = EngineThread[JobEnd](runner, config.rank_threads, share=share, profiler=own_profiler)
+        jobs, image_jobs = JobThread[JobEnd](), JobThread[ImageReplies]("image jobs")
         undo.pop_all()  # nothing below fails
 
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

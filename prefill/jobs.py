@@ -14,7 +14,7 @@ from ..components.invariant_checker import check_idle
 from ..components.page_allocator import PageAllocator, PageCounts
 from ..components.prefix_cache import PrefixCache
 from ..components.prompt_job import PromptJob
-from ..engine.engine_thread import EngineThread
+from ..engine.engine_thread import Forwards
 from ..engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
 from ..messages.kv_layout import KVLayout
@@ -49,7 +49,7 @@ class PrefillJobs:
         *,
         allocator: PageAllocator,
         cache: PrefixCache | None,
-        engine: EngineThread,
+        engine: Forwards,
         build: Callable[[ScheduleBatch], ForwardBatch],
         status: NodeStatus,
         layout: KVLayout,

@@ -17,7 +17,8 @@ import torch
 
 from ..engine.batch_codec import decode_batch
 from ..engine.dummy_weights import dummy_weights
-from ..engine.engine_thread import EngineThread, JobResult, run_job
+from ..engine.engine_thread import EngineThread
+from ..engine.job import FinishedJob, Job
 from ..engine.job_thread import JobThread
 from ..engine.kv_pool import TORCH_DTYPES, KVPool
 from ..engine.model_runner import ModelRunner
@@ -63,7 +64,7 @@ from ..messages.ranks import (
 )
 from ..models.config import ModelConfig, kv_layout
 from ..runtime.containment import Containment
-from ..runtime.errors import BrokenInvariantError, StartupError
+from ..runtime.errors import BrokenInvariantError, PdserveError, StartupError
 from ..runtime.logs import set_log_level
 from ..runtime.process import return_free_memory
 from ..runtime.waiting import Waiter
@@ -140,8 +141,8 @@ class RankWorker:
             config, self._weights, self._pool, _CPU, operators=operators, collective=collective
         )
         self._profiler = StepProfiler(start.trace_name)
-        self._engine = EngineThread(self._runner, start.num_threads, profiler=self._profiler)
-        self._jobs = JobThread()
+        self._engine = EngineThread[RankAnswer](self._runner, start.num_threads, profiler=self._profiler)
+        self._jobs = JobThread[RankAnswer]()
         self._loaded: Weights | None = None
         self._containment = Containment()
 
@@ -163,8 +164,8 @@ class RankWorker:
         if ends:
             self._pipe.send(WritesEnded(ends=ends))
         for finished in (*self._engine.poll(), *self._jobs.poll()):
-            if isinstance(finished, JobResult):
-                self._pipe.send(finished.value)
+            if isinstance(finished, FinishedJob):
+                self._pipe.send(finished.deliver())
 
     def close(self) -> None:
         self._backend.close()
@@ -207,10 +208,10 @@ class RankWorker:
                 self._start(message.call_id, lambda: self._move(message))
             case StartRankProfile():
                 job = _answering(message.call_id, lambda: self._start_profile(message))
-                self._engine.submit_job("start profile", job)
+                self._engine.submit_job(job)
             case StopRankProfile():
                 job = _answering(message.call_id, lambda: self._stop_profile(message))
-                self._engine.submit_job("stop profile", job)
+                self._engine.submit_job(job)
             case SetRankLogLevel():
                 set_log_level(message.level)
             case FreezeRankGc():
@@ -245,7 +246,7 @@ class RankWorker:
                     self._pipe.send(RankDone(call_id=call_id, error=why))
 
     def _start(self, call_id: int, run: Callable[[], RankAnswer]) -> None:
-        self._jobs.submit("rank 0's", _answering(call_id, run))
+        self._jobs.submit(_answering(call_id, run))
 
     # ---- jobs of the engine's thread --------------------------------------------------------------------
 
@@ -292,11 +293,10 @@ class RankWorker:
             raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def _answering(call_id: int, run: Callable[[], RankAnswer]) -> Callable[[], RankAnswer]:
-    """A job."""
+def _answering(call_id: int, run: Callable[[], RankAnswer]) -> Job[RankAnswer, RankAnswer]:
+    """A job whose failure is an answer too."""
 
-    def job() -> RankAnswer:
-        done = run_job("rank 0's", run)
-        return done.value if done.error is None else RankDone(call_id=call_id, error=str(done.error))
+    def finish(answer: RankAnswer | PdserveError) -> RankAnswer:
+        return RankDone(call_id=call_id, error=str(answer)) if isinstance(answer, PdserveError) else answer
 
-    return job
+    return Job("rank 0's", run, finish)

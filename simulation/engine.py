@@ -5,16 +5,16 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from ..components.page_allocator import PageAllocator
-from ..engine.engine_thread import JobResult
 from ..engine.forward_batch import ForwardOutput, RowOutput
+from ..engine.job import AnyJob, FinishedJob
 from ..engine.schedule_batch import ScheduleBatch, ScheduledRow
 from ..messages.report import PromptReport, SampledToken
 from ..messages.sampling import TokenLogprob
-from ..runtime.errors import PdserveError
+from ..node.control import JobEnd
+from ..runtime.containment import Containment
 from .tokens import PAGE_SIZE, Pool, kv_of, next_token
 
 
@@ -22,23 +22,14 @@ class WrongPage(AssertionError):  # noqa: N818, it is a finding
     """A forward or a write touched a page that is not its own, or read what nobody put there."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    name: str
-    run: Callable[[], Any]
-
-
 class FakeJobs:
     """The jobs' thread. Its work is done in turn with the forwards."""
 
-    def __init__(self, queue: Callable[[_Job], None]) -> None:
-        self._queue = queue
-        self.results: deque[JobResult] = deque()
+    def __init__(self, queue: Callable[[AnyJob[JobEnd]], None]) -> None:
+        self.submit = queue
+        self.results: deque[FinishedJob[JobEnd]] = deque()
 
-    def submit(self, name: str, run: Callable[[], Any]) -> None:
-        self._queue(_Job(name, run))
-
-    def poll(self) -> list[JobResult]:
+    def poll(self) -> list[FinishedJob[JobEnd]]:
         results = list(self.results)
         self.results.clear()
         return results
@@ -63,9 +54,10 @@ class FakeEngine:
         self.clock = clock
         self.weights = "weights-1"
         self.forward_sleep_s = 0.0  # nothing sleeps on a logical clock
-        self.queued: deque[ScheduleBatch | _Job] = deque()
+        self.queued: deque[ScheduleBatch | AnyJob[JobEnd]] = deque()
         self.results: deque[ForwardOutput] = deque()
         self.jobs = FakeJobs(self._queue)
+        self.containment = Containment()  # of jobs
         self.batches: list[ScheduleBatch] = []
         self._journal = journal
         self._on_queued = on_queued
@@ -84,10 +76,10 @@ class FakeEngine:
         self.batches.append(batch)
         self._queue(batch)
 
-    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
-        self.jobs.submit(name, run)
+    def submit_job(self, job: AnyJob[JobEnd]) -> None:
+        self._queue(job)
 
-    def _queue(self, work: ScheduleBatch | _Job) -> None:
+    def _queue(self, work: ScheduleBatch | AnyJob[JobEnd]) -> None:
         self.queued.append(work)
         if self._on_queued is not None:
             self._on_queued()
@@ -112,7 +104,7 @@ class FakeEngine:
             started = self.clock()
             self.results.append(ForwardOutput(len(self.batches), rows, started, self.clock()))
         else:
-            self.jobs.results.append(_job_result(work))
+            self.jobs.results.append(work.do(self.containment))
         return True
 
     def row_ids(self, index: int = -1) -> list[str | int]:
@@ -186,10 +178,3 @@ def _logprob(row: ScheduledRow, token_id: int, logprob: float) -> TokenLogprob:
 def _state_of(position: int) -> bytes:
     """The hidden state of a position is one number, the position."""
     return array("f", [position]).tobytes()
-
-
-def _job_result(job: _Job) -> JobResult:
-    try:
-        return JobResult(job.name, job.run(), None, 0.0, 0.0)
-    except PdserveError as error:
-        return JobResult(job.name, None, error, 0.0, 0.0)

@@ -24,7 +24,7 @@ from ..decode.death_probe import DeathProbe
 from ..decode.limits import DecodeLimits
 from ..decode.peer_links import LinkDown, PeerLinks
 from ..decode.sequence import DecodeRequest, Sequence
-from ..engine.engine_thread import EngineThread
+from ..engine.engine_thread import Forwards
 from ..engine.forward_batch import ForwardBatch
 from ..engine.schedule_batch import ScheduleBatch
 from ..messages.channel import ServerChannel
@@ -299,7 +299,7 @@ class _Base(Generic[T]):
             send=self.server.send,
             allocator=self.allocator,
             digests=cast(DigestWorker, self.digests),
-            engine=cast(EngineThread, self.engine),
+            engine=cast(Forwards, self.engine),
             build=cast("Callable[[ScheduleBatch], ForwardBatch]", self.engine.build),
             make_control=self._make_control,
             status=self.status,
@@ -441,7 +441,7 @@ class PrefillNode(_Base[ToPrefill]):
 
     @property
     def containments(self) -> tuple[Containment, ...]:
-        return self.loop.containment, self.jobs.containment
+        return self.loop.containment, self.engine.containment, self.jobs.containment
 
     def check(self) -> None:
         check_nothing_raised(self.containments)
@@ -538,7 +538,12 @@ class DecodeNode(_Base[ClientToNode]):
 
     @property
     def containments(self) -> tuple[Containment, ...]:
-        return self.loop.containment, self.handoffs.containment, self.running.containment
+        return (
+            self.loop.containment,
+            self.engine.containment,
+            self.handoffs.containment,
+            self.running.containment,
+        )
 
     def check(self) -> None:
         """Between two turns of the loop: each page has one owner that is alive, and the parts agree."""

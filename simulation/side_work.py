@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from ..engine.engine_thread import JobResult
+from ..engine.job import AnyJob, FinishedJob
 from ..messages.operation import StartProfile
 from ..node.profiler import Traces
 from ..transfer.page_digests import Digests
-from ..weights.images import WeightImage
+from ..weights.images import ImageReplies
 from .tokens import Pool
 
 
@@ -70,10 +70,10 @@ class NoProfiler:
 class NoImageJobs:
     """Nobody reads weights here."""
 
-    def submit(self, name: str, run: Callable[[], WeightImage]) -> None:
-        raise AssertionError(f"{name}: no simulated node is asked for its weights")
+    def submit(self, job: AnyJob[ImageReplies]) -> None:
+        raise AssertionError(f"{job.name}: no simulated node is asked for its weights")
 
-    def poll(self) -> list[JobResult]:
+    def poll(self) -> list[FinishedJob[ImageReplies]]:
         return []
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine.engine_thread import JobResult
+from ..engine.job import AnyJob, FinishedJob, Job
 from ..messages.weights import (
     STAGE_PART_BYTES,
     WRITE_PART_BYTES,
@@ -31,7 +30,7 @@ from ..messages.weights import (
     WeightsWrittenReply,
     WriteWeights,
 )
-from ..runtime.errors import StartupError
+from ..runtime.errors import PdserveError, StartupError
 from .staged import safetensors_header
 
 
@@ -80,7 +79,7 @@ class WeightImage:
             index += 1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Making:
     """In a job."""
 
@@ -95,12 +94,15 @@ class _Held:
     idle_until: float | None = None  # None: from the next turn of the loop on
 
 
+ImageReplies: TypeAlias = list[tuple[bytes, WeightImageReply]]  # and the links that wait for them
+
+
 class ImageJobs(Protocol):
     """A JobThread, not that of updates: one of them may be reading an image of this very node."""
 
-    def submit(self, name: str, run: Callable[[], WeightImage]) -> None: ...
+    def submit(self, job: AnyJob[ImageReplies]) -> None: ...
 
-    def poll(self) -> list[JobResult]: ...
+    def poll(self) -> list[FinishedJob[ImageReplies]]: ...
 
 
 class WeightImages:
@@ -123,7 +125,7 @@ class WeightImages:
         self._served = served
         self._jobs = jobs
         self._numbers = itertools.count(1)
-        self._making: deque[_Making] = deque()  # in order
+        self._making: list[_Making] = []
         self._held: dict[int, _Held] = {}
 
     def open(self, link: bytes, message: OpenWeights) -> WeightImageReply | None:
@@ -136,8 +138,9 @@ class WeightImages:
             if making.update_id == served and not making.is_dropped:
                 making.asked.append((link, message.call_id))
                 return None
-        self._making.append(_Making(served, [(link, message.call_id)]))
-        self._jobs.submit("image of weights", self._make())
+        run, making = self._make(), _Making(served, [(link, message.call_id)])
+        self._making.append(making)
+        self._jobs.submit(Job("image of weights", run, lambda image: self._made(making, image)))
         return None
 
     def read(self, message: ReadWeights) -> WeightBytesReply:
@@ -168,12 +171,9 @@ class WeightImages:
             del self._held[message.image]
         return image
 
-    def poll(self, now: float) -> list[tuple[bytes, WeightImageReply]]:
+    def poll(self, now: float) -> ImageReplies:
         """Answers whose image is made."""
-        replies = []
-        for job in self._jobs.poll():
-            making = self._making.popleft()
-            replies += [(link, self._made(call_id, making, job)) for link, call_id in making.asked]
+        replies = [reply for job in self._jobs.poll() for reply in job.deliver()]
         for number, held in list(self._held.items()):
             if held.idle_until is None:
                 held.idle_until = now + self._idle_s
@@ -193,11 +193,15 @@ class WeightImages:
         for making in self._making:
             making.is_dropped = True
 
-    def _made(self, call_id: int, making: _Making, job: JobResult) -> WeightImageReply:
-        if job.error is not None or making.is_dropped:
-            reason = "these weights are let go of" if job.error is None else str(job.error)
-            return WeightImageReply(call_id=call_id, success=False, message=reason)
-        return self._opened(call_id, job.value)
+    def _made(self, making: _Making, image: WeightImage | PdserveError) -> ImageReplies:
+        self._making.remove(making)
+        if isinstance(image, WeightImage) and not making.is_dropped:
+            return [(link, self._opened(call_id, image)) for link, call_id in making.asked]
+        why = str(image) if isinstance(image, PdserveError) else "these weights are let go of"
+        return [
+            (link, WeightImageReply(call_id=call_id, success=False, message=why))
+            for link, call_id in making.asked
+        ]
 
     def _opened(self, call_id: int, image: WeightImage) -> WeightImageReply:
         number = next(self._numbers)

@@ -3,18 +3,19 @@
 Weights that cannot be served are refused while the old ones go on; a node never holds a mix. The coordinator
 (the router) prepares every node before it commits any. Questions about the weights are answered here too.
 
-What takes long is a job on a thread of its own; `finish` takes its result, on the loop.
+What takes long is a job on a thread of its own; its end, on the loop, gives the answer.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar, assert_never
+from typing import Generic, Protocol, TypeAlias, TypeVar, assert_never
 
+from ..engine.job import AnyJob, Job
 from ..messages.node import CallReply
 from ..messages.weights import (
     CheckWeights,
@@ -38,7 +39,7 @@ from ..messages.weights import (
     WeightSource,
     WeightsReply,
 )
-from ..runtime.errors import BrokenInvariantError, PdserveError
+from ..runtime.errors import PdserveError
 from .staged import StagedFile
 from .update_groups import UpdateGroups
 
@@ -146,13 +147,11 @@ class _Waiting(Generic[C]):
 
 
 @dataclass(slots=True)
-class _Job:
-    """On the jobs' thread, and who waits for it."""
+class _Preparing:
+    """An update that a job receives or loads, and who waits for it."""
 
     link: bytes
-    message: PrepareWeights | GetWeights | CheckWeights | SaveWeights | JoinUpdateGroup | LeaveUpdateGroup
-    weight_version: str = ""  # that a check is of
-    is_received: bool = True  # what is to be prepared: from a trainer or a peer, else it was here
+    message: PrepareWeights
     is_discarded: bool = False
 
 
@@ -168,14 +167,14 @@ class WeightUpdater(Generic[C]):
     Prepared weights are committed when the coordinator says so or another node is heard to serve them, and
     rolled back when neither happens and the coordinator falls silent for the lease.
 
-    `read_gpu` and `pull` read what lies in a GPU's memory and what a peer serves, in a job. `start_job(name,
-    run)` runs jobs one by one. `weight_version` is that of the weights that serve.
+    `read_gpu` and `pull` read what lies in a GPU's memory and what a peer serves, in a job. `start_job` has
+    jobs done one by one. `weight_version` is that of the weights that serve.
     """
 
     def __init__(
         self,
         store: WeightStore[C],
-        start_job: Callable[[str, Callable[[], Any]], None],
+        start_job: Callable[[AnyJob[AddressedReply | None]], None],
         weight_version: Callable[[], str],
         available_bytes: Callable[[], int],
         groups: UpdateGroups,
@@ -189,7 +188,7 @@ class WeightUpdater(Generic[C]):
         self._groups = groups
         self._read_gpu = read_gpu
         self._pull = pull
-        self._jobs: deque[_Job] = deque()  # in order
+        self._preparing: _Preparing | None = None
         self._staged: _Staged | None = None
         self._waiting: _Waiting[C] | None = None
         self._served_update = ""  # the one that was committed last
@@ -199,8 +198,8 @@ class WeightUpdater(Generic[C]):
 
     def stage(self, link: bytes, message: StageWeights) -> AddressedReply:
         """Keep a part of an update. Another update's first part takes the place of what was staged."""
-        if self._loading is not None:
-            return _no(link, message, f"update {self._loading.update_id} is being prepared")
+        if self._preparing is not None:
+            return _no(link, message, f"update {self._preparing.message.update_id} is being prepared")
         if self._staged is not None and self._staged.update_id != message.update_id:
             self._drop_staged()
         staged = self._staged or _Staged(message.update_id, StagedFile())
@@ -215,9 +214,9 @@ class WeightUpdater(Generic[C]):
         return _yes(link, message)
 
     def prepare(self, link: bytes, message: PrepareWeights) -> AddressedReply | None:
-        """Start loading; the answer comes from `finish`, or now when it cannot begin."""
-        if self._loading is not None:
-            return _no(link, message, f"update {self._loading.update_id} is being prepared")
+        """Start loading; the answer comes with a job, or now when it cannot begin."""
+        if self._preparing is not None:
+            return _no(link, message, f"update {self._preparing.message.update_id} is being prepared")
         if message.update_id == self._served_update:  # who asks has not heard of it yet
             return _yes(link, message, self._served_fingerprint)
         if self._waiting is not None and self._waiting.prepared.update_id == message.update_id:
@@ -253,14 +252,48 @@ class WeightUpdater(Generic[C]):
             case _:
                 assert_never(message.source)
         self._waiting = None
-        self._submit("load weights", _Job(link, message), self._store.load(order))
+        self._load(_Preparing(link, message), order)
         return None
 
     def _receive(self, link: bytes, message: PrepareWeights, run: Callable[[], StagedFile]) -> None:
         """Its file is loaded when it is here."""
         self._drop_staged()
         self._waiting = None
-        self._submit("receive weights", _Job(link, message, is_received=False), run)
+        self._preparing = preparing = _Preparing(link, message)
+        self._start_job(Job("receive weights", run, lambda file: self._received(preparing, file)))
+
+    def _received(self, preparing: _Preparing, file: StagedFile | PdserveError) -> AddressedReply | None:
+        if isinstance(file, PdserveError):
+            return self._loaded(preparing, file)
+        self._preparing = None
+        message = preparing.message
+        if preparing.is_discarded:
+            file.close()
+            return _no(preparing.link, message, f"update {message.update_id} was discarded")
+        self._staged = _Staged(message.update_id, file)
+        fingerprint = message.source.fingerprint if isinstance(message.source, FromPeer) else ""
+        self._load(preparing, LoadTensors(file.path, _told(message.source), fingerprint))
+        return None
+
+    def _load(self, preparing: _Preparing, order: LoadOrder) -> None:
+        run = self._store.load(order)
+        self._preparing = preparing
+        self._start_job(Job("load weights", run, lambda loaded: self._loaded(preparing, loaded)))
+
+    def _loaded(self, preparing: _Preparing, checkpoint: C | PdserveError) -> AddressedReply:
+        self._preparing = None
+        link, message = preparing.link, preparing.message
+        if self._staged is not None and self._staged.update_id == message.update_id:
+            self._drop_staged()
+        if isinstance(checkpoint, PdserveError):
+            self._store.drop()
+            return _no(link, message, str(checkpoint))
+        if preparing.is_discarded:
+            self._store.drop()
+            return _no(link, message, f"update {message.update_id} was discarded")
+        prepared = Prepared(message.update_id, message.weight_version, checkpoint)
+        self._waiting = _Waiting(prepared, message.lease_s)
+        return _yes(link, message, checkpoint.fingerprint)
 
     def keep(self, message: KeepWeights, now: float) -> None:
         waiting = self._waiting
@@ -313,10 +346,9 @@ class WeightUpdater(Generic[C]):
         return None if self._waiting is None or self._waiting.is_committed else self._waiting.lease_until
 
     def discard(self, link: bytes, message: DiscardWeights) -> AddressedReply:
-        for job in self._jobs:
-            if isinstance(job.message, PrepareWeights) and job.message.update_id == message.update_id:
-                job.is_discarded = True  # it cannot be stopped; what it loads is dropped
-                return _yes(link, message)
+        if self._preparing is not None and self._preparing.message.update_id == message.update_id:
+            self._preparing.is_discarded = True  # it cannot be stopped; what it loads is dropped
+            return _yes(link, message)
         if self._waiting is not None and self._waiting.prepared.update_id == message.update_id:
             self._waiting = None
             self._store.drop()
@@ -333,121 +365,34 @@ class WeightUpdater(Generic[C]):
     # ---- questions ----------------------------------------------------------------------------------
 
     def check(self, link: bytes, message: CheckWeights) -> None:
-        """The answer comes from `finish`: every bit is read."""
-        job = _Job(link, message, self._weight_version())
-        self._submit("check weights", job, self._store.check())
+        """The answer comes with a job: every bit is read."""
+        version = self._weight_version()
+        run = self._store.check()
+        self._start_job(Job("check weights", run, lambda sums: _checked(link, message, version, sums)))
 
     def get(self, link: bytes, message: GetWeights) -> None:
-        """The answer comes from `finish`."""
-        job = self._store.head(message.name, message.truncate_size)
-        self._submit("read weights", _Job(link, message), job)
+        """The answer comes with a job."""
+        run = self._store.head(message.name, message.truncate_size)
+        self._start_job(Job("read weights", run, lambda head: _shown(link, message, head)))
 
     def save(self, link: bytes, message: SaveWeights) -> None:
-        """The answer comes from `finish`: every bit is written."""
-        job = self._store.save(
+        """The answer comes with a job: every bit is written."""
+        run = self._store.save(
             message.target, is_remote=message.is_remote, max_shard_bytes=message.max_shard_bytes
         )
-        self._submit("save weights", _Job(link, message), job)
+        self._start_job(Job("save weights", run, lambda error: _done(link, message, error)))
 
     # ---- groups that trainers send over -------------------------------------------------------------
 
     def join(self, link: bytes, message: JoinUpdateGroup) -> None:
-        """The answer comes from `finish`, when every rank has joined or has not in time."""
-        self._submit("join update group", _Job(link, message), lambda: self._groups.join(message))
+        """The answer comes with a job, when every rank has joined or has not in time."""
+        run = partial(self._groups.join, message)
+        self._start_job(Job("join update group", run, lambda error: _done(link, message, error)))
 
     def leave(self, link: bytes, message: LeaveUpdateGroup) -> None:
-        """The answer comes from `finish`."""
-        self._submit(
-            "leave update group", _Job(link, message), lambda: self._groups.leave(message.group_name)
-        )
-
-    # ---- jobs ---------------------------------------------------------------------------------------
-
-    def finish(self, value: Any, error: PdserveError | None) -> AddressedReply | None:  # noqa: ANN401
-        """The oldest job is done: it returned `value`, or raised `error`. None: another one follows it."""
-        if not self._jobs:
-            raise BrokenInvariantError("a job is done that nobody asked for")
-        job = self._jobs.popleft()
-        match job.message:
-            case PrepareWeights():
-                if not job.is_received and error is None:
-                    return self._received(job, job.message, value)
-                return self._loaded(job, job.message, value, error)
-            case JoinUpdateGroup() | LeaveUpdateGroup() | SaveWeights():
-                if error is not None:
-                    return _no(job.link, job.message, str(error))
-                return _yes(job.link, job.message)
-            case CheckWeights(call_id=call_id):
-                if error is not None:
-                    return AddressedReply(
-                        job.link, WeightChecksReply(call_id=call_id, success=False, message=str(error))
-                    )
-                sums: Sums = value
-                return AddressedReply(
-                    job.link,
-                    WeightChecksReply(
-                        call_id=call_id,
-                        success=True,
-                        weight_version=job.weight_version,
-                        tensors=sums.tensors,
-                        whole=sums.whole,
-                    ),
-                )
-            case GetWeights(call_id=call_id):
-                if error is not None:
-                    return AddressedReply(
-                        job.link, WeightsReply(call_id=call_id, success=False, message=str(error))
-                    )
-                head: TensorHead = value
-                return AddressedReply(
-                    job.link,
-                    WeightsReply(
-                        call_id=call_id,
-                        success=True,
-                        dtype=head.dtype,
-                        shape=head.shape,
-                        values=head.values,
-                    ),
-                )
-            case _:
-                assert_never(job.message)
-
-    def _received(self, job: _Job, message: PrepareWeights, file: StagedFile) -> AddressedReply | None:
-        if job.is_discarded:
-            file.close()
-            return _no(job.link, message, f"update {message.update_id} was discarded")
-        self._staged = _Staged(message.update_id, file)
-        job.is_received = True
-        fingerprint = message.source.fingerprint if isinstance(message.source, FromPeer) else ""
-        order = LoadTensors(file.path, _told(message.source), fingerprint)
-        self._submit("load weights", job, self._store.load(order))
-        return None
-
-    def _loaded(
-        self, job: _Job, message: PrepareWeights, checkpoint: C, error: PdserveError | None
-    ) -> AddressedReply:
-        if self._staged is not None and self._staged.update_id == message.update_id:
-            self._drop_staged()
-        if error is not None:
-            self._store.drop()
-            return _no(job.link, message, str(error))
-        if job.is_discarded:
-            self._store.drop()
-            return _no(job.link, message, f"update {message.update_id} was discarded")
-        prepared = Prepared(message.update_id, message.weight_version, checkpoint)
-        self._waiting = _Waiting(prepared, message.lease_s)
-        return _yes(job.link, message, checkpoint.fingerprint)
-
-    @property
-    def _loading(self) -> PrepareWeights | None:
-        for job in self._jobs:
-            if isinstance(job.message, PrepareWeights):
-                return job.message
-        return None
-
-    def _submit(self, name: str, job: _Job, run: Callable[[], Any]) -> None:
-        self._jobs.append(job)
-        self._start_job(name, run)
+        """The answer comes with a job."""
+        run = partial(self._groups.leave, message.group_name)
+        self._start_job(Job("leave update group", run, lambda error: _done(link, message, error)))
 
     def _drop_staged(self) -> None:
         if self._staged is not None:
@@ -493,3 +438,32 @@ def _yes(link: bytes, message: _Call, text: str = "") -> AddressedReply:
 
 def _no(link: bytes, message: _Call, why: str) -> AddressedReply:
     return AddressedReply(link, CallReply(call_id=message.call_id, success=False, message=why))
+
+
+def _done(link: bytes, message: _Call, error: PdserveError | None) -> AddressedReply:
+    return _yes(link, message) if error is None else _no(link, message, str(error))
+
+
+def _checked(link: bytes, message: CheckWeights, version: str, sums: Sums | PdserveError) -> AddressedReply:
+    """`version`: of the weights whose sums they are."""
+    if isinstance(sums, PdserveError):
+        reply = WeightChecksReply(call_id=message.call_id, success=False, message=str(sums))
+    else:
+        reply = WeightChecksReply(
+            call_id=message.call_id,
+            success=True,
+            weight_version=version,
+            tensors=sums.tensors,
+            whole=sums.whole,
+        )
+    return AddressedReply(link, reply)
+
+
+def _shown(link: bytes, message: GetWeights, head: TensorHead | PdserveError) -> AddressedReply:
+    if isinstance(head, PdserveError):
+        reply = WeightsReply(call_id=message.call_id, success=False, message=str(head))
+    else:
+        reply = WeightsReply(
+            call_id=message.call_id, success=True, dtype=head.dtype, shape=head.shape, values=head.values
+        )
+    return AddressedReply(link, reply)

@@ -8,20 +8,19 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, TypeVar, Unpack
 
 import pytest
 import torch
 
 from pdserve.engine import operators
-from pdserve.engine.engine_thread import EngineThread
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
-from pdserve.engine.job_thread import JobThread
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.model_weights import load_weights
 from pdserve.engine.operators import EAGER
 from pdserve.engine.schedule_batch import ScheduleBatch, ScheduledRow
+from pdserve.engine.worker_thread import WorkerThread
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work
@@ -30,6 +29,7 @@ from pdserve.tests.scripts import load_script
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0)
+R = TypeVar("R")
 
 
 class RowFields(TypedDict, total=False):
@@ -55,9 +55,9 @@ def whole_row(token_ids: Sequence[int], sampling: SamplingParams, pages: Sequenc
     )
 
 
-def wait_for(thread: EngineThread | JobThread, count: int) -> list[Any]:
+def wait_for(thread: WorkerThread[R], count: int) -> list[R]:
     """Sleeps on the file descriptor, as the scheduler's loop does."""
-    results: list[Any] = []
+    results: list[R] = []
     while len(results) < count:
         readable, _, _ = select.select([thread], [], [], 20)
         assert readable, "nothing finished"

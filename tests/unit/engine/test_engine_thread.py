@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from pdserve.engine.engine_thread import EngineThread, JobResult
+from pdserve.engine.engine_thread import EngineThread
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput
+from pdserve.engine.job import FinishedJob, Job
 from pdserve.engine.kv_pool import KVPool
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.model_weights import load_weights
@@ -30,7 +31,7 @@ class Engine:
     config: ModelConfig
     layout: KVLayout
     runner: ModelRunner
-    thread: EngineThread
+    thread: EngineThread[object]  # of a job: its outcome
 
 
 def load_engine(folder: Path) -> Engine:
@@ -49,6 +50,11 @@ def engine(checkpoint: Callable[..., Path]) -> Iterator[Engine]:
     assert loaded.thread.close()
 
 
+def outcome(made: object) -> object:
+    """What the owner of a job gets of it."""
+    return made
+
+
 def batch_of(engine: Engine, step: int, token: int = 5) -> ForwardBatch:
     row = ScheduledRow(
         row_id="only",
@@ -65,9 +71,7 @@ def batch_of(engine: Engine, step: int, token: int = 5) -> ForwardBatch:
 def test_forwards_finish_in_order(engine: Engine) -> None:
     for step in range(5):
         engine.thread.submit(batch_of(engine, step, token=5 + step))
-    assert engine.thread.num_queued == 5
     outputs = wait_for(engine.thread, 5)
-    assert engine.thread.num_queued == 0
     expected = [engine.runner.forward(batch_of(engine, step, token=5 + step)) for step in range(5)]
     for output, same in zip(outputs, expected, strict=True):
         assert isinstance(output, ForwardOutput)
@@ -91,12 +95,12 @@ def test_jobs_run_between_forwards_on_the_same_thread(engine: Engine) -> None:
         return "done"
 
     engine.thread.submit(batch_of(engine, 0))
-    engine.thread.submit_job("load", job)
+    engine.thread.submit_job(Job("load", job, outcome))
     engine.thread.submit(batch_of(engine, 1))
     first, result, second = wait_for(engine.thread, 3)
-    assert [type(item) for item in (first, result, second)] == [ForwardOutput, JobResult, ForwardOutput]
-    assert isinstance(result, JobResult)
-    assert (result.name, result.value, result.error) == ("load", "done", None)
+    assert [type(item) for item in (first, result, second)] == [ForwardOutput, FinishedJob, ForwardOutput]
+    assert isinstance(result, FinishedJob)
+    assert (result.name, result.deliver()) == ("load", "done")
     assert ran_on[0][0] is not threading.current_thread()
     assert ran_on[0][1] == 1
 
@@ -105,10 +109,10 @@ def test_a_jobs_refusal_is_its_result(engine: Engine) -> None:
     def refuse() -> None:
         raise StartupError("no such checkpoint")
 
-    engine.thread.submit_job("load", refuse)
+    engine.thread.submit_job(Job("load", refuse, outcome))
     (result,) = wait_for(engine.thread, 1)
-    assert isinstance(result, JobResult)
-    assert str(result.error) == "no such checkpoint"
+    assert isinstance(result, FinishedJob)
+    assert str(result.deliver()) == "no such checkpoint"
 
 
 def test_what_a_forward_raises_is_raised_in_the_loop(engine: Engine) -> None:
@@ -125,7 +129,7 @@ def test_progress_tells_what_runs_and_since_when(engine: Engine) -> None:
         release.wait(20)
 
     before = time.monotonic()
-    engine.thread.submit_job("slow", job, expected_s=3.0)
+    engine.thread.submit_job(Job("slow", job, outcome), expected_s=3.0)
     assert running.wait(20)
     progress = engine.thread.progress
     assert progress is not None
@@ -147,7 +151,7 @@ def test_expectations_follow_what_was_measured(engine: Engine) -> None:
 def test_close_finishes_what_is_queued(checkpoint: Callable[..., Path]) -> None:
     engine = load_engine(checkpoint("mistral"))
     done: list[int] = []
-    engine.thread.submit_job("one", lambda: done.append(1))
+    engine.thread.submit_job(Job("one", lambda: done.append(1), outcome))
     assert engine.thread.close()
     assert done == [1]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from pdserve.components.flush_wrapper import FlushWrapper
 from pdserve.components.metrics_reporter import MetricsReporter
-from pdserve.engine.engine_thread import JobResult
+from pdserve.engine.job import AnyJob, FinishedJob
 from pdserve.messages.kv_layout import KVLayout
 from pdserve.messages.node import (
     CallReply,
@@ -40,18 +39,19 @@ from pdserve.messages.weights import (
     TransferKind,
     WeightImageReply,
 )
-from pdserve.node.control import ControlCall, ControlResult, NodeControl
+from pdserve.node.control import ControlCall, ControlResult, JobEnd, NodeControl
 from pdserve.node.live_settings import LiveSettings
 from pdserve.node.loop_times import LoopTimes
 from pdserve.node.memory_occupation import Announced, MemoryOccupation
 from pdserve.node.operations import NodeOperations
 from pdserve.node.status import NodeStatus
 from pdserve.runtime.command_line import node_config
+from pdserve.runtime.containment import Containment
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.timing import UNSCALED
 from pdserve.simulation.side_work import NoProfiler
 from pdserve.transfer.backends.shm import ShmBackend
-from pdserve.weights.images import WeightImage, WeightImages
+from pdserve.weights.images import ImageReplies, WeightImage, WeightImages
 from pdserve.weights.outbox import WeightOutbox
 from pdserve.weights.staged import StagedFile
 from pdserve.weights.update_groups import Group, UpdateGroups
@@ -132,11 +132,11 @@ def make_status() -> NodeStatus:
 
 @dataclass
 class Bench:
-    jobs: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
+    jobs: list[AnyJob[JobEnd]] = field(default_factory=list)
     forward_sleep_s: float = 0.0
     can_drop: bool = True
     num_drops: int = 0
-    image_jobs: list[JobResult] = field(default_factory=list)
+    image_jobs: list[FinishedJob[ImageReplies]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.weights: WeightUpdater[FakeCheckpoint] = WeightUpdater(
@@ -168,20 +168,19 @@ class Bench:
             drop_cache=self.drop_cache,
         )
 
-    def submit(self, name: str, run: Callable[[], WeightImage]) -> None:
+    def submit(self, job: AnyJob[ImageReplies]) -> None:
         """A job that makes an image of weights."""
-        self.image_jobs.append(JobResult(name, run(), None, 0.0, 1.0))
+        self.image_jobs.append(job.do(Containment()))
 
-    def poll(self) -> list[JobResult]:
+    def poll(self) -> list[FinishedJob[ImageReplies]]:
         results, self.image_jobs = self.image_jobs, []
         return results
 
-    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
-        self.jobs.append((name, run))
+    def submit_job(self, job: AnyJob[JobEnd]) -> None:
+        self.jobs.append(job)
 
     def finish_job(self) -> ControlResult[FakeCheckpoint]:
-        name, run = self.jobs.pop()
-        return self.control.finish_job(JobResult(name, run(), None, 0.0, 1.0))
+        return self.control.finish_job(self.jobs.pop().do(Containment()))
 
     def drop_cache(self) -> bool:
         self.num_drops += 1

@@ -6,11 +6,10 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pdserve.engine.engine_thread import JobResult
+from pdserve.engine.job import AnyJob
 from pdserve.messages.node import CallReply
 from pdserve.messages.operation import (
     ConfigureLogging,
@@ -25,9 +24,10 @@ from pdserve.messages.operation import (
 )
 from pdserve.node.live_settings import LiveSettings
 from pdserve.node.loop_times import LoopTimes
-from pdserve.node.operations import NodeOperations, ToNodeOperations
+from pdserve.node.operations import NodeOperations, OperationReply, ToNodeOperations
 from pdserve.node.profiler import Traces
-from pdserve.runtime.errors import PdserveError, StartupError
+from pdserve.runtime.containment import Containment
+from pdserve.runtime.errors import StartupError
 from pdserve.runtime.logs import LogLevel, log_level
 
 pytestmark = pytest.mark.usefixtures("logging_as_it_was")
@@ -40,19 +40,13 @@ class Engine:
 
     def __init__(self) -> None:
         self.forward_sleep_s = 0.0
-        self.jobs: list[tuple[str, Callable[[], Any]]] = []
+        self.jobs: list[AnyJob[OperationReply]] = []
 
-    def submit_job(self, name: str, run: Callable[[], Any]) -> None:
-        self.jobs.append((name, run))
+    def submit_job(self, job: AnyJob[OperationReply]) -> None:
+        self.jobs.append(job)
 
-    def finish(self) -> JobResult:
-        name, run = self.jobs.pop(0)
-        value, error = None, None
-        try:
-            value = run()
-        except PdserveError as failed:
-            error = failed
-        return JobResult(name, value, error, 0.0, 1.0)
+    def finish(self) -> OperationReply:
+        return self.jobs.pop(0).do(Containment()).deliver()
 
 
 class Profiler:
@@ -112,9 +106,7 @@ class Bench:
         return operated.reply
 
     def finish(self) -> object:
-        operated = self.part.finish_job(self.engine.finish())
-        assert operated is not None
-        return operated.reply
+        return self.engine.finish().reply
 
     def state(self) -> InternalState:
         reply = self.ask(GetInternalState(call_id=9))
@@ -203,7 +195,3 @@ def test_calls_while_one_waits_are_refused(bench: Bench) -> None:
         assert isinstance(reply, CallReply | ProfileReply)
         assert not reply.success
     assert len(bench.engine.jobs) == 1
-
-
-def test_jobs_of_others_are_left_alone(bench: Bench) -> None:
-    assert bench.part.finish_job(JobResult("load weights", None, None, 0.0, 1.0)) is None

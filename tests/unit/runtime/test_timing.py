@@ -84,7 +84,7 @@ def test_no_other_place_says_how_long_processes_wait() -> None:
 def test_no_call_waits_by_default() -> None:
     """A number in a signature is a duration that no `Timing` scales."""
     default = re.compile(r"\b(?:timeout|interval|wait|grace)_s: float = [0-9]")
-    of_one_process = {"engine/engine_thread.py", "engine/job_thread.py", "runtime/logs.py"}
+    of_one_process = {"engine/worker_thread.py", "engine/job_thread.py", "runtime/logs.py"}
     assert {path for path, text in sources() if default.search(text)} == of_one_process
 
 

@@ -508,6 +508,25 @@ def test_any_range_can_be_read(offset: int) -> None:
     assert image.read(image.num_bytes - 3, 30) == whole[-3:]
 
 
+def test_who_asks_after_an_image_that_could_not_be_begun_gets_one() -> None:
+    begins: list[Callable[[], WeightImage] | Exception] = [
+        RuntimeError("no rank answers"),
+        lambda: WeightImage({"a": torch.arange(9.0)}, "u"),
+    ]
+
+    def begin() -> Callable[[], WeightImage]:
+        begun = begins.pop(0)
+        if isinstance(begun, Exception):
+            raise begun
+        return begun
+
+    images = WeightImages(begin, lambda: "u", ImageJobs(), idle_s=60.0)
+    with pytest.raises(RuntimeError):
+        images.open(b"first", OpenWeights(call_id=1))
+    assert images.open(b"second", OpenWeights(call_id=2)) is None
+    assert [(link, reply.success) for link, reply in images.poll(100.0)] == [(b"second", True)]
+
+
 def test_an_image_that_nobody_reads_is_let_go_of() -> None:
     images = images_of({"a": torch.arange(9.0)})
     for call_id in (1, 2):

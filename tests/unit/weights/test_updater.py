@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from pdserve.engine.job import AnyJob, Job
 from pdserve.messages.node import CallReply
 from pdserve.messages.weights import (
     LEASE_S,
@@ -33,6 +33,7 @@ from pdserve.messages.weights import (
     WeightChecksReply,
     WeightsReply,
 )
+from pdserve.runtime.containment import Containment
 from pdserve.runtime.errors import StartupError
 from pdserve.tests.present import at_present
 from pdserve.weights.gpu import GpuWeights
@@ -118,7 +119,7 @@ class FakeGroup:
 class Bench:
     """An updater whose jobs run when the test says so."""
 
-    jobs: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
+    jobs: list[AnyJob[AddressedReply | None]] = field(default_factory=list)
     store: FakeStore = field(default_factory=FakeStore)
     available_bytes: int = 1 << 30
 
@@ -150,8 +151,8 @@ class Bench:
         file.append(save({"t": torch.ones(3)}))
         return file
 
-    def start_job(self, name: str, run: Callable[[], Any]) -> None:
-        self.jobs.append((name, run))
+    def start_job(self, job: AnyJob[AddressedReply | None]) -> None:
+        self.jobs.append(job)
         self.store.told.append("own job")
 
     def prepare(self, update_id: str, call_id: int = 1, link: bytes = b"router") -> AddressedReply | None:
@@ -178,17 +179,13 @@ class Bench:
         return answer
 
     def run_job(self) -> AddressedReply | None:
-        _, run = self.jobs.pop(0)
-        try:
-            value = run()
-        except StartupError as error:
-            return self.updater.finish(None, error)
-        return self.updater.finish(value, None)
+        return self.jobs.pop(0).do(Containment()).deliver()
 
     def fail_loading(self, error: StartupError) -> AddressedReply:
-        self.jobs.pop(0)
-        answer = self.updater.finish(None, error)
-        assert answer is not None
+        job = self.jobs.pop(0)
+        assert isinstance(job, Job)
+        answer = job.finish(error)
+        assert isinstance(answer, AddressedReply)
         return answer
 
     def commit(
@@ -213,7 +210,7 @@ def bench() -> Bench:
 
 def test_prepare_loads_off_the_loop_and_answers_when_it_is_done(bench: Bench) -> None:
     assert bench.prepare("u1", call_id=7) is None
-    assert [name for name, _ in bench.jobs] == ["load weights"]
+    assert [job.name for job in bench.jobs] == ["load weights"]
     expected = AddressedReply(b"router", CallReply(call_id=7, success=True, message="digest of /models/u1"))
     assert bench.finish_loading() == expected
     assert not bench.jobs
@@ -300,11 +297,6 @@ def test_discarding_another_update_leaves_the_one_that_loads(bench: Bench) -> No
     bench.prepare("u2")
     bench.discard("u1")
     assert succeeds(bench.finish_loading())
-
-
-def test_a_load_that_nobody_asked_for_is_a_defect(bench: Bench) -> None:
-    with pytest.raises(RuntimeError):
-        bench.updater.finish(FakeCheckpoint(Path("x")), None)
 
 
 def test_other_ranks_let_go_of_what_is_not_committed(bench: Bench) -> None:
@@ -670,7 +662,7 @@ def test_what_a_peer_serves_is_received_and_then_loaded(bench: Bench) -> None:
     )
     assert prepare("u2", "tcp://peer:1") is None
     assert bench.run_job() is None
-    assert [name for name, _ in bench.jobs] == ["load weights"]
+    assert [job.name for job in bench.jobs] == ["load weights"]
     assert bench.run_job() == AddressedReply(
         b"router", CallReply(call_id=6, success=True, message="digest of /received")
     )

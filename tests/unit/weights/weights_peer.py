@@ -10,12 +10,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import zmq
 
-from pdserve.engine.engine_thread import JobResult
+from pdserve.engine.job import AnyJob, FinishedJob
 from pdserve.messages.channel import ServerChannel
 from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.node import ClientToNode
@@ -28,11 +28,11 @@ from pdserve.messages.weights import (
     TransferKind,
     WriteWeights,
 )
-from pdserve.runtime.errors import StartupError
+from pdserve.runtime.containment import Containment
 from pdserve.runtime.timing import UNSCALED
 from pdserve.runtime.waiting import Waiter
 from pdserve.transfer.backends import create_backend
-from pdserve.weights.images import WeightImage, WeightImages
+from pdserve.weights.images import ImageReplies, WeightImage, WeightImages
 from pdserve.weights.inbox import Inbox, Inboxes
 from pdserve.weights.outbox import WeightOutbox
 from pdserve.weights.peer import WeightPuller
@@ -48,22 +48,16 @@ class ImageJobs:
     """Done when they are looked for."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[str, Callable[[], WeightImage]]] = []
+        self.waiting: list[AnyJob[ImageReplies]] = []
         self.num_done = 0
 
-    def submit(self, name: str, run: Callable[[], WeightImage]) -> None:
-        self.waiting.append((name, run))
+    def submit(self, job: AnyJob[ImageReplies]) -> None:
+        self.waiting.append(job)
 
-    def poll(self) -> list[JobResult]:
+    def poll(self) -> list[FinishedJob[ImageReplies]]:
         jobs, self.waiting = self.waiting, []
         self.num_done += len(jobs)
-        return [self._do(name, run) for name, run in jobs]
-
-    def _do(self, name: str, run: Callable[[], WeightImage]) -> JobResult:
-        try:
-            return JobResult(name, run(), None, 0.0, 1.0)
-        except StartupError as error:
-            return JobResult(name, None, error, 0.0, 1.0)
+        return [job.do(Containment()) for job in jobs]
 
 
 def images_of(given: Mapping[str, torch.Tensor], fingerprint: str = "") -> WeightImages:
