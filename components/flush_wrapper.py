@@ -13,6 +13,7 @@ the loop drops the cache and sends the replies:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,9 +58,9 @@ class FlushWrapper:
         self._pending: _Pending | None = None
 
     @property
-    def deadline(self) -> float | None:
-        """When the pending flush times out, on the clock of `now`; None if none is pending."""
-        return self._pending.deadline if self._pending else None
+    def deadline(self) -> float:
+        """When the pending flush times out, on the clock of `now`; infinity if none is pending."""
+        return math.inf if self._pending is None else self._pending.deadline
 
     def handle(self, message: FlushCache, client: bytes, now: float, idle: bool) -> FlushDecision | None:
         """Decide on a new request; None: it waits, and `poll` will tell."""

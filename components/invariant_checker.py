@@ -6,6 +6,7 @@ they are idle and by every test at its end. All violations are collected, since 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from ..messages.peer import RoomId
@@ -21,11 +22,12 @@ class IdleCheck:
     """When an idle node checks itself: once per idle period, when it has lasted a while."""
 
     def __init__(self) -> None:
-        self._due_at: float | None = None  # None: busy, or checked already
+        self._due_at = math.inf  # busy, or checked already
         self._was_idle = True
 
     @property
-    def deadline(self) -> float | None:
+    def deadline(self) -> float:
+        """Infinity: nothing is to be checked."""
         return self._due_at
 
     def is_due(self, now: float, *, idle: bool) -> bool:
@@ -33,11 +35,11 @@ class IdleCheck:
         if idle and not self._was_idle:
             self._due_at = now + IDLE_FOR_S
         elif not idle:
-            self._due_at = None
+            self._due_at = math.inf
         self._was_idle = idle
-        if self._due_at is None or now < self._due_at:
+        if now < self._due_at:
             return False
-        self._due_at = None
+        self._due_at = math.inf
         return True
 
 

@@ -195,9 +195,9 @@ class NodeControl(Generic[C]):
         return not self._memory.is_released
 
     @property
-    def deadline(self) -> float | None:
-        parts = (self._flush.deadline, self._weights.deadline, self._images.deadline, self._memory.deadline)
-        return min([deadline for deadline in parts if deadline is not None], default=None)
+    def deadline(self) -> float:
+        """When `poll` has something to do by time alone; infinity: never."""
+        return min(self._flush.deadline, self._weights.deadline, self._images.deadline, self._memory.deadline)
 
     def _decide(self, decision: FlushDecision | None, result: ControlResult[C]) -> None:
         match decision:

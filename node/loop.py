@@ -14,7 +14,6 @@ is the role's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -234,11 +233,7 @@ class RoleLoop(Generic[M, C]):
 
     def next_deadline(self) -> float:
         """When `step` is due although nothing happens, monotonic seconds; infinity: nothing is waited for."""
-        return min(
-            self.role.next_deadline(),
-            self._control.deadline or math.inf,
-            self._idle_check.deadline or math.inf,
-        )
+        return min(self.role.next_deadline(), self._control.deadline, self._idle_check.deadline)
 
     # ---- what every node is asked -------------------------------------------------------------------
 

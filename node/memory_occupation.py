@@ -6,6 +6,7 @@ to be idle first, and for every peer to have drained what could still be written
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -72,8 +73,9 @@ class MemoryOccupation:
         return self._is_moving or bool(self._released)
 
     @property
-    def deadline(self) -> float | None:
-        return None if self._pending is None else self._pending.deadline
+    def deadline(self) -> float:
+        """When `poll` has something to do by time alone; infinity: never."""
+        return math.inf if self._pending is None else self._pending.deadline
 
     def release(self, link: bytes, message: ReleaseMemory, now: float) -> Done:
         """The answer comes from `poll` or with a job, or now when it is a no."""

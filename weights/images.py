@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -182,10 +183,10 @@ class WeightImages:
         return replies
 
     @property
-    def deadline(self) -> float | None:
-        """When `poll` has something to do by time alone."""
+    def deadline(self) -> float:
+        """When `poll` has something to do by time alone; infinity: never."""
         times = [held.idle_until for held in self._held.values() if held.idle_until is not None]
-        return min(times, default=None)
+        return min(times, default=math.inf)
 
     def drop(self) -> None:
         """The memory is wanted back."""

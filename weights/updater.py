@@ -9,6 +9,7 @@ What takes long is a job on a thread of its own; its end, on the loop, gives the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -341,9 +342,12 @@ class WeightUpdater(Generic[C]):
         return self._waiting is not None and self._waiting.is_committed
 
     @property
-    def deadline(self) -> float | None:
-        """When `poll` has something to do by time alone."""
-        return None if self._waiting is None or self._waiting.is_committed else self._waiting.lease_until
+    def deadline(self) -> float:
+        """When `poll` has something to do by time alone; infinity: never."""
+        waiting = self._waiting
+        if waiting is None or waiting.is_committed or waiting.lease_until is None:
+            return math.inf
+        return waiting.lease_until
 
     def discard(self, link: bytes, message: DiscardWeights) -> AddressedReply:
         if self._preparing is not None and self._preparing.message.update_id == message.update_id:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from pdserve.components.flush_wrapper import FlushDecision, FlushNow, FlushRefused, FlushWrapper
@@ -20,7 +22,7 @@ def test_an_idle_node_flushes_at_once(timeout_s: float) -> None:
     flush = FlushWrapper()
     decision = flush.handle(FlushCache(call_id=7, timeout_s=timeout_s), b"c", 0.0, idle=True)
     assert decision == FlushNow(client=b"c", call_id=7)
-    assert flush.deadline is None
+    assert flush.deadline == math.inf
     assert flush.poll(100.0, idle=True) is None
 
 
@@ -54,7 +56,7 @@ def test_a_pending_flush_times_out_once() -> None:
     assert refusal(flush.poll(105.0, idle=False)) == (b"c", 7, "Timed out waiting for idle state.")
     assert flush.poll(106.0, idle=False) is None
     assert flush.poll(106.0, idle=True) is None
-    assert flush.deadline is None
+    assert flush.deadline == math.inf
 
 
 def test_idle_at_the_deadline_flushes() -> None:

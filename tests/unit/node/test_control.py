@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,7 +227,7 @@ def test_a_cache_that_could_not_be_dropped_is_told(bench: Bench) -> None:
 def test_a_busy_node_without_a_timeout_refuses_and_drops_nothing(bench: Bench) -> None:
     assert outcome(bench.handle(FlushCache(call_id=1), idle=False)) == (1, False)
     assert bench.num_drops == 0
-    assert bench.control.deadline is None
+    assert bench.control.deadline == math.inf
 
 
 def test_a_flush_waits_for_the_node_to_be_idle(bench: Bench) -> None:
@@ -237,7 +238,7 @@ def test_a_flush_waits_for_the_node_to_be_idle(bench: Bench) -> None:
     assert outcome(bench.control.poll(104.0, idle=True, is_drained=True)) == (1, True)
     assert bench.num_drops == 1
     assert bench.control.poll(200.0, idle=True, is_drained=True).replies == []
-    assert bench.control.deadline is None
+    assert bench.control.deadline == math.inf
 
 
 def test_a_flush_that_waited_too_long_is_told_and_drops_nothing(bench: Bench) -> None:

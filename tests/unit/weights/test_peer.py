@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -172,7 +173,7 @@ def test_every_bit_arrives(kind: TransferKind) -> None:
     check(again, given)
     assert node.counted == [(str(kind), num_bytes)] * 2
     images.poll(0.0)
-    assert images.deadline is None, "who has read to the end holds nothing"
+    assert images.deadline == math.inf, "who has read to the end holds nothing"
     node.puller.close()
 
 
@@ -214,7 +215,7 @@ def test_without_engines_that_fit_the_link_carries_them(
     assert [over for over, _ in node.counted] == [OVER_LINK]
     assert reason in caplog.text
     images.poll(0.0)
-    assert images.deadline is None
+    assert images.deadline == math.inf
     node.puller.close()
 
 
@@ -542,7 +543,7 @@ def test_an_image_that_nobody_reads_is_let_go_of() -> None:
     assert images.read(read).success
     images.drop()
     assert images.read(read).message == "these weights are let go of"
-    assert images.deadline is None
+    assert images.deadline == math.inf
 
 
 @pytest.mark.parametrize(("offset", "num_bytes"), [(-1, 4), (0, 0), (0, STAGE_PART_BYTES + 1)])
