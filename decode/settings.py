@@ -19,19 +19,7 @@ def decode_settings(growth: GrowthEstimate, local_prefill: LocalPrefillPolicy) -
 
     return LiveSettings(
         [
-            Setting(
-                name="schedule_conservativeness",
-                get=lambda: growth.conservativeness,
-                set=set_conservativeness,
-                is_whole=False,
-                minimum=0,
-            ),
-            Setting(
-                name="local_prefill_threshold",
-                get=lambda: local_prefill.threshold,
-                set=set_threshold,
-                minimum=0,
-                may_be_none=True,
-            ),
+            Setting("schedule_conservativeness", lambda: growth.conservativeness, set_conservativeness),
+            Setting("local_prefill_threshold", lambda: local_prefill.threshold, set_threshold),
         ]
     )

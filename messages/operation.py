@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -14,14 +13,6 @@ from .bounds import Count, Finite, Int64, Name, Number, Path, Rank, Seconds, Tex
 
 SettingValue: TypeAlias = Int64 | Finite | None
 _FEW = Meta(max_length=2**10)
-
-# The flags that may be changed while a node runs, by the role that has them.
-SETTINGS: Mapping[str, frozenset[str]] = {
-    "chunked_prefill_size": frozenset({"prefill"}),
-    "max_queued_prefills": frozenset({"prefill"}),
-    "schedule_conservativeness": frozenset({"decode"}),
-    "local_prefill_threshold": frozenset({"decode"}),
-}
 
 MAX_FORWARD_SLEEP_S = 60.0
 # Forwards that a profile records where nobody says how many: what torch keeps of each is put together with

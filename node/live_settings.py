@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..messages.operation import SettingValue
+from ..runtime.config import LIVE_FLAGS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Setting:
-    """`set` is given only what passed the checks."""
+    """The flag of this name, where it may be changed. `set` is given only what the flag takes."""
 
     name: str
     get: Callable[[], SettingValue]
     set: Callable[[SettingValue], None]
-    is_whole: bool = True
-    minimum: float = 1  # for one that is not whole: its value is above
-    may_be_none: bool = False
 
     def refusal(self, value: SettingValue) -> str:
         """Why it cannot be this; empty if it can."""
-        if value is None:
-            return "" if self.may_be_none else f"{self.name}: a number is expected"
-        if isinstance(value, bool) or (self.is_whole and not isinstance(value, int)):
-            return f"{self.name} {value}: an integer is expected"
-        is_enough = value >= self.minimum if self.is_whole else self.minimum < value < math.inf
-        wanted = f"{self.minimum:g} or more" if self.is_whole else f"a number above {self.minimum:g}"
-        return "" if is_enough else f"{self.name} {value}: {wanted} is expected"
+        flag = LIVE_FLAGS[self.name]
+        if value is None and flag.default is None:
+            return ""
+        if not flag.takes(value):
+            shown = "" if value is None else f" {value}"
+            return f"{self.name}{shown}: {'an integer' if flag.kind is int else 'a number'} is expected"
+        return f"{self.name}{fault}" if (fault := flag.fault(value)) else ""
 
 
 class LiveSettings:

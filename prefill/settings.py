@@ -18,7 +18,7 @@ def prefill_settings(limits: PrefillLimits) -> LiveSettings:
 
     return LiveSettings(
         [
-            Setting(name="chunked_prefill_size", get=lambda: limits.max_batch_tokens, set=set_chunk),
-            Setting(name="max_queued_prefills", get=lambda: limits.max_waiting, set=set_queue),
+            Setting("chunked_prefill_size", lambda: limits.max_batch_tokens, set_chunk),
+            Setting("max_queued_prefills", lambda: limits.max_waiting, set_queue),
         ]
     )

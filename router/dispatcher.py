@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..messages.timeline import SpanDates
+from ..runtime.config import Routing
 from .admission import Ticket
 from .attempts import RequestRecord
 from .events import Action, Dispatch
 from .members import Members
-from .options import RouterOptions
 from .pairing import (
     Chosen,
     DecodeView,
@@ -28,11 +28,13 @@ from .registry import NodeRecord
 from .requests import Requests, lost
 from .sessions import SessionTable
 
+PREFILL_CREDIT_TOKENS = 16_384  # queued on one prefill node before requests wait here
+
 
 class Dispatcher:
     def __init__(
         self,
-        options: RouterOptions,
+        routing: Routing,
         *,
         requests: Requests,
         members: Members,
@@ -41,7 +43,7 @@ class Dispatcher:
         dates: SpanDates,
         out: list[Action],
     ) -> None:
-        self._options = options
+        self._routing = routing
         self._requests = requests
         self._queue = requests.queue
         self._ledger = requests.ledger
@@ -106,7 +108,7 @@ class Dispatcher:
         return choose_pair(
             record.num_tokens(ticket.choices),
             candidates,
-            prefill_credit_tokens=self._options.prefill_credit_tokens,
+            prefill_credit_tokens=PREFILL_CREDIT_TOKENS,
             avoid=ticket.avoid,
             forced=self._queue.is_overdue(ticket, now),
         )
@@ -152,13 +154,13 @@ class Dispatcher:
         if record.spec.session is not None:
             self._sessions.moved(record.spec.session.session_id, attempt.pair.decode)
         self._prefixes.prompt_sent(attempt, record)
-        options = self._options
+        routing = self._routing
         message = record.message(
             attempt,
             choices,
             weight_version="" if decode is None else decode.entry.weight_version,
             now=now,
-            stream_interval=options.stream_interval if record.spec.stream else options.force_stream_interval,
+            stream_interval=routing.stream_interval if record.spec.stream else routing.force_stream_interval,
         )
         record.info.spans.append(self._dates.span("queue", ticket.queued_at, now))
         if self._members.is_connected(attempt.pair.decode):

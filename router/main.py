@@ -26,7 +26,7 @@ from ..messages.link_guard import LinkKeys
 from ..messages.timeline import SpanClock
 from ..models.config import read_vocabulary_digest
 from ..models.paths import ModelPaths
-from ..runtime.config import RouterConfig
+from ..runtime.config import RouterConfig, Routing
 from ..runtime.errors import StartupError
 from ..runtime.garbage import collect_when_idle, only_young
 from ..runtime.listen import bind_unix, http_url, is_loopback
@@ -78,18 +78,7 @@ async def _serve(
     clock = SpanClock.start()
     context = zmq.asyncio.Context()
     router = build_router(
-        RouterOptions(
-            max_attempts=config.max_attempts,
-            max_queued_requests=config.max_queued_requests,
-            max_queue_wait_s=config.max_queue_wait,
-            request_timeout_s=config.request_timeout,
-            max_sessions=config.max_sessions,
-            session_timeout_s=config.session_timeout,
-            stream_interval=config.stream_interval,
-            force_stream_interval=config.force_stream_interval,
-            metrics_compat=config.metrics_compat,
-            timing=config.timing,
-        ),
+        RouterOptions(routing=Routing.of(config), metrics_compat=config.metrics_compat, timing=config.timing),
         model=card,
         connect=ZmqConnector(context, LinkKeys.of(config.cluster_secret), config.timing),
         lookup=HttpEntryLookup(config.timing, config.cluster_secret, Trust(config.tls)),

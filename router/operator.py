@@ -13,8 +13,9 @@ from ..api.control.operations import ProfileOutcome
 from ..api.generation import AdminReply
 from ..links.node_calls import NodeCalls, NodeUnavailableError
 from ..messages.node import CallReply
-from ..messages.operation import SETTINGS, ClusterOperation, ProfileReply, SetInternalState, StartProfile
+from ..messages.operation import ClusterOperation, ProfileReply, SetInternalState, StartProfile
 from ..runtime.chrome_trace import NodeTrace, merge_traces
+from ..runtime.config import LIVE_FLAGS
 from ..runtime.errors import RequestError
 from .registry import NodeRecord
 from .service import RouterService
@@ -42,15 +43,14 @@ class ClusterOperator:
 
     async def _set(self, wanted: SetInternalState, links: Mapping[str, NodeCalls]) -> AdminReply:
         for name in wanted.settings:
-            if name not in SETTINGS:
-                text = f"`{name}` cannot be changed while nodes run; these can: {', '.join(SETTINGS)}."
+            if name not in LIVE_FLAGS:
+                text = f"`{name}` cannot be changed while nodes run; these can: {', '.join(LIVE_FLAGS)}."
                 raise RequestError(text, param=f"server_args.{name}", code="invalid_value")
         calls: dict[NodeCalls, SetInternalState] = {}
         asked: dict[str, NodeCalls] = {}
         for url, node in self._nodes().items():
-            own = {
-                name: value for name, value in wanted.settings.items() if node.entry.role in SETTINGS[name]
-            }
+            role = node.entry.role
+            own = {name: value for name, value in wanted.settings.items() if role in LIVE_FLAGS[name].live_on}
             if own and url in links:
                 asked[url] = links[url]
                 calls[links[url]] = SetInternalState(settings=own)

@@ -52,16 +52,17 @@ class Requests:
         lead_s: Callable[[str], float],
         out: list[Action],
     ) -> None:
+        routing = options.routing
         self.queue = AdmissionQueue(
-            max_new=options.max_queued_requests,
+            max_new=routing.max_queued_requests,
             patience_s=options.timing.gate_patience_s,
-            max_wait_s=min(options.max_queue_wait_s or math.inf, options.request_timeout_s),
+            max_wait_s=min(routing.max_queue_wait or math.inf, routing.request_timeout),
         )
         self.ledger = Ledger()
         self.counters = RouterCounters()
         self.containment = Containment()
         self.is_shut_down = False
-        self._options = options
+        self._routing = routing
         self._timing = options.timing
         self._model = model
         self._members = members
@@ -99,7 +100,7 @@ class Requests:
 
     def arrive(self, arrival: Arrival, now: float) -> None:
         """Raises RequestError when it is refused."""
-        spec, options = arrival.spec, self._options
+        spec, routing = arrival.spec, self._routing
         if self.is_shut_down:
             raise unavailable("the router is shutting down", code="shutting_down")
         if spec.request_id in self._records:
@@ -117,9 +118,9 @@ class Requests:
             spec,
             arrival.info,
             arrived_at=now,
-            deadline=now + (options.request_timeout_s if spec.timeout_s is None else spec.timeout_s),
-            max_attempts=options.max_attempts,
-            resend_interval_s=options.timing.resend_interval_s,
+            deadline=now + (routing.request_timeout if spec.timeout_s is None else spec.timeout_s),
+            max_attempts=routing.max_attempts,
+            resend_interval_s=self._timing.resend_interval_s,
             eos_token_ids=self._model.eos_token_ids,
             max_model_len=self._model.max_model_len,
             dates=self._dates,

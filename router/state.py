@@ -84,7 +84,7 @@ class RouterState:
         )
         self._prefixes = PrefixEstimates(self._members.registry)
         self.sessions = SessionTable(
-            max_sessions=options.max_sessions, idle_timeout_s=options.session_timeout_s
+            max_sessions=options.routing.max_sessions, idle_timeout_s=options.routing.session_timeout
         )
         self.requests = Requests(
             options,
@@ -96,7 +96,7 @@ class RouterState:
             out=self._out,
         )
         self._dispatcher = Dispatcher(
-            options,
+            options.routing,
             requests=self.requests,
             members=self._members,
             prefixes=self._prefixes,

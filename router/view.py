@@ -146,7 +146,9 @@ class RouterView:
             "weight_version": self.weight_version(),
             "router": {
                 "router_id": self._state.router_id,
-                **asdict(self._options),
+                **asdict(self._options.routing),
+                "metrics_compat": self._options.metrics_compat,
+                "timing": asdict(self._options.timing),
                 "pause": self._state.pause_mode,
                 "num_queued": len(self._requests.queue),
                 "num_running": self._requests.num_running,

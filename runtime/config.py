@@ -1,8 +1,8 @@
 """What can be set, once: each owner's settings are a dataclass, and a field is a flag.
 
 From a field come its flag with type, default, choices, aliases and help, its key in a `--config` file, its
-option of `Engine`, what is wrong with a value, and which processes take it. `runtime/command_line.py` reads
-them. To add a setting is to add a field here, and to use it.
+option of `Engine`, what is wrong with a value, which processes take it, and whether it may be changed while
+they run. `runtime/command_line.py` reads them. To add a setting is to add a field here, and to use it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _MAX_NICE = 19  # of Linux
 
 _ALL = frozenset({"router", "prefill", "decode"})
 _NODES = frozenset({"prefill", "decode"})
+_ROUTER, _PREFILL, _DECODE = frozenset({"router"}), frozenset({"prefill"}), frozenset({"decode"})
 
 
 # ---- what is wrong with a value ---------------------------------------------------------------------
@@ -184,7 +185,8 @@ class Compute(Settings):
         "answers have the same bits in any batch, chunk or hand-off (in float32)",
         "--enable-deterministic-inference")
     chunked_prefill_size: int = flag(2048,
-        "prompt tokens computed in one step", "--max-num-batched-tokens", fault=within(1), takes_suffix=True)
+        "prompt tokens computed in one step", "--max-num-batched-tokens", fault=within(1), takes_suffix=True,
+        live_on=_PREFILL)
     max_running_requests: int = flag(64, "sequences in a batch", "--max-num-seqs", fault=within(1))
     tensor_parallel_size: int = flag(1,
         "ranks, each a process, that the model is split over; both sides may differ", "--tp-size", "--tp",
@@ -260,10 +262,10 @@ class Membership(Settings):
 class Prefill(Settings):
     """prefill nodes"""
 
-    roles: ClassVar = frozenset({"prefill"})
+    roles: ClassVar = _PREFILL
 
     max_queued_prefills: int = flag(32,
-        "prompts waiting here before new ones are sent back as Busy", fault=within(1))
+        "prompts waiting here before new ones are sent back as Busy", fault=within(1), live_on=_PREFILL)
     disable_transfer_overlap: bool = flag(False,
         "send a prompt's pages only after its last chunk, to measure what overlap is worth")
     faulty: str = flag("",
@@ -274,18 +276,19 @@ class Prefill(Settings):
 class Decode(Settings):
     """decode nodes"""
 
-    roles: ClassVar = frozenset({"decode"})
+    roles: ClassVar = _DECODE
 
     colocated: bool = flag(False, "prefill locally; no prefill node is needed")
     local_prefill_threshold: int | None = flag(None,
         "prompts of which at most N tokens are missing here are prefilled here; 0: none, unless no prefill "
-        "node is alive (default: those of which part is cached here, when it is cheaper)", fault=within(0))
+        "node is alive (default: those of which part is cached here, when it is cheaper)", fault=within(0),
+        live_on=_DECODE)
     local_prefill_chunk_size: int | None = flag(None,
         "prompt tokens computed beside running streams in one step (default: as many as lengthen it by "
         "half, measured; with --colocated chunked-prefill-size)", fault=within(1))
     schedule_conservativeness: float = flag(1.0,
         "how much growth admission counts with: less runs more at once and retracts more often, 11 or more "
-        "retracts never", fault=above_0)
+        "retracts never", fault=above_0, live_on=_DECODE)
     session_cache_fraction: float = flag(0.5,
         "of the KV pool, that open sessions may keep from being evicted before all else", fault=within(0, 1))
     verify_pages: VerifyPages = flag("off",
@@ -300,7 +303,7 @@ class Decode(Settings):
 class Routing(Settings):
     """the router"""
 
-    roles: ClassVar = frozenset({"router"})
+    roles: ClassVar = _ROUTER
 
     chat_template: str = flag("", "Jinja file, or the template itself (default: the model's)", metavar="FILE")
     prefill: tuple[str, ...] = flag((),
@@ -328,7 +331,7 @@ class Routing(Settings):
 class PublicHttp(Settings):
     """the router's HTTP"""
 
-    roles: ClassVar = frozenset({"router"})
+    roles: ClassVar = _ROUTER
 
     uds: str = flag("", "path of a Unix socket to listen on as well: nodes still come by --host and --port")
     root_path: str = flag("",
@@ -391,6 +394,8 @@ _OWNERS: tuple[type[Settings], ...] = (  # in the order of a help
     Routing, PublicHttp, Up, Process,
 )  # fmt: skip
 FLAGS: tuple[Flag, ...] = tuple(each for owner in _OWNERS for each in flags_of(owner))
+# That may be changed while a node runs, by their fields' names.
+LIVE_FLAGS: Mapping[str, Flag] = {each.field: each for each in FLAGS if each.live_on}
 # Neither shown to clients nor handed to children by command lines, which `ps` shows.
 SECRET_FIELDS = frozenset(each.field for each in FLAGS if each.is_secret) | {"cluster_secret"}
 

@@ -18,6 +18,7 @@ from typing import (
     Any,
     ClassVar,
     Literal,
+    Self,
     TypeAlias,
     TypedDict,
     TypeVar,
@@ -68,6 +69,7 @@ class FlagOptions(TypedDict, total=False):
     metavar: str  # S, N, X or URL where it is not given
     is_hidden: bool  # from the help
     is_secret: bool
+    live_on: frozenset[str]  # roles of nodes on which it may be changed while they run
 
 
 def flag(default: T, help: str, *aliases: str, **options: Unpack[FlagOptions]) -> T:
@@ -88,6 +90,12 @@ class Settings:
     """What one owner is told: base of frozen dataclasses, whose docstrings are the titles in a help."""
 
     roles: ClassVar[frozenset[str]]  # that take its flags
+
+    @classmethod
+    def of(cls, config: Settings) -> Self:
+        """This owner's own, out of what a process is told: one that shows them shows nothing else."""
+        own = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # it is a dataclass
+        return cls(**{name: value for name, value in vars(config).items() if name in own})
 
     def check(self) -> None:
         """Raises StartupError where its fields contradict one another."""
@@ -115,6 +123,7 @@ class Flag:
     metavar: str = ""
     is_hidden: bool = False
     is_secret: bool = False
+    live_on: frozenset[str] = frozenset()
 
     @property
     def field(self) -> str:

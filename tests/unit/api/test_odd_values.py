@@ -52,6 +52,7 @@ from pdserve.messages.timeline import SpanClock
 from pdserve.router.assembly import build_router
 from pdserve.router.connector import ZmqConnector
 from pdserve.router.options import RouterOptions
+from pdserve.runtime.config import Routing
 from pdserve.runtime.process import NO_KEYS
 from pdserve.runtime.timing import UNSCALED
 from pdserve.tests.unit.api.conftest import eventually
@@ -300,7 +301,7 @@ async def test_a_router_answers_whatever_a_field_holds(
         raise NoNodeError(f"{url} does not answer as a node")
 
     router = build_router(
-        RouterOptions(request_timeout_s=5.0, max_queue_wait_s=0),
+        RouterOptions(routing=Routing(request_timeout=5.0, max_queue_wait=0)),
         model=card,
         connect=ZmqConnector(context, None, UNSCALED),
         lookup=lookup,

@@ -9,9 +9,10 @@ import pytest
 from pdserve.decode.growth_estimate import GrowthEstimate
 from pdserve.decode.local_prefill import LocalPrefillPolicy
 from pdserve.decode.settings import decode_settings
-from pdserve.messages.operation import SETTINGS, SettingValue
+from pdserve.messages.operation import SettingValue
 from pdserve.prefill.limits import PrefillLimits
 from pdserve.prefill.settings import prefill_settings
+from pdserve.runtime.config import LIVE_FLAGS
 
 
 def policy() -> LocalPrefillPolicy:
@@ -47,7 +48,8 @@ def test_decode_reads_what_was_set() -> None:
         ({"schedule_conservativeness": 0.0}, "a number above 0 is expected"),
         ({"schedule_conservativeness": math.inf}, "a number above 0 is expected"),
         ({"schedule_conservativeness": math.nan}, "a number above 0 is expected"),
-        ({"schedule_conservativeness": None}, "a number is expected"),
+        ({"schedule_conservativeness": None}, "schedule_conservativeness: a number is expected"),
+        ({"schedule_conservativeness": True}, "schedule_conservativeness True: a number is expected"),
     ],
 )
 def test_one_wrong_value_changes_nothing(wanted: dict[str, SettingValue], reason: str) -> None:
@@ -65,4 +67,4 @@ def test_the_list_of_settings_is_what_the_nodes_have() -> None:
         "decode": decode_settings(GrowthEstimate(), policy()).values().keys(),
     }
     for role, names in of_role.items():
-        assert {name for name, roles in SETTINGS.items() if role in roles} == names
+        assert {name for name, flag in LIVE_FLAGS.items() if role in flag.live_on} == names

@@ -67,6 +67,7 @@ from pdserve.router.service import RouterService
 from pdserve.router.state import RouterState
 from pdserve.router.updates.coordinator import WeightUpdates
 from pdserve.router.view import RouterView
+from pdserve.runtime.config import Routing
 from pdserve.runtime.timing import Timing
 from pdserve.simulation.clock import EventQueue, SimulationLoop
 
@@ -542,12 +543,12 @@ class Bench:
         return self.router.view
 
     async def start(self, **options: object) -> None:
-        """`options`: fields of RouterOptions and of Timing."""
+        """`options`: fields of Routing and of Timing."""
         given: dict[str, Any] = {**self.options, **options}
         durations = {field.name for field in fields(Timing)} & given.keys()
         timing = Timing(**{name: given.pop(name) for name in durations})
         self.router = build_router(
-            RouterOptions(**given, timing=timing),
+            RouterOptions(routing=Routing(**given), timing=timing),
             model=self.model,
             connect=self.net.connect,
             lookup=self.net.lookup,

@@ -34,6 +34,7 @@ from pdserve.router.events import Abort, ChoiceStopped, Event, ReaderLeft, Regis
 from pdserve.router.options import RouterOptions
 from pdserve.router.requests import Requests
 from pdserve.router.state import RouterState
+from pdserve.runtime.config import Routing
 from pdserve.runtime.errors import RequestError
 from pdserve.runtime.timing import Timing
 from pdserve.simulation.clock import EventQueue
@@ -262,7 +263,7 @@ class Answer:
 
 class Lab:
     """A router over scripted nodes, which are registered when it starts. It is given `options` of
-    RouterOptions and of Timing."""
+    Routing and of Timing."""
 
     def __init__(self) -> None:
         self.events = EventQueue()
@@ -296,7 +297,7 @@ class Lab:
         timing = Timing(**{name: given.pop(name) for name in durations})
         self.router = SimulatedRouter(
             "router",
-            RouterOptions(**given, timing=timing),
+            RouterOptions(routing=Routing(**given), timing=timing),
             model=self.model,
             static_urls=self.static_urls,
             entry_at=self._entry_at,

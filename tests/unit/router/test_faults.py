@@ -54,7 +54,7 @@ def test_every_stream_is_right_under_faults(
     for node in decodes:
         node.pace_s = 0.002
     lab.static_urls = tuple(lab.nodes)
-    lab.start(max_attempts=8, pong_timeout_s=0.05, lease_s=0.2, busy_delay_s=0.001, request_timeout_s=20.0)
+    lab.start(max_attempts=8, pong_timeout_s=0.05, lease_s=0.2, busy_delay_s=0.001, request_timeout=20.0)
     lab.ready(5)
     answers: list[Answer] = []
     num_left = 0

@@ -701,7 +701,7 @@ def test_a_turn_that_fails_at_home_goes_elsewhere(lab: Lab, spec: Spec) -> None:
 
 
 def test_a_session_is_not_idle_while_a_turn_of_it_runs(lab: Lab, spec: Spec) -> None:
-    *_, d, e = large_cluster(lab, session_timeout_s=0.05)
+    *_, d, e = large_cluster(lab, session_timeout=0.05)
     session_id = lab.open_session()
     d.tokens_per_attempt = e.tokens_per_attempt = 2
     generation = lab.generate(of_session(spec("a"), session_id))

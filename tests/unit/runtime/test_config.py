@@ -19,7 +19,7 @@ from pdserve.runtime.command_line import (
     resolve,
     router_config,
 )
-from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, NodeConfig, ProcessRole, RouterConfig
+from pdserve.runtime.config import FLAGS, SHIPPED_MODEL, NodeConfig, ProcessRole, RouterConfig, Routing
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.flag import Flag
 from pdserve.runtime.timing import UNSCALED
@@ -58,6 +58,12 @@ def write_config(tmp_path: Path) -> WriteConfig:
         return path
 
     return write
+
+
+def test_an_owner_s_part_of_a_config_holds_nothing_else() -> None:
+    config = config_of("router", given("router", "--max-attempts", "5", "--api-key", "hidden"))
+    assert Routing.of(config) == Routing(max_attempts=5)
+    assert "hidden" not in repr(Routing.of(config))
 
 
 # ---- the table of flags ------------------------------------------------------------------------------
