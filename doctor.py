@@ -148,7 +148,8 @@ def check_devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding(f"gpu {index}", True, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        detail = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB (--device cuda:{index})"
+        yield Finding(f"gpu {index}", True, detail)
 
 
 def check_links() -> Iterator[Finding]:

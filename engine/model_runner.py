@@ -12,6 +12,7 @@ from ..messages.report import NOTHING_TOLD, PromptReport, SampledToken
 from ..messages.sampling import TokenLogprob
 from ..models.config import ModelConfig
 from .decoder import Decoder
+from .device import DeviceRuntime
 from .forward_batch import (
     ForwardBatch,
     ForwardOutput,
@@ -22,6 +23,7 @@ from .kv_pool import KVPool
 from .model_weights import Weights
 from .operators import EAGER, Operators
 from .sampler import sample, token_logprobs
+from .step_inputs import staged
 from .tensor_parallel import RankCollective
 
 # Rows of logits computed at once for prompt logprobs: a vocabulary of 150,000 takes 77 MB.
@@ -36,12 +38,13 @@ class ModelRunner:
         config: ModelConfig,
         weights: Weights,
         pool: KVPool,
-        device: torch.device,
+        runtime: DeviceRuntime,
         *,
         operators: Operators = EAGER,
         collective: RankCollective | None = None,
     ) -> None:
-        self._decoder = Decoder(config, device, operators, collective)
+        self._runtime = runtime
+        self._decoder = Decoder(config, runtime.device, operators, collective)
         self._follows = collective is not None and collective.shard.rank > 0
         self._weights = weights
         self._pool = pool
@@ -52,11 +55,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
-        """Every rank is given the same batch; those but the first sample nothing and return no rows."""
-        return self._follow(batch) if self._follows else self._lead(batch)
-
-    def _lead(self, batch: ForwardBatch) -> ForwardOutput:
+        """`batch` is the host's. Every rank is given the same one; those but the first sample nothing and
+        return no rows."""
         started = time.monotonic()
+        on_device = staged(batch, self._runtime)
+        return self._follow(on_device, started) if self._follows else self._lead(on_device, started)
+
+    def _lead(self, batch: ForwardBatch, started: float) -> ForwardOutput:
         hidden = self._decoder.hidden_states(self._weights, self._pool, batch)
         sampled_from = {
             wanted.row_index: self._shown(hidden, wanted.sampled_from, 1)
@@ -89,9 +94,8 @@ class ModelRunner:
         )
         return ForwardOutput(batch.step, rows, started, time.monotonic())
 
-    def _follow(self, batch: ForwardBatch) -> ForwardOutput:
+    def _follow(self, batch: ForwardBatch, started: float) -> ForwardOutput:
         """The same collectives as `_lead`, and nothing sampled."""
-        started = time.monotonic()
         hidden = self._decoder.hidden_states(self._weights, self._pool, batch)
         if batch.sampled_from.numel():
             self._decoder.logits(self._weights, hidden[batch.sampled_from])

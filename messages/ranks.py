@@ -28,6 +28,7 @@ class RankStart(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     size: WorldSize
     model_path: Path
     load_format: Name
+    device: Name  # as --device says it
     dtype: Name
     page_size: Positive
     num_pages: Positive

@@ -10,6 +10,7 @@ from typing import assert_never
 import msgspec
 from torch import Tensor
 
+from ..engine.device import DeviceRuntime
 from ..engine.model_runner import ModelRunner
 from ..engine.model_weights import tensor_shapes
 from ..engine.named_weights import merge_checksums, part_checksums, whole_checksum
@@ -45,6 +46,7 @@ class ServedModel:
         *,
         paths: ModelPaths,
         dtype: str,
+        runtime: DeviceRuntime,
         shard: Shard,
         runner: ModelRunner,
         rank_memory: RankMemory,
@@ -56,6 +58,7 @@ class ServedModel:
         self.identity = identity
         self._paths = paths
         self._dtype = dtype
+        self._runtime = runtime
         self._shard = shard
         self._runner = runner
         self._rank_memory = rank_memory
@@ -151,7 +154,7 @@ class ServedModel:
         match order:
             case LoadFolder(path):
                 paths = self._paths.with_model(path)
-                return load_replacement(paths, model.config, self._dtype, self._shard)
+                return load_replacement(paths, model.config, self._dtype, self._runtime, self._shard)
             case LoadTensors(file, source, fingerprint):
                 return updated_model(file, model, source, self._shard, fingerprint)
             case LoadServed():

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 import zmq
 
 from ..components.metrics_reporter import MetricsReporter
+from ..engine.device import create_runtime
 from ..engine.engine_thread import EngineThread
 from ..engine.forward_batch import ForwardBatch
 from ..engine.job_thread import JobThread
@@ -44,7 +44,6 @@ from ..models.paths import ModelPaths
 from ..ranks.group import RankGroup
 from ..ranks.memory import RankMemory
 from ..runtime.config import NodeConfig
-from ..runtime.cpu_features import native_dtypes
 from ..runtime.errors import StartupError
 from ..runtime.listen import http_url, resolves
 from ..runtime.process import (
@@ -151,7 +150,13 @@ def start_node(
     incarnation = incarnation or uuid.uuid4().hex
     paths = ModelPaths.given(config.model, config.tokenizer, config.generation_config)
     model_config = paths.read_config()
-    dtype = resolve_dtype(config.dtype, model_config, native_dtypes())
+    runtime = create_runtime(config.device)
+    if not runtime.is_host:
+        mend = "leave it out to compute on the CPU"
+        raise StartupError(
+            f"--device {config.device}: KV pages travel from and to the host's memory only; {mend}"
+        )
+    dtype = resolve_dtype(config.dtype, model_config, runtime.dtypes)
     layout = kv_layout(model_config, config.page_size, dtype)
     size = config.tensor_parallel_size
     check_divides(model_config, size)
@@ -191,10 +196,10 @@ def start_node(
         backend = make_backend()
         undo.callback(backend.close)
         memory = backend.allocate(num_pages * layout.of_rank(size).stride_bytes)
-        pool = KVPool(layout.of_rank(size), num_pages, torch.device("cpu"), memory=memory)
+        pool = KVPool(layout.of_rank(size), num_pages, runtime.device, memory=memory)
         rank_memory = RankMemory(backend, backend.register())
         load = dummy_model if config.load_format == "dummy" else load_model
-        model = load(paths.model, model_config, dtype, shard)
+        model = load(paths.model, model_config, dtype, runtime, shard)
         collective = None
         if ranks is not None:
             ranks.wait_ready()
@@ -207,7 +212,7 @@ def start_node(
             heights = ", ".join(map(str, found.heights))
             _log.info("deterministic: arithmetic %s, row tiles of %s", arithmetic, heights)
         runner = ModelRunner(
-            rank_config, model.weights, pool, torch.device("cpu"), operators=operators, collective=collective
+            rank_config, model.weights, pool, runtime, operators=operators, collective=collective
         )
         own_profiler = StepProfiler(trace_name)
         share = None if ranks is None else ranks.forward
@@ -294,6 +299,7 @@ def start_node(
             identity,
             paths=paths,
             dtype=dtype,
+            runtime=runtime,
             shard=shard,
             runner=runner,
             rank_memory=rank_memory,
@@ -334,6 +340,7 @@ def _start_ranks(
             size=config.tensor_parallel_size,
             model_path=str(path),
             load_format=config.load_format,
+            device=config.device,
             dtype=dtype,
             page_size=config.page_size,
             num_pages=num_pages,

@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
-import torch
-
 from ..engine.batch_codec import decode_batch
+from ..engine.device import create_runtime
 from ..engine.dummy_weights import dummy_weights
 from ..engine.engine_thread import EngineThread
 from ..engine.job import FinishedJob, Job
@@ -76,7 +75,6 @@ from .memory import RankMemory
 from .whole_tensors import write_parts
 
 _LONGEST_SLEEP_S = 10.0
-_CPU = torch.device("cpu")
 
 
 def run_rank(end: socket.socket) -> int:
@@ -116,6 +114,7 @@ class RankWorker:
         self._pipe = pipe
         self._shard = Shard(start.rank, start.size)
         self._dtype = TORCH_DTYPES[start.dtype]
+        self._runtime = create_runtime(start.device)
         path = Path(start.model_path)
         # Without the EOS ids that flags of rank 0 may add: ranks sample nothing.
         self._config = ModelConfig.from_dir(path)
@@ -124,10 +123,10 @@ class RankWorker:
             start.transfer_backend, start.transport, start.host, start.ib_device, start.faults
         )
         memory = self._backend.allocate(start.num_pages * layout.stride_bytes)
-        self._pool = KVPool(layout, start.num_pages, _CPU, memory=memory)
+        self._pool = KVPool(layout, start.num_pages, self._runtime.device, memory=memory)
         self._memory = RankMemory(self._backend, self._backend.register())
         self._weights = (
-            dummy_weights(self._config, self._dtype, _CPU, self._shard)
+            dummy_weights(self._config, self._dtype, self._runtime.device, self._shard)
             if start.load_format == "dummy"
             else self._load(path)
         )
@@ -138,7 +137,7 @@ class RankWorker:
         if start.deterministic:
             operators = deterministic(survey_with_threads(config, self._weights, start.num_threads))
         self._runner = ModelRunner(
-            config, self._weights, self._pool, _CPU, operators=operators, collective=collective
+            config, self._weights, self._pool, self._runtime, operators=operators, collective=collective
         )
         self._profiler = StepProfiler(start.trace_name)
         self._engine = EngineThread[RankAnswer](self._runner, start.num_threads, profiler=self._profiler)
@@ -288,7 +287,7 @@ class RankWorker:
 
     def _load(self, path: Path) -> Weights:
         try:
-            return load_weights(path, self._config, self._dtype, _CPU, self._shard)
+            return load_weights(path, self._config, self._dtype, self._runtime.device, self._shard)
         except RuntimeError as error:  # how torch reports that memory is out
             raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 

@@ -32,6 +32,7 @@ HIDDEN_STATES_FLAG = "--enable-return-hidden-states"
 DEFAULT_PORTS: Mapping[str, int] = {"router": 8000, "prefill": 8100, "decode": 8200}
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 _ROOT_PATH = re.compile(r"(/[\w.~-]+)+")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
 _THREADS_A_CORE = 8  # more wait for one another
 _MAX_NICE = 19  # of Linux
@@ -65,6 +66,10 @@ def _key_fault(key: str) -> str:
 
 def _admin_key_fault(key: str) -> str:
     return _key_fault(key) if key else ""
+
+
+def _device_fault(device: str) -> str:
+    return "" if _DEVICE.fullmatch(device) else f" {device}: auto, cpu, cuda or cuda:N is expected"
 
 
 def _threads_fault(num_threads: int) -> str:
@@ -178,6 +183,8 @@ class Compute(Settings):
 
     load_format: Literal["auto", "safetensors", "dummy"] = flag("auto",
         "of the weights; dummy: random ones, to measure speed without a checkpoint's")
+    device: str = flag("auto",
+        "where the model is computed: cpu, cuda or cuda:N; auto: the CPU", fault=_device_fault)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto",
         "of weights and KV cache; auto: the checkpoint's, or float32 where the processor lacks it",
         spellings=(("half", "float16"), ("float", "float32")))

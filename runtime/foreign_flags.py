@@ -82,7 +82,6 @@ FOREIGN_FLAGS: tuple[ForeignFlag, ...] = (
     _only("it is the only one", ("auto", "generate"), "--runner", "--task"),
     _only("it is of --dtype", ("auto",), "--kv-cache-dtype"),
     _only("it is of --dtype", ("none",), "--quantization", "-q"),
-    _only("the engine computes on processors", ("auto", "cpu"), "--device"),
     _only("one is all there is", ("1",), "--pipeline-parallel-size", "--pp-size", "-pp"),
     _only("--num-prefill and --num-decode start more", ("1",), "--data-parallel-size", "--dp-size", "-dp"),
 )  # fmt: skip

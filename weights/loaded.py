@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from ..engine.device import DeviceRuntime
 from ..engine.dummy_weights import dummy_fingerprint, dummy_weights
 from ..engine.kv_pool import TORCH_DTYPES
 from ..engine.model_weights import (
@@ -34,34 +33,38 @@ class LoadedModel:
     fingerprint: str
 
 
-def load_model(path: Path, config: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:
+def load_model(
+    path: Path, config: ModelConfig, dtype: str, runtime: DeviceRuntime, shard: Shard = WHOLE
+) -> LoadedModel:
     """Reads a rank's share of a checkpoint of this config; `dtype` is a key of TORCH_DTYPES. Raises
     StartupError. The fingerprint is the whole checkpoint's."""
     try:
-        weights = load_weights(path, config, TORCH_DTYPES[dtype], torch.device("cpu"), shard)
+        weights = load_weights(path, config, TORCH_DTYPES[dtype], runtime.device, shard)
     except RuntimeError as error:  # how torch reports that memory is out; the old weights can serve on
         raise StartupError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     return LoadedModel(path, config, weights, fingerprint_of(path, config, dtype))
 
 
-def dummy_model(path: Path, config: ModelConfig, dtype: str, shard: Shard = WHOLE) -> LoadedModel:
+def dummy_model(
+    path: Path, config: ModelConfig, dtype: str, runtime: DeviceRuntime, shard: Shard = WHOLE
+) -> LoadedModel:
     """The same model with random weights; `path` needs none. Raises StartupError."""
     try:
-        weights = dummy_weights(config, TORCH_DTYPES[dtype], torch.device("cpu"), shard)
+        weights = dummy_weights(config, TORCH_DTYPES[dtype], runtime.device, shard)
     except RuntimeError as error:  # how torch reports that memory is out
         raise StartupError(f"random weights cannot be made: {str(error).splitlines()[0]}") from error
     return LoadedModel(path, config, weights, dummy_fingerprint(config))
 
 
 def load_replacement(
-    paths: ModelPaths, current: ModelConfig, dtype: str, shard: Shard = WHOLE
+    paths: ModelPaths, current: ModelConfig, dtype: str, runtime: DeviceRuntime, shard: Shard = WHOLE
 ) -> LoadedModel:
     """Reads a checkpoint that can be swapped in for a model of this config. Raises StartupError."""
     path, config = paths.model, paths.read_config()
     # Before any tensor is read: another model may be larger than the memory that is left.
     if (difference := _difference(current, config)) is not None:
         raise StartupError(f"{path} cannot replace the model that is served: {difference}")
-    return load_model(path, config, dtype, shard)
+    return load_model(path, config, dtype, runtime, shard)
 
 
 def updated_model(

@@ -31,7 +31,7 @@ class AttentionRow:
         return self.start + self.num_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DecodeGroup:
     """Rows of one new token each, B of them, over tables padded to M pages."""
 
@@ -41,8 +41,19 @@ class DecodeGroup:
     ends: Tensor  # [B] int64: the positions a row may look at
     # What a rectangle holds beyond the rows' ends; None for a group of one, which is cut to its length.
     unwritten: Tensor | None  # [num_unwritten] int64: slots of [B · M · page_size] that may hold NaN
-    bias: Tensor | None  # [1, B, 1, M · page_size]: 0 where a row may look, -inf elsewhere
     num_slots: int  # slots a row may look at: M · page_size, or the exact length for a group of one
+    dtype: torch.dtype
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """``[1, B, 1, M · page_size]``: 0 where a row may look, -inf elsewhere; None: it may look anywhere.
+        Made at its first use, where its rows are."""
+        if self.unwritten is None:
+            return None
+        device = self.ends.device
+        bias = torch.zeros((self.num_rows, self.num_slots), dtype=self.dtype, device=device)
+        slots = torch.arange(self.num_slots, device=device)
+        return bias.masked_fill_(slots >= self.ends[:, None], float("-inf"))[None, :, None]
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ def _decode(
     if len(rows) == 1:
         row = rows[0]
         pages = torch.tensor(row.pages[: -(-row.end // page_size)], dtype=torch.int64)
-        return DecodeGroup(first_token, 1, pages, torch.tensor([row.end]), None, None, row.end)
+        return DecodeGroup(first_token, 1, pages, torch.tensor([row.end]), None, row.end, dtype)
     tables: list[int] = []
     unwritten: list[int] = []
     for index, row in enumerate(rows):
@@ -133,16 +144,12 @@ def _decode(
         tables += [row.pages[0]] * (num_pages - used)
         first_slot = index * num_pages * page_size
         unwritten += range(first_slot + row.end, first_slot + used * page_size)
-    slots = torch.arange(num_pages * page_size)
-    ends = torch.tensor([row.end for row in rows])
-    bias = torch.zeros((len(rows), slots.numel()), dtype=dtype)
-    bias.masked_fill_(slots >= ends[:, None], float("-inf"))
     return DecodeGroup(
         first_token=first_token,
         num_rows=len(rows),
         pages=torch.from_numpy(np.array(tables, dtype=np.int64)),  # torch reads a list far more slowly
-        ends=ends,
+        ends=torch.tensor([row.end for row in rows]),
         unwritten=torch.tensor(unwritten, dtype=torch.int64),
-        bias=bias[None, :, None],
-        num_slots=slots.numel(),
+        num_slots=num_pages * page_size,
+        dtype=dtype,
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from pdserve.engine.device import HOST
 from pdserve.engine.forward_batch import ForwardBatch
 from pdserve.engine.kv_pool import KVPool
 from pdserve.engine.model_runner import ModelRunner
@@ -49,7 +50,7 @@ def main() -> int:
     found = survey(config, weights)
     print(f"survey: {time.thread_time() - started:.2f} s, row tiles of {', '.join(map(str, found.heights))}")
     runners = {
-        operators.name: ModelRunner(config, weights, pool, CPU, operators=operators)
+        operators.name: ModelRunner(config, weights, pool, HOST, operators=operators)
         for operators in (EAGER, deterministic(found))
     }
 

@@ -12,6 +12,7 @@ Everything in it is created under `torch.inference_mode`, as a forward is.
 
 from .device import DEVICE, SimulatedDevice, SimulatedTensor, to_device, to_host
 from .findings import Finding, Kind, MixedDevicesError
+from .runtime import SimulatedRuntime
 
 __all__ = [
     "DEVICE",
@@ -19,6 +20,7 @@ __all__ = [
     "Kind",
     "MixedDevicesError",
     "SimulatedDevice",
+    "SimulatedRuntime",
     "SimulatedTensor",
     "to_device",
     "to_host",

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pdserve.engine import operators
+from pdserve.engine.device import HOST
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput, RowOutput
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
 from pdserve.engine.model_runner import ModelRunner
@@ -136,7 +137,7 @@ class Harness:
         if deterministic:
             found = _survey(folder, torch.get_num_threads())
             chosen = operators.deterministic(found)
-        runner = ModelRunner(config, weights, pool, CPU, operators=chosen)
+        runner = ModelRunner(config, weights, pool, HOST, operators=chosen)
         return cls(config, layout, pool, runner, order, survey=found)
 
     def pages(self, num_tokens: int) -> list[int]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pdserve.engine.device import HOST
 from pdserve.engine.model_weights import FINGERPRINT_FILE, weights_digest
 from pdserve.engine.named_weights import named_parts
 from pdserve.engine.tensor_parallel import WHOLE
@@ -25,7 +26,7 @@ GIB = 1 << 30
 
 
 def load(folder: Path, dtype: str = "float32") -> LoadedModel:
-    return load_model(folder, ModelConfig.from_dir(folder), dtype)
+    return load_model(folder, ModelConfig.from_dir(folder), dtype, HOST)
 
 
 def tensors_of(model: LoadedModel) -> dict[str, Tensor]:
@@ -76,7 +77,7 @@ def test_a_partly_updated_model_keeps_the_fingerprint_that_it_serves_under(
     again = load(tmp_path / "saved")
     assert again.fingerprint == model.fingerprint != base.fingerprint
     assert_same_bits(model, again)
-    replacement = load_replacement(ModelPaths(tmp_path / "saved"), base.config, "float32")
+    replacement = load_replacement(ModelPaths(tmp_path / "saved"), base.config, "float32", HOST)
     assert replacement.fingerprint == model.fingerprint
 
 

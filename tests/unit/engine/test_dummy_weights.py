@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pdserve.engine.device import HOST
 from pdserve.engine.dummy_weights import dummy_weights
 from pdserve.engine.model_weights import load_weights
 from pdserve.engine.tensor_parallel import Shard
@@ -43,8 +44,8 @@ def test_a_rank_has_its_share_of_what_the_whole_has() -> None:
 
 
 def test_every_node_makes_the_same_and_knows_them_by_the_config(tmp_path: Path) -> None:
-    one, other = (dummy_model(tmp_path, CONFIG, "bfloat16") for _ in range(2))
+    one, other = (dummy_model(tmp_path, CONFIG, "bfloat16", HOST) for _ in range(2))
     assert one.fingerprint == other.fingerprint
     assert torch.equal(one.weights.layers[1].qkv, other.weights.layers[1].qkv)
     longer = dataclasses.replace(CONFIG, max_model_len=CONFIG.max_model_len + 1)
-    assert dummy_model(tmp_path, longer, "bfloat16").fingerprint != one.fingerprint
+    assert dummy_model(tmp_path, longer, "bfloat16", HOST).fingerprint != one.fingerprint

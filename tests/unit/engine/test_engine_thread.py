@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pdserve.engine.device import HOST
 from pdserve.engine.engine_thread import EngineThread
 from pdserve.engine.forward_batch import ForwardBatch, ForwardOutput
 from pdserve.engine.job import FinishedJob, Job
@@ -39,7 +40,7 @@ def load_engine(folder: Path) -> Engine:
     layout = kv_layout(config, page_size=4, dtype="float32")
     cpu = torch.device("cpu")
     weights = load_weights(folder, config, torch.float32, cpu)
-    runner = ModelRunner(config, weights, KVPool(layout, 8, cpu), cpu)
+    runner = ModelRunner(config, weights, KVPool(layout, 8, cpu), HOST)
     return Engine(config, layout, runner, EngineThread(runner, num_threads=1))
 
 

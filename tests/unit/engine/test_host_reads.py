@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import pytest
 import torch
-from torch import Tensor
 
+from pdserve.engine.device import HOST, DeviceRuntime
 from pdserve.engine.forward_batch import ForwardBatch, RowOutput
 from pdserve.engine.kv_pool import KVPool
 from pdserve.engine.model_runner import ModelRunner
@@ -21,13 +20,11 @@ from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.runtime.config import SHIPPED_MODEL
-from pdserve.tests.simulated_device import DEVICE, SimulatedDevice, to_device
+from pdserve.tests.simulated_device import SimulatedDevice, SimulatedRuntime
 
-CPU = torch.device("cpu")
 CONFIG = ModelConfig.from_dir(SHIPPED_MODEL)
 LAYOUT = kv_layout(CONFIG, 4, "float32")
 NUM_PAGES = 64
-T = TypeVar("T")
 
 SAMPLER = "kernels/sampling/eager.py"
 GUMBEL = {f"{SAMPLER} gumbel_argmax: host read"}
@@ -68,38 +65,19 @@ CASES = {
 }
 
 
-def map_tensors(tree: T, change: Callable[[Tensor], Tensor]) -> T:
-    """A batch with every tensor of it changed."""
-    part: Any = tree
-    changed: Any = part
-    if isinstance(part, Tensor):
-        changed = change(part)
-    elif isinstance(part, tuple):
-        changed = tuple(map_tensors(each, change) for each in part) if type(part) is tuple else part
-    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
-        fields = [(each.name, getattr(part, each.name)) for each in dataclasses.fields(part)]
-        changed = dataclasses.replace(part, **{name: map_tensors(value, change) for name, value in fields})
-    result: T = changed
-    return result
-
-
 class Engine:
     """A runner over a pool whose unwritten slots hold NaN."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        weights = load_weights(SHIPPED_MODEL, CONFIG, torch.float32, device)
-        pool = KVPool(LAYOUT, NUM_PAGES, device)
+    def __init__(self, runtime: DeviceRuntime) -> None:
+        weights = load_weights(SHIPPED_MODEL, CONFIG, torch.float32, runtime.device)
+        pool = KVPool(LAYOUT, NUM_PAGES, runtime.device)
         pool.poison(range(NUM_PAGES))
-        self._runner = ModelRunner(CONFIG, weights, pool, device)
-        self._step = 0
+        self._runner = ModelRunner(CONFIG, weights, pool, runtime)
+        self.num_steps = 0
 
-    def batch(self, *rows: ScheduledRow) -> ForwardBatch:
-        self._step += 1
-        batch = ForwardBatch.build(ScheduleBatch(rows), step=self._step, config=CONFIG, layout=LAYOUT)
-        return batch if self.device == CPU else map_tensors(batch, to_device)
-
-    def forward(self, batch: ForwardBatch) -> tuple[RowOutput, ...]:
+    def forward(self, *rows: ScheduledRow) -> tuple[RowOutput, ...]:
+        self.num_steps += 1
+        batch = ForwardBatch.build(ScheduleBatch(rows), step=self.num_steps, config=CONFIG, layout=LAYOUT)
         return self._runner.forward(batch).rows
 
 
@@ -128,14 +106,14 @@ def outputs(engine: Engine, sampling: SamplingParams) -> Iterator[tuple[RowOutpu
     greedy = SamplingParams(temperature=0.0)
     long = prompt_row(sampling, 0, 23)
     short, third = prompt_row(sampling, 1, 9), prompt_row(greedy, 2, 6)
-    first = engine.forward(engine.batch(dataclasses.replace(long, num_tokens=14, choices=()), short))
+    first = engine.forward(dataclasses.replace(long, num_tokens=14, choices=()), short)
     yield first
     last_chunk = dataclasses.replace(long, start=14, num_tokens=9)
     short = next_row(short, first[1])
-    mixed = engine.forward(engine.batch(last_chunk, short, third))
+    mixed = engine.forward(last_chunk, short, third)
     yield mixed
     rows = [next_row(row, output) for row, output in zip((last_chunk, short, third), mixed, strict=True)]
-    yield engine.forward(engine.batch(*rows))
+    yield engine.forward(*rows)
 
 
 @pytest.fixture(autouse=True)
@@ -147,10 +125,12 @@ def _one_thread() -> None:
 def test_a_forward_on_a_device_gives_the_cpus_bits_and_waits_for_no_more_than_this(name: str) -> None:
     case = CASES[name]
     with torch.inference_mode():
-        expected = list(outputs(Engine(CPU), case.sampling))
+        expected = list(outputs(Engine(HOST), case.sampling))
         with SimulatedDevice() as device:
-            engine = Engine(DEVICE)
+            runtime = SimulatedRuntime()
+            engine = Engine(runtime)
             device.findings.clear()  # of loading
             assert list(outputs(engine, case.sampling)) == expected
     waits = Counter(found.summary for found in device.findings)
     assert set(waits) == case.waits | IDS, "\n".join(map(str, device.findings))
+    assert runtime.num_staged == engine.num_steps

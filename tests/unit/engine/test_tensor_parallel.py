@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pdserve.engine.batch_codec import decode_batch, encode_batch
+from pdserve.engine.device import HOST
 from pdserve.engine.forward_batch import ForwardBatch, RowOutput
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
 from pdserve.engine.model_runner import ModelRunner
@@ -58,7 +59,7 @@ class Replica:
             weights = load_weights(folder, self.config, TORCH_DTYPES["float32"], CPU, shard)
             collective = RankCollective(shard, rendezvous, 60.0)
             return ModelRunner(
-                shard.config(self.config), weights, self.pools[rank], CPU, collective=collective
+                shard.config(self.config), weights, self.pools[rank], HOST, collective=collective
             )
 
         self.runners = list(self.threads.map(join, range(size)))

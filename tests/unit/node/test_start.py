@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pdserve.engine.device import HOST
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.models.paths import ModelPaths
 from pdserve.node import start
@@ -48,4 +49,4 @@ def test_another_model_is_refused_before_its_tensors_are_read(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copy(SHIPPED_MODEL / "generation_config.json", tmp_path)
     with pytest.raises(StartupError, match="cannot replace the model that is served: its num_layers is 80"):
-        load_replacement(ModelPaths(tmp_path), ModelConfig.from_dir(SHIPPED_MODEL), "float32")
+        load_replacement(ModelPaths(tmp_path), ModelConfig.from_dir(SHIPPED_MODEL), "float32", HOST)

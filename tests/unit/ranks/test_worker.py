@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from pdserve.engine.batch_codec import encode_batch
+from pdserve.engine.device import HOST
 from pdserve.engine.forward_batch import ForwardBatch
 from pdserve.engine.kv_pool import KVPool
 from pdserve.engine.model_runner import ModelRunner
@@ -89,6 +90,7 @@ class Rank0:
             size=2,
             model_path=str(model),
             load_format="auto",
+            device="cpu",
             dtype="float32",
             page_size=16,
             num_pages=NUM_PAGES,
@@ -117,7 +119,7 @@ class Rank0:
         weights = load_weights(SHIPPED_MODEL, CONFIG, torch.float32, CPU, shard)
         pool = KVPool(RANK_LAYOUT, NUM_PAGES, CPU)
         collective = RankCollective(shard, self.rendezvous, 60.0)
-        self.runner = ModelRunner(shard.config(CONFIG), weights, pool, CPU, collective=collective)
+        self.runner = ModelRunner(shard.config(CONFIG), weights, pool, HOST, collective=collective)
 
     def forward(self) -> int:
         batch = forward_batch()
@@ -174,7 +176,7 @@ def test_a_rank_computes_copies_moves_and_swaps(
         CONFIG,
         load_weights(SHIPPED_MODEL, CONFIG, torch.float32, CPU),
         KVPool(LAYOUT, NUM_PAGES, CPU),
-        CPU,
+        HOST,
     )
     expected = alone.forward(forward_batch()).rows[0].tokens[0].token_id
     assert rank0.forward() == expected
