@@ -148,7 +148,8 @@ def check_devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        detail = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB (--device cuda:{index})"
+        memory_gib = properties.total_memory / 2**30
+        detail = f"{properties.name}, {memory_gib:.0f} GiB; nodes compute on the CPU (docs/gpu.md)"
         yield Finding(f"gpu {index}", True, detail)
 
 

@@ -1,4 +1,4 @@
-"""Where forwards are computed: all that the engine asks of a device. Nothing else asks which one it is.
+"""Where forwards are computed: all that the engine asks of a device. No other part knows which one it is.
 
 On the host there is nothing to wait for. On any other device work is only launched, so what brings numbers
 there and results back says when it is done. `CudaRuntime` was not run on a GPU: docs/gpu.md says what stands

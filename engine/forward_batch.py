@@ -25,6 +25,7 @@ class PromptLogprobs:
     first: int  # in the flat batch
     targets: Tensor  # [n] int64
     asked: AskedLogprobs
+    named: Tensor  # [J] int64: asked.token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,7 @@ def _prompt_logprobs(row: ScheduledRow, index: int, first: int) -> PromptLogprob
         first=first + begin - 1 - row.start,
         targets=torch.tensor(row.token_ids[begin:end], dtype=torch.int64),
         asked=asked,
+        named=torch.tensor(asked.token_ids, dtype=torch.int64),
     )
 
 

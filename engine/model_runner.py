@@ -8,22 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..messages.report import NOTHING_TOLD, PromptReport, SampledToken
-from ..messages.sampling import TokenLogprob
 from ..models.config import ModelConfig
 from .decoder import Decoder
 from .device import DeviceRuntime
-from .forward_batch import (
-    ForwardBatch,
-    ForwardOutput,
-    PromptLogprobs,
-    RowOutput,
-)
+from .forward_batch import ForwardBatch, ForwardOutput, PromptLogprobs
 from .kv_pool import KVPool
 from .model_weights import Weights
 from .operators import EAGER, Operators
-from .sampler import sample, token_logprobs
+from .sampler import LogprobValues, sample, token_logprobs
 from .step_inputs import staged
+from .step_results import StepResults
 from .tensor_parallel import RankCollective
 
 # Rows of logits computed at once for prompt logprobs: a vocabulary of 150,000 takes 77 MB.
@@ -63,35 +57,24 @@ class ModelRunner:
 
     def _lead(self, batch: ForwardBatch, started: float) -> ForwardOutput:
         hidden = self._decoder.hidden_states(self._weights, self._pool, batch)
-        sampled_from = {
-            wanted.row_index: self._shown(hidden, wanted.sampled_from, 1)
-            for wanted in batch.hidden_rows
-            if wanted.sampled_from is not None
-        }
-        tokens: list[list[SampledToken]] = [[] for _ in batch.row_ids]
-        if batch.sampling is not None:
-            logits = self._logits(hidden[batch.sampled_from])
-            for (row, choice), token_id, logprob in zip(
-                batch.entries, *sample(logits, batch.sampling), strict=True
-            ):
-                tokens[row].append(SampledToken(choice, token_id, logprob, sampled_from.get(row, b"")))
-        prompt_logprobs = {
-            wanted.row_index: self._prompt_logprobs(hidden, wanted) for wanted in batch.prompt_logprobs
-        }
-        prompt_states = {
-            wanted.row_index: self._shown(hidden, wanted.first, wanted.num_prompt)
-            for wanted in batch.hidden_rows
-        }
-        reports = {
-            index: PromptReport(
-                logprobs=prompt_logprobs.get(index, ()), hidden_states=prompt_states.get(index, b"")
-            )
-            for index in prompt_logprobs.keys() | prompt_states.keys()
-        }
-        rows = tuple(
-            RowOutput(row_id, tuple(tokens[index]), reports.get(index, NOTHING_TOLD))
-            for index, row_id in enumerate(batch.row_ids)
+        results = StepResults(
+            sampled=(
+                None
+                if batch.sampling is None
+                else sample(self._logits(hidden[batch.sampled_from]), batch.sampling)
+            ),
+            prompt_logprobs=tuple(
+                tuple(self._prompt_logprobs(hidden, wanted)) for wanted in batch.prompt_logprobs
+            ),
+            prompt_states=tuple(
+                self._shown(hidden, wanted.first, wanted.num_prompt) for wanted in batch.hidden_rows
+            ),
+            sampled_states=tuple(
+                self._shown(hidden, wanted.sampled_from or 0, int(wanted.sampled_from is not None))
+                for wanted in batch.hidden_rows
+            ),
         )
+        rows = results.on_host(self._runtime).rows(batch)
         return ForwardOutput(batch.step, rows, started, time.monotonic())
 
     def _follow(self, batch: ForwardBatch, started: float) -> ForwardOutput:
@@ -109,20 +92,18 @@ class ModelRunner:
         assert logits is not None, "only the first rank samples"
         return logits
 
-    def _shown(self, hidden: Tensor, first: int, num_rows: int) -> bytes:
-        """Rows of the flat batch behind the final norm, as float32."""
-        if not num_rows:
-            return b""
+    def _shown(self, hidden: Tensor, first: int, num_rows: int) -> Tensor:
+        """``[num_rows, H]`` float32: rows of the flat batch behind the final norm."""
         rows = hidden[first : first + num_rows]
-        return self._decoder.final_norm(self._weights, rows).float().cpu().numpy().tobytes()
+        return (self._decoder.final_norm(self._weights, rows) if num_rows else rows).float()
 
-    def _prompt_logprobs(self, hidden: Tensor, wanted: PromptLogprobs) -> tuple[TokenLogprob, ...]:
-        logprobs: list[TokenLogprob] = []
+    def _prompt_logprobs(self, hidden: Tensor, wanted: PromptLogprobs) -> Iterator[LogprobValues]:
+        """Block by block."""
         for first, num_rows in _blocks(wanted):
             done = first - wanted.first
-            targets = wanted.targets[done : done + num_rows].tolist()
-            logprobs += token_logprobs(self._logits(hidden[first : first + num_rows]), targets, wanted.asked)
-        return tuple(logprobs)
+            logits = self._logits(hidden[first : first + num_rows])
+            targets = wanted.targets[done : done + num_rows]
+            yield token_logprobs(logits, targets, wanted.asked.num_top, wanted.named)
 
 
 def _blocks(wanted: PromptLogprobs) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,12 @@
-"""Applies what each entry of a sampling batch asks for, and nothing else, to its logits."""
+"""Applies what each entry of a sampling batch asks for, and nothing else, to its logits.
+
+`sample` and `token_logprobs` compute where the logits are and read nothing on the host; `told_tokens` and
+`told_logprobs` make answers of their tensors once these are the host's.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,32 +16,77 @@ from ..messages.sampling import AskedLogprobs, TokenLogprob
 from .sampling_batch import Drawn, SamplingBatch
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> tuple[list[int], list[TokenLogprob | None]]:
-    """``logits [R, V]`` float32, not changed. → token and logprob of each of the E entries."""
+@dataclass(frozen=True, slots=True)
+class LogprobValues:
+    """Of N tokens, each under its row of logits."""
+
+    token_ids: Tensor  # [N] int64
+    chosen: Tensor  # [N] float32
+    top_ids: Tensor  # [N, K] int64, best first
+    top_values: Tensor  # [N, K] float32
+    named: Tensor  # [N, J] float32
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    tokens: Tensor  # [E] int64
+    logprobs: tuple[LogprobValues, ...]  # of each of the batch's wishes
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
+    """``logits [R, V]`` float32, not changed. → of the E entries."""
     if batch.logits_index is not None:
         logits = logits[batch.logits_index]
-    tokens = _choose(logits, batch).tolist()
-    return tokens, _logprobs(logits, tokens, batch.logprobs)
+    tokens = _choose(logits, batch)
+    return Sampled(
+        tokens,
+        tuple(
+            token_logprobs(logits, tokens, wish.asked.num_top, wish.named)
+            if wish.entries is None
+            else token_logprobs(logits[wish.entries], tokens[wish.entries], wish.asked.num_top, wish.named)
+            for wish in batch.wishes
+        ),
+    )
 
 
-def token_logprobs(logits: Tensor, token_ids: list[int], asked: AskedLogprobs) -> list[TokenLogprob]:
-    """Of each of N tokens under its row of ``logits [N, V]`` float32, with what is asked beside it."""
-    best = ops.log_probs(logits, asked.num_top)
-    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0] - best.normalizer
-    named = logits[:, list(asked.token_ids)] - best.normalizer[:, None]
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int, named: Tensor) -> LogprobValues:
+    """Of each of ``token_ids [N]`` int64 under its row of ``logits [N, V]`` float32, of the `num_top` most
+    likely ones and of ``named [J]`` int64."""
+    best = ops.log_probs(logits, num_top)
+    return LogprobValues(
+        token_ids=token_ids,
+        chosen=logits.gather(1, token_ids[:, None])[:, 0] - best.normalizer,
+        top_ids=best.top_ids,
+        top_values=best.top_values,
+        named=logits.index_select(1, named) - best.normalizer[:, None],
+    )
+
+
+def told_tokens(sampled: Sampled, batch: SamplingBatch) -> tuple[list[int], list[TokenLogprob | None]]:
+    """Token and logprob of each of the E entries. `sampled` is the host's."""
+    tokens: list[int] = sampled.tokens.tolist()
+    logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+    for wish, values in zip(batch.wishes, sampled.logprobs, strict=True):
+        for index, logprob in zip(wish.indices, told_logprobs(values, wish.asked), strict=True):
+            logprobs[index] = logprob
+    return tokens, logprobs
+
+
+def told_logprobs(values: LogprobValues, asked: AskedLogprobs) -> list[TokenLogprob]:
+    """`values` are the host's."""
     return [
         TokenLogprob(
             token_id,
             logprob,
-            tuple(zip(ids, values, strict=True)),
-            tuple(zip(asked.token_ids, named_values, strict=True)),
+            tuple(zip(top_ids, top_values, strict=True)),
+            tuple(zip(asked.token_ids, named, strict=True)),
         )
-        for token_id, logprob, ids, values, named_values in zip(
-            token_ids,
-            chosen.tolist(),
-            best.top_ids.tolist(),
-            best.top_values.tolist(),
-            named.tolist(),
+        for token_id, logprob, top_ids, top_values, named in zip(
+            values.token_ids.tolist(),
+            values.chosen.tolist(),
+            values.top_ids.tolist(),
+            values.top_values.tolist(),
+            values.named.tolist(),
             strict=True,
         )
     ]
@@ -57,15 +108,15 @@ def _transformed(raw: Tensor, batch: SamplingBatch) -> Tensor:
     logits = raw.clone()
     if batch.bias is not None:
         ops.add_bias_(logits, batch.bias.entries, batch.bias.tokens, batch.bias.values)
-    for penalties in batch.penalties:
+    if (seen := batch.penalties) is not None:
         ops.apply_penalties_(
             logits,
-            penalties.entry,
-            penalties.prompt,
-            penalties.output,
-            repetition=penalties.repetition,
-            frequency=penalties.frequency,
-            presence=penalties.presence,
+            seen.entries,
+            seen.tokens,
+            seen.counts,
+            seen.repetition,
+            seen.frequency,
+            seen.presence,
         )
     if batch.forbidden is not None:
         ops.forbid_(logits, batch.forbidden.entries, batch.forbidden.tokens)
@@ -78,19 +129,11 @@ def _draw(logits: Tensor, drawn: Drawn) -> Tensor:
     filters = drawn.filters
     if filters is not None:
         threshold[filters.drawn] = ops.keep_threshold(
-            scaled[filters.drawn], filters.top_k, filters.top_p, filters.min_p
+            scaled[filters.drawn],
+            filters.top_k,
+            filters.top_p,
+            filters.min_p,
+            largest_top_k=filters.largest_top_k,
+            some_top_p=filters.some_top_p,
         )
     return ops.gumbel_argmax(scaled, threshold, drawn.seeds, drawn.choices, drawn.positions)
-
-
-def _logprobs(
-    logits: Tensor, tokens: list[int], asked: tuple[AskedLogprobs | None, ...]
-) -> list[TokenLogprob | None]:
-    logprobs: list[TokenLogprob | None] = [None] * len(tokens)
-    # Rows that ask for the same together, so that no row's answer depends on another's wish.
-    for wish in {each for each in asked if each is not None}:
-        entries = [index for index, each in enumerate(asked) if each == wish]
-        of_entries = token_logprobs(logits[entries], [tokens[index] for index in entries], wish)
-        for index, logprob in zip(entries, of_entries, strict=True):
-            logprobs[index] = logprob
-    return logprobs

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..messages.sampling import AskedLogprobs
@@ -37,14 +38,26 @@ class PerToken:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Of one entry; ``prompt, output [*]`` int64 are its tokens so far."""
+    """Token ``tokens[i]`` stands ``counts[i]`` times in the output of entry ``entries[i]``, or in its prompt
+    alone; and what that entry asks. Each token of an entry once; all ``[*]``, float32 but the first two."""
 
-    entry: int
-    prompt: Tensor
-    output: Tensor
-    repetition: float
-    frequency: float
-    presence: float
+    entries: Tensor
+    tokens: Tensor
+    counts: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Entries that ask for the same logprobs are answered together, so that no row's answer depends on
+    another's wish."""
+
+    asked: AskedLogprobs
+    indices: tuple[int, ...]  # of its n entries
+    entries: Tensor | None  # [n] int64: the same; None: they are all entries
+    named: Tensor  # [J] int64: asked.token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +68,8 @@ class Filters:
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
+    largest_top_k: int
+    some_top_p: bool  # any is below 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +90,14 @@ class SamplingBatch:
 
     logits_index: Tensor | None  # [E] int64; None: entry i samples from row i
     bias: PerToken | None
-    penalties: tuple[Penalties, ...]
+    penalties: Penalties | None
     forbidden: PerToken | None
     drawn: Drawn | None
-    logprobs: tuple[AskedLogprobs | None, ...]  # of each entry
+    wishes: tuple[Wish, ...]
 
     @property
     def changes_logits(self) -> bool:
-        return self.bias is not None or self.forbidden is not None or bool(self.penalties)
+        return any(part is not None for part in (self.bias, self.penalties, self.forbidden))
 
     @classmethod
     def build(
@@ -92,14 +107,10 @@ class SamplingBatch:
         return cls(
             logits_index=None if logits_index == list(range(len(entries))) else torch.tensor(logits_index),
             bias=_per_token([e.row.work.sampling.logit_bias for e in entries], vocab_size),
-            penalties=tuple(
-                _penalties(index, entry.row)
-                for index, entry in enumerate(entries)
-                if entry.row.work.sampling.uses_penalties
-            ),
+            penalties=_penalties(entries),
             forbidden=_per_token([_forbidden(entry.row, eos_token_ids) for entry in entries], vocab_size),
             drawn=_drawn(entries),
-            logprobs=tuple(entry.row.work.sampling.asked_logprobs for entry in entries),
+            wishes=tuple(_wishes([entry.row.work.sampling.asked_logprobs for entry in entries])),
         )
 
 
@@ -128,17 +139,42 @@ def _forbidden(row: ScheduledRow, eos_token_ids: Collection[int]) -> dict[int, f
     return dict.fromkeys(endings, float("-inf"))
 
 
-def _penalties(index: int, row: ScheduledRow) -> Penalties:
-    # By way of NumPy: it reads a list several times faster than torch, and an array at the speed of memory.
-    known = torch.from_numpy(np.array(row.token_ids[: row.end], dtype=np.int64))
+def _penalties(entries: Sequence[Entry]) -> Penalties | None:
+    penalized = [(index, e.row) for index, e in enumerate(entries) if e.row.work.sampling.uses_penalties]
+    if not penalized:
+        return None
+    seen = [_seen(row) for _, row in penalized]
+    num_seen = [len(tokens) for tokens, _ in seen]
+
+    def each(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), num_seen))
+
+    asked = [row.work.sampling for _, row in penalized]
     return Penalties(
-        entry=index,
-        prompt=known[: row.num_prompt_tokens],
-        output=known[row.num_prompt_tokens :],
-        repetition=row.work.sampling.repetition_penalty,
-        frequency=row.work.sampling.frequency_penalty,
-        presence=row.work.sampling.presence_penalty,
+        entries=each([index for index, _ in penalized], np.int64),
+        tokens=torch.from_numpy(np.concatenate([tokens for tokens, _ in seen])),
+        counts=torch.from_numpy(np.concatenate([counts for _, counts in seen])),
+        repetition=each([sampling.repetition_penalty for sampling in asked], np.float32),
+        frequency=each([sampling.frequency_penalty for sampling in asked], np.float32),
+        presence=each([sampling.presence_penalty for sampling in asked], np.float32),
     )
+
+
+def _seen(row: ScheduledRow) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The tokens of a row so far, each once, and how often each is in its output."""
+    known = np.array(row.token_ids[: row.end], dtype=np.int64)
+    tokens, places = np.unique(known, return_inverse=True)
+    counts = np.bincount(places[row.num_prompt_tokens :], minlength=len(tokens))
+    return tokens, counts.astype(np.float32)
+
+
+def _wishes(asked: Sequence[AskedLogprobs | None]) -> Iterator[Wish]:
+    for wish in dict.fromkeys(asked):
+        if wish is None:
+            continue
+        indices = tuple(index for index, each in enumerate(asked) if each == wish)
+        entries = None if len(indices) == len(asked) else torch.tensor(indices)
+        yield Wish(wish, indices, entries, torch.tensor(wish.token_ids, dtype=torch.int64))
 
 
 def _drawn(entries: Sequence[Entry]) -> Drawn | None:
@@ -169,6 +205,8 @@ def _filters(rows: Sequence[ScheduledRow]) -> Filters | None:
         top_k=torch.tensor([sampling.top_k for _, sampling in asking]),
         top_p=torch.tensor([sampling.top_p for _, sampling in asking], dtype=torch.float32),
         min_p=torch.tensor([sampling.min_p for _, sampling in asking], dtype=torch.float32),
+        largest_top_k=max(sampling.top_k for _, sampling in asking),
+        some_top_p=any(sampling.top_p < 1.0 for _, sampling in asking),
     )
 
 

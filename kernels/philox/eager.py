@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 NUM_ROUNDS = 10
 LOW = 0xFFFFFFFF
-MULTIPLIERS = torch.tensor([[0xD2511F53], [0xCD9E8D57]])
-# The key's bumps before each round, [NUM_ROUNDS, 2, 1].
-BUMPS = torch.arange(NUM_ROUNDS)[:, None, None] * torch.tensor([[0x9E3779B9], [0xBB67AE85]])
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+@cache
+def _pair(numbers: tuple[int, int], device: torch.device) -> Tensor:
+    """``[2, 1]``, filled where it is: nothing is copied there."""
+    pair = torch.full((2, 1), numbers[0], device=device)
+    pair[1] = numbers[1]
+    return pair
+
+
+@cache
+def _bumps(device: torch.device) -> Tensor:
+    """Of the key before each round, ``[NUM_ROUNDS, 2, 1]``."""
+    return torch.arange(NUM_ROUNDS, device=device)[:, None, None] * _pair(WEYL, device)
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
-    keys = (key + BUMPS.to(key.device)) & LOW
-    multipliers = MULTIPLIERS.to(counter.device)
+    keys = (key + _bumps(key.device)) & LOW
+    multipliers = _pair(MULTIPLIERS, counter.device)
     factors, others = counter[0::2], counter[1::2]
     for round_key in keys:
         products = (factors * multipliers).flip(0)  # M1·c2 first

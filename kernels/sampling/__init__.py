@@ -18,19 +18,33 @@ The order is vLLM's (v1); the penalties are those of vLLM and transformers. A ro
 argmax after step 3. Ties go to the lowest id. `log_probs` are of the raw logits, before step 1.
 
 Gumbel noise lies in [−3.14, 22.88] because x has 32 bits, so a token further than that range below the best
-cannot win, and noise is computed only for the others: the pruning is exact.
+cannot win: leaving out its noise is exact.
+
+Versions: ``eager`` reads no value on the host, so a device never waits; ``cpu`` has the two operators that
+gain by looking at values as they go. Both give the same tokens, and are chosen by where the logits are.
 """
 
-from .eager import (
-    LogProbs,
-    add_bias_,
-    apply_penalties_,
-    forbid_,
-    greedy,
-    gumbel_argmax,
-    keep_threshold,
-    log_probs,
-)
+from torch import Tensor
+
+from . import cpu, eager
+from .eager import LogProbs, add_bias_, apply_penalties_, forbid_, greedy, log_probs
+
+
+def keep_threshold(
+    scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, largest_top_k: int, some_top_p: bool
+) -> Tensor:
+    """See `eager.keep_threshold`."""
+    version = cpu.keep_threshold if scaled.is_cpu else eager.keep_threshold
+    return version(scaled, top_k, top_p, min_p, largest_top_k=largest_top_k, some_top_p=some_top_p)
+
+
+def gumbel_argmax(
+    scaled: Tensor, threshold: Tensor, seeds: Tensor, choices: Tensor, positions: Tensor
+) -> Tensor:
+    """See `eager.gumbel_argmax`."""
+    version = cpu.gumbel_argmax if scaled.is_cpu else eager.gumbel_argmax
+    return version(scaled, threshold, seeds, choices, positions)
+
 
 __all__ = [
     "LogProbs",

@@ -1,4 +1,4 @@
-"""The simulated device as the engine meets it: late, as a real one."""
+"""The simulated device as the engine meets it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class SimulatedRuntime:
 
     def read_back(self, tensors: Sequence[Tensor]) -> Readback:
         self.num_read_back += 1
-        return _Late([to_host(tensor).clone() for tensor in tensors])
+        return _Snapshot([to_host(tensor).clone() for tensor in tensors])
 
 
-class _Late:
+class _Snapshot:
     """What was computed until `read_back`; what comes after it is not in it."""
 
     def __init__(self, tensors: list[Tensor]) -> None:

@@ -15,11 +15,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pdserve.engine.sampler import sample
+from pdserve.engine.sampler import sample, told_tokens
 from pdserve.engine.sampling_batch import Entry, SamplingBatch
 from pdserve.engine.schedule_batch import ScheduledRow
 from pdserve.kernels.sampling import reference
-from pdserve.messages.sampling import SamplingParams
+from pdserve.messages.sampling import SamplingParams, TokenLogprob
 from pdserve.messages.work import Work
 
 VOCAB = 97
@@ -46,9 +46,14 @@ def entry(
     return Entry(row_index=index, logits_index=index, choice=choice, row=row)
 
 
+def told(logits: torch.Tensor, entries: Sequence[Entry]) -> tuple[list[int], list[TokenLogprob | None]]:
+    batch = SamplingBatch.build(entries, EOS, VOCAB)
+    return told_tokens(sample(logits, batch), batch)
+
+
 def sampled(logits: torch.Tensor, entries: Sequence[Entry]) -> list[int]:
     before = logits.clone()
-    tokens, _ = sample(logits, SamplingBatch.build(entries, EOS, VOCAB))
+    tokens, _ = told(logits, entries)
     assert torch.equal(logits, before)
     return tokens
 
@@ -73,19 +78,21 @@ WISHES: list[dict[str, Any]] = [
 def test_a_row_gets_the_same_alone_and_in_any_batch() -> None:
     logits = logits_of(len(WISHES))
     entries = [entry(index, **wishes) for index, wishes in enumerate(WISHES)]
-    together, logprobs = sample(logits, SamplingBatch.build(entries, EOS, VOCAB))
+    together, logprobs = told(logits, entries)
     for index, wishes in enumerate(WISHES):
-        alone, alone_logprobs = sample(logits[[index]], SamplingBatch.build([entry(0, **wishes)], EOS, VOCAB))
+        alone, alone_logprobs = told(logits[[index]], [entry(0, **wishes)])
         assert alone == [together[index]]
         assert alone_logprobs == [logprobs[index]]
 
 
 def test_plain_greedy_asks_for_nothing() -> None:
     batch = SamplingBatch.build([entry(index, temperature=0.0) for index in range(3)], EOS, VOCAB)
-    assert all(part is None for part in (batch.logits_index, batch.drawn, batch.bias, batch.forbidden))
+    asked = (batch.logits_index, batch.drawn, batch.bias, batch.forbidden, batch.penalties)
+    assert asked == (None,) * 5
+    assert batch.wishes == ()
     assert not batch.changes_logits
     logits = logits_of(3)
-    assert sample(logits, batch) == (logits.argmax(dim=-1).tolist(), [None] * 3)
+    assert told_tokens(sample(logits, batch), batch) == (logits.argmax(dim=-1).tolist(), [None] * 3)
 
 
 def test_draws_are_the_references() -> None:
@@ -162,10 +169,10 @@ def test_logprobs_of_named_tokens_are_those_of_the_softmax() -> None:
         entry(1, temperature=0.0, num_logprobs=2, logprob_token_ids=(5,), logit_bias={5: -100.0}),
         entry(2, temperature=0.0, num_logprobs=2),
     ]
-    _, told = sample(logits, SamplingBatch.build(asked, EOS, VOCAB))
+    _, of_rows = told(logits, asked)
     expected = logits.log_softmax(-1)
     for row, token_ids in enumerate(((90, 0, 41), (5,), ())):
-        logprob = told[row]
+        logprob = of_rows[row]
         assert logprob is not None
         assert [token_id for token_id, _ in logprob.named] == list(token_ids)
         for token_id, value in logprob.named:
@@ -188,7 +195,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         entry(0, temperature=2.0, seed=1, top_k=2, logit_bias={42: 100.0}, num_logprobs=4),
         entry(1, temperature=0.0, num_logprobs=0),
     ]
-    tokens, (first, second) = sample(logits, SamplingBatch.build(entries, EOS, VOCAB))
+    tokens, (first, second) = told(logits, entries)
     assert first is not None
     assert second is not None
     assert (first.token_id, second.token_id) == (42, tokens[1])

@@ -10,10 +10,11 @@ from pdserve.kernels.philox.reference import token_word
 from pdserve.kernels.sampling import (
     add_bias_,
     apply_penalties_,
+    cpu,
+    eager,
     forbid_,
     greedy,
     gumbel_argmax,
-    keep_threshold,
     log_probs,
     reference,
 )
@@ -24,6 +25,19 @@ EVERYTHING = torch.tensor([float("-inf")])
 
 def int_rows(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
+
+
+def keep_threshold(
+    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Of both versions, which agree bit for bit."""
+    largest, some = int(top_k.max()), bool((top_p < 1.0).any())
+    by_version = [
+        version(scaled, top_k, top_p, min_p, largest_top_k=largest, some_top_p=some)
+        for version in (cpu.keep_threshold, eager.keep_threshold)
+    ]
+    assert torch.equal(*by_version)
+    return by_version[0]
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:
@@ -50,17 +64,20 @@ def test_penalties(repetition: float, frequency: float, presence: float) -> None
     prompt, output = [5, 9, 9, 62], [9, 0, 0, 0, 17]
     penalties = {"repetition": repetition, "frequency": frequency, "presence": presence}
     expected = reference.penalize(logits[1].double().numpy(), prompt, output, **penalties)
-    others = logits[[0, 2]].clone()
-    apply_penalties_(logits, 1, int_rows(*prompt), int_rows(*output), **penalties)
-    np.testing.assert_allclose(logits[1].numpy(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(logits[[0, 2]], others)
-
-
-def test_penalties_before_the_first_output() -> None:
-    logits = torch.randn(1, 8)
     before = logits.clone()
-    apply_penalties_(logits, 0, int_rows(3), int_rows(), repetition=1.0, frequency=1.0, presence=1.0)
-    assert torch.equal(logits, before)
+    seen = {5: 0, 9: 1, 62: 0, 0: 3, 17: 1}
+    apply_penalties_(
+        logits,
+        int_rows(*[1] * len(seen), 2),
+        int_rows(*seen, 8),
+        torch.tensor([*seen.values(), 0.0]),
+        *(
+            torch.tensor([asked] * len(seen) + [neutral])
+            for asked, neutral in zip(penalties.values(), (1.0, 0.5, 0.5), strict=True)
+        ),
+    )
+    np.testing.assert_allclose(logits[1].numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(logits[[0, 2]], before[[0, 2]]), "token 8 of row 2 is in its prompt alone"
 
 
 def test_bias_and_forbidden_tokens() -> None:
@@ -117,6 +134,7 @@ def test_gumbel_argmax_is_the_references_draw(vocab_size: int, spread: float) ->
     threshold = torch.full((4,), float("-inf"))
     threshold[1] = scaled[1].median()
     drawn = gumbel_argmax(scaled, threshold, seeds, choices, positions).tolist()
+    assert drawn == eager.gumbel_argmax(scaled, threshold, seeds, choices, positions).tolist()
     for row in range(4):
         kept = {t for t in range(vocab_size) if scaled[row, t] >= threshold[row]}
         expected = reference.draw(
@@ -127,6 +145,15 @@ def test_gumbel_argmax_is_the_references_draw(vocab_size: int, spread: float) ->
             int(positions[row]),
         )
         assert drawn[row] == expected
+
+
+def test_noise_in_blocks_is_noise_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled = torch.randn(3, 501)
+    rows = (torch.full((3,), -0.5), *(torch.arange(3) + start for start in (0, 5, 9)))
+    expected = cpu.gumbel_argmax(scaled, *rows)
+    for num_groups in (1, 7, 126):
+        monkeypatch.setattr(eager, "_NOISE_GROUPS", num_groups)
+        assert torch.equal(eager.gumbel_argmax(scaled, *rows), expected)
 
 
 def test_a_row_draws_the_same_in_any_company() -> None:
