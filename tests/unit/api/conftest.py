@@ -27,6 +27,7 @@ from pdserve.api.text.timelines import Timeline, Timelines
 from pdserve.api.text.tokenization import Tokenizer
 from pdserve.messages.timeline import SpanClock
 from pdserve.runtime.process import NO_KEYS, AccessKeys
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.tests.unit.api.fakes import FakeAdmin, FakeGenerator, FakeSessions
 
 CHAT_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -116,7 +117,7 @@ def chunks(raw: str) -> list[dict[str, Any]]:
 
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait until `condition` holds; the test fails if it never does."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110 (anything may make it true)
             await asyncio.sleep(0.002)
 

@@ -55,6 +55,7 @@ from pdserve.router.options import RouterOptions
 from pdserve.runtime.config import Routing
 from pdserve.runtime.process import NO_KEYS
 from pdserve.runtime.timing import UNSCALED
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.tests.unit.api.conftest import eventually
 from pdserve.tests.unit.api.scheduler import LOAD, FakeScheduler
 
@@ -161,7 +162,7 @@ async def ask(app: FastAPI, method: str, path: str, body: bytes = b"", query: st
         "server": ("127.0.0.1", 2),
     }
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             await app(scope, receive, send)
     except TimeoutError:
         return Answer(504, b"{}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from pdserve.bench.connections import Connections, Exchange
+from pdserve.tests.deadline import DEADLINE_S
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -15,7 +16,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 async def exchanged(connections: Connections) -> tuple[int | None, bytes]:
     body = bytearray()
     exchange = Exchange(connections.request("POST", "/path", b"{}"), lambda _, data: body.extend(data))
-    await asyncio.wait_for(connections.carry(exchange), 10)
+    await asyncio.wait_for(connections.carry(exchange), DEADLINE_S)
     return exchange.status, bytes(body)
 
 

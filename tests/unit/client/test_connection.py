@@ -16,8 +16,7 @@ import pytest
 from pdserve.client.async_engine import AsyncEngine, Outcome
 from pdserve.client.connection import Connection
 from pdserve.runtime.errors import RequestError, UnreachableError
-
-DEADLINE_S = 30.0
+from pdserve.tests.deadline import DEADLINE_S
 
 
 class Router(ThreadingHTTPServer):

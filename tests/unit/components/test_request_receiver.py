@@ -14,8 +14,7 @@ import zmq
 from pdserve.components.request_receiver import RequestReceiver
 from pdserve.messages.channel import ServerChannel
 from pdserve.messages.node import CallReply, ClientToNode, Ping
-
-DEADLINE_S = 30.0
+from pdserve.tests.deadline import DEADLINE_S
 
 
 class Bench:

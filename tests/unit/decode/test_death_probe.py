@@ -12,6 +12,7 @@ import pytest
 
 from pdserve.decode.death_probe import DeathProbe, is_refused
 from pdserve.runtime.timing import UNSCALED
+from pdserve.tests.deadline import DEADLINE_S
 
 
 @pytest.fixture
@@ -63,8 +64,8 @@ def test_a_death_is_proven_by_all_ports_and_not_by_one(closed: str, listening: s
     probe = DeathProbe(UNSCALED, refuses)
     assert probe.poll() == []
     probe.watch({"half": (closed, listening)})
-    assert asked.acquire(timeout=30)
-    assert asked.acquire(timeout=30)
+    assert asked.acquire(timeout=DEADLINE_S)
+    assert asked.acquire(timeout=DEADLINE_S)
     probe.watch({"half": (closed, listening), "dead": (closed, closed)})
     assert select.select([probe], [], [], 30)[0]
     assert probe.poll() == ["dead"]

@@ -24,6 +24,7 @@ from pdserve.messages.sampling import SamplingParams
 from pdserve.messages.work import Work
 from pdserve.models.config import ModelConfig, kv_layout
 from pdserve.runtime.errors import StartupError
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.tests.unit.engine.conftest import wait_for
 
 
@@ -127,11 +128,11 @@ def test_progress_tells_what_runs_and_since_when(engine: Engine) -> None:
 
     def job() -> None:
         running.set()
-        release.wait(20)
+        release.wait(DEADLINE_S)
 
     before = time.monotonic()
     engine.thread.submit_job(Job("slow", job, outcome), expected_s=3.0)
-    assert running.wait(20)
+    assert running.wait(DEADLINE_S)
     progress = engine.thread.progress
     assert progress is not None
     assert (progress.step, progress.name, progress.expected_s) == (None, "slow", 3.0)
@@ -178,7 +179,7 @@ def test_a_sleep_is_expected_and_no_hang(engine: Engine) -> None:
     engine.thread.forward_sleep_s = 0.3
     expected_s = engine.thread.expected_s(batch_of(engine, 1))
     engine.thread.submit(batch_of(engine, 1))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_S
     while (progress := engine.thread.progress) is None:
         assert time.monotonic() < deadline
     assert progress.expected_s == pytest.approx(expected_s + 0.3)

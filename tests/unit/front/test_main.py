@@ -29,6 +29,7 @@ from pdserve.runtime.process import NO_KEYS, AccessKeys
 from pdserve.runtime.timing import UNSCALED
 from pdserve.runtime.tls import SYSTEM_TRUST, TlsFiles, Trust
 from pdserve.tests.certificates import Certificates
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.tests.unit.api.conftest import Api, eventually
 from pdserve.tests.unit.api.fakes import ENTRY
 from pdserve.tests.unit.api.scheduler import FakeScheduler
@@ -61,7 +62,7 @@ class Front:
 
     async def answers(self, path: str, status: int) -> Any:  # noqa: ANN401  JSON is what it is
         """Its first answer of this status."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while True:
                 given, answer = await self.get(path)
                 if given == status:
@@ -101,7 +102,7 @@ async def front(api: Api) -> AsyncIterator[Front]:
         await front.answers("/health", 200)
         yield front
     stop.set()
-    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(task, DEADLINE_S)
     await scheduler.close()
     context.destroy(linger=0)
 
@@ -120,7 +121,7 @@ async def test_it_registers_while_the_scheduler_answers(api: Api, front: Front) 
     front.scheduler.is_silent = False
     await eventually(lambda: len(api.admin.calls) > num_calls)
     front.stop.set()
-    await asyncio.wait_for(front.task, 10)
+    await asyncio.wait_for(front.task, DEADLINE_S)
     assert api.admin.calls[-1] == ("remove", front.url)
 
 
@@ -128,7 +129,7 @@ async def test_a_front_that_ends_alone_leaves_its_node_where_it_is(api: Api, fro
     """Routers take no more registrations of who has left."""
     front.node_goes_on.set()
     front.stop.set()
-    await asyncio.wait_for(front.task, 10)
+    await asyncio.wait_for(front.task, DEADLINE_S)
     assert {kind for kind, *_ in api.admin.calls} == {"register"}
 
 
@@ -206,7 +207,7 @@ async def test_a_router_that_had_the_node_may_be_away_for_a_while(caplog: pytest
 
 async def test_it_ends_with_its_scheduler(front: Front) -> None:
     await front.scheduler.close()
-    await asyncio.wait_for(front.task, 10)
+    await asyncio.wait_for(front.task, DEADLINE_S)
 
 
 async def test_a_bug_in_its_own_loop_ends_it_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +220,7 @@ async def test_a_bug_in_its_own_loop_ends_it_loudly(monkeypatch: pytest.MonkeyPa
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = serve_node_front(zmq_address=scheduler.address, listener=listener, url="http://h:1")
         with pytest.raises(ZeroDivisionError):
-            await asyncio.wait_for(serving, 10)
+            await asyncio.wait_for(serving, DEADLINE_S)
     await scheduler.close()
     context.destroy(linger=0)
 
@@ -248,7 +249,7 @@ async def test_a_node_with_a_secret_proves_it_and_hides_the_rest() -> None:
             zmq_address=scheduler.address, listener=listener, url=url, keys=keys, stop=stop
         )
         task = asyncio.create_task(serving)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             entry = await HttpEntryLookup(UNSCALED, keys.cluster_secret)(url)
         assert (entry.url, entry.incarnation) == (url, "d-1")
         with pytest.raises(NoNodeError, match="does not prove this cluster's secret"):
@@ -256,7 +257,7 @@ async def test_a_node_with_a_secret_proves_it_and_hides_the_rest() -> None:
         async with aiohttp.ClientSession() as http, http.get(f"{url}/server_info") as answer:
             assert answer.status == 401
         stop.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, DEADLINE_S)
     await scheduler.close()
     context.destroy(linger=0)
 

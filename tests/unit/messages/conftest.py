@@ -9,7 +9,8 @@ from typing import TypeAlias
 import pytest
 import zmq
 
-DEADLINE_S = 30
+from pdserve.tests.deadline import DEADLINE_S
+
 Context: TypeAlias = zmq.Context[zmq.Socket[bytes]]
 
 

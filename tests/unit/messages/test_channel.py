@@ -14,7 +14,8 @@ from pdserve.messages.channel import ClientChannel, ServerChannel
 from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.node import CallReply, ClientToNode, NodeToClient, Ping
 from pdserve.runtime.listen import bind_http
-from pdserve.tests.unit.messages.conftest import DEADLINE_S, Context, wait_for
+from pdserve.tests.deadline import DEADLINE_S
+from pdserve.tests.unit.messages.conftest import Context, wait_for
 
 Server = ServerChannel[ClientToNode]
 Client = ClientChannel[NodeToClient]

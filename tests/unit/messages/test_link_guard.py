@@ -14,7 +14,8 @@ from pdserve.messages.codec import Codec
 from pdserve.messages.link_guard import NOT_OF_THE_CLUSTER, LinkKeys
 from pdserve.messages.node import CallReply, ClientToNode, NodeToClient, Ping
 from pdserve.runtime.errors import StartupError
-from pdserve.tests.unit.messages.conftest import DEADLINE_S, Context, wait_for
+from pdserve.tests.deadline import DEADLINE_S
+from pdserve.tests.unit.messages.conftest import Context, wait_for
 
 SECRET, OTHER = "a" * 64, "b" * 64
 Client = ClientChannel[NodeToClient]

@@ -50,6 +50,7 @@ from pdserve.messages.ranks import (
 from pdserve.ranks.group import LostRankError, RankCall, RankGroup, RankProcess, alongside
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.timing import UNSCALED
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.backends.rank import RankMover
 from pdserve.transfer.copy_plan import Run
@@ -73,7 +74,7 @@ class OtherRank:
         self.end: Pipe[ToRank] = Pipe(theirs, ToRank, "rank 1")
 
     def next(self) -> ToRank:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
             if messages := self.end.receive():
                 (message,) = messages
@@ -98,7 +99,7 @@ def group(other: OtherRank) -> RankGroup:
 
 
 def poll_until(group: RankGroup, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + DEADLINE_S
     while not condition():
         group.poll(time.monotonic(), None)
         assert time.monotonic() < deadline
@@ -231,7 +232,7 @@ def test_what_rank_0_does_ends_with_the_others_and_the_first_reason_is_told() ->
     thread.join(0.05)
     assert not ended, "rank 2 is at it still"
     call.take("TP rank 2", RankDone(call_id=0, error="nor has this one"))
-    thread.join(30)
+    thread.join(DEADLINE_S)
     assert ended == ["raised"]
     with pytest.raises(StartupError, match="TP rank 2: nor has this one"):
         alongside(call, lambda: 1)

@@ -70,6 +70,7 @@ from pdserve.router.view import RouterView
 from pdserve.runtime.config import Routing
 from pdserve.runtime.timing import Timing
 from pdserve.simulation.clock import EventQueue, SimulationLoop
+from pdserve.tests.deadline import DEADLINE_S
 
 EOS = 0
 PAGE_SIZE = 4
@@ -571,7 +572,7 @@ class Bench:
 
     @staticmethod
     async def until(condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while not condition():  # noqa: ASYNC110 (any condition)
                 await asyncio.sleep(0.001)
 

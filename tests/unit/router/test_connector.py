@@ -32,6 +32,7 @@ from pdserve.router.connector import ZmqConnector
 from pdserve.router.options import RouterOptions
 from pdserve.runtime.cluster_proof import is_nonce
 from pdserve.runtime.timing import UNSCALED, Timing
+from pdserve.tests.deadline import DEADLINE_S
 
 Entry = Callable[..., NodeEntry]
 
@@ -168,7 +169,7 @@ async def test_a_request_over_real_sockets(
     )
     router.start()
     await router.administration.register_worker(known.url, known)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         generation = await router.service.generate(spec())
         deltas = [delta async for delta in generation]
         assert [(delta.token_ids, delta.finish_reason, delta.matched) for delta in deltas] == [

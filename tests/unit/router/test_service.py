@@ -19,6 +19,7 @@ from pdserve.messages.node import (
 from pdserve.messages.operation import CloseSession, ContinueGeneration, PauseGeneration
 from pdserve.messages.weights import STAGE_PART_BYTES, FromGroup, FromServed, KeepWeights, UpdateGroupSpec
 from pdserve.runtime.errors import RequestError
+from pdserve.tests.deadline import DEADLINE_S
 
 Spec = Callable[..., GenerateSpec]
 Expected = Callable[[tuple[int, ...], int, int], list[int]]
@@ -29,7 +30,7 @@ async def read(generation: Generation) -> dict[int, list[int]]:
     """All token ids by choice; every choice must end exactly once."""
     ids: dict[int, list[int]] = {}
     ended: list[int] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         async for delta in generation:
             assert delta.choice not in ended
             ids.setdefault(delta.choice, []).extend(delta.token_ids)

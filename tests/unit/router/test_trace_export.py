@@ -14,6 +14,7 @@ from pdserve.router import trace_export
 from pdserve.router.trace_export import TraceExporter
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.timing import UNSCALED
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.tests.http_server import serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -66,7 +67,7 @@ def test_a_collector_receives_the_request_and_its_stages(
     exporter = TraceExporter(url, "tiny", UNSCALED)
     exporter.export(timeline(f"00-{TRACE}-{PARENT}-01"))
     exporter.close()
-    path, body = bodies.get(timeout=10)
+    path, body = bodies.get(timeout=DEADLINE_S)
     assert path == "/v1/traces"
     (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
     assert {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"] == "pdserve"
@@ -101,7 +102,7 @@ def test_a_request_without_a_sampled_parent(
     if traceparent.startswith("00"):
         assert bodies.empty()
         return
-    (resource,) = ExportTraceServiceRequest.FromString(bodies.get(timeout=10)[1]).resource_spans
+    (resource,) = ExportTraceServiceRequest.FromString(bodies.get(timeout=DEADLINE_S)[1]).resource_spans
     spans = {span.name: span for scope in resource.scope_spans for span in scope.spans}
     assert spans["request"].parent_span_id == b""
     assert spans["request"].trace_id.hex() != TRACE
@@ -118,7 +119,7 @@ def test_the_loop_never_waits_for_the_exporter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trace_export, "_MAX_WAITING", 2)
     exporter = TraceExporter("http://127.0.0.1:1/v1/traces", "tiny", UNSCALED)
     exporter.export(timeline())
-    assert is_stuck.wait(10)
+    assert is_stuck.wait(DEADLINE_S)
     for _ in range(5):
         exporter.export(timeline())
     assert exporter.num_dropped == 3

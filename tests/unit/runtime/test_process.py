@@ -24,10 +24,10 @@ from pdserve.runtime.process import (
     usable_cores,
     wait_or_kill,
 )
+from pdserve.tests.deadline import DEADLINE_S
 
 pytestmark = pytest.mark.process
 
-DEADLINE_S = 30.0
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 IGNORE_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
 

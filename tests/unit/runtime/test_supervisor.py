@@ -17,11 +17,11 @@ from pdserve.runtime.errors import StartupError
 from pdserve.runtime.process import NO_KEYS, SUCCESSOR_MAY_START, AccessKeys, wait_or_kill
 from pdserve.runtime.supervisor import Child, Supervisor
 from pdserve.runtime.timing import Timing
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.tests.present import at_present
 
 pytestmark = pytest.mark.process
 
-DEADLINE_S = 30.0
 AT_ONCE = Timing(restart_s=0.0)
 SLEEP = "import time; time.sleep(600)"
 

@@ -14,8 +14,7 @@ import pytest
 import zmq
 
 from pdserve.runtime.waiting import Waiter
-
-DEADLINE_S = 30.0
+from pdserve.tests.deadline import DEADLINE_S
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ import pytest
 
 from pdserve.messages.memory_region import MemoryRegion
 from pdserve.runtime.errors import StartupError
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.transfer.backends import create_backend, devices, mooncake, nixl, shm
 from pdserve.transfer.backends.base import (
     FairQueue,
@@ -81,7 +82,7 @@ class DecodeProcess:
         self.process.wait()
 
     def end(self) -> None:
-        self.process.communicate(timeout=20)
+        self.process.communicate(timeout=DEADLINE_S)
 
 
 @dataclasses.dataclass

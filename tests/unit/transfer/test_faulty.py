@@ -10,6 +10,7 @@ import pytest
 
 from pdserve.messages.memory_region import MemoryRegion
 from pdserve.runtime.errors import StartupError
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.transfer.backends.base import WriteResult, WriteState
 from pdserve.transfer.backends.faulty import CORRUPT_BYTES, LATE_S, Fault, FaultPlan, FaultyBackend
 from pdserve.transfer.backends.shm import ShmBackend
@@ -43,7 +44,7 @@ class Pair:
 
     def poll_until(self, condition: Callable[[], bool]) -> list[WriteResult]:
         found: list[WriteResult] = []
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_S
         while not condition():
             assert time.monotonic() < deadline
             select.select([self.backend], [], [], 0.01)

@@ -39,6 +39,7 @@ from pdserve.messages.weights import (
 )
 from pdserve.runtime.errors import StartupError
 from pdserve.runtime.timing import UNSCALED, Timing
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.tests.unit.weights.weights_peer import ImageJobs, WeightsServer, images_of, weights
 from pdserve.transfer.backends import create_backend, devices
 from pdserve.transfer.backends.base import TransferBackend
@@ -302,7 +303,7 @@ def test_what_lands_late_lands_where_nobody_reads(node: Node, monkeypatch: pytes
             node.pull(source)
         with peer(images_of(given)) as healthy:
             check(node.pull(healthy), given)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + DEADLINE_S
             while inboxes[0].slot(0)[-1] != 7:
                 assert time.monotonic() < deadline, "the late write did not land where it was sent"
                 time.sleep(0.01)

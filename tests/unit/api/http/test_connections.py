@@ -16,6 +16,7 @@ from pdserve.api.http.connections import ClientDeadlines
 from pdserve.api.http.server import serve
 from pdserve.runtime.tls import NO_TLS, TlsFiles
 from pdserve.tests.certificates import Certificates
+from pdserve.tests.deadline import DEADLINE_S
 
 _LONG_S = 600.0
 
@@ -38,13 +39,13 @@ async def served(
         yield listener.getsockname()[1]
     finally:
         stop.set()
-        await asyncio.wait_for(server, 20)
+        await asyncio.wait_for(server, DEADLINE_S)
 
 
 async def is_cut_off(reader: asyncio.StreamReader) -> bool:
     """Whether the server ends the connection without an answer (an answer, or nothing for 20 s: no)."""
     try:
-        return await asyncio.wait_for(reader.read(1), 20) == b""
+        return await asyncio.wait_for(reader.read(1), DEADLINE_S) == b""
     except ConnectionResetError:
         return True
 
@@ -98,7 +99,7 @@ async def test_an_answer_may_take_longer_than_the_client_may() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for _ in range(2):  # and the connection is kept
             writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody")
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
             assert head.startswith(b"HTTP/1.1 200")
             assert await reader.readexactly(4) == b"late"
         writer.close()
@@ -128,5 +129,5 @@ async def test_a_reader_that_takes_nothing_is_cut_off_and_its_request_ends() -> 
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
             client.connect(("127.0.0.1", port))
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            await asyncio.wait_for(ended.wait(), 20)
+            await asyncio.wait_for(ended.wait(), DEADLINE_S)
     assert num_bytes < 1 << 20, "what nobody reads is not made"

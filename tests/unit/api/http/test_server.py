@@ -23,6 +23,7 @@ from pdserve.runtime.listen import bind_http, bind_unix, http_url
 from pdserve.runtime.process import NO_SUCCESSOR, SUCCESSOR_MAY_START, Succession
 from pdserve.runtime.tls import TlsFiles, Trust
 from pdserve.tests.certificates import Certificates
+from pdserve.tests.deadline import DEADLINE_S
 
 
 def app_of(in_flight: InFlightRequests) -> FastAPI:
@@ -57,10 +58,10 @@ async def talk(*parts: bytes) -> bytes:
         writer.write(part)
         await writer.drain()
         await asyncio.sleep(0)
-    heard = await asyncio.wait_for(reader.read(), 10)
+    heard = await asyncio.wait_for(reader.read(), DEADLINE_S)
     writer.close()
     stop.set()
-    await asyncio.wait_for(server, 10)
+    await asyncio.wait_for(server, DEADLINE_S)
     return heard
 
 
@@ -153,13 +154,13 @@ async def test_the_listener_stays_open_while_draining(how: str) -> None:
             stop.set()
         else:
             os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(stop.wait(), 5)
+        await asyncio.wait_for(stop.wait(), DEADLINE_S)
         await asyncio.sleep(0)
         async with http.get(url) as answer:
             assert await answer.text() == "draining"
         assert not server.done()
         end()
-    await asyncio.wait_for(server, 10)
+    await asyncio.wait_for(server, DEADLINE_S)
 
 
 async def test_a_successor_gets_the_listener_and_nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,14 +193,14 @@ async def test_a_successor_gets_the_listener_and_nobody_is_refused(monkeypatch: 
     assert b"connection: close" in last.lower()
     assert last.endswith(b"draining")
     end()
-    await asyncio.wait_for(first, 10)
+    await asyncio.wait_for(first, DEADLINE_S)
     stop = asyncio.Event()
     second = asyncio.create_task(serve(app_of(InFlightRequests()), inherited, stop=stop))
-    assert (await asyncio.wait_for(late_reader.readuntil(b"open"), 10)).startswith(b"HTTP/1.1 200")
+    assert (await asyncio.wait_for(late_reader.readuntil(b"open"), DEADLINE_S)).startswith(b"HTTP/1.1 200")
     writer.close()
     late_writer.close()
     stop.set()
-    await asyncio.wait_for(second, 10)
+    await asyncio.wait_for(second, DEADLINE_S)
 
 
 async def test_draining_gives_up_in_the_end() -> None:
@@ -209,7 +210,7 @@ async def test_draining_gives_up_in_the_end() -> None:
     stop.set()
     listener = socket.create_server(("127.0.0.1", 0))
     serving = serve(app_of(in_flight), listener, in_flight=in_flight, stop=stop, drain_timeout_s=0.05)
-    await asyncio.wait_for(serving, 10)
+    await asyncio.wait_for(serving, DEADLINE_S)
 
 
 def test_ids_in_flight() -> None:
@@ -249,7 +250,7 @@ def test_a_unix_socket_is_served_beside_the_port(loop: str, tmp_path: Path) -> N
             async with aiohttp.ClientSession(connector=connector) as http, http.get(url) as answer:
                 assert await answer.text() == "open"
         stop.set()
-        await asyncio.wait_for(server, 10)
+        await asyncio.wait_for(server, DEADLINE_S)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
         runner.run(ask())
@@ -265,7 +266,7 @@ async def test_tls_is_not_spoken_with_who_does_not(certificates: Certificates) -
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
             await http.get(http_url("127.0.0.1", listener, "https"))
     stop.set()
-    await asyncio.wait_for(server, 10)
+    await asyncio.wait_for(server, DEADLINE_S)
 
 
 async def test_a_stream_over_tls_ends_as_it_should(certificates: Certificates) -> None:
@@ -277,7 +278,7 @@ async def test_a_stream_over_tls_ends_as_it_should(certificates: Certificates) -
     async with aiohttp.ClientSession() as http, http.post(f"{url}/stream", data=body, ssl=tls) as answer:
         assert await answer.read() == b"data: " + body + b"\n\n"
     stop.set()
-    await asyncio.wait_for(server, 10)
+    await asyncio.wait_for(server, DEADLINE_S)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -293,10 +294,10 @@ def test_the_unix_socket_beside_a_tls_port_speaks_tls_too(
         server = asyncio.create_task(serve(app_of(InFlightRequests()), *listeners, tls=files, stop=stop))
         reader, writer = await asyncio.open_unix_connection(path, ssl=tls, server_hostname="localhost")
         writer.write(LAST)
-        heard = await asyncio.wait_for(reader.read(), 10)
+        heard = await asyncio.wait_for(reader.read(), DEADLINE_S)
         writer.close()
         stop.set()
-        await asyncio.wait_for(server, 10)
+        await asyncio.wait_for(server, DEADLINE_S)
         return heard
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:

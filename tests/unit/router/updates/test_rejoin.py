@@ -9,6 +9,7 @@ import pytest
 
 from pdserve.messages.node import renewed
 from pdserve.messages.weights import FromPeer, of_one_node
+from pdserve.tests.deadline import DEADLINE_S
 
 from ..conftest import Bench, FakeNode
 
@@ -35,7 +36,7 @@ async def started(bench: Bench) -> tuple[FakeNode, FakeNode, FakeNode]:
 async def turns(node: FakeNode, count: int) -> None:
     """It answers so many more pings, each 10 ms or more: at 40 the router has ticked, every 200 ms, and what
     was to happen by time alone has happened."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         for _ in range(count):
             num_calls = len(node.calls)
             while len(node.calls) == num_calls:  # noqa: ASYNC110 (any condition)
