@@ -119,7 +119,7 @@ def parse_request(
     for name, content in value.items():
         if content is None:
             continue
-        if name in own_fields:
+        if name in own_fields and name not in rules.hidden:
             given[name] = _without_nulls(content)
         elif (known := rules.unsupported.get(name)) is not None:
             if content not in known.inert:

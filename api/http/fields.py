@@ -50,6 +50,7 @@ class FieldRules:
     """
 
     harmless: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()  # of its own, what is set from other fields: not taken as they are
     unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
     refuse_unknown: bool = True
 

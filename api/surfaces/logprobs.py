@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import starmap
+from typing import Any, Literal
 
-from ...messages.sampling import TokenLogprob, TopLogprobs
+from ...messages.sampling import AskedLogprobs, TokenLogprob
 from ..slices import rows
 from ..text.tokenization import Tokenizer
 from .native_types import NativeLogprob
@@ -122,39 +124,37 @@ def _ranked(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str
 
 async def native_logprobs(
     tokenizer: Tokenizer,
+    side: Literal["input", "output"],
     token_ids: Sequence[int],
     logprobs: Sequence[TokenLogprob | None],
+    asked: AskedLogprobs,
     *,
     with_text: bool,
-) -> list[NativeLogprob]:
-    """SGLang's triples; the logprob is null where there is none."""
+) -> dict[str, Any]:
+    """The fields of ``meta_info`` about the prompt (``input``) or the output, in SGLang's triples.
 
-    def row(pair: tuple[int, TokenLogprob | None]) -> NativeLogprob:
+    Of a token that has no logprob they hold null.
+    """
+
+    def triple(token_id: int, logprob: float | None) -> NativeLogprob:
+        finite = None if logprob is None else _finite(logprob)
+        return finite, token_id, tokenizer.token_text(token_id) if with_text else None
+
+    def own(pair: tuple[int, TokenLogprob | None]) -> NativeLogprob:
         token_id, entry = pair
-        return (
-            None if entry is None else _finite(entry.logprob),
-            token_id,
-            tokenizer.token_text(token_id) if with_text else None,
-        )
+        return triple(token_id, None if entry is None else entry.logprob)
 
-    return await rows(list(zip(token_ids, logprobs, strict=True)), row)
+    def likeliest(entry: TokenLogprob | None) -> list[NativeLogprob] | None:
+        return None if entry is None else list(starmap(triple, entry.top))
 
+    def named(entry: TokenLogprob | None) -> list[NativeLogprob] | None:
+        return None if entry is None else list(starmap(triple, entry.named))
 
-async def native_candidates(
-    tokenizer: Tokenizer,
-    logprobs: Sequence[TokenLogprob | None],
-    candidates: Callable[[TokenLogprob], TopLogprobs],
-    *,
-    with_text: bool,
-) -> list[list[NativeLogprob] | None]:
-    """Of each token others at its position, as triples; null where there are none."""
-
-    def row(entry: TokenLogprob | None) -> list[NativeLogprob] | None:
-        if entry is None:
-            return None
-        return [
-            (_finite(logprob), token_id, tokenizer.token_text(token_id) if with_text else None)
-            for token_id, logprob in candidates(entry)
-        ]
-
-    return await rows(logprobs, row, _width(logprobs))
+    fields: dict[str, Any] = {
+        f"{side}_token_logprobs": await rows(list(zip(token_ids, logprobs, strict=True)), own)
+    }
+    if asked.num_top:
+        fields[f"{side}_top_logprobs"] = await rows(logprobs, likeliest, _width(logprobs))
+    if asked.token_ids:
+        fields[f"{side}_token_ids_logprobs"] = await rows(logprobs, named, _width(logprobs))
+    return fields

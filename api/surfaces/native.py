@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ...messages.work import Work
 from ..generation import GenerateSpec, SessionTurn, TurnParams
-from ..http.bodies import parse_request
 from ..http.fields import GENERATING_RULES, chosen_salt
 from ..refusals import bad_value, check_range
 from ..slices import spaced
@@ -18,7 +17,6 @@ from ..text.detokenizer import TextOptions
 from ..text.pipeline import TextJob, TextRun
 from ..text.prompts import MAX_PROMPTS, batch_of, check_num_outputs, check_prompt, encode_prompt
 from ..text.sampling import (
-    SamplingFields,
     checked_choices,
     checked_logprobs,
     checked_priority,
@@ -46,7 +44,7 @@ class Native:
         prompts, is_batch = await self._prompts(body)
         laps.lap("tokenize")
         salts = _salts(body, len(prompts))
-        samplings = await _samplings(body, len(prompts), strict=serving.limits.strict_fields)
+        samplings = await body.samplings(len(prompts), strict=serving.limits.strict_fields)
         check_num_outputs(sum(sampling.n for sampling in samplings))
         async for prompt, sampling in spaced(zip(prompts, samplings, strict=True)):
             check_prompt(
@@ -57,11 +55,10 @@ class Native:
             )
         request_id, rids = self._ids(http, body, len(prompts))
         turns = self._turns(body, rids, prompts, samplings)
-        named_ids = _named_ids(body, len(prompts))
         jobs = [
-            self._job(body, rid, prompt, sampling, turn, salt, named)
-            async for rid, prompt, sampling, turn, salt, named in spaced(
-                zip(rids, prompts, samplings, turns, salts, named_ids, strict=True)
+            self._job(body, rid, prompt, sampling, turn, salt)
+            async for rid, prompt, sampling, turn, salt in spaced(
+                zip(rids, prompts, samplings, turns, salts, strict=True)
             )
         ]
         is_list = is_batch or any(sampling.n > 1 for sampling in samplings)
@@ -150,7 +147,6 @@ class Native:
         sampling: NativeSampling,
         turn: SessionTurn | None,
         cache_salt: str,
-        named_ids: Sequence[int],
     ) -> TextJob:
         serving = self._serving
         prompt_ids = new_ids if turn is None else turn.prompt_ids
@@ -168,33 +164,16 @@ class Native:
             skip_special_tokens=sampling.skip_special_tokens,
             min_tokens=sampling.min_new_tokens,
         )
-        seed = sampling.seed if sampling.sampling_seed is None else sampling.sampling_seed
-        fields = SamplingFields(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=serving.draw_seed() if seed is None else seed,
-            repetition_penalty=sampling.repetition_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            presence_penalty=sampling.presence_penalty,
-            logit_bias=sampling.logit_bias,
-            stop_token_ids=sampling.stop_token_ids,
-            ignore_eos=sampling.ignore_eos,
-            min_tokens=sampling.min_new_tokens,
-            min_tokens_name="min_new_tokens",
-            logprob_token_ids=named_ids,
-            logprob_token_ids_name="token_ids_logprob",
-        )
         spec = GenerateSpec(
             request_id=rid,
             work=Work(
                 prompt_ids=prompt_ids,
                 choices=tuple(range(sampling.n)),
                 sampling=sampling_params(
-                    fields,
+                    sampling,
                     serving.defaults,
                     serving.card,
+                    draw_seed=serving.draw_seed,
                     max_tokens=(
                         1
                         if is_scored
@@ -233,20 +212,6 @@ def _turn_params(body: NativeRequest, num_prompts: int) -> Sequence[TurnParams |
     return given
 
 
-def _named_ids(body: NativeRequest, num_prompts: int) -> list[list[int]]:
-    """Whose logprobs each prompt asks for: its own, or the same for all."""
-    given = body.token_ids_logprob or []
-    lists = [each for each in given if isinstance(each, list)]
-    if not lists:
-        return [[each for each in given if isinstance(each, int)]] * num_prompts
-    if len(given) != num_prompts or len(lists) != num_prompts:
-        raise bad_value(
-            "token_ids_logprob",
-            f"`token_ids_logprob` must be one list of token ids, or {num_prompts} such lists in a list.",
-        )
-    return lists
-
-
 def _salts(body: NativeRequest, num_prompts: int) -> Sequence[str]:
     """One for each prompt: its own, or the same for all."""
     if not isinstance(body.extra_key, list):
@@ -256,19 +221,3 @@ def _salts(body: NativeRequest, num_prompts: int) -> Sequence[str]:
             "extra_key", f"`extra_key` must be one text, or {num_prompts}, and no `cache_salt` beside it."
         )
     return body.extra_key
-
-
-async def _samplings(body: NativeRequest, num_prompts: int, *, strict: bool) -> list[NativeSampling]:
-    """One for each prompt: its own, or the same for all."""
-    given: Sequence[Mapping[str, Any]] = (
-        body.sampling_params
-        if isinstance(body.sampling_params, list)
-        else [body.sampling_params] * num_prompts
-    )
-    if len(given) != num_prompts:
-        raise bad_value(
-            "sampling_params", f"`sampling_params` has {len(given)} entries for {num_prompts} prompts."
-        )
-    return [
-        parse_request(one, NativeSampling, GENERATING_RULES, strict=strict) async for one in spaced(given)
-    ]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, assert_never
 
 import msgspec
 from msgspec import UNSET
 
-from ...messages.sampling import TokenLogprob, TopLogprobs
 from ..slices import HOLE, filled
 from ..text.pieces import OutputDelta
 from ..text.pipeline import TextRun
 from .hidden_states import hidden_states
-from .logprobs import native_candidates, native_logprobs
+from .logprobs import native_logprobs
 from .metrics import RequestMeter
-from .native_types import MetaInfo, NativeFinish, NativeLogprob, NativeOutput, NativeRequest
+from .native_types import MetaInfo, NativeFinish, NativeOutput, NativeRequest
 from .openai_types import CachedTokensDetails
 from .serving import Serving
 
@@ -52,30 +52,15 @@ class NativeRenderer:
         prompt = delta.output.prompt
         spec = self._run.spec(prompt)
         info = self._run.info(prompt)
-        with_text = self._body.return_text_in_logprobs
-        num_top = self._body.top_logprobs_num
-        is_named = bool(spec.work.sampling.logprob_token_ids)
+        sampling = spec.work.sampling
+        told = partial(native_logprobs, self._tokenizer, with_text=self._body.return_text_in_logprobs)
         logprobs: dict[str, Any] = {}
-        if self._body.return_logprob:
-            logprobs["output_token_logprobs"] = await native_logprobs(
-                self._tokenizer, delta.token_ids, delta.logprobs, with_text=with_text
-            )
-            logprobs["input_token_logprobs"] = []
-            if num_top:
-                logprobs["output_top_logprobs"] = await self._candidates(delta.logprobs, _likeliest)
-                logprobs["input_top_logprobs"] = []
-            if is_named:
-                logprobs["output_token_ids_logprobs"] = await self._candidates(delta.logprobs, _named)
-                logprobs["input_token_ids_logprobs"] = []
-        if delta.is_first and spec.work.sampling.num_prompt_logprobs is not None:
-            scored_ids = spec.work.prompt_ids[spec.work.sampling.prompt_logprobs_start :]
-            logprobs["input_token_logprobs"] = await native_logprobs(
-                self._tokenizer, scored_ids, info.report.logprobs, with_text=with_text
-            )
-            if num_top:
-                logprobs["input_top_logprobs"] = await self._candidates(info.report.logprobs, _likeliest)
-            if is_named:
-                logprobs["input_token_ids_logprobs"] = await self._candidates(info.report.logprobs, _named)
+        if (asked := sampling.asked_logprobs) is not None:
+            logprobs |= await told("output", delta.token_ids, delta.logprobs, asked)
+            logprobs |= await told("input", (), (), asked)
+        if delta.is_first and (asked := sampling.asked_prompt_logprobs) is not None:
+            scored_ids = spec.work.prompt_ids[sampling.prompt_logprobs_start :]
+            logprobs |= await told("input", scored_ids, info.report.logprobs, asked)
         return NativeOutput(
             text=delta.content,
             output_ids=delta.token_ids,
@@ -97,23 +82,6 @@ class NativeRenderer:
                 **logprobs,
             ),
         )
-
-    async def _candidates(
-        self,
-        logprobs: Sequence[TokenLogprob | None],
-        candidates: Callable[[TokenLogprob], TopLogprobs],
-    ) -> list[list[NativeLogprob] | None]:
-        return await native_candidates(
-            self._tokenizer, logprobs, candidates, with_text=self._body.return_text_in_logprobs
-        )
-
-
-def _likeliest(entry: TokenLogprob) -> TopLogprobs:
-    return entry.top
-
-
-def _named(entry: TokenLogprob) -> TopLogprobs:
-    return entry.named
 
 
 def _finish(delta: OutputDelta) -> NativeFinish | None:

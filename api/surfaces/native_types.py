@@ -1,43 +1,55 @@
-"""The bodies of /generate, as SGLang defines them, and of the token endpoints, as vLLM does."""
+"""The bodies of /generate, as SGLang defines them, and of the token endpoints, as vLLM does; and which of the
+values in a batch is whose."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..generation import TurnParams, WeightSpan
-from ..http.fields import GivenSalt
+from ..http.bodies import parse_request
+from ..http.fields import GENERATING_RULES, GivenSalt
+from ..refusals import bad_value
+from ..slices import spaced
+from ..text.sampling import SamplingFields
 from .openai_types import CachedTokensDetails
 
 # ---- requests ---------------------------------------------------------------------------------------
 
 
-class NativeSampling(msgspec.Struct, kw_only=True):
-    """``sampling_params`` of /generate."""
+class NativeSampling(SamplingFields, kw_only=True):
+    """``sampling_params`` of /generate, and what of the body is about one prompt's sampling, too."""
 
-    max_new_tokens: int | None = (
-        None  # default: 128, as far as the context has room; 0: only the prompt counts
-    )
+    client_names: ClassVar[Mapping[str, str]] = {
+        "min_tokens": "min_new_tokens",
+        "logprob_token_ids": "token_ids_logprob",
+    }
+
+    # Default: 128, as far as the context has room; 0: only the prompt counts.
+    max_new_tokens: int | None = None
     min_new_tokens: int = 0
     n: int = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
     sampling_seed: int | None = None
-    seed: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] = {}
     stop: str | list[str] = []
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
+
+
+_SAMPLING_RULES = dataclasses.replace(GENERATING_RULES, hidden=frozenset(NativeSampling.client_names))
+
+
+def _completed(given: NativeSampling, named_ids: list[int]) -> NativeSampling:
+    """With what is sampled by, from SGLang's names of it."""
+    return msgspec.structs.replace(
+        given,
+        seed=given.seed if given.sampling_seed is None else given.sampling_seed,
+        min_tokens=given.min_new_tokens,
+        logprob_token_ids=named_ids,
+    )
 
 
 class NativeRequest(msgspec.Struct, kw_only=True):
@@ -60,6 +72,35 @@ class NativeRequest(msgspec.Struct, kw_only=True):
     extra_key: GivenSalt | list[GivenSalt] | None = None
     cache_salt: GivenSalt | None = None  # vLLM's name of the same
     session_params: TurnParams | list[TurnParams] | None = None
+
+    async def samplings(self, num_prompts: int, *, strict: bool) -> list[NativeSampling]:
+        """One for each prompt: its own, or the same for all."""
+        given: Sequence[Mapping[str, Any]] = (
+            self.sampling_params
+            if isinstance(self.sampling_params, list)
+            else [self.sampling_params] * num_prompts
+        )
+        if len(given) != num_prompts:
+            raise bad_value(
+                "sampling_params", f"`sampling_params` has {len(given)} entries for {num_prompts} prompts."
+            )
+        return [
+            _completed(parse_request(one, NativeSampling, _SAMPLING_RULES, strict=strict), named_ids)
+            async for one, named_ids in spaced(zip(given, self._named_ids(num_prompts), strict=True))
+        ]
+
+    def _named_ids(self, num_prompts: int) -> list[list[int]]:
+        """Whose logprobs each prompt asks for: its own, or the same for all."""
+        given = self.token_ids_logprob or []
+        lists = [each for each in given if isinstance(each, list)]
+        if not lists:
+            return [[each for each in given if isinstance(each, int)]] * num_prompts
+        if len(given) != num_prompts or len(lists) != num_prompts:
+            raise bad_value(
+                "token_ids_logprob",
+                f"`token_ids_logprob` must be one list of token ids, or {num_prompts} such lists in a list.",
+            )
+        return lists
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

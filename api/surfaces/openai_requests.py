@@ -6,7 +6,7 @@ from starlette.requests import Request
 
 from ...messages.sampling import SamplingParams
 from ..text.detokenizer import TextOptions
-from ..text.sampling import SamplingFields, parse_stops, sampling_params
+from ..text.sampling import parse_stops, sampling_params
 from .openai_types import OpenAIRequest
 from .serving import Serving
 
@@ -34,25 +34,11 @@ def openai_sampling(
     num_logprobs: int | None,
     num_prompt_logprobs: int | None,
 ) -> SamplingParams:
-    fields = SamplingFields(
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        seed=serving.draw_seed() if body.seed is None else body.seed,
-        repetition_penalty=body.repetition_penalty,
-        frequency_penalty=body.frequency_penalty,
-        presence_penalty=body.presence_penalty,
-        logit_bias=body.logit_bias,
-        stop_token_ids=body.stop_token_ids,
-        ignore_eos=body.ignore_eos,
-        min_tokens=body.min_tokens,
-        logprob_token_ids=body.logprob_token_ids or (),
-    )
     return sampling_params(
-        fields,
+        body,
         serving.defaults,
         serving.card,
+        draw_seed=serving.draw_seed,
         max_tokens=max_tokens,
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,

@@ -13,6 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from ..generation import WeightSpan
 from ..http.fields import GivenSalt
+from ..text.sampling import SamplingFields
 from ..text.timelines import TimelineBody
 
 # ---- requests ---------------------------------------------------------------------------------------
@@ -23,7 +24,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool = False  # with include_usage: usage so far in every chunk
 
 
-class OpenAIRequest(msgspec.Struct, kw_only=True):
+class OpenAIRequest(SamplingFields, kw_only=True):
     """What both endpoints take."""
 
     model: str | None = None
@@ -31,24 +32,11 @@ class OpenAIRequest(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     n: int = 1
     max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None  # -1 and 0 keep all
-    min_p: float | None = None
-    seed: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] = {}
     stop: str | list[str] = []
-    stop_token_ids: list[int] = []
-    min_tokens: int = 0
-    ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     no_stop_trim: bool = False  # SGLang's name of the same
     prompt_logprobs: int | None = None
-    logprob_token_ids: list[int] | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False  # in logprobs: "token_id:5", which no two tokens share
     timeline: bool = False

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 
@@ -113,25 +113,30 @@ def parse_stops(stop: str | list[str]) -> tuple[str, ...]:
     return stops
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingFields:
-    """The sampling fields that all endpoints share, under the names that the client used."""
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """The sampling fields that the bodies of all endpoints share: a body that takes them is a subclass.
 
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    seed: int  # any; its lowest 64 bits count
-    repetition_penalty: float | None
-    frequency_penalty: float | None
-    presence_penalty: float | None
-    logit_bias: Mapping[str, float]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    min_tokens: int
-    min_tokens_name: str = "min_tokens"
-    logprob_token_ids: Sequence[int]
-    logprob_token_ids_name: str = "logprob_token_ids"
+    An endpoint that calls one otherwise says so in `client_names`, and sets it from what it takes instead.
+    """
+
+    client_names: ClassVar[Mapping[str, str]] = {}
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None  # -1 and 0 keep all
+    min_p: float | None = None
+    seed: int | None = None  # any; its lowest 64 bits count
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] = {}
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprob_token_ids: list[int] | None = None
+
+    def client_name(self, field: str) -> str:
+        return self.client_names.get(field, field)
 
 
 def sampling_params(
@@ -139,6 +144,7 @@ def sampling_params(
     defaults: GenerationDefaults,
     card: ModelCard,
     *,
+    draw_seed: Callable[[], int],
     max_tokens: int,
     num_logprobs: int | None,
     num_prompt_logprobs: int | None,
@@ -160,14 +166,14 @@ def sampling_params(
     presence_penalty = _or(wanted.presence_penalty, 0.0)
     check_range("presence_penalty", presence_penalty, -MAX_OUTPUT_PENALTY, MAX_OUTPUT_PENALTY)
     if wanted.min_tokens < 0 or wanted.min_tokens > max_tokens:
-        name = wanted.min_tokens_name
+        name = wanted.client_name("min_tokens")
         raise bad_value(name, f"`{name}` must be between 0 and the {max_tokens} tokens at most generated.")
     return SamplingParams(
         temperature=0.0 if temperature < GREEDY_BELOW_TEMPERATURE else temperature,
         top_p=top_p,
         top_k=min(max(top_k, 0), card.vocab_size),  # any integer is accepted, nodes compute with 64 bits
         min_p=min_p,
-        seed=wanted.seed % 2**64,
+        seed=(draw_seed() if wanted.seed is None else wanted.seed) % 2**64,
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
@@ -235,7 +241,7 @@ def _logit_bias(biases: Mapping[str, float], card: ModelCard) -> dict[int, float
 
 
 def _logprob_token_ids(wanted: SamplingFields, card: ModelCard, *, are_told: bool) -> tuple[int, ...]:
-    name, token_ids = wanted.logprob_token_ids_name, wanted.logprob_token_ids
+    name, token_ids = wanted.client_name("logprob_token_ids"), wanted.logprob_token_ids or ()
     if token_ids and not are_told:
         raise bad_value(name, f"`{name}` tells more logprobs of each token: ask for logprobs, too.")
     if len(token_ids) > MAX_LOGPROB_TOKEN_IDS:

@@ -137,6 +137,30 @@ async def test_logprobs_may_name_tokens_by_their_ids(api: Api) -> None:
     assert logprobs["top_logprobs"][1] == {f"token_id:{token_id + 1}": -0.5, f"token_id:{token_id}": -1.0}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_top", [None, 1])
+async def test_logprobs_of_named_tokens(api: Api, num_top: int | None, stream: bool) -> None:
+    body = {
+        "messages": HI,
+        "max_tokens": 2,
+        "logprobs": True,
+        "top_logprobs": num_top,
+        "logprob_token_ids": [7, 3],
+        "return_tokens_as_token_ids": True,
+        "stream": stream,
+    }
+    if stream:
+        choices = [part["choices"][0] for part in chunks(await api.stream(PATH, body))]
+    else:
+        choices = (await api.post(PATH, body))[1]["choices"]
+    told = [row for choice in choices if choice["logprobs"] for row in choice["logprobs"]["content"]]
+    assert [row["token"] for row in told] == [f"token_id:{each}" for each in api.generator.token_ids[:2]]
+    for row, token_id in zip(told, api.generator.token_ids, strict=False):
+        likeliest = [(f"token_id:{token_id + 1}", -0.5)] if num_top else []
+        others = [(other["token"], other["logprob"]) for other in row["top_logprobs"]]
+        assert others == [*likeliest, ("token_id:7", -7.0), ("token_id:3", -3.0)]
+
+
 @pytest.mark.parametrize("n", [1, 2])
 async def test_a_stream(api: Api, n: int) -> None:
     body = {"messages": HI, "stream": True, "n": n, "return_token_ids": True, "prompt_logprobs": 0}

@@ -205,6 +205,43 @@ async def test_stop_strings_cut_text_ids_and_usage_alike(api: Api, stream: bool)
     assert api.generator.generations[0].stopped == [0]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_top", [0, 1])
+async def test_logprobs_of_named_tokens(api: Api, num_top: int, stream: bool) -> None:
+    body = {
+        "prompt": [11, 12],
+        "max_tokens": 2,
+        "logprobs": num_top,
+        "logprob_token_ids": [7, 3],
+        "return_tokens_as_token_ids": True,
+        "stream": stream,
+    }
+    if stream:
+        choices = [part["choices"][0] for part in chunks(await api.stream(PATH, body))]
+    else:
+        choices = (await api.post(PATH, body))[1]["choices"]
+    told = [position for choice in choices for position in choice["logprobs"]["top_logprobs"]]
+    expected: list[dict[str, float]] = []
+    for token_id in api.generator.token_ids[:2]:
+        likeliest = {f"token_id:{token_id + 1}": -0.5} if num_top else {}
+        expected.append({**likeliest, f"token_id:{token_id}": -1.0, "token_id:7": -7.0, "token_id:3": -3.0})
+    assert [list(position.items()) for position in told] == [list(each.items()) for each in expected]
+
+
+async def test_named_tokens_are_of_the_output_and_of_an_echo_alike(api: Api) -> None:
+    body = {
+        "prompt": [11, 12],
+        "max_tokens": 1,
+        "echo": True,
+        "logprobs": 0,
+        "logprob_token_ids": [5],
+        "return_tokens_as_token_ids": True,
+    }
+    told = (await api.post(PATH, body))[1]["choices"][0]["logprobs"]["top_logprobs"]
+    own = f"token_id:{api.generator.token_ids[0]}"
+    assert told == [None, {"token_id:12": -1.0, "token_id:5": -5.0}, {own: -1.0, "token_id:5": -5.0}]
+
+
 async def test_stop_tokens(api: Api, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(OUTPUT, add_special_tokens=False)
 

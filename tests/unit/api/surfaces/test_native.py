@@ -129,6 +129,17 @@ async def test_named_tokens_are_one_list_or_one_for_each_prompt(api: Api, ids: l
     assert (status, answer["error"]["param"]) == (400, "token_ids_logprob")
 
 
+async def test_sampling_is_taken_under_the_names_of_this_endpoint_alone(api: Api) -> None:
+    """What the others call otherwise is unknown here, as it is to SGLang."""
+    sampling = {"max_new_tokens": 2, "min_tokens": 1, "logprob_token_ids": "none", "min_new_tokens": 2}
+    assert (await api.post(PATH, {"input_ids": [10], "sampling_params": sampling}))[0] == 200
+    params = api.generator.specs[0].work.sampling
+    assert (params.min_tokens, params.logprob_token_ids) == (2, ())
+    sampling["min_new_tokens"] = 3
+    _, answer = await api.post(PATH, {"input_ids": [10], "sampling_params": sampling})
+    assert answer["error"]["message"].startswith("`min_new_tokens` must be between 0 and the 2 tokens")
+
+
 async def test_logprobs_of_the_output_alone(api: Api) -> None:
     info = (await api.post(PATH, {"text": "The", "return_logprob": True}))[1]["meta_info"]
     assert info["input_token_logprobs"] == []

@@ -35,23 +35,14 @@ def test_max_tokens_fits_the_context(card: ModelCard) -> None:
 
 
 def sampling(card: ModelCard, *, top_k: int | None = None, seed: int = 0) -> SamplingParams:
-    fields = SamplingFields(
-        temperature=None,
-        top_p=None,
-        top_k=top_k,
-        min_p=None,
-        seed=seed,
-        repetition_penalty=None,
-        frequency_penalty=None,
-        presence_penalty=None,
-        logit_bias={},
-        stop_token_ids=(),
-        ignore_eos=False,
-        logprob_token_ids=(),
-        min_tokens=0,
-    )
     return sampling_params(
-        fields, GenerationDefaults(), card, max_tokens=8, num_logprobs=None, num_prompt_logprobs=None
+        SamplingFields(top_k=top_k, seed=seed),
+        GenerationDefaults(),
+        card,
+        draw_seed=lambda: 7,
+        max_tokens=8,
+        num_logprobs=None,
+        num_prompt_logprobs=None,
     )
 
 
