@@ -18,8 +18,8 @@ _WRAP = 1 << 31
 NUM_FAR_BLOCKS = 6
 
 
-def far_apart(*shape: int) -> Tensor:
-    """Zeros, ``[NUM_FAR_BLOCKS, *shape]`` in bfloat16 on `DEVICE`: a stride of 2³⁰ elements and more,
+def far_apart(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Zeros, ``[NUM_FAR_BLOCKS, *shape]`` on `DEVICE`: a stride of 2³⁰ elements and more,
     which 32 bits hold, so that the last block begins beyond 2³².
 
     On the host, memory stays virtual until it is written. An offset that wraps at 32 bits hits another block
@@ -30,7 +30,7 @@ def far_apart(*shape: int) -> Tensor:
     num_elements = _WRAP + NUM_FAR_BLOCKS * block
     if INTERPRETED:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        memory = torch.frombuffer(mmap.mmap(-1, 2 * num_elements, flags=flags), dtype=torch.bfloat16)
+        memory = torch.frombuffer(mmap.mmap(-1, num_elements * dtype.itemsize, flags=flags), dtype=dtype)
     else:
-        memory = torch.zeros(num_elements, dtype=torch.bfloat16, device=DEVICE)
+        memory = torch.zeros(num_elements, dtype=dtype, device=DEVICE)
     return memory.as_strided((NUM_FAR_BLOCKS, *shape), (block, *dense.stride()), storage_offset=_WRAP)

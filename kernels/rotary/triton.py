@@ -17,6 +17,7 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"rotary_: the last axis of x has a stride of {x.stride(-1)}")
     num_tokens, num_heads, head_dim = x.shape
     half = head_dim // 2
+    lanes = triton.next_power_of_2(half)
     launch(
         _rotary,
         (num_tokens, triton.cdiv(num_heads, _HEADS)),
@@ -28,8 +29,8 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         NUM_HEADS=num_heads,
         HALF=half,
         HEADS=_HEADS,
-        LANES=triton.next_power_of_2(half),
-        num_warps=2,
+        LANES=lanes,
+        num_warps=max(1, _HEADS * lanes // 256),
     )
 
 

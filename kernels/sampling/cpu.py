@@ -11,16 +11,12 @@ from torch import Tensor
 
 from ..philox import group_words
 from .eager import (
-    GUMBEL_MAX,
-    GUMBEL_MIN,
+    GUMBEL_RANGE,
     combined_threshold,
     gumbel_noise,
     kept_weight,
     last_of_share,
 )
-
-# A hair more than the range, so that float32's rounding of a logit cannot prune a winner.
-GUMBEL_RANGE = GUMBEL_MAX - GUMBEL_MIN + 0.01
 
 # Counters whose noise is computed at once: what stays in a core's second-level cache.
 _NOISE_BLOCK = 8192

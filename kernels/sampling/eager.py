@@ -15,6 +15,8 @@ from ..row_sum import row_sum
 
 GUMBEL_MIN = -math.log(-math.log(0.5 * 2.0**-32))
 GUMBEL_MAX = -math.log(-math.log1p(-0.5 * 2.0**-32))
+# A hair more than the range, so that float32's rounding of a logit cannot prune a winner.
+GUMBEL_RANGE = GUMBEL_MAX - GUMBEL_MIN + 0.01
 
 # Counters of a row whose noise is computed at once: 150,000 tokens of 256 rows in float64 would take 300 MB.
 _NOISE_GROUPS = 4096

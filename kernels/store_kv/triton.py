@@ -1,4 +1,4 @@
-"""A program a token and KV head: one key and one value are copied."""
+"""A program a token and KV head: a key and a value are copied side by side."""
 
 from __future__ import annotations
 
@@ -47,11 +47,9 @@ def _store_kv(
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
-    lanes = tl.arange(0, LANES)
+    k_or_v = tl.arange(0, 2)[:, None]
+    lanes = tl.arange(0, LANES)[None, :]
     mask = lanes < HEAD_DIM
-    source = kv + token * kv_token + head * kv_head + lanes
-    in_layer = tl.load(page + token).to(tl.int64) * layer_page
-    in_page = tl.load(offset + token).to(tl.int64) * layer_slot
-    target = layer + in_layer + in_page + head * layer_head + lanes
-    tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
-    tl.store(target + layer_kv, tl.load(source + kv_kv, mask=mask, other=0.0), mask=mask)
+    copied = tl.load(kv + token * kv_token + k_or_v * kv_kv + head * kv_head + lanes, mask=mask, other=0.0)
+    slot = tl.load(page + token).to(tl.int64) * layer_page + tl.load(offset + token).to(tl.int64) * layer_slot
+    tl.store(layer + slot + head * layer_head + k_or_v * layer_kv + lanes, copied, mask=mask)

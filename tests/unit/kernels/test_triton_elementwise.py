@@ -1,5 +1,5 @@
-"""Triton's rms_norm, rotary, silu_and_mul and store_kv against their references, at odd sizes, on strided
-views, over NaN and beyond 2³² elements; and where kernels are not launched at all."""
+"""Triton's kernels but attention's and sampling's against their references, at odd sizes, on strided views,
+over NaN and beyond 2³² elements; and where kernels are not launched at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pdserve.kernels.rms_norm import reference as rms_norm_reference
 from pdserve.kernels.rms_norm.triton import rms_norm
 from pdserve.kernels.rotary import reference as rotary_reference
 from pdserve.kernels.rotary.triton import rotary_
+from pdserve.kernels.rotate_and_store import reference as fused_reference
+from pdserve.kernels.rotate_and_store.triton import rotate_and_store_
 from pdserve.kernels.silu_and_mul import reference as silu_reference
 from pdserve.kernels.silu_and_mul.triton import silu_and_mul
 from pdserve.kernels.store_kv import reference as store_reference
@@ -80,6 +82,24 @@ def test_rotary_on_part_of_a_fused_projection(
     assert torch.equal(fused[:, num_heads:], before[:, num_heads:])
 
 
+def nan_layer(
+    num_kv_heads: int, head_dim: int, padding: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pool of NaN with `padding` elements between pages, and its second of three layers."""
+    num_pages, num_layers, page_size = 7, 3, 5
+    shape = (num_kv_heads, num_layers, 2, page_size, head_dim)
+    inner = torch.empty(shape, device="meta")
+    stride = inner.numel() + padding
+    pool = torch.full((num_pages * stride,), float("nan"), dtype=dtype, device=DEVICE)
+    return pool, pool.as_strided((num_pages, *shape), (stride, *inner.stride()))[:, :, 1]
+
+
+def some_slots(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages and offsets of `nan_layer`, none twice."""
+    slots = torch.randperm(7 * 5)[:num_tokens].to(DEVICE)
+    return slots // 5, slots % 5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padding", [0, 3], ids=["dense", "padded-stride"])
 @pytest.mark.parametrize(("num_tokens", "num_kv_heads", "head_dim"), [(1, 1, 2), (5, 3, 18), (4, 2, 64)])
@@ -87,24 +107,44 @@ def test_store_kv(
     num_tokens: int, num_kv_heads: int, head_dim: int, padding: int, dtype: torch.dtype
 ) -> None:
     """All else in the pool stays NaN, padding between pages and other layers included."""
-    num_pages, num_layers, page_size = 7, 3, 5
-    shape = (num_kv_heads, num_layers, 2, page_size, head_dim)
-    inner = torch.empty(shape, device="meta")
-    pools = [
-        torch.full((num_pages * (inner.numel() + padding),), float("nan"), dtype=dtype, device=DEVICE)
-        for _ in range(2)
-    ]
-    layers = [
-        pool.as_strided((num_pages, *shape), (inner.numel() + padding, *inner.stride()))[:, :, 1]
-        for pool in pools
-    ]
+    (pool, layer), (expected, reference_layer) = (
+        nan_layer(num_kv_heads, head_dim, padding, dtype) for _ in range(2)
+    )
     fused = randn(num_tokens, 4 * num_kv_heads, head_dim, dtype=dtype)
     kv = fused[:, 2 * num_kv_heads :].view(num_tokens, 2, num_kv_heads, head_dim)
-    slots = torch.randperm(num_pages * page_size)[:num_tokens].to(DEVICE)
-    store_kv_(layers[0], kv, slots // page_size, slots % page_size)
-    store_reference.store_kv_(layers[1], kv, slots // page_size, slots % page_size)
-    torch.testing.assert_close(pools[0], pools[1], rtol=0, atol=0, equal_nan=True)
-    assert int(pools[0].isfinite().sum()) == kv.numel()
+    page, offset = some_slots(num_tokens)
+    store_kv_(layer, kv, page, offset)
+    store_reference.store_kv_(reference_layer, kv, page, offset)
+    torch.testing.assert_close(pool, expected, rtol=0, atol=0, equal_nan=True)
+    assert int(pool.isfinite().sum()) == kv.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_norms", [False, True], ids=["plain", "norms"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "num_kv_heads", "head_dim"), [(1, 1, 1, 2), (5, 7, 3, 18), (3, 4, 2, 64)]
+)
+def test_rotate_and_store(
+    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, has_norms: bool, dtype: torch.dtype
+) -> None:
+    """Keys and values of the projection stay as they are, and the pool NaN but for the tokens' slots."""
+    (pool, layer), (expected, reference_layer) = (
+        nan_layer(num_kv_heads, head_dim, 3, dtype) for _ in range(2)
+    )
+    heads = randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    reference_heads = heads.clone()
+    (cos, sin), (page, offset) = angles_of(num_tokens, head_dim // 2, dtype), some_slots(num_tokens)
+    q_norm, k_norm = (randn(head_dim, dtype=dtype) if has_norms else None for _ in range(2))
+    rotate_and_store_(heads, layer, cos, sin, page, offset, q_norm, k_norm, 1e-6)
+    fused_reference.rotate_and_store_(
+        reference_heads, reference_layer, cos, sin, page, offset, q_norm, k_norm, 1e-6
+    )
+    # The reference rounds between its steps.
+    tolerance = 2 * TOLERANCE[dtype]
+    torch.testing.assert_close(heads, reference_heads, rtol=tolerance, atol=tolerance)
+    assert torch.equal(heads[:, num_heads:], reference_heads[:, num_heads:])
+    torch.testing.assert_close(pool, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert int(pool.isfinite().sum()) == num_tokens * 2 * num_kv_heads * head_dim
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -127,6 +167,15 @@ def test_offsets_beyond_32_bits() -> None:
     expected = rotary_reference.rotary(heads, cos, sin)
     rotary_(heads, cos, sin)
     assert_close(heads, expected)
+
+    layer, zeros = far_apart(1, 2, 1, 32), torch.zeros_like(page)
+    fused = far.flatten(1)[:, :96].view(NUM_FAR_BLOCKS, 3, 32)  # [NUM_FAR_BLOCKS, 3, 32]
+    expected, expected_layer = fused.clone(), torch.zeros_like(layer)
+    cos, sin = angles_of(NUM_FAR_BLOCKS, 16, BFLOAT16)
+    rotate_and_store_(fused, layer, cos, sin, page, zeros, None, None, 1e-6)
+    fused_reference.rotate_and_store_(expected, expected_layer, cos, sin, page, zeros, None, None, 1e-6)
+    assert_close(fused, expected)
+    assert_close(layer, expected_layer)
 
 
 def test_a_kernel_computes_nothing_for_no_tokens() -> None:
