@@ -131,18 +131,15 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            path = route_path(scope)
             try:
-                self._check(scope)
+                self._check_key(scope, path)
+                if self._admit is not None and path in self._generating_paths:
+                    self._admit(scope["state"].get("client", ""))
             except RequestError as refusal:
                 await error_response(refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-    def _check(self, scope: Scope) -> None:
-        path = route_path(scope)
-        self._check_key(scope, path)
-        if self._admit is not None and path in self._generating_paths:
-            self._admit(scope["state"].get("client", ""))
 
     def _check_key(self, scope: Scope, path: str) -> None:
         if path in OPEN_PATHS or path.startswith(f"{DOCS_FILES}/"):

@@ -18,6 +18,7 @@ from ..text.sampling import checked_choices, checked_logprobs, checked_priority,
 from .answering import Answer, receive
 from .chat_answer import ChatRenderer
 from .chat_messages import encode_chat
+from .metrics import RequestMeter
 from .openai_requests import choose_request_id, openai_sampling, text_options
 from .openai_types import ChatRequest
 from .serving import Serving
@@ -30,7 +31,7 @@ class ChatCompletions:
     async def handle(self, http: Request) -> Response:
         serving = self._serving
         body, laps = await receive(http, serving, ChatRequest, OPENAI_RULES)
-        meter = serving.metrics.meter(streamed=body.stream)
+        meter = RequestMeter(serving.metrics, streamed=body.stream)
         check_model(body.model, serving.card)
         if body.tool_choice not in ("none", "auto"):
             raise unsupported("tool_choice", 'only "none" and "auto" are')

@@ -18,6 +18,7 @@ from ..text.prompts import Prompt, check_num_outputs, read_prompts
 from ..text.sampling import checked_choices, checked_logprobs, checked_priority, resolve_max_tokens
 from .answering import Answer, receive
 from .completion_answer import CompletionRenderer
+from .metrics import RequestMeter
 from .openai_requests import choose_request_id, openai_sampling, text_options
 from .openai_types import CompletionRequest
 from .serving import Serving
@@ -32,26 +33,23 @@ class Completions:
     async def handle(self, http: Request) -> Response:
         serving = self._serving
         body, laps = await receive(http, serving, CompletionRequest, OPENAI_RULES)
-        meter = serving.metrics.meter(streamed=body.stream)
+        meter = RequestMeter(serving.metrics, streamed=body.stream)
         check_model(body.model, serving.card)
         laps.lap("receive")
-        prompts = await self._prompts(body)
+        prompts = await read_prompts(
+            body.prompt,
+            "prompt",
+            card=serving.card,
+            tokenizer=serving.tokenizer,
+            add_special_tokens=body.add_special_tokens,
+            generates=body.max_tokens != 0,
+        )
         laps.lap("tokenize")
         request_id = choose_request_id(http, body, serving)
         answer_id = f"cmpl-{bare_id(request_id)}"
         run = TextRun(serving.pipeline, await self._jobs(body, prompts, answer_id), laps)
         answer = Answer(run, CompletionRenderer(serving, body, run, answer_id), meter)
         return await answer.respond(http, serving.in_flight, request_id=request_id, stream=body.stream)
-
-    async def _prompts(self, body: CompletionRequest) -> list[Prompt]:
-        return await read_prompts(
-            body.prompt,
-            "prompt",
-            card=self._serving.card,
-            tokenizer=self._serving.tokenizer,
-            add_special_tokens=body.add_special_tokens,
-            generates=body.max_tokens != 0,
-        )
 
     async def _jobs(
         self, body: CompletionRequest, prompts: Sequence[Prompt], answer_id: str

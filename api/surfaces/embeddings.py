@@ -108,7 +108,7 @@ class Embeddings:
     async def embeddings(self, http: Request) -> Response:
         serving = self._serving
         body, laps = await receive(http, serving, EmbeddingRequest, EMBEDDING_RULES)
-        meter = serving.metrics.meter(streamed=False)
+        meter = RequestMeter(serving.metrics, streamed=False)
         check_model(body.model, serving.card)
         if body.dimensions not in (None, size := serving.card.embedding_size):
             raise bad_value("dimensions", f"`dimensions` must be {size}, the model's, got {body.dimensions}.")
@@ -132,7 +132,7 @@ class Embeddings:
     async def encode(self, http: Request) -> Response:
         serving = self._serving
         body, laps = await receive(http, serving, EncodeRequest, GENERATING_RULES)
-        meter = serving.metrics.meter(streamed=False)
+        meter = RequestMeter(serving.metrics, streamed=False)
         check_model(body.model, serving.card)
         if (body.text is None) == (body.input_ids is None):
             raise bad_value("text", "Give either `text` or `input_ids`.")

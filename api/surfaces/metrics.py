@@ -81,14 +81,11 @@ class HttpMetrics:
     def choice_finished(self, reason: str) -> None:
         self._success.labels(**self._labels, finished_reason=reason).inc()
 
-    def meter(self, *, streamed: bool) -> RequestMeter:
-        return RequestMeter(self, streamed)
-
 
 class RequestMeter:
     """One HTTP request's share of the metrics; made at its arrival."""
 
-    def __init__(self, metrics: HttpMetrics, streamed: bool) -> None:
+    def __init__(self, metrics: HttpMetrics, *, streamed: bool) -> None:
         self._metrics = metrics
         self._streamed = streamed
         self._arrival_s = time.perf_counter()

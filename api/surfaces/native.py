@@ -25,6 +25,7 @@ from ..text.sampling import (
     sampling_params,
 )
 from .answering import Answer, receive
+from .metrics import RequestMeter
 from .native_answer import NativeRenderer
 from .native_types import NativeRequest, NativeSampling
 from .serving import Serving
@@ -39,7 +40,7 @@ class Native:
     async def handle(self, http: Request) -> Response:
         serving = self._serving
         body, laps = await receive(http, serving, NativeRequest, GENERATING_RULES)
-        meter = serving.metrics.meter(streamed=body.stream)
+        meter = RequestMeter(serving.metrics, streamed=body.stream)
         laps.lap("receive")
         prompts, is_batch = await self._prompts(body)
         laps.lap("tokenize")

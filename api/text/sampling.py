@@ -56,7 +56,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         defaults = cls()
         for name, value in values.items():
             try:
-                _SAMPLING_CHECKS[name](name, value)
+                _check_bounds(name, value)
             except RequestError as error:
                 _log.warning("generation_config.json is ignored here: %s", error.message)
             else:
@@ -151,20 +151,25 @@ def sampling_params(
     prompt_logprobs_start: int = 0,
     hidden_states: HiddenStates = "none",
 ) -> SamplingParams:
-    temperature = _or(wanted.temperature, defaults.temperature)
-    _check_temperature("temperature", temperature)
-    top_p = _or(wanted.top_p, defaults.top_p)
-    _check_top_p("top_p", top_p)
+    temperature = defaults.temperature if wanted.temperature is None else wanted.temperature
+    top_p = defaults.top_p if wanted.top_p is None else wanted.top_p
     top_k = defaults.top_k if wanted.top_k is None else wanted.top_k
-    _check_top_k("top_k", top_k)
-    min_p = _or(wanted.min_p, defaults.min_p)
-    _check_min_p("min_p", min_p)
-    repetition_penalty = _or(wanted.repetition_penalty, defaults.repetition_penalty)
-    _check_repetition_penalty("repetition_penalty", repetition_penalty)
-    frequency_penalty = _or(wanted.frequency_penalty, 0.0)
-    check_range("frequency_penalty", frequency_penalty, -MAX_OUTPUT_PENALTY, MAX_OUTPUT_PENALTY)
-    presence_penalty = _or(wanted.presence_penalty, 0.0)
-    check_range("presence_penalty", presence_penalty, -MAX_OUTPUT_PENALTY, MAX_OUTPUT_PENALTY)
+    min_p = defaults.min_p if wanted.min_p is None else wanted.min_p
+    repetition_penalty = (
+        defaults.repetition_penalty if wanted.repetition_penalty is None else wanted.repetition_penalty
+    )
+    frequency_penalty = 0.0 if wanted.frequency_penalty is None else wanted.frequency_penalty
+    presence_penalty = 0.0 if wanted.presence_penalty is None else wanted.presence_penalty
+    for name, value in (
+        ("temperature", temperature),
+        ("top_p", top_p),
+        ("top_k", top_k),
+        ("min_p", min_p),
+        ("repetition_penalty", repetition_penalty),
+        ("frequency_penalty", frequency_penalty),
+        ("presence_penalty", presence_penalty),
+    ):
+        _check_bounds(name, value)
     if wanted.min_tokens < 0 or wanted.min_tokens > max_tokens:
         name = wanted.client_name("min_tokens")
         raise bad_value(name, f"`{name}` must be between 0 and the {max_tokens} tokens at most generated.")
@@ -190,39 +195,25 @@ def sampling_params(
     )
 
 
-def _check_temperature(name: str, value: float) -> None:
-    check_range(name, value, 0, MAX_TEMPERATURE)
-
-
-def _check_top_p(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise bad_value(name, f"`{name}` must be above 0 and at most 1, got {value}.")
-
-
-def _check_top_k(name: str, value: float) -> None:
-    if value < -1:
-        raise bad_value(name, f"`{name}` must be -1 or 0 (all), or positive, got {value}.")
-
-
-def _check_min_p(name: str, value: float) -> None:
-    check_range(name, value, 0, 1)
-
-
-def _check_repetition_penalty(name: str, value: float) -> None:
-    check_range(name, value, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
-
-
-_SAMPLING_CHECKS: Mapping[str, Callable[[str, float], None]] = {
-    "temperature": _check_temperature,
-    "top_p": _check_top_p,
-    "top_k": _check_top_k,
-    "min_p": _check_min_p,
-    "repetition_penalty": _check_repetition_penalty,
+_RANGES: Mapping[str, tuple[float, float]] = {  # both ends are taken
+    "temperature": (0, MAX_TEMPERATURE),
+    "min_p": (0, 1),
+    "repetition_penalty": (MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
+    "frequency_penalty": (-MAX_OUTPUT_PENALTY, MAX_OUTPUT_PENALTY),
+    "presence_penalty": (-MAX_OUTPUT_PENALTY, MAX_OUTPUT_PENALTY),
 }
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _check_bounds(name: str, value: float) -> None:
+    match name:
+        case "top_p":
+            if not 0 < value <= 1:
+                raise bad_value(name, f"`{name}` must be above 0 and at most 1, got {value}.")
+        case "top_k":
+            if value < -1:
+                raise bad_value(name, f"`{name}` must be -1 or 0 (all), or positive, got {value}.")
+        case _:
+            check_range(name, value, *_RANGES[name])
 
 
 def _logit_bias(biases: Mapping[str, float], card: ModelCard) -> dict[int, float]:
@@ -241,8 +232,10 @@ def _logit_bias(biases: Mapping[str, float], card: ModelCard) -> dict[int, float
 
 
 def _logprob_token_ids(wanted: SamplingFields, card: ModelCard, *, are_told: bool) -> tuple[int, ...]:
-    name, token_ids = wanted.client_name("logprob_token_ids"), wanted.logprob_token_ids or ()
-    if token_ids and not are_told:
+    if not (token_ids := wanted.logprob_token_ids):
+        return ()
+    name = wanted.client_name("logprob_token_ids")
+    if not are_told:
         raise bad_value(name, f"`{name}` tells more logprobs of each token: ask for logprobs, too.")
     if len(token_ids) > MAX_LOGPROB_TOKEN_IDS:
         raise bad_value(name, f"`{name}` takes at most {MAX_LOGPROB_TOKEN_IDS} ids, got {len(token_ids)}.")
