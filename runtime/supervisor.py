@@ -224,7 +224,9 @@ class Supervisor:
             return
         if process.poll() is None:
             return
-        if now - child.started_at > self._timing.steady_s:
+        lived_s = now - child.started_at
+        was_told_to = process.returncode == 0 and lived_s > self._timing.restart_s  # as rolling restarts do
+        if was_told_to or lived_s > self._timing.steady_s:
             child.num_deaths = 0
         child.process = None
         child.num_deaths += 1

@@ -295,6 +295,20 @@ def test_a_child_that_dies_now_and_then_is_started_again_at_once() -> None:
             assert mortal.process is not None
 
 
+def test_a_child_that_is_told_to_end_again_and_again_is_started_again_at_once() -> None:
+    """A rolling restart is no crash. What ends in order as soon as it has started does it of itself."""
+    node = child("")
+    with Supervisor([node], Timing()) as supervisor:
+        for lived_s, num_deaths in ((2.0, 1), (2.0, 1), (2.0, 1), (0.5, 2), (0.5, 3), (2.0, 1)):
+            process_of(node).wait()
+            now = node.started_at + lived_s
+            supervisor._keep_alive(node, now)
+            assert node.num_deaths == num_deaths
+            assert (node.restart_at == now) == (num_deaths == 1)
+            supervisor._keep_alive(node, node.restart_at)
+        process_of(node).wait()
+
+
 def test_a_lost_terminal_ends_the_run_in_order_unless_it_was_to_be_ignored() -> None:
     """`nohup` leaves SIGHUP ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
