@@ -176,6 +176,45 @@ def _prefill_shape(lanes: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
 
 
 @triton.jit
+def _keys_and_values(
+    layer,
+    tables,
+    positions,
+    written,
+    layer_page,
+    layer_kv,
+    layer_slot,
+    HEAD_DIM: tl.constexpr,
+    LANES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Of a block of positions: ``[BLOCK, LANES]`` each. `layer` and `tables` begin at the KV head's and the
+    sequence's part."""
+    lanes = tl.arange(0, LANES)
+    pages = tl.load(tables + positions // PAGE_SIZE, mask=written, other=0).to(tl.int64)
+    slots = layer + pages * layer_page + (positions % PAGE_SIZE) * layer_slot
+    mask = written[:, None] & (lanes < HEAD_DIM)[None, :]
+    keys = tl.load(slots[:, None] + lanes[None, :], mask=mask, other=0.0)
+    values = tl.load(slots[:, None] + layer_kv + lanes[None, :], mask=mask, other=0.0)
+    if WIDE:
+        keys = keys.to(tl.float32)
+        values = values.to(tl.float32)
+    return keys, values
+
+
+@triton.jit
+def _with_block(best, total, mixed, scores, values):
+    """The softmax so far (best score, sum of weights, weighted sum of values) with a block more."""
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_best[:, None])
+    kept = tl.exp2(best - new_best)
+    total = total * kept + tl.sum(weights, 1)
+    mixed = mixed * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return new_best, total, mixed
+
+
+@triton.jit
 def _decode(
     q,
     layer,
@@ -234,22 +273,22 @@ def _decode(
     for start in range(first, last, BLOCK):
         positions = start + tl.arange(0, BLOCK)
         written = positions < last
-        pages = tl.load(tables + positions // PAGE_SIZE, mask=written, other=0).to(tl.int64)
-        slots = layer + pages * layer_page + (positions % PAGE_SIZE) * layer_slot
-        mask = written[:, None] & (lanes < HEAD_DIM)[None, :]
-        keys = tl.load(slots[:, None] + lanes[None, :], mask=mask, other=0.0)
-        values = tl.load(slots[:, None] + layer_kv + lanes[None, :], mask=mask, other=0.0)
-        if WIDE:
-            keys = keys.to(tl.float32)
-            values = values.to(tl.float32)
+        keys, values = _keys_and_values(
+            layer,
+            tables,
+            positions,
+            written,
+            layer_page,
+            layer_kv,
+            layer_slot,
+            HEAD_DIM,
+            LANES,
+            PAGE_SIZE,
+            WIDE,
+        )
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_log2
         scores = tl.where(written[None, :], scores, float("-inf"))
-        previous = best
-        best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - best[:, None])
-        kept = tl.exp2(previous - best)
-        total = total * kept + tl.sum(weights, 1)
-        mixed = mixed * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        best, total, mixed = _with_block(best, total, mixed, scores, values)
 
     if NUM_SPLITS == 1:
         at = parts + (token * num_heads + heads)[:, None] * HEAD_DIM
@@ -329,24 +368,24 @@ def _prefill(
     for at in range(0, end, BLOCK):
         positions = at + tl.arange(0, BLOCK)
         written = positions < end
-        pages = tl.load(tables + positions // PAGE_SIZE, mask=written, other=0).to(tl.int64)
-        slots = layer + pages * layer_page + (positions % PAGE_SIZE) * layer_slot
-        mask = written[:, None] & (lanes < HEAD_DIM)[None, :]
-        keys = tl.load(slots[:, None] + lanes[None, :], mask=mask, other=0.0)
-        values = tl.load(slots[:, None] + layer_kv + lanes[None, :], mask=mask, other=0.0)
-        if WIDE:
-            keys = keys.to(tl.float32)
-            values = values.to(tl.float32)
+        keys, values = _keys_and_values(
+            layer,
+            tables,
+            positions,
+            written,
+            layer_page,
+            layer_kv,
+            layer_slot,
+            HEAD_DIM,
+            LANES,
+            PAGE_SIZE,
+            WIDE,
+        )
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_log2
         if at >= first_masked:
             looks = (positions[None, :] <= start + in_row[:, None]) & written[None, :]
             scores = tl.where(looks, scores, float("-inf"))
-        previous = best
-        best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - best[:, None])
-        kept = tl.exp2(previous - best)
-        total = total * kept + tl.sum(weights, 1)
-        mixed = mixed * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        best, total, mixed = _with_block(best, total, mixed, scores, values)
     attended = (mixed / total[:, None]).to(out.dtype.element_ty)
     tl.store(
         out + (tokens[:, None] * NUM_HEADS + head) * HEAD_DIM + lanes[None, :], attended, mask=query_mask
