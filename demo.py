@@ -7,7 +7,6 @@ Exits non-zero unless both answers ended properly: a finish reason, then [DONE].
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import signal
@@ -174,10 +173,21 @@ def wait_ready(up: subprocess.Popen[str]) -> str | None:
 
 
 def wait_for_end(up: subprocess.Popen[str]) -> int:
-    """Its exit code. A signal that comes just before a wait without an end would be heard when that ends."""
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return up.wait(timeout=1.0)
+    """The exit code: of `up` when that ends, 0 after Ctrl-C. Signals are taken here, one by one: an exception
+    that a handler raises within `Popen.wait` may leave its lock held, and no later wait would end."""
+    signals = {signal.SIGTERM, signal.SIGCHLD}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's background job has it
+        signals.add(signal.SIGINT)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # what nobody handles may be dropped unseen
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        while (code := up.poll()) is None:
+            number = signal.sigwait(signals)
+            if number != signal.SIGCHLD:
+                return 0 if number == signal.SIGINT else 128 + number
+        return code
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_demo(arguments: Sequence[str], *, once: bool, api_key: str, tls: TlsFiles) -> int:

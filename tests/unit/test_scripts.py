@@ -223,7 +223,8 @@ signal.signal(signal.SIGTERM, end)
 url = (folder / "url").read_text()
 if url:
     print("pdserve is ready at", url, flush=True)
-    time.sleep(600)
+    for _ in range(6000):
+        time.sleep(0.1)  # a signal that comes just before a sleep is heard after it
 sys.exit(7)
 """
 
@@ -305,6 +306,13 @@ def test_the_cluster_ends_with_the_demo(
     process.communicate(timeout=60)
     assert process.returncode == code
     assert (fake_pdserve / "ended").exists()
+
+
+@pytest.mark.process
+def test_the_demo_ends_with_the_cluster() -> None:
+    wait = "import sys; from pdserve import demo; from subprocess import Popen; "
+    wait += "sys.exit(demo.wait_for_end(Popen(['sh', '-c', 'sleep 0.2; exit 5'])))"
+    assert subprocess.run([sys.executable, "-P", "-c", wait], timeout=60, check=False).returncode == 5
 
 
 # ---- disturbed_answers -------------------------------------------------------------------------------
