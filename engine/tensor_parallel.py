@@ -117,11 +117,13 @@ class RankCollective:
 
     def __init__(self, shard: Shard, rendezvous: Path, join_s: float) -> None:
         """Blocks until every rank has joined; raises RuntimeError when one has not after `join_s`.
-        `rendezvous`: a file's path that all agree on, in a folder that exists. Ranks meet on the loopback
-        interface: they are processes of one host."""
+        `rendezvous`: a file's path that all agree on, in a folder that exists; nobody needs it afterwards.
+        Ranks meet on the loopback interface: they are processes of one host."""
         self.shard = shard
         self._group = _gloo(shard, rendezvous, join_s)
         self._options = AllgatherOptions()
+        self._options.timeout = timedelta(seconds=join_s)
+        self._all(torch.zeros(1))  # the first to be connected may not take the file from the others
         self._options.timeout = _FOREVER
 
     def sum(self, part: Tensor) -> Tensor:

@@ -189,10 +189,12 @@ class RankGroup:
         """Rank 0 joins the others, who wait for it."""
         path = Path(self._rendezvous.name) / "rendezvous"
         try:
-            return RankCollective(Shard(0, len(self._ranks) + 1), path, self._timing.rank_join_s)
+            collective = RankCollective(Shard(0, len(self._ranks) + 1), path, self._timing.rank_join_s)
         except RuntimeError as error:
             self._check_alive(StartupError)
             raise StartupError(f"the ranks could not meet: {str(error).splitlines()[0]}") from error
+        self._rendezvous.cleanup()  # now, as a node that is killed cannot
+        return collective
 
     def wake(self, waiter: Waiter) -> None:
         """End the loop's sleep when a rank says something, or dies."""

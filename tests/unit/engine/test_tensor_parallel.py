@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -183,3 +184,17 @@ def test_the_rows_of_the_lm_head_are_all_there_once(checkpoint: Callable[..., Pa
     config = replace(ModelConfig.from_dir(checkpoint("llama", dtype="float32")), vocab_size=10)
     rows = [Shard(rank, 4).vocab_rows(config) for rank in range(4)]
     assert rows == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
+
+
+def test_the_rendezvous_is_not_needed_once_a_rank_has_joined(tmp_path: Path) -> None:
+    """The first to join may remove it, whatever the others are at."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def join(rank: int) -> float:
+        collective = RankCollective(Shard(rank, 4), folder / "rendezvous", 60.0)
+        shutil.rmtree(folder, ignore_errors=True)
+        return float(collective.sum(torch.tensor([float(rank)])))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(join, range(4))) == [6.0] * 4

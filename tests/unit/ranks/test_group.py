@@ -9,12 +9,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from pdserve.engine.engine_thread import Progress
+from pdserve.engine.tensor_parallel import RankCollective, Shard
 from pdserve.messages.malformed import MalformedMessage
 from pdserve.messages.memory_region import MemoryRegion
 from pdserve.messages.operation import StartProfile
@@ -103,6 +105,16 @@ def poll_until(group: RankGroup, condition: Callable[[], bool]) -> None:
     while not condition():
         group.poll(time.monotonic(), None)
         assert time.monotonic() < deadline
+
+
+def test_nothing_is_left_in_the_file_system_once_all_have_joined(other: OtherRank) -> None:
+    folder = tempfile.TemporaryDirectory()
+    group = RankGroup([other.rank], folder, UNSCALED)
+    with ThreadPoolExecutor(1) as threads:
+        rank_1 = threads.submit(RankCollective, Shard(1, 2), Path(folder.name) / "rendezvous", DEADLINE_S)
+        group.join()
+        rank_1.result(DEADLINE_S)
+    assert not Path(folder.name).exists(), "which a node that is killed would leave"
 
 
 def test_ranks_are_ready_when_each_has_told_its_memory(group: RankGroup, other: OtherRank) -> None:
