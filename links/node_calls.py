@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias, TypeVar, assert_never
 
 import msgspec
@@ -36,7 +37,6 @@ from ..messages.operation import (
     GetInternalState,
     InternalState,
     InternalStateReply,
-    NodeOperation,
     ProfileReply,
     StartProfile,
     StopProfile,
@@ -67,10 +67,20 @@ from ..runtime.errors import PdserveError
 from ..runtime.timing import Timing
 
 StreamMessage: TypeAlias = TokenOutputs | AttemptFailed
-Call: TypeAlias = (
-    Ping
-    | FlushCache
+OrderCall: TypeAlias = (
+    FlushCache
     | AbortRequests
+    | ClusterOperation
+    | StopProfile
+    | SaveWeights
+    | JoinUpdateGroup
+    | LeaveUpdateGroup
+    | ReleaseMemory
+    | ResumeMemory
+)
+Call: TypeAlias = (
+    OrderCall
+    | Ping
     | AssertPeerDeath
     | StageWeights
     | PrepareWeights
@@ -78,15 +88,10 @@ Call: TypeAlias = (
     | DiscardWeights
     | GetWeights
     | CheckWeights
-    | SaveWeights
-    | JoinUpdateGroup
-    | LeaveUpdateGroup
-    | ReleaseMemory
-    | ResumeMemory
     | GetServerInfo
     | GetMetrics
     | GetRequestState
-    | NodeOperation
+    | GetInternalState
 )
 Reply: TypeAlias = (
     Pong
@@ -125,7 +130,8 @@ class NodeUnavailableError(PdserveError):
 class NodeCalls(abc.ABC):
     """One connection to one scheduler, in a running event loop. When it has ended it is lost for good.
 
-    A call waits as long as `timing` says that its answer may take, then raises NodeUnavailableError.
+    A call waits as long as `timing` says that its answer may take, then raises NodeUnavailableError. An order
+    that comes to the node after that is not done any more.
 
     A subclass sends, hands what arrives to ``_arrive``, and calls ``_end`` when the connection has ended.
     """
@@ -165,13 +171,13 @@ class NodeCalls(abc.ABC):
     async def flush_cache(self, flush_timeout_s: float) -> CallReply:
         """Flush when the node is idle, which it may wait for until ``flush_timeout_s``."""
         message = FlushCache(call_id=next(self._call_ids), timeout_s=flush_timeout_s)
-        return await self._call(message, CallReply, flush_timeout_s + self._timing.node_call_s)
+        return await self._order(message, CallReply, flush_timeout_s + self._timing.node_call_s)
 
     async def abort(self, request_id: str = "", *, all_requests: bool = False) -> CallReply:
         message = AbortRequests(
             call_id=next(self._call_ids), request_id=request_id, all_requests=all_requests
         )
-        return await self._call(message, CallReply, self._timing.node_call_s)
+        return await self._order(message, CallReply, self._timing.node_call_s)
 
     async def assert_peer_death(self, incarnation: str) -> CallReply:
         message = AssertPeerDeath(call_id=next(self._call_ids), incarnation=incarnation)
@@ -190,7 +196,7 @@ class NodeCalls(abc.ABC):
         message = msgspec.structs.replace(operation, call_id=next(self._call_ids))
         starts_profile = isinstance(operation, StartProfile)
         timeout_s = self._timing.profile_start_s if starts_profile else self._timing.node_call_s
-        return await self._call(message, CallReply, timeout_s)
+        return await self._order(message, CallReply, timeout_s)
 
     async def internal_state(self) -> InternalState:
         message = GetInternalState(call_id=next(self._call_ids))
@@ -199,7 +205,7 @@ class NodeCalls(abc.ABC):
     async def stop_profile(self) -> ProfileReply:
         """The node writes its traces before it answers."""
         message = StopProfile(call_id=next(self._call_ids))
-        return await self._call(message, ProfileReply, self._timing.profile_end_s)
+        return await self._order(message, ProfileReply, self._timing.profile_end_s)
 
     async def prepare_weights(
         self,
@@ -236,23 +242,24 @@ class NodeCalls(abc.ABC):
             world_size=group.world_size,
             timeout_s=group.timeout_s,
         )
-        return await self._call(message, CallReply, 2 * group.timeout_s + self._timing.node_call_s)
+        return await self._order(message, CallReply, 2 * group.timeout_s + self._timing.node_call_s)
 
     async def leave_update_group(self, group_name: str) -> CallReply:
         message = LeaveUpdateGroup(call_id=next(self._call_ids), group_name=group_name)
-        return await self._call(message, CallReply, self._timing.weight_update_s)
+        return await self._order(message, CallReply, self._timing.weight_update_s)
 
     async def release_memory(self, tags: tuple[MemoryTag, ...]) -> MemoryReply:
         """The node may wait for a while to be idle."""
         wait_s = self._timing.weight_commit_s
         message = ReleaseMemory(call_id=next(self._call_ids), tags=tags, timeout_s=wait_s)
-        return await self._call(message, MemoryReply, self._timing.weight_update_s)
+        return await self._order(message, MemoryReply, self._timing.weight_update_s)
 
     async def resume_memory(self, tags: tuple[MemoryTag, ...], *, if_released: bool = False) -> MemoryReply:
         """Without `tags` it asks what is released, and no more."""
         message = ResumeMemory(call_id=next(self._call_ids), tags=tags, if_released=if_released)
-        timeout_s = self._timing.weight_update_s if tags else self._timing.node_call_s
-        return await self._call(message, MemoryReply, timeout_s)
+        if not tags:
+            return await self._call(message, MemoryReply, self._timing.node_call_s)
+        return await self._order(message, MemoryReply, self._timing.weight_update_s)
 
     async def get_weights(self, name: str, truncate_size: int) -> WeightsReply:
         message = GetWeights(call_id=next(self._call_ids), name=name, truncate_size=truncate_size)
@@ -269,19 +276,38 @@ class NodeCalls(abc.ABC):
             is_remote=is_remote,
             max_shard_bytes=max_shard_bytes,
         )
-        return await self._call(message, CallReply, self._timing.weight_update_s)
+        return await self._order(message, CallReply, self._timing.weight_update_s)
+
+    async def _order(self, order: OrderCall, reply_type: type[R], timeout_s: float) -> R:
+        """A node that does not say what time it is there is not ordered anything."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + timeout_s
+        async with self._patience(order, timeout_s):
+            pong = await self._ask(Ping(call_id=next(self._call_ids)), Pong)
+            not_after = pong.unix_s + until - clock()
+            timed = msgspec.structs.replace(order, not_after_unix_s=not_after)
+            return await self._ask(timed, reply_type)
 
     async def _call(self, message: Call, reply_type: type[R], timeout_s: float) -> R:
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting[message.call_id] = future
+        async with self._patience(message, timeout_s):
+            return await self._ask(message, reply_type)
+
+    @contextlib.asynccontextmanager
+    async def _patience(self, message: Call, timeout_s: float) -> AsyncIterator[None]:
         try:
-            self.send(message)
             async with asyncio.timeout(timeout_s):
-                reply = await future
+                yield
         except TimeoutError:
             raise NodeUnavailableError(
                 f"node at {self.address}: no answer to {type(message).__name__} within {timeout_s:g} s"
             ) from None
+
+    async def _ask(self, message: Call, reply_type: type[R]) -> R:
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[message.call_id] = future
+        try:
+            self.send(message)
+            reply = await future
         finally:
             del self._waiting[message.call_id]
         if isinstance(reply, reply_type):

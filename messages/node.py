@@ -34,6 +34,7 @@ from .bounds import (
 )
 from .kv_layout import KVLayout
 from .operation import InternalStateReply, NodeOperation, ProfileReply
+from .order import Order
 from .report import PromptReport
 from .sampling import HiddenStateRows, Logprobs
 from .timeline import Spans
@@ -182,10 +183,9 @@ class ResendFrom(msgspec.Struct, frozen=True, kw_only=True, tag="resend"):
     position: Count
 
 
-class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+class AbortRequests(Order, frozen=True, kw_only=True, tag="abort"):
     """Abort by exact request id, or every request when ``all_requests``."""
 
-    call_id: Number
     request_id: Name = ""
     all_requests: bool = False
 
@@ -211,10 +211,9 @@ class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
     call_id: Number
 
 
-class FlushCache(msgspec.Struct, frozen=True, kw_only=True, tag="flush"):
+class FlushCache(Order, frozen=True, kw_only=True, tag="flush"):
     """Drop the prefix cache when idle. ``timeout_s`` 0: now or never."""
 
-    call_id: Number
     timeout_s: Seconds = 0.0
 
 

@@ -10,6 +10,7 @@ from msgspec import Meta
 from ..runtime.logs import LogLevel
 from ..runtime.pause_gate import PauseMode
 from .bounds import Count, Finite, Int64, Name, Number, Path, Rank, Seconds, Text
+from .order import Order
 
 SettingValue: TypeAlias = Int64 | Finite | None
 _FEW = Meta(max_length=2**10)
@@ -29,37 +30,31 @@ class GetInternalState(msgspec.Struct, frozen=True, kw_only=True, tag="get_inter
     call_id: Number
 
 
-class SetInternalState(msgspec.Struct, frozen=True, kw_only=True, tag="set_internal_state"):
+class SetInternalState(Order, frozen=True, kw_only=True, tag="set_internal_state"):
     """Change these settings, all or none."""
 
-    call_id: Number = 0
     settings: Annotated[dict[Name, SettingValue], _FEW]
 
 
-class ConfigureLogging(msgspec.Struct, frozen=True, kw_only=True, tag="configure_logging"):
+class ConfigureLogging(Order, frozen=True, kw_only=True, tag="configure_logging"):
     """The level of messages that the process shows from now on."""
 
-    call_id: Number = 0
     log_level: LogLevel
 
 
-class SlowDown(msgspec.Struct, frozen=True, kw_only=True, tag="slow_down"):
+class SlowDown(Order, frozen=True, kw_only=True, tag="slow_down"):
     """Sleep before each forward, at most MAX_FORWARD_SLEEP_S; 0: no more."""
 
-    call_id: Number = 0
     forward_sleep_s: Annotated[float, Meta(ge=0, le=MAX_FORWARD_SLEEP_S)]
 
 
-class FreezeGc(msgspec.Struct, frozen=True, kw_only=True, tag="freeze_gc"):
+class FreezeGc(Order, frozen=True, kw_only=True, tag="freeze_gc"):
     """What lives now is never looked at by the garbage collector again: its pauses get shorter."""
 
-    call_id: Number = 0
 
-
-class StartProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile"):
+class StartProfile(Order, frozen=True, kw_only=True, tag="start_profile"):
     """Record forwards with torch's profiler; with `by_stage` prefill and decode steps in a trace each."""
 
-    call_id: Number = 0
     profile_id: ProfileId  # names the traces
     output_dir: Path  # on the node
     num_steps: ProfileSteps | None = None  # of each stage with `by_stage`; None: DEFAULT_PROFILE_STEPS
@@ -69,31 +64,27 @@ class StartProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile
     with_stack: bool = False
 
 
-class StopProfile(msgspec.Struct, frozen=True, kw_only=True, tag="stop_profile"):
-    call_id: Number = 0
+class StopProfile(Order, frozen=True, kw_only=True, tag="stop_profile"):
+    """Write the traces, then answer."""
 
 
-class PauseGeneration(msgspec.Struct, frozen=True, kw_only=True, tag="pause_generation"):
+class PauseGeneration(Order, frozen=True, kw_only=True, tag="pause_generation"):
     """Compute nothing until ContinueGeneration. Rooms are served, and no deadline runs out.
 
     What is there ends as aborted ("abort"), fails retriably at no cost of an attempt ("retract"), or stays
     where it is ("in_place").
     """
 
-    call_id: Number = 0
     mode: PauseMode
 
 
-class ContinueGeneration(msgspec.Struct, frozen=True, kw_only=True, tag="continue_generation"):
+class ContinueGeneration(Order, frozen=True, kw_only=True, tag="continue_generation"):
     """Idempotent."""
 
-    call_id: Number = 0
 
-
-class CloseSession(msgspec.Struct, frozen=True, kw_only=True, tag="close_session"):
+class CloseSession(Order, frozen=True, kw_only=True, tag="close_session"):
     """Keep this session's pages no longer than those of others. Idempotent."""
 
-    call_id: Number = 0
     session_id: Name
 
 

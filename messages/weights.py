@@ -29,6 +29,7 @@ from .bounds import (
     ZmqAddress,
 )
 from .memory_region import MemoryRegion
+from .order import Order
 
 LEASE_S = 30.0
 STAGE_PART_BYTES = 2 << 20  # what a node's loop copies in well under 5 ms
@@ -153,10 +154,9 @@ class UpdateGroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: GroupTimeout
 
 
-class JoinUpdateGroup(msgspec.Struct, frozen=True, kw_only=True, tag="join_update_group"):
+class JoinUpdateGroup(Order, frozen=True, kw_only=True, tag="join_update_group"):
     """Become `rank` of a process group whose rank 0, a trainer's, listens at the master's address."""
 
-    call_id: Number
     group_name: Name
     backend: GroupBackend
     master_address: Name
@@ -166,8 +166,7 @@ class JoinUpdateGroup(msgspec.Struct, frozen=True, kw_only=True, tag="join_updat
     timeout_s: GroupTimeout
 
 
-class LeaveUpdateGroup(msgspec.Struct, frozen=True, kw_only=True, tag="leave_update_group"):
-    call_id: Number
+class LeaveUpdateGroup(Order, frozen=True, kw_only=True, tag="leave_update_group"):
     group_name: Name
 
 
@@ -220,18 +219,16 @@ MemoryTags: TypeAlias = Annotated[tuple[MemoryTag, ...], Meta(max_length=3)]
 MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache", "graphs")
 
 
-class ReleaseMemory(msgspec.Struct, frozen=True, kw_only=True, tag="release_memory"):
+class ReleaseMemory(Order, frozen=True, kw_only=True, tag="release_memory"):
     """Give memory back to the host, as soon as the node is idle and no peer can write any more."""
 
-    call_id: Number
     tags: MemoryTags
     timeout_s: Seconds
 
 
-class ResumeMemory(msgspec.Struct, frozen=True, kw_only=True, tag="resume_memory"):
+class ResumeMemory(Order, frozen=True, kw_only=True, tag="resume_memory"):
     """Take it again, with the weights that were there and an empty KV cache."""
 
-    call_id: Number
     tags: MemoryTags
     if_released: bool = False  # what is not is no fault: all nodes of a cluster are asked alike
 
@@ -310,10 +307,9 @@ class CheckWeights(msgspec.Struct, frozen=True, kw_only=True, tag="check_weights
     call_id: Number
 
 
-class SaveWeights(msgspec.Struct, frozen=True, kw_only=True, tag="save_weights"):
+class SaveWeights(Order, frozen=True, kw_only=True, tag="save_weights"):
     """Write the weights that serve as a checkpoint: into a new folder of the node's host, or to a URL."""
 
-    call_id: Number
     target: Path
     is_remote: bool
     max_shard_bytes: Positive

@@ -30,6 +30,7 @@ from ..messages.malformed import head_of
 from ..messages.memory_region import MemoryRegion
 from ..messages.node import AbortRequests, CallReply, GetRequestState, NodeLoad, Ping, RequestStateReply
 from ..messages.operation import ContinueGeneration, PauseGeneration
+from ..messages.order import Order
 from ..messages.peer import PeerIdentity
 from ..messages.weights import PrepareWeights
 from ..runtime.containment import PROCESS_FAULTS, Containment, nobody_waits
@@ -241,6 +242,9 @@ class RoleLoop(Generic[M, C]):
         match message:
             case Ping():
                 self._send(link, self._pong(message, now))
+            case Order() if message.is_over(self._unix_now()):
+                text = "it came when nobody waited for it any more"
+                self._send(link, CallReply(call_id=message.call_id, success=False, message=text))
             case PauseGeneration():
                 self._pause(link, message, now)
             case ContinueGeneration():

@@ -20,6 +20,7 @@ from ..decode.handoffs import Handoffs
 from ..decode.request_pages import RequestPages
 from ..decode.running import Running
 from ..decode.waiting import Waiting
+from ..messages.order import Order
 from ..messages.peer import Drained, HandoffDone, PeerRefused, PrefillRequest, RoomId
 from ..messages.timeline import Span
 from ..prefill.jobs import PrefillJobs
@@ -829,5 +830,12 @@ MUTANTS = (
         "released-twice",
         "pages are released at Drained(failed), and once more when they have settled",
         (Patch(DecodeRooms, "_settle", _released_twice),),
+    ),
+    Mutant(
+        "late-orders-done",
+        "a node does what it was ordered when who ordered it has given up",
+        (Patch(Order, "is_over", _nothing),),
+        flavour="overruled",
+        found_by=419,
     ),
 )

@@ -138,6 +138,8 @@ FLAVOURS = (
     "updated",
 )
 STORMY, ORDERED = "stormy", "ordered"  # beside any of them
+OVERRULED = "overruled"  # stormy, and orders come when the contrary was ordered since
+_BESIDE = (STORMY, ORDERED, OVERRULED)
 _FIELDS = {
     "slow": "slow_rate",
     "fail": "fail_rate",
@@ -157,8 +159,8 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
 
     Raises ValueError for a part or a flavour that is none.
     """
-    if flavour not in ("", STORMY, ORDERED, *FLAVOURS):
-        names = ", ".join(sorted({STORMY, ORDERED, *FLAVOURS}))
+    if flavour not in ("", *_BESIDE, *FLAVOURS):
+        names = ", ".join(sorted({*_BESIDE, *FLAVOURS}))
         raise ValueError(f"there is no flavour {flavour!r}; there are {names}")
     draw = random.Random(f"plan/{seed}")
     roles: dict[int, Role] = {0: "prefill", 1: "decode"}
@@ -227,7 +229,9 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
             at_s = READY_S + draw.random()
             faults = [*faults[:1], _plain_fault(len(faults[:1]), FaultKind.UPDATE, 0, at_s, 0.0)]
     storms = random.Random(f"storms/{seed}")
-    if flavour == STORMY or (not is_calm and storms.random() < STORM_RATE):
+    if flavour == OVERRULED:
+        latency = replace(latency, late_rate=0.3, late_s=3.0)
+    if flavour in (STORMY, OVERRULED) or (not is_calm and storms.random() < STORM_RATE):
         faults.append(_storm(storms, len(faults), roles))
     given, orders = random.Random(f"orders/{seed}"), []
     if flavour == ORDERED or (not is_calm and given.random() < ORDER_RATE):

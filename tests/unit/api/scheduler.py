@@ -124,6 +124,7 @@ class FakeScheduler:
         self.received: list[ClientToNode] = []
         self.is_silent = False
         self.is_draining = False
+        self.unix_s = 0.0
         self.outcome: Callable[[ClientToNode], tuple[bool, str]] = lambda _: (True, "done")
         self._codec: Codec[ClientToNode] = Codec(ClientToNode)
         self._client = b""
@@ -163,6 +164,7 @@ class FakeScheduler:
                     load=LOAD,
                     ready_peers=(),
                     refused_peers={},
+                    unix_s=self.unix_s,
                     draining=self.is_draining,
                 )
             case GetServerInfo(call_id=call_id):

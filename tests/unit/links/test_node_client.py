@@ -10,7 +10,7 @@ import zmq.asyncio
 
 from pdserve.links.node_calls import NodeUnavailableError, StreamMessage
 from pdserve.links.node_client import NodeClient
-from pdserve.messages.node import AttemptFailed, CancelRequest, TokenOutput, TokenOutputs
+from pdserve.messages.node import AttemptFailed, CancelRequest, Ping, TokenOutput, TokenOutputs
 from pdserve.messages.operation import FreezeGc, StartProfile
 from pdserve.messages.weights import FromDisk, PrepareWeights
 from pdserve.runtime.timing import UNSCALED
@@ -107,6 +107,30 @@ async def test_the_timing_says_how_long_each_call_may_take(
     ):
         with pytest.raises(NodeUnavailableError, match=f"no answer to {name} within {seconds:g} s$"):
             await call
+    await client.close()
+
+
+async def test_an_order_says_until_when_it_is_good(client: NodeClient, scheduler: FakeScheduler) -> None:
+    """By the node's clock, which it is asked first."""
+    scheduler.unix_s = 1e9
+    assert (await client.operate(FreezeGc())).success
+    asked, order = scheduler.received
+    assert isinstance(asked, Ping)
+    assert isinstance(order, FreezeGc)
+    assert 1e9 < order.not_after_unix_s <= 1e9 + UNSCALED.node_call_s
+
+
+async def test_who_does_not_answer_is_sent_no_order(
+    context: zmq.asyncio.Context, scheduler: FakeScheduler
+) -> None:
+    """Or it would be done when the node goes on, whatever was ordered since."""
+    client = NodeClient(context, scheduler.address, keys=None, timing=replace(UNSCALED, node_call_s=0.05))
+    scheduler.is_silent = True
+    with pytest.raises(NodeUnavailableError, match="no answer to FreezeGc"):
+        await client.operate(FreezeGc())
+    scheduler.is_silent = False
+    await client.ping(5.0)
+    assert [type(message) for message in scheduler.received] == [Ping, Ping]
     await client.close()
 
 

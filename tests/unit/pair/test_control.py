@@ -22,8 +22,10 @@ from pdserve.messages.node import (
 from pdserve.messages.operation import (
     GetInternalState,
     InternalStateReply,
+    PauseGeneration,
     ProfileReply,
     SetInternalState,
+    SlowDown,
     StartProfile,
     StopProfile,
 )
@@ -301,6 +303,37 @@ def test_serving_goes_on_while_weights_load() -> None:
     busy = reply_of(pair, pair.prefill, msgspec.structs.replace(second, call_id=10))
     assert (busy.call_id, busy.success) == (10, False)
     pair.finish()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        PauseGeneration(mode="in_place"),
+        SlowDown(forward_sleep_s=1.0),
+        ReleaseMemory(tags=("weights", "kv_cache"), timeout_s=1.0),
+    ],
+    ids=lambda order: type(order).__name__,
+)
+def test_an_order_that_nobody_waits_for_any_more_is_not_done(
+    role: str, order: PauseGeneration | SlowDown | ReleaseMemory
+) -> None:
+    pair = Pair()
+    node = pair.prefill if role == "prefill" else pair.decode
+    send = pair.to_prefill if role == "prefill" else pair.to_decode
+    send(Ping(call_id=1), ADMIN)
+    pong = pair.last_reply(node, ADMIN)
+    assert isinstance(pong, Pong)
+    timed = msgspec.structs.replace(order, call_id=2, not_after_unix_s=pong.unix_s + 3.0)
+    pair.advance(3.5)
+    send(timed, ADMIN)
+    reply = pair.last_reply(node, ADMIN)
+    assert isinstance(reply, CallReply)
+    assert (reply.call_id, reply.success) == (2, False)
+    assert (node.loop.gate.is_paused, node.engine.forward_sleep_s, node.memory_journal) == (False, 0.0, [])
+    send(msgspec.structs.replace(timed, not_after_unix_s=pong.unix_s + 9.0), ADMIN)
+    pair.compute(node)
+    assert (node.loop.gate.is_paused, node.engine.forward_sleep_s, node.memory_journal) != (False, 0.0, [])
 
 
 # ---- memory -----------------------------------------------------------------------------------------
