@@ -29,8 +29,13 @@ def far_apart(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     block = _WRAP // 2 + 4 * dense.numel()
     num_elements = _WRAP + NUM_FAR_BLOCKS * block
     if INTERPRETED:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        memory = torch.frombuffer(mmap.mmap(-1, num_elements * dtype.itemsize, flags=flags), dtype=dtype)
+        memory = virtual(num_elements, dtype)
     else:
         memory = torch.zeros(num_elements, dtype=dtype, device=DEVICE)
     return memory.as_strided((NUM_FAR_BLOCKS, *shape), (block, *dense.stride()), storage_offset=_WRAP)
+
+
+def virtual(num_elements: int, dtype: torch.dtype) -> Tensor:
+    """Zeros of the host that take no memory until they are written, ``[num_elements]``."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, num_elements * dtype.itemsize, flags=flags), dtype=dtype)

@@ -106,9 +106,7 @@ def _decode(
             unwritten = unwritten - start * slots_per_row
             unwritten = unwritten[(unwritten >= 0) & (unwritten < count * slots_per_row)]
         ends = group.ends[rows]
-        keys, values = (
-            _positions(by_head[:, k_or_v], pages, count, unwritten, int(ends.max())) for k_or_v in (0, 1)
-        )
+        keys, values = _positions(by_head, pages, count, unwritten, int(ends.max()))
         by_matrix = q[rows].view(count, num_kv_heads, -1, head_dim).transpose(0, 1).flatten(0, 1)
         mixed = attend(by_matrix, keys, values, ends.repeat(num_kv_heads)[:, None], heights)
         out[rows] = mixed.view(num_kv_heads, count, -1, head_dim).transpose(0, 1).reshape(q[rows].shape)
@@ -117,27 +115,31 @@ def _decode(
 
 def _prefill(q: Tensor, by_head: Tensor, row: PrefillRow, heights: tuple[int, ...]) -> Tensor:
     num_kv_heads, head_dim = by_head.shape[0], by_head.shape[-1]
-    keys, values = (_positions(by_head[:, k_or_v], row.pages, 1, None, row.end) for k_or_v in (0, 1))
+    keys, values = _positions(by_head, row.pages, 1, None, row.end)
     by_group = q.view(row.num_tokens, num_kv_heads, -1, head_dim).transpose(0, 1)
     ends = torch.arange(row.start + 1, row.end + 1, device=q.device).repeat_interleave(by_group.shape[2])
     mixed = attend(by_group.flatten(1, 2), keys, values, ends[None], heights)
     return mixed.view(num_kv_heads, row.num_tokens, -1, head_dim).transpose(0, 1).reshape(q.shape)
 
 
-def _positions(by_head: Tensor, pages: Tensor, num_rows: int, unwritten: Tensor | None, end: int) -> Tensor:
-    """Keys or values of the pages of some rows, ``[Hkv · num_rows, S, D]``: S is `end` in whole blocks, and
-    what nobody wrote is 0, because a weight of 0 times NaN is NaN.
+def _positions(
+    by_head: Tensor, pages: Tensor, num_rows: int, unwritten: Tensor | None, end: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the pages of some rows, ``[Hkv · num_rows, S, D]`` each: S is `end` in whole blocks,
+    and what nobody wrote is 0, because a weight of 0 times NaN is NaN.
 
-    ``by_head [Hkv, num_pages, page_size, D]``. `unwritten` None: one row, written up to `end`.
+    ``by_head [Hkv, 2, num_pages, page_size, D]``. `unwritten` None: one row, written up to `end`.
     """
     num_kv_heads, head_dim = by_head.shape[0], by_head.shape[-1]
-    slots = by_head.index_select(1, pages).view(num_kv_heads, -1, head_dim)
+    # Both at once: of keys or values alone, which lie scattered, torch would first copy those of every page.
+    slots = by_head.index_select(2, pages).view(num_kv_heads, 2, -1, head_dim)
     if unwritten is None:
-        slots = slots[:, :end]
+        slots = slots[:, :, :end]
     else:
-        slots.index_fill_(1, unwritten, 0)
-    slots = slots.view(num_kv_heads * num_rows, -1, head_dim) if num_rows > 1 else slots
+        slots.index_fill_(2, unwritten, 0)
+    by_row = slots.view(num_kv_heads, 2, num_rows, -1, head_dim).transpose(0, 1)
     num_slots = -(-end // BLOCK) * BLOCK
-    if slots.shape[1] < num_slots:
-        return F.pad(slots, (0, 0, 0, num_slots - slots.shape[1]))
-    return slots[:, :num_slots]
+    if by_row.shape[3] < num_slots:
+        by_row = F.pad(by_row, (0, 0, 0, num_slots - by_row.shape[3]))
+    keys, values = by_row[:, :, :, :num_slots].reshape(2, -1, num_slots, head_dim).contiguous()
+    return keys, values

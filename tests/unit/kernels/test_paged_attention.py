@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from pdserve.kernels.paged_attention import (
 from pdserve.kernels.paged_attention import reference as attention_reference
 from pdserve.kernels.store_kv import reference as store_reference
 from pdserve.kernels.store_kv import store_kv_
+from pdserve.tests.kernel_device import virtual
 from pdserve.tests.nan_pool import LAYER, NUM_PAGES, SPANS, TOLERANCE, nan_pool, rows_over
 
 
@@ -101,6 +104,28 @@ def test_a_query_has_the_same_bits_in_any_company(
     assert torch.equal(attended(each, []), whole[::7])
     for count in range(1, 34, 8 if num_threads > 1 else 1):
         assert torch.equal(attended(each[:count], others), whole[: 7 * count : 7])
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True], ids=["eager", "deterministic"])
+@pytest.mark.parametrize("spans", [[(40, 1)], [(40, 1), (70, 1)], [(12, 40)]], ids=["one", "two", "prefill"])
+def test_no_page_is_read_but_those_of_the_rows(spans: list[tuple[int, int]], is_deterministic: bool) -> None:
+    """The pool is larger than any memory: whoever copies all of it fails."""
+    page_size, num_kv_heads, head_dim, num_layers = 16, 2, 16, 2
+    shape = (num_kv_heads, num_layers, 2, page_size, head_dim)
+    num_pages = 2**30
+    data = virtual(num_pages * math.prod(shape), torch.float32).view(num_pages, *shape)
+    tables = [range(number * 2**28, number * 2**28 + 8) for number in range(len(spans))]
+    for table in tables:
+        data[table.start : table.stop] = torch.randn(8, *shape)
+    rows = [AttentionRow(*span, table) for span, table in zip(spans, tables, strict=True)]
+    q, layer = torch.randn(sum(row.num_tokens for row in rows), 4, head_dim), data[:, :, 1]
+    plan = plan_attention(rows, page_size, q.dtype)
+    if is_deterministic:
+        actual = deterministic_paged_attention(q, layer, plan, 0.25, HEIGHTS)
+    else:
+        actual = paged_attention(q, layer, plan, 0.25)
+    expected = attention_reference.paged_attention(q, layer, rows, 0.25)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_alike_tables_make_one_group() -> None:
