@@ -11,10 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pdserve.engine import operators
+from pdserve.engine.device import HOST
 from pdserve.engine.forward_batch import ForwardBatch
+from pdserve.engine.kv_pool import KVPool, pool_bytes
+from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.model_weights import load_weights
+from pdserve.engine.operators import EAGER
 from pdserve.engine.schedule_batch import ScheduleBatch
 from pdserve.messages.sampling import SamplingParams, TokenLogprob
+from pdserve.models.config import ModelConfig, kv_layout
+from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.tests.kernel_device import virtual
+from pdserve.tests.unit.engine.conftest import CPU, Harness
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -294,3 +303,24 @@ def test_what_is_appended_after_building_is_not_seen(
     best = expected.tokens[0].token_id
     token_ids += [best] * 9
     assert engine.runner.forward(batch).rows[0] == expected
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True], ids=["eager", "deterministic"])
+def test_no_page_is_touched_but_those_of_the_rows(is_deterministic: bool) -> None:
+    """The pool is larger than any memory: whoever copies all of it fails."""
+    config = ModelConfig.from_dir(SHIPPED_MODEL)
+    layout = kv_layout(config, 16, "float32")
+    num_pages = 2**44 // layout.stride_bytes
+    pool = KVPool(layout, num_pages, CPU, memory=virtual(pool_bytes(layout, num_pages), torch.uint8))
+    weights = load_weights(SHIPPED_MODEL, config, torch.float32, CPU)
+    chosen = operators.deterministic(operators.survey(config, weights)) if is_deterministic else EAGER
+    harness = Harness(config, layout, pool, ModelRunner(config, weights, pool, HOST, operators=chosen))
+    ids, pages = list(range(3, 60)), [5, num_pages - 3, num_pages // 2, num_pages - 2]
+    ids.append(harness.forward(harness.row(ids, pages=pages))["row"].tokens[0].token_id)
+    row = harness.row(ids, pages=pages, start=57, num_tokens=1)
+    expected = harness.forward(row)["row"].tokens
+    pool.copy_pages([num_pages - 3], [7])
+    pool.poison([num_pages - 3])
+    moved = replace(row, pages=[5, 7, *pages[2:]])
+    outputs = harness.forward(moved, replace(moved, row_id="another"))
+    assert outputs["row"].tokens[0].token_id == outputs["another"].tokens[0].token_id == expected[0].token_id
