@@ -25,6 +25,7 @@ class InFlightRequests:
         self._active: set[str] = set()  # every generation's id
         self._is_draining = False
         self._is_open = True
+        self._cut: asyncio.Future[None] | None = None
         self._emptied = asyncio.Event()
         self._emptied.set()
 
@@ -50,15 +51,21 @@ class InFlightRequests:
             return False
         return True
 
+    @property
+    def cut(self) -> asyncio.Future[None]:
+        """Done when no answer may go on, see `cut_off`; of the running event loop."""
+        if self._cut is None:
+            self._cut = asyncio.get_running_loop().create_future()
+        return self._cut
+
+    def cut_off(self) -> None:
+        """The server waits no longer: what is in flight ends now, and its client is told so."""
+        if not self.cut.done():
+            self.cut.set_result(None)
+
     def check_open(self) -> None:
         if not self._is_open:
-            raise RequestError(
-                "The server is shutting down.",
-                status=503,
-                code="draining",
-                error_type="service_unavailable",
-                retry_after_s=1.0,
-            )
+            raise draining_error("The server is shutting down.")
 
     def choose_id(self, from_body: str | None, from_header: str, body_field: str = "rid") -> str:
         if from_body is None:
@@ -106,3 +113,9 @@ class InFlightRequests:
     def generations_of(self, request_id: str) -> tuple[str, ...]:
         """The cluster's ids of a request; the id itself when it is none of ours."""
         return self._generation_ids.get(bare_id(request_id), (request_id,))
+
+
+def draining_error(message: str) -> RequestError:
+    return RequestError(
+        message, status=503, code="draining", error_type="service_unavailable", retry_after_s=1.0
+    )

@@ -18,6 +18,8 @@ from .in_flight import InFlightRequests
 
 log = logging.getLogger(__name__)
 
+_LAST_WORDS_S = 1.0  # for an answer that is cut off to say so
+
 
 class _Server(uvicorn.Server):
     """The first SIGTERM or SIGINT drains, the second ends at once."""
@@ -74,7 +76,8 @@ async def serve(
     stop: asyncio.Event | None = None,
     deadlines: ClientDeadlines = CLIENT_DEADLINES,
 ) -> None:
-    """Serve until a signal (or `stop`), then drain: new requests get 503, those in flight end first.
+    """Serve until a signal (or `stop`), then drain: new requests get 503, those in flight end first, or are
+    cut off with an error when `drain_timeout_s` is over.
 
     All listeners speak TLS, or none.
 
@@ -122,5 +125,7 @@ async def _drain(
         in_flight.drain(refuses=not has_successor)
         log.info("draining: %d requests in flight", len(in_flight))
         if not await in_flight.wait_empty(timeout_s):
-            log.warning("%d requests have not ended within %g s", len(in_flight), timeout_s)
+            log.warning("%d requests have not ended within %g s; they are cut off", len(in_flight), timeout_s)
+            in_flight.cut_off()
+            await in_flight.wait_empty(_LAST_WORDS_S)
     server.should_exit = True

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...runtime.errors import RequestError
 from .errors import encode_error, error_response
+from .in_flight import draining_error
 
 T = TypeVar("T")
 
@@ -26,14 +27,20 @@ class ClientLeftError(Exception):
     """The client closed the connection before its answer was complete; the work was cancelled."""
 
 
-async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled, and has cleaned up, before ClientLeftError is raised."""
+async def unless_client_leaves(
+    receive: Receive, work: Coroutine[Any, Any, T], cut: asyncio.Future[None]
+) -> T:
+    """The result of `work`, which is cancelled, and has cleaned up, before ClientLeftError is raised, or
+    RequestError (503) when `cut` is done."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnect(receive))
+    ends: set[asyncio.Future[Any]] = {working, watching, cut}
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
+        if cut.done():
+            raise draining_error("The server has shut down before the answer was complete.")
         raise ClientLeftError
     finally:
         for task in (working, watching):
@@ -56,40 +63,42 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, cut: asyncio.Future[None], on_end: Callable[[], None]
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._cut = cut
         self._on_end = on_end
+        self._has_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_client_leaves(receive, self._stream(scope, receive, send))
+            await unless_client_leaves(receive, self._stream(send), self._cut)
         except ClientLeftError:
             return
+        except RequestError as error:
+            if not self._has_started:
+                await error_response(error)(scope, receive, send)
+                return
+            # Returning without a last body part makes the server drop the connection (see server.py).
+            body = event(encode_error(error))
+            await send({"type": "http.response.body", "body": body, "more_body": True})
         finally:
             self._on_end()
 
-    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+    async def _stream(self, send: Send) -> None:
         async with contextlib.aclosing(self._events) as events:
-            try:
-                async for payload in events:
-                    if not started:
-                        started = True
-                        await send(self._start())
-                    await send({"type": "http.response.body", "body": payload, "more_body": True})
-            except RequestError as error:
-                if not started:
-                    await error_response(error)(scope, receive, send)
-                    return
-                # Returning without a last body part makes the server drop the connection (see server.py).
-                body = event(encode_error(error))
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-                return
-        if not started:
-            await send(self._start())
+            async for payload in events:
+                await self._start(send)
+                await send({"type": "http.response.body", "body": payload, "more_body": True})
+        await self._start(send)
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
-    def _start(self) -> dict[str, Any]:
-        return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+    async def _start(self, send: Send) -> None:
+        if not self._has_started:
+            self._has_started = True
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )

@@ -85,7 +85,7 @@ class Answer:
         if not stream:
             return await respond_whole(http, in_flight, request_id, self._run.request_ids, self._whole)
         end = in_flight.begin(request_id, self._run.request_ids)
-        return EventStream(self._events(), on_end=end)
+        return EventStream(self._events(), cut=in_flight.cut, on_end=end)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._run.deltas()) as deltas:
@@ -123,7 +123,7 @@ async def respond_whole(
     """What `whole` makes, the pieces of one JSON document; the request is in flight until it has."""
     end = in_flight.begin(request_id, generation_ids)
     try:
-        pieces = await unless_client_leaves(http.receive, whole())
+        pieces = await unless_client_leaves(http.receive, whole(), in_flight.cut)
     except ClientLeftError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:

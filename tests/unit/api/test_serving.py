@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import gzip
 import json
 import re
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pdserve.api.generation import ChoiceDelta, GenerateSpec, WeightSpan
 from pdserve.runtime.errors import RequestError
 from pdserve.runtime.process import NO_KEYS, AccessKeys
+from pdserve.tests.deadline import DEADLINE_S
 from pdserve.tests.unit.api.conftest import Api, chunks, eventually
 from pdserve.tests.unit.api.fakes import Step, one_by_one
 
@@ -243,6 +245,33 @@ async def test_draining_refuses_new_requests_and_ends_old_ones(api: Api) -> None
     goes_on.set()
     assert (await first)[0] == 200
     assert await api.in_flight.wait_empty(5.0)
+
+
+@ENDPOINTS
+@STREAMED
+async def test_what_a_drain_does_not_wait_for_is_told_so(
+    api: Api, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    never = asyncio.Event()
+    api.generator.script = lambda spec: [*one_by_one(api.generator.token_ids, spec)[:1], never]
+    received = bytearray()
+
+    async def ask() -> int:
+        async with api.http.post(api.url + path, json={**body, "stream": stream}) as answer:
+            with contextlib.suppress(aiohttp.ClientPayloadError):
+                async for part in answer.content.iter_any():
+                    received.extend(part)
+            return answer.status
+
+    asking = asyncio.create_task(ask())
+    await eventually(lambda: bool(received) if stream else bool(api.generator.generations))
+    api.in_flight.cut_off()
+    assert await asking == (200 if stream else 503)
+    told = received.decode().split("\n\n")[-2].removeprefix("data: ") if stream else received.decode()
+    assert json.loads(told)["error"]["code"] == "draining"
+    assert b"[DONE]" not in received
+    assert all(generation.is_cancelled for generation in api.generator.generations)
+    assert await api.in_flight.wait_empty(DEADLINE_S)
 
 
 @pytest.mark.parametrize("keys", [AccessKeys(("k1", "k2"))])

@@ -211,6 +211,7 @@ async def test_draining_gives_up_in_the_end() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     serving = serve(app_of(in_flight), listener, in_flight=in_flight, stop=stop, drain_timeout_s=0.05)
     await asyncio.wait_for(serving, DEADLINE_S)
+    assert in_flight.cut.done()
 
 
 def test_ids_in_flight() -> None:
