@@ -11,6 +11,7 @@ import pytest
 
 from pdserve.bench.local_cluster import LocalCluster
 from pdserve.runtime.config import SHIPPED_MODEL
+from pdserve.tests.deadline import DEADLINE_S
 
 from .conftest import FLAGS
 from .helpers import (
@@ -18,6 +19,7 @@ from .helpers import (
     GREEDY,
     Body,
     Stream,
+    all_paired,
     clean_cluster,
     kill_nodes,
     metric,
@@ -219,4 +221,5 @@ def test_answers_go_on_when_the_prefill_node_is_killed(tmp_path: Path) -> None:
         answers = [stream.answer() for stream in (*streams, *later)]
         assert all(answer.is_proper for answer in answers), answers
         assert [answer.token_ids for answer in answers[:3]] == [a.token_ids for a in undisturbed]
+        wait_until(lambda: all_paired(cluster, 1, 1), DEADLINE_S, "the prefill node to be back")
         assert counters(cluster).num_computed_on_decode > 0
