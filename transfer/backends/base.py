@@ -7,7 +7,6 @@ ones, and collects results by `poll`. No call blocks: the moving is done on the 
 from __future__ import annotations
 
 import enum
-import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -117,13 +116,6 @@ def bounds_error(run: Run, region: MemoryRegion, source_bytes: int) -> str:
 
 def page_aligned(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
-
-
-def anonymous_memory(num_bytes: int) -> mmap.mmap:
-    """Zeroed memory for a device to write into."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_DONTFORK)  # a child's copy-on-write would move pages under the device
-    return memory
 
 
 @dataclass(frozen=True, slots=True)

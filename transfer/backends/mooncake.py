@@ -25,6 +25,7 @@ from typing import Protocol
 
 from ...messages.memory_region import MemoryRegion
 from ...runtime.errors import StartupError
+from ..pool_memory import PoolMemory
 from .base import SCRATCH_BYTES, Write, WriteState
 from .devices import check_devices, rdma_devices
 from .pump import Ended, RefusedError
@@ -39,6 +40,7 @@ INSTALLED_TRANSPORT = re.compile(r"installTransport, type=(\w+)")
 OPENED_DEVICE = re.compile(r"RDMA device: (\w+), .*?GID: (.+)")
 GLOG_LEVELS = {"TRACE": 0, "INFO": 0, "WARNING": 1, "ERROR": 2}
 GLOG_LEVEL_SYMBOL = "_ZN3fLI17FLAGS_minloglevelE"
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch reads both
 _starting = threading.Lock()
 
 
@@ -63,12 +65,14 @@ class MooncakeBackend(PumpedBackend):
         self._session = f"{bracketed}:{self._engine.get_rpc_port()}"
         super().__init__("mooncake", transport)
 
-    def _register(self, num_bytes: int) -> str:
-        code = self._engine.register_memory(self._address, num_bytes)
+    def _register(self, memory: PoolMemory) -> str:
+        if not memory.is_host and (reason := device_refusal()):
+            raise StartupError(reason)
+        code = self._engine.register_memory(memory.address, memory.num_bytes)
         if code != 0:
             raise StartupError(
-                f"mooncake cannot register {num_bytes >> 20} MiB (code {code}); over RDMA this is most "
-                "often the limit of locked memory: ulimit -l unlimited"
+                f"mooncake cannot register {memory.num_bytes >> 20} MiB (code {code}); over RDMA this is "
+                "most often the limit of locked memory: ulimit -l unlimited"
             )
         return self._session
 
@@ -125,6 +129,25 @@ def start_engine(transport: str, host: str, ib_device: str) -> Engine:
     if transport == "rdma":
         check_verbs_in_use(lines, rdma_devices())
     return engine
+
+
+def device_refusal() -> str:
+    """Why a device's memory cannot be registered here; empty when it can."""
+    if not supports_cuda():
+        return (
+            "this wheel of mooncake moves the host's memory only: pip install "
+            "mooncake-transfer-engine-cuda13 (mooncake-transfer-engine for CUDA 12) in its place"
+        )
+    for name in ALLOCATOR_SETTINGS:
+        if "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", ""):
+            return f"{name} has expandable_segments, which changes what lies behind an address: leave it out"
+    return ""
+
+
+def supports_cuda() -> bool:
+    from mooncake import engine
+
+    return bool(engine.SUPPORT_CUDA)
 
 
 def check_verbs_in_use(log: list[str], devices: list[str]) -> None:

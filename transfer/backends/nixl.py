@@ -24,6 +24,7 @@ from typing import Any
 
 from ...messages.memory_region import MemoryRegion
 from ...runtime.errors import StartupError
+from ..pool_memory import PoolMemory
 from .base import SCRATCH_BYTES, Write, WriteState
 from .devices import check_devices, rdma_devices
 from .pump import Ended, RefusedError
@@ -51,16 +52,22 @@ class NixlBackend(PumpedBackend):
         self._transfers: dict[int, Any] = {}  # number -> NIXL's handle
         super().__init__("nixl", transport)
 
-    def _register(self, num_bytes: int) -> str:
-        memory = self._bindings.nixlRegDList(self._bindings.DRAM_SEG, [(self._address, num_bytes, 0, "")])
+    def _register(self, memory: PoolMemory) -> str:
+        if not memory.is_host:
+            raise StartupError(
+                "transfer backend nixl moves the host's memory only; use --transfer-backend mooncake"
+            )
+        listed = self._bindings.nixlRegDList(
+            self._bindings.DRAM_SEG, [(memory.address, memory.num_bytes, 0, "")]
+        )
         try:
-            self._agent.registerMem(memory, [self._ucx])
+            self._agent.registerMem(listed, [self._ucx])
         except Exception as error:
             raise StartupError(
-                f"nixl cannot register {num_bytes >> 20} MiB ({error}); over RDMA this is most often the "
-                "limit of locked memory: ulimit -l unlimited"
+                f"nixl cannot register {memory.num_bytes >> 20} MiB ({error}); over RDMA this is most often "
+                "the limit of locked memory: ulimit -l unlimited"
             ) from None
-        self._registered = memory
+        self._registered = listed
         metadata = base64.b64encode(self._agent.getLocalMD()).decode()
         return f"{self._agent_name} {metadata}"
 

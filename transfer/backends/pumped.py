@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from ...messages.memory_region import MemoryRegion
 from ..copy_plan import Run
-from .base import PAGE_ALIGNMENT, Write, WriteResult, anonymous_memory, bounds_error, page_aligned
+from ..pool_memory import PoolMemory, host_memory
+from .base import PAGE_ALIGNMENT, Write, WriteResult, bounds_error, page_aligned
 from .pump import Ended, WritePump
 
 
@@ -20,15 +19,14 @@ class PumpedBackend(ABC):
     def __init__(self, name: str, transport: str) -> None:
         self.name = name
         self.transport = transport
-        self._pool: mmap.mmap | None = None
+        self._pool: PoolMemory | None = None
         self._pool_bytes = 0
-        self._address = 0
         self._is_registered = False
         self._pump = WritePump(name, self)
 
     @abstractmethod
-    def _register(self, num_bytes: int) -> str:
-        """Registers so much memory from `_address` on; returns the session by which peers reach it. Raises
+    def _register(self, memory: PoolMemory) -> str:
+        """Registers all of it; returns the session by which peers reach it. Raises
         StartupError."""
 
     @abstractmethod
@@ -51,32 +49,44 @@ class PumpedBackend(ABC):
         return self._pump.num_outstanding
 
     @property
+    def _address(self) -> int:
+        assert self._pool is not None, "allocate or adopt comes first"
+        return self._pool.address
+
+    @property
     def _scratch_address(self) -> int:
         return self._address + page_aligned(self._pool_bytes)
 
     def allocate(self, num_bytes: int) -> memoryview:
-        assert self._pool is None, "allocate is called once"
-        self._pool = anonymous_memory(page_aligned(num_bytes) + PAGE_ALIGNMENT)
-        self._pool_bytes = num_bytes
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._pool))
-        return memoryview(self._pool)[:num_bytes]
+        memory = host_memory(page_aligned(num_bytes) + PAGE_ALIGNMENT)
+        self.adopt(memory, num_bytes)
+        assert memory.view is not None, "the host's memory has a view"
+        return memory.view[:num_bytes]
+
+    def adopt(self, memory: PoolMemory, pool_bytes: int) -> None:
+        """Takes the pool's memory as the device gave it, once: `pool_bytes` and a page behind them for the
+        first contact. Raises ValueError."""
+        assert self._pool is None, "there is one pool"
+        needed_bytes = page_aligned(pool_bytes) + PAGE_ALIGNMENT
+        if memory.num_bytes < needed_bytes:
+            raise ValueError(f"{memory.num_bytes} bytes of memory for a pool that needs {needed_bytes}")
+        self._pool, self._pool_bytes = memory, pool_bytes
 
     def register(self) -> MemoryRegion:
-        assert self._pool is not None, "allocate comes first"
-        total_bytes = len(self._pool)
-        session = self._register(total_bytes)
+        assert self._pool is not None, "allocate or adopt comes first"
+        session = self._register(self._pool)
         self._is_registered = True
         return MemoryRegion(
             session=session,
             address=self._address,
-            num_bytes=total_bytes,
+            num_bytes=self._pool.num_bytes,
             scratch_address=self._scratch_address,
         )
 
     def release(self) -> None:
-        assert self._pool is not None, "allocate comes first"
+        assert self._pool is not None, "allocate or adopt comes first"
         self._withdraw()
-        self._pool.madvise(mmap.MADV_DONTNEED)
+        self._pool.give_back()
 
     def first_contact(self, handle: int, region: MemoryRegion) -> None:
         # TCP may take an unregistered source and RDMA does not: do not let TCP hide it.

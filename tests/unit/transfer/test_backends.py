@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
 import mmap
@@ -37,6 +38,7 @@ from pdserve.transfer.backends.base import (
 )
 from pdserve.transfer.backends.faulty import FaultPlan, FaultyBackend
 from pdserve.transfer.copy_plan import Run
+from pdserve.transfer.pool_memory import PoolMemory
 
 pytestmark = pytest.mark.process
 
@@ -592,6 +594,99 @@ def test_a_region_that_an_engine_cannot_read_fails_its_write_alone(monkeypatch: 
     backend.submit(3, good, Run(0, 0, 8))
     assert source.results(1)[3].state is DONE
     assert backend.num_outstanding == 0
+    backend.close()
+
+
+class NotingEngine(StuckEngine):
+    """Ends every write at once, and keeps the addresses that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finish.set()
+        self.registered: list[tuple[int, int]] = []
+        self.writes: list[tuple[int, int, int]] = []
+
+    def register_memory(self, address: int, num_bytes: int, /) -> int:
+        self.registered.append((address, num_bytes))
+        return 0
+
+    def transfer_submit_write(self, session: str, local: int, peer: int, num_bytes: int, /) -> int:
+        self.writes.append((local, peer, num_bytes))
+        return 1
+
+
+DEVICE_ADDRESS = 0x7F00_0000_0000
+
+
+def device_memory(num_bytes: int = 8192) -> PoolMemory:
+    """As a GPU's would be: an address that the host cannot read."""
+    return PoolMemory(address=DEVICE_ADDRESS, num_bytes=num_bytes, give_back=lambda: None, view=None)
+
+
+def test_mooncake_moves_the_memory_of_a_device_by_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = NotingEngine()
+    monkeypatch.setattr(mooncake, "start_engine", lambda *_: engine)
+    monkeypatch.setattr(mooncake, "supports_cuda", lambda: True)
+    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "", settle_s=2.0)
+    backend.adopt(device_memory(), 4000)
+    region = backend.register()
+    assert engine.registered == [(DEVICE_ADDRESS, 8192)]
+    assert (region.address, region.scratch_address) == (DEVICE_ADDRESS, DEVICE_ADDRESS + 4096)
+    source = Source(backend, memoryview(b""))
+    assert source.meet(region).state is DONE
+    inside, outside = source.write(region, Run(16, 32, 8), Run(3996, 0, 8))
+    assert (inside.state, outside.state) == (DONE, FAILED)
+    scratch = DEVICE_ADDRESS + 4096
+    assert engine.writes == [(scratch, scratch, 8), (DEVICE_ADDRESS + 16, DEVICE_ADDRESS + 32, 8)]
+    backend.close()
+
+
+def test_memory_without_room_for_the_first_contact_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mooncake, "start_engine", lambda *_: NotingEngine())
+    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "", settle_s=2.0)
+    with pytest.raises(ValueError, match="8191 bytes of memory for a pool that needs 8192"):
+        backend.adopt(device_memory(8191), 4000)
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "settings", "expected"),
+    [
+        (False, {}, "moves the host's memory only: pip install mooncake-transfer-engine-cuda13"),
+        (True, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "PYTORCH_CUDA_ALLOC_CONF has"),
+        (True, {"PYTORCH_ALLOC_CONF": "a:1, expandable_segments: true"}, "PYTORCH_ALLOC_CONF has"),
+    ],
+)
+def test_mooncake_refuses_a_device_that_it_cannot_reach(
+    has_cuda: bool, settings: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in mooncake.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    engine = NotingEngine()
+    monkeypatch.setattr(mooncake, "start_engine", lambda *_: engine)
+    monkeypatch.setattr(mooncake, "supports_cuda", lambda: has_cuda)
+    backend = mooncake.MooncakeBackend("tcp", "127.0.0.1", "", settle_s=2.0)
+    backend.adopt(device_memory(), 4000)
+    with pytest.raises(StartupError, match=expected):
+        backend.register()
+    assert not engine.registered
+    backend.close()
+
+
+def test_mooncake_says_whether_its_wheel_was_made_for_cuda() -> None:
+    wheels = importlib.metadata.packages_distributions()["mooncake"]
+    assert mooncake.supports_cuda() == ("mooncake-transfer-engine-non-cuda" not in wheels)
+
+
+def test_nixl_refuses_the_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl, "import_bindings", lambda: None)
+    monkeypatch.setattr(nixl, "start_agent", lambda *_: (None, 0))
+    backend = nixl.NixlBackend("tcp", "", settle_s=2.0)
+    backend.adopt(device_memory(), 4000)
+    with pytest.raises(StartupError, match="nixl moves the host's memory only"):
+        backend.register()
     backend.close()
 
 
