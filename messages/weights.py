@@ -185,7 +185,7 @@ class PrepareWeights(msgspec.Struct, frozen=True, kw_only=True, tag="prepare_wei
     call_id: Number
     update_id: Name
     source: WeightSource
-    weight_version: Name
+    weight_version: Annotated[Name, Meta(min_length=1)]  # an empty one means any, in a request
     lease_s: Seconds = LEASE_S  # once it is prepared, and nobody keeps or commits it
 
 

@@ -222,6 +222,7 @@ class NodeTarget(Target):
         self.url = cluster.workers(role)[0]["url"]
         info = cluster.get("/server_info", base=self.url)
         self.incarnation, self.role = info["incarnation"], role
+        self.model_path = info["model"]["model_path"]
         self.prefill = cluster.workers("prefill")[0]["incarnation"]
         self.settings = cluster.get("/get_internal_state", base=self.url)["settings"]
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -278,6 +279,9 @@ class NodeTarget(Target):
         self.send(ContinueGeneration())
         self.send(ResumeMemory(call_id=0, tags=MEMORY_TAGS, if_released=True))
         self.cluster.get("/health", base=self.url)
+        if len({row["weight_version"] for row in self.cluster.workers()}) > 1:
+            # An update happened to be well-formed, of this node alone: an operator has to say which goes.
+            self.cluster.post("/update_weights_from_disk", {"model_path": self.model_path}, timeout_s=20.0)
 
 
 class RouterTarget(Target):

@@ -54,7 +54,9 @@ def instances(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.BoolType():
             return st.booleans()
         case inspect.StrType(pattern=str() as pattern):
-            return st.sampled_from([text for text in TEXTS if re.search(pattern, text)])
+            least = kind.min_length or 0
+            fitting = [text for text in TEXTS if len(text) >= least and re.search(pattern, text)]
+            return st.sampled_from(fitting)
         case inspect.StrType():
             return st.text(max_size=4)
         case inspect.BytesType():
