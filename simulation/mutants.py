@@ -836,6 +836,6 @@ MUTANTS = (
         "a node does what it was ordered when who ordered it has given up",
         (Patch(Order, "is_over", _nothing),),
         flavour="overruled",
-        found_by=419,
+        found_by=119,
     ),
 )

@@ -230,7 +230,7 @@ def make_plan(seed: int, dropped: Collection[str] = (), flavour: str = "") -> Pl
             faults = [*faults[:1], _plain_fault(len(faults[:1]), FaultKind.UPDATE, 0, at_s, 0.0)]
     storms = random.Random(f"storms/{seed}")
     if flavour == OVERRULED:
-        latency = replace(latency, late_rate=0.3, late_s=3.0)
+        latency = replace(latency, late_rate=0.3, late_s=6.0)
     if flavour in (STORMY, OVERRULED) or (not is_calm and storms.random() < STORM_RATE):
         faults.append(_storm(storms, len(faults), roles))
     given, orders = random.Random(f"orders/{seed}"), []

@@ -18,8 +18,6 @@ from .in_flight import InFlightRequests
 
 log = logging.getLogger(__name__)
 
-_LAST_WORDS_S = 1.0  # for an answer that is cut off to say so
-
 
 class _Server(uvicorn.Server):
     """The first SIGTERM or SIGINT drains, the second ends at once."""
@@ -126,6 +124,5 @@ async def _drain(
         log.info("draining: %d requests in flight", len(in_flight))
         if not await in_flight.wait_empty(timeout_s):
             log.warning("%d requests have not ended within %g s; they are cut off", len(in_flight), timeout_s)
-            in_flight.cut_off()
-            await in_flight.wait_empty(_LAST_WORDS_S)
+            in_flight.cut_off()  # and have the second of `timeout_graceful_shutdown` to say so
     server.should_exit = True
