@@ -26,8 +26,7 @@ class PumpedBackend(ABC):
 
     @abstractmethod
     def _register(self, memory: PoolMemory) -> str:
-        """Registers all of it; returns the session by which peers reach it. Raises
-        StartupError."""
+        """Registers all of it; returns the session by which peers reach it. Raises StartupError."""
 
     @abstractmethod
     def _deregister(self) -> None: ...
